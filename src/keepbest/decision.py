@@ -1,0 +1,174 @@
+"""What to do with an observation: a pure function of the state and the observation, the same on every rank.
+
+A state is the fold of `decide` over a timeline, so whoever has the observations has the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from keepbest.errors import ConfigError, IterationError
+from keepbest.iteration import TrainingIteration
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When a metric counts as better, and after how long a drought a tolerance is exceeded.
+
+    Attributes:
+        higher_is_better: the direction of the metric.
+        min_delta: a new best must beat the old one by more than this, in units of the metric.
+        tolerances: unique integers >= 0, in intervals, ascending.
+
+    Raises:
+        ConfigError: if `min_delta` is negative or not finite, or a tolerance is negative, no integer or given twice.
+    """
+
+    higher_is_better: bool
+    min_delta: float = 0.0
+    tolerances: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.min_delta < math.inf:
+            raise ConfigError(f"min_delta must be a finite number >= 0, got {self.min_delta!r}")
+        for tolerance in self.tolerances:
+            if type(tolerance) is not int or tolerance < 0:
+                raise ConfigError(f"tolerances must be integers >= 0, got {tolerance!r}")
+        if len(set(self.tolerances)) != len(self.tolerances):
+            raise ConfigError(f"tolerances must differ from each other, got {list(self.tolerances)}")
+        object.__setattr__(self, "tolerances", tuple(sorted(self.tolerances)))
+
+    def is_better(self, value: float, best: float | None, *, min_delta: float | None = None) -> bool:
+        """Whether `value` beats `best` strictly, by more than `min_delta` (by default the policy's).
+
+        NaN and infinities are never better; any finite value beats `None`.
+        """
+        if not math.isfinite(value):
+            return False
+        if best is None:
+            return True
+        gain = value - best if self.higher_is_better else best - value
+        return gain > (self.min_delta if min_delta is None else min_delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One agreed value of the monitored metric.
+
+    Attributes:
+        iteration: when it was observed.
+        value: may be NaN or infinite.
+        durable: False where it was a new best whose weights could not be saved; it then counts as not improving.
+    """
+
+    iteration: TrainingIteration
+    value: float
+    durable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """A value that was the best, and the iteration whose weights reached it."""
+
+    value: float
+    iteration: TrainingIteration
+
+
+@dataclass(frozen=True, slots=True)
+class BestState:
+    """All that is remembered between intervals.
+
+    Attributes:
+        best: of the timeline; `None` before the first finite value.
+        tolerance_counter: intervals since the last improvement.
+        exceeded: for each tolerance that was exceeded, the best at that moment (`None` if there was none yet).
+        last_iteration: of the newest observation.
+    """
+
+    best: Best | None = None
+    tolerance_counter: int = 0
+    exceeded: Mapping[int, Best | None] = field(default_factory=dict)
+    last_iteration: TrainingIteration | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only; `from_json` is the inverse."""
+        return {
+            "best": _best_to_json(self.best),
+            "tolerance_counter": self.tolerance_counter,
+            "exceeded": {str(tolerance): _best_to_json(best) for tolerance, best in sorted(self.exceeded.items())},
+            "last_iteration": None if self.last_iteration is None else str(self.last_iteration),
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> BestState:
+        """The inverse of `to_json`."""
+        last = state["last_iteration"]
+        return cls(
+            best=_best_from_json(state["best"]),
+            tolerance_counter=state["tolerance_counter"],
+            exceeded={int(tolerance): _best_from_json(best) for tolerance, best in state["exceeded"].items()},
+            last_iteration=None if last is None else TrainingIteration.parse(last),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What follows from one observation.
+
+    Attributes:
+        is_new_best: the weights of this iteration must be saved.
+        newly_exceeded: tolerances that are closed by this observation, ascending.
+    """
+
+    is_new_best: bool
+    newly_exceeded: tuple[int, ...] = ()
+
+
+def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[BestState, Decision]:
+    """The state after `observation`, and what to do about it.
+
+    A tolerance is exceeded when the number of intervals without improvement first becomes greater than it; it is then
+    closed for good.
+
+    Raises:
+        IterationError: if the observation does not come strictly after the last one, or names other parts.
+    """
+    if state.last_iteration is not None and not observation.iteration.follows(state.last_iteration):
+        raise IterationError(
+            f"iteration {observation.iteration} does not come after {state.last_iteration}, the last one observed; "
+            "iterations must increase (to go back to an earlier one, resume from its state)"
+        )
+    best_value = None if state.best is None else state.best.value
+    if observation.durable and policy.is_better(observation.value, best_value):
+        best = Best(observation.value, observation.iteration)
+        return replace(state, best=best, tolerance_counter=0, last_iteration=observation.iteration), Decision(True)
+    counter = state.tolerance_counter + 1
+    newly_exceeded = tuple(
+        tolerance for tolerance in policy.tolerances if counter > tolerance and tolerance not in state.exceeded
+    )
+    after = BestState(
+        best=state.best,
+        tolerance_counter=counter,
+        exceeded={**state.exceeded, **dict.fromkeys(newly_exceeded, state.best)} if newly_exceeded else state.exceeded,
+        last_iteration=observation.iteration,
+    )
+    return after, Decision(False, newly_exceeded)
+
+
+def fold(policy: Policy, observations: Iterable[Observation]) -> BestState:
+    """The state after all of `observations`, from the beginning of a timeline."""
+    state = BestState()
+    for observation in observations:
+        state, _ = decide(policy, state, observation)
+    return state
+
+
+def _best_to_json(best: Best | None) -> dict[str, Any] | None:
+    return None if best is None else {"value": best.value, "iteration": str(best.iteration)}
+
+
+def _best_from_json(best: Mapping[str, Any] | None) -> Best | None:
+    return None if best is None else Best(best["value"], TrainingIteration.parse(best["iteration"]))

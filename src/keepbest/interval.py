@@ -1,0 +1,65 @@
+"""How often something happens during training.
+
+Callbacks and the sampler that interleaves their evaluation batches both ask here, so that they cannot disagree about when
+a callback is due.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from keepbest.errors import ConfigError
+
+IntervalType = Literal["epoch", "update", "sample", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Every n epochs, optimizer updates or samples; printed as `every_n_epochs=5`.
+
+    Raises:
+        ConfigError: unless exactly one of the three is given, as an integer > 0.
+    """
+
+    every_n_epochs: int | None = None
+    every_n_updates: int | None = None
+    every_n_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        settings = {
+            "every_n_epochs": self.every_n_epochs,
+            "every_n_updates": self.every_n_updates,
+            "every_n_samples": self.every_n_samples,
+        }
+        given = {name: n for name, n in settings.items() if n is not None}
+        if len(given) != 1:
+            found = ", ".join(f"{name}={n}" for name, n in given.items()) or "none"
+            raise ConfigError(f"expected exactly one of {', '.join(settings)}, found {found}")
+        [(name, n)] = given.items()
+        if not isinstance(n, int) or isinstance(n, bool) or n <= 0:
+            raise ConfigError(f"{name} must be an integer > 0, found {n!r}")
+
+    @property
+    def kind(self) -> Literal["epoch", "update", "sample"]:
+        """What is counted."""
+        if self.every_n_epochs is not None:
+            return "epoch"
+        return "update" if self.every_n_updates is not None else "sample"
+
+    def is_due(self, *, update: int, updates_per_epoch: int, effective_batch_size: int) -> bool:
+        """Whether the interval ends with the `update`-th completed update (the first one is 1).
+
+        An interval of samples is due at the update that completes a multiple of it; several multiples that are passed by
+        one update are one occasion.
+        """
+        if self.every_n_epochs is not None:
+            return update % (updates_per_epoch * self.every_n_epochs) == 0
+        if self.every_n_updates is not None:
+            return update % self.every_n_updates == 0
+        n = self.every_n_samples or 1
+        return update * effective_batch_size // n > (update - 1) * effective_batch_size // n
+
+    def __str__(self) -> str:
+        n = self.every_n_epochs or self.every_n_updates or self.every_n_samples
+        return f"every_n_{self.kind}s={n}"

@@ -1,0 +1,68 @@
+"""A point in training: `TrainingIteration(epoch, update, sample)`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from keepbest.errors import IterationError
+
+_PATTERN = re.compile(r"(?:E(?P<epoch>\d+))?(?:_?U(?P<update>\d+))?(?:_?S(?P<sample>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingIteration:
+    """How many epochs, optimizer updates and samples were completed; a part that is not counted is `None`.
+
+    Printed as `E7_U140_S8960`, without the absent parts.
+
+    Raises:
+        IterationError: if no part is given, or one is negative or not an integer.
+    """
+
+    epoch: int | None = None
+    update: int | None = None
+    sample: int | None = None
+
+    def __post_init__(self) -> None:
+        if all(part is None for part in self.parts):
+            raise IterationError("TrainingIteration needs at least one of epoch, update and sample")
+        for name, part in zip(("epoch", "update", "sample"), self.parts, strict=True):
+            if part is not None and (type(part) is not int or part < 0):
+                raise IterationError(f"TrainingIteration: {name} must be an integer >= 0, got {part!r}")
+
+    @property
+    def parts(self) -> tuple[int | None, int | None, int | None]:
+        """(epoch, update, sample)."""
+        return (self.epoch, self.update, self.sample)
+
+    def follows(self, earlier: TrainingIteration) -> bool:
+        """Whether this comes strictly after `earlier`: no part is smaller and at least one is greater.
+
+        Raises:
+            IterationError: if the two do not name the same parts.
+        """
+        pairs = list(zip(self.parts, earlier.parts, strict=True))
+        if any((mine is None) != (theirs is None) for mine, theirs in pairs):
+            raise IterationError(
+                f"iteration {self} does not name the same parts as {earlier}; "
+                "give the same of epoch, update and sample at every interval"
+            )
+        known = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        return all(mine >= theirs for mine, theirs in known) and any(mine > theirs for mine, theirs in known)
+
+    def __str__(self) -> str:
+        return "_".join(f"{letter}{part}" for letter, part in zip("EUS", self.parts, strict=True) if part is not None)
+
+    @classmethod
+    def parse(cls, text: str) -> TrainingIteration:
+        """The inverse of `str()`.
+
+        Raises:
+            IterationError: if `text` is not of the form `E7_U140_S8960`.
+        """
+        match = _PATTERN.fullmatch(text)
+        parts = {} if match is None else {name: int(part) for name, part in match.groupdict().items() if part}
+        if not parts or str(iteration := cls(**parts)) != text:
+            raise IterationError(f"not a training iteration: {text!r}; expected a form like E7_U140_S8960")
+        return iteration

@@ -1,0 +1,195 @@
+"""From what each rank logged to one value that every rank agrees on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, SupportsFloat, get_args
+
+import torch
+
+from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
+from keepbest.iteration import TrainingIteration
+from keepbest.ranks import Number, Ranks
+
+MetricReduction = Literal["mean", "sum", "min", "max", "rank0", "identical"]
+
+
+class LoggedScalar(Protocol):
+    """An entry of a log cache: what `LogWriter.add_scalar` remembers."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def weight(self) -> float | None: ...
+    @property
+    def iteration(self) -> TrainingIteration: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What this rank holds of the metric: a number, or the reason why there is none (`absent`)."""
+
+    value: float | None = None
+    weight: float | None = None
+    absent: str = ""
+
+
+def check_reduction(reduction: str) -> MetricReduction:
+    """`reduction`, checked.
+
+    Raises:
+        ConfigError: if it is not one of the known ones.
+    """
+    if reduction not in get_args(MetricReduction):
+        raise ConfigError(f"metric_reduction must be one of {', '.join(get_args(MetricReduction))}, got {reduction!r}")
+    return reduction
+
+
+def read_value(value: Any, weight: Any = None) -> Reading:
+    """A reading from a number of any kind: Python, numpy, or a tensor with one element. **Rank-local**.
+
+    Args:
+        value: `None` where this rank has no value.
+        weight: how much this rank counts in a mean or sum, for example its number of samples; `None` where all count
+            the same.
+
+    Raises:
+        InvalidMetricError: if `value` or `weight` is not a real number, or the weight is negative or not finite.
+    """
+    number = None if value is None else _real(value, "metric")
+    weighed = None if weight is None else _real(weight, "weight of the metric")
+    if weighed is not None and not 0.0 <= weighed < math.inf:
+        raise InvalidMetricError(f"the weight of the metric must be finite and >= 0, got {weighed!r}")
+    return Reading(number, weighed, absent="" if number is not None else "observe() was given None")
+
+
+def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteration: TrainingIteration) -> Reading:
+    """The reading of `metric_key` that was logged at `iteration`. **Rank-local**.
+
+    Raises:
+        InvalidMetricError: as `read_value`.
+    """
+    entry = log_cache.get(metric_key)
+    if entry is None:
+        known = ", ".join(sorted(log_cache)) or "none: the log cache is empty"
+        return Reading(absent=f"metric key {metric_key!r} was not logged at {iteration}; logged keys: {known}")
+    if entry.iteration != iteration:
+        return Reading(absent=f"metric key {metric_key!r} was last logged at {entry.iteration}, not at {iteration}")
+    return read_value(entry.value, entry.weight)
+
+
+def agree_on_metric(
+    ranks: Ranks,
+    metric_key: str,
+    reading: Reading,
+    reduction: MetricReduction,
+    *,
+    failure: BaseException | None = None,
+    state: bytes = b"",
+) -> float:
+    """One value from all ranks' readings, bit-equal on every rank. **Collective**: one exchange where all is well.
+
+    Args:
+        ranks: who agrees.
+        metric_key: for messages.
+        reading: of this rank.
+        reduction: how the values become one. Weights count in `mean` and `sum`; a rank of weight 0 is ignored.
+        failure: something that went wrong on this rank before; every rank raises it.
+        state: bytes that must be equal on all ranks.
+
+    Raises:
+        MissingMetricError: on every rank, if a rank that is needed has no value; names these ranks.
+        InvalidMetricError: if all weights are 0, or some ranks gave a weight and others did not.
+        MetricMismatchError: if the reduction is `identical` and the values are not.
+        RanksError: see `Ranks.exchange`.
+    """
+    step = f"observe {metric_key}"
+    numbers = ranks.exchange(step, Number(reading.value, reading.weight), failure=failure, state=state)
+    needed = numbers[:1] if reduction == "rank0" else numbers
+    if any(number.value is None and number.weight != 0.0 for number in needed):
+        reasons = ranks.gather_json(step, lambda: reading.absent)
+        lines = "\n".join(
+            f"  rank {rank}: {reasons[rank]}"
+            for rank, number in enumerate(needed)
+            if number.value is None and number.weight != 0.0
+        )
+        raise MissingMetricError(
+            f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
+            f"{lines}\nThe callback that logs it must run at every interval of this one, and before it: give it the "
+            "same every_n_* and an earlier place in the list."
+        )
+    return reduce_numbers(needed, reduction)
+
+
+def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> float:
+    """One float64 from the numbers of the ranks, by rank. Pure.
+
+    Equal values reduce to exactly that value (but for `sum`). NaN on a rank that counts gives NaN.
+
+    Raises:
+        InvalidMetricError, MetricMismatchError: see `agree_on_metric`.
+    """
+    values, weights = _values_that_count(numbers)
+    if reduction == "identical":
+        if not _all_same(values):
+            lines = "\n".join(f"  rank {rank}: {number.value!r}" for rank, number in enumerate(numbers))
+            raise MetricMismatchError(f"metric_reduction is 'identical', but the ranks hold different values:\n{lines}")
+        return values[0]
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    if reduction == "min":
+        return min(values)
+    if reduction == "max":
+        return max(values)
+    if reduction == "sum":
+        return _sum([value * weight for value, weight in zip(values, weights, strict=True)])
+    if _all_same(values):
+        return values[0]
+    total = _sum([value * weight for value, weight in zip(values, weights, strict=True)])
+    return total / math.fsum(weights)
+
+
+def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
+    given = [number.weight is not None for number in numbers]
+    if any(given) and not all(given):
+        without = [rank for rank, has_weight in enumerate(given) if not has_weight]
+        raise InvalidMetricError(
+            f"the metric has a weight on some ranks only, not on ranks {without}; give weight= on every rank or on none"
+        )
+    weights = [1.0 if number.weight is None else number.weight for number in numbers]
+    pairs = [
+        (number.value, weight)
+        for number, weight in zip(numbers, weights, strict=True)
+        if weight > 0.0 and number.value is not None
+    ]
+    if not pairs:
+        raise InvalidMetricError("the weight of the metric is 0 on every rank: there is nothing to reduce")
+    return [value for value, _ in pairs], [weight for _, weight in pairs]
+
+
+def _all_same(values: Sequence[float]) -> bool:
+    return all(value == values[0] or (math.isnan(value) and math.isnan(values[0])) for value in values)
+
+
+def _sum(terms: Sequence[float]) -> float:
+    if not all(map(math.isfinite, terms)):
+        return sum(terms)
+    try:
+        return math.fsum(terms)
+    except OverflowError:
+        return math.copysign(math.inf, math.fsum(term / len(terms) for term in terms))
+
+
+def _real(value: Any, what: str) -> float:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise InvalidMetricError(f"the {what} must be one real number, got a tensor of shape {tuple(value.shape)}")
+        return float(value.item())
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool | str | bytes):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidMetricError(f"the {what} must be one real number, got {value!r}: {error}") from error
+    raise InvalidMetricError(f"the {what} must be a number, got {value!r} of type {type(value).__name__}")
