@@ -1,0 +1,34 @@
+# Every target works as the first command on a fresh clone: the environment is made where it is missing or out of date.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check clean
+
+# Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
+demo: $(INSTALLED)
+	rm -rf runs/digits
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m keepbest train examples/digits/config.yaml
+
+# worksteal, because a few tests take seconds and most take milliseconds.
+test: $(INSTALLED)
+	$(BIN)/pytest -q -n 2 --dist worksteal
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_architecture.py
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+
+# The stamp comes last, so that an installation that was interrupted is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples,tensorboard,test,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist runs
+	find src -name '*.egg-info' -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
