@@ -1,0 +1,217 @@
+"""The walls of the architecture, held by reading the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import keepbest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "keepbest"
+SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+PUBLIC_NAMES = ["TrainingIteration"]
+
+# Decisions must be the same on all ranks: these modules see no tensors, no clock, no chance and no disk.
+PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py"]
+IMPURE_MODULES = {
+    "datetime", "io", "json", "logging", "os", "pathlib", "random", "shutil", "subprocess", "tempfile", "threading",
+    "time", "torch",
+}  # fmt: skip
+
+# The one path runs from the top to the bottom of this list, and no step calls back up; the shells stand around it.
+PATH = ["keeper", "store", "snapshot", "metric", "ranks", "decision", "interval", "iteration", "errors"]
+SHELLS = ["callbacks", "cli", "data", "launch", "training"]
+
+COLLECTIVES_LIVE_IN = ("ranks.py", "snapshot.py", "snapshot/", "data/")
+SHARDED_APIS_LIVE_IN = (
+    *COLLECTIVES_LIVE_IN,
+    "callbacks/checkpoint.py",
+    "models/model.py",  # unwraps models, so it knows the wrappers
+    "store/load.py",
+    "training/strategy.py",
+)
+PROCESS_GROUPS_START_IN = ("launch.py",)
+SHARDED_APIS = ("checkpoint", "fsdp", "tensor", "device_mesh")
+COLLECTIVES = {
+    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
+    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "batch_isend_irecv", "broadcast",
+    "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "new_group", "new_subgroups", "recv",
+    "recv_object_list", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
+    "send_object_list", "split_group",
+}  # fmt: skip
+# Collectives as methods of tensors and of process groups, whatever the object is called.
+COLLECTIVE_METHODS = {"allgather", "allreduce", "full_tensor", "redistribute"}
+FILE_FUNCTIONS = {"open", "mkdir", "read_bytes", "read_text", "rename", "rmtree", "unlink", "write_bytes", "write_text"}
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(SOURCES[name].read_text(), filename=name)
+
+
+def imports(tree: ast.AST) -> dict[str, str]:
+    """{local name: dotted name that it stands for} of every import that runs."""
+    names = {}
+    for node in run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                local = alias.asname or alias.name.partition(".")[0]
+                names[local] = alias.name if alias.asname else local
+                names[alias.name] = alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, except those under `if TYPE_CHECKING:`."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+            yield from run_time_nodes(child)
+
+
+def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import and attribute chain, with import aliases resolved."""
+    known = imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            yield node.lineno, f"{known.get(first, first)}.{rest}"
+        elif isinstance(node, ast.Name):
+            yield node.lineno, known.get(node.id, node.id)
+
+
+def uses(is_forbidden: Callable[[str], bool], *, outside: tuple[str, ...] = ()) -> list[str]:
+    """`file:line: name` of every forbidden use in the sources that do not lie in the places `outside`."""
+    names = [name for name in SOURCES if not name.startswith(outside)]
+    return [f"{name}:{line}: {used}" for name in names for line, used in used_names(parse(name)) if is_forbidden(used)]
+
+
+def module_of(dotted: str) -> str:
+    """The part after `keepbest.` that names a module or folder of this package, or an empty string."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "keepbest" and len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_module_imports_nothing_that_differs_between_ranks(name: str):
+    roots = {dotted.partition(".")[0] for dotted in imports(parse(name)).values()}
+    assert roots & IMPURE_MODULES == set()
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_module_brings_in_no_torch(name: str):
+    # The package itself may import torch, so an empty one stands in for its __init__.
+    program = f"""
+import importlib, sys, types
+package = types.ModuleType("keepbest")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["keepbest"] = package
+importlib.import_module("keepbest.{Path(name).stem}")
+print(sorted(module for module in sys.modules if module.partition(".")[0] == "torch"))
+"""
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert loaded.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("position", range(len(PATH)), ids=PATH)
+def test_no_step_of_the_path_calls_back_up(position: int):
+    step, above = PATH[position], {*PATH[:position], *SHELLS}
+    names = [name for name in SOURCES if name == f"{step}.py" or name.startswith(f"{step}/")]
+    upward = [
+        f"{name}: {dotted}" for name in names for dotted in imports(parse(name)).values() if module_of(dotted) in above
+    ]
+    assert upward == []
+
+
+def is_collective(used: str) -> bool:
+    prefix, _, last = used.rpartition(".")
+    return last in COLLECTIVE_METHODS or (prefix.startswith("torch.distributed") and last in COLLECTIVES)
+
+
+def is_sharded_api(used: str) -> bool:
+    return used.startswith(tuple(f"torch.distributed.{api}" for api in SHARDED_APIS))
+
+
+def is_barrier(used: str) -> bool:
+    return used.rpartition(".")[2].endswith("barrier")
+
+
+def test_no_collective_outside_its_place():
+    assert uses(is_collective, outside=COLLECTIVES_LIVE_IN) == []
+
+
+def test_no_sharded_api_outside_its_place():
+    assert uses(is_sharded_api, outside=SHARDED_APIS_LIVE_IN) == []
+
+
+def test_default_process_group_is_made_by_the_launcher_only():
+    def makes_or_ends(used: str) -> bool:
+        return used.rpartition(".")[2] in {"init_process_group", "destroy_process_group"}
+
+    assert uses(makes_or_ends, outside=PROCESS_GROUPS_START_IN) == []
+
+
+def test_no_barrier_anywhere():
+    assert uses(is_barrier) == []
+
+
+def test_keeper_opens_no_file():
+    def is_file_access(used: str) -> bool:
+        return used in {"torch.save", "torch.load"} or used.rpartition(".")[2] in FILE_FUNCTIONS
+
+    assert uses(is_file_access, outside=tuple(name for name in SOURCES if name != "keeper.py")) == []
+
+
+def test_no_assert_validates():
+    found = [
+        f"{name}:{node.lineno}" for name in SOURCES for node in ast.walk(parse(name)) if isinstance(node, ast.Assert)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist\ndist.all_reduce(x)",
+        "import torch\ntorch.distributed.all_reduce(x)",
+        "from torch import distributed\ndistributed.all_reduce(x)",
+        "from torch.distributed import all_reduce as add\nadd(x)",
+        "def late():\n    from torch.distributed import all_reduce",
+        "group().allreduce([x])",
+        "parameter.full_tensor()",
+    ],
+)
+def test_collectives_are_seen_however_they_are_spelled(source: str):
+    assert any(is_collective(used) for _, used in used_names(ast.parse(source)))
+
+
+def test_methods_of_ranks_are_no_collectives_of_torch():
+    source = "ranks.broadcast('step', work)\nself.ranks.gather_json('step', work)\nqueue.send(x)"
+    assert not any(is_collective(used) for _, used in used_names(ast.parse(source)))
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines())
+        for folder in ("src", "tests", "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_public_names():
+    assert sorted(keepbest.__all__) == sorted(PUBLIC_NAMES)
+    assert all(hasattr(keepbest, name) for name in PUBLIC_NAMES)
