@@ -1,0 +1,199 @@
+"""From the environment of torchrun or SLURM to a process group, and back.
+
+    with distributed() as process:
+        ...                                # torch.distributed is initialised, or this is the only process
+
+torchrun's variables come first: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them, those that
+`srun` sets for each task: SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_ID and SLURM_STEP_NODELIST; the address
+is then the first node and the port follows from the job, unless MASTER_ADDR or MASTER_PORT say otherwise. With neither,
+the process is alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+
+import torch
+import torch.distributed as dist
+
+from keepbest.errors import ConfigError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_FIRST_PORT = 16384  # SLURM jobs get a port in [16384, 32768): not reserved, and below Linux' ephemeral ones
+_PORTS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """The place of this process in a launch.
+
+    Attributes:
+        rank: among all processes, from 0.
+        world_size: number of processes.
+        local_rank: among the processes of this host, from 0.
+        master_addr: host of rank 0; `None` for a process that was launched alone.
+        master_port: where rank 0 listens; `None` for a process that was launched alone.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+@contextmanager
+def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Process]:
+    """Initialise the default process group that the environment asks for, and destroy it at the end. **Collective**.
+
+    NCCL where CUDA is available, with the device of the local rank made current; gloo on CPUs. Nothing is initialised
+    if the process was launched alone.
+
+    Args:
+        timeout: of the rendezvous and of every collective in the default group.
+
+    Yields:
+        The place of this process.
+
+    Raises:
+        ConfigError: if variables are missing or no numbers, naming them, or the host has no device for the local rank.
+    """
+    process = read_environment(os.environ)
+    if process.master_addr is None:
+        yield process
+        return
+    device = _claim_device(process)
+    dist.init_process_group(
+        "gloo" if device is None else "nccl",
+        init_method=f"tcp://{_bracketed(process.master_addr)}:{process.master_port}",
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=timeout,
+        device_id=device,
+    )
+    try:
+        yield process
+    finally:
+        dist.destroy_process_group()
+
+
+def read_environment(environment: Mapping[str, str]) -> Process:
+    """The place of this process according to `environment`. **Rank-local**.
+
+    Raises:
+        ConfigError: if variables of the launcher are missing or have values that cannot be right.
+    """
+    if any(name in environment for name in _TORCHRUN):
+        _require(environment, (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT"), launcher="torchrun")
+        return _process(environment, rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK")
+    if "SLURM_PROCID" in environment:
+        defaults = _slurm_rendezvous(environment)
+        _require(environment, ("SLURM_NTASKS", "SLURM_LOCALID"), launcher="SLURM")
+        return _process(
+            {**defaults, **environment}, rank="SLURM_PROCID", world_size="SLURM_NTASKS", local_rank="SLURM_LOCALID"
+        )
+    return Process()
+
+
+def expand_node_list(text: str) -> list[str]:
+    """The hosts of a SLURM node list: `a[1-2,07],b` is `a1`, `a2`, `a07`, `b`. **Rank-local**.
+
+    Raises:
+        ConfigError: if `text` is not such a list.
+    """
+    item = r"(?:[^\[\],\s]|\[[^\[\]\s]*\])+"
+    if not re.fullmatch(rf"{item}(?:,{item})*", text):
+        raise ConfigError(f"not a SLURM node list: {text!r}; expected a form like node[01-04,07],login1")
+    hosts = []
+    for host in re.findall(item, text):
+        # Split at brackets: even parts are literal, odd ones are what stood inside a pair.
+        parts = re.split(r"\[(.*?)\]", host)
+        choices = [_expand_ranges(part, text) if i % 2 else [part] for i, part in enumerate(parts)]
+        hosts += ["".join(choice) for choice in product(*choices)]
+    return hosts
+
+
+def _expand_ranges(ranges: str, text: str) -> list[str]:
+    numbers = []
+    for part in ranges.split(","):
+        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
+            raise ConfigError(f"not a SLURM node list: {text!r}; {part!r} is neither a number nor a range like 01-04")
+        first, last = bounds[1], bounds[2] or bounds[1]
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+        if not nodes:
+            raise ConfigError(
+                "started by SLURM, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set; "
+                "start the processes with srun, or set MASTER_ADDR to the host of rank 0"
+            )
+        found["MASTER_ADDR"] = expand_node_list(nodes)[0]
+    if "MASTER_PORT" not in environment:
+        _require(environment, ("SLURM_JOB_ID",), launcher="SLURM")
+        # 13 is coprime to the number of ports: neighbouring jobs, and the first steps of each, differ.
+        step = environment.get("SLURM_STEP_ID", "0")
+        offset = _number(environment, "SLURM_JOB_ID") * 13 + (int(step) if step.isdecimal() else 0)
+        found["MASTER_PORT"] = str(_FIRST_PORT + offset % _PORTS)
+    return found
+
+
+def _process(environment: Mapping[str, str], *, rank: str, world_size: str, local_rank: str) -> Process:
+    process = Process(
+        rank=_number(environment, rank),
+        world_size=_number(environment, world_size),
+        local_rank=_number(environment, local_rank),
+        master_addr=environment["MASTER_ADDR"],
+        master_port=_number(environment, "MASTER_PORT"),
+    )
+    if process.rank >= process.world_size:
+        raise ConfigError(f"{rank}={process.rank} must be less than {world_size}={process.world_size}")
+    return process
+
+
+def _require(environment: Mapping[str, str], names: tuple[str, ...], *, launcher: str) -> None:
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        present = [name for name in names if name not in missing]
+        raise ConfigError(
+            f"the environment looks like that of {launcher} but lacks {', '.join(missing)} "
+            f"(set: {', '.join(present) or 'none of them'}); start the processes with torchrun or srun, "
+            "or unset these variables to run a single process"
+        )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name]
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} must be an integer >= 0, found {text!r}")
+    return int(text)
+
+
+def _claim_device(process: Process) -> torch.device | None:
+    if not torch.cuda.is_available():
+        return None
+    count = torch.cuda.device_count()
+    # With one visible device per task (srun --gpus-per-task=1) every local rank has its own as number 0.
+    index = 0 if count == 1 else process.local_rank
+    if index >= count:
+        raise ConfigError(
+            f"rank {process.rank} has local rank {process.local_rank}, but this host shows {count} CUDA devices; "
+            "start at most one process for each device"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

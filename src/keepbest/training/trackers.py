@@ -1,0 +1,106 @@
+"""Where logged scalars end up: nowhere, a JSON-lines file, or TensorBoard. Only rank 0 has a real tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from keepbest.iteration import TrainingIteration
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+TrackerName = Literal["none", "jsonl", "tensorboard"]
+
+
+class Tracker(Protocol):
+    """Receives the scalars of one rank."""
+
+    def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
+        """Record `scalars`, all of one iteration. Rank-local."""
+
+    def close(self) -> None:
+        """Write out what is buffered; `log` may be called again afterwards. Rank-local."""
+
+
+class NoTracker:
+    """Forgets everything: the tracker of a run without one, and of every rank but 0."""
+
+    def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class JsonLinesTracker:
+    """Appends one JSON object for each iteration: `{"epoch": 1, "update": 20, "sample": 640, "loss/val/total": 0.5}`.
+
+    NaN and infinities are the strings `"nan"`, `"inf"` and `"-inf"`, since JSON has no numbers for them. A run that is
+    resumed from an earlier iteration repeats the ones after it; the last record of an iteration is the valid one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
+        """Append one line.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        parts = {"epoch": iteration.epoch, "update": iteration.update, "sample": iteration.sample}
+        values = {key: value if math.isfinite(value) else str(value) for key, value in scalars.items()}
+        line = json.dumps(parts | values) + "\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(self._line_break_after_a_torn_line() + line.encode())
+
+    def close(self) -> None:
+        """Do nothing: every line is written when it is logged."""
+
+    def _line_break_after_a_torn_line(self) -> bytes:
+        with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return b""
+            file.seek(-1, os.SEEK_END)
+            return b"" if file.read(1) == b"\n" else b"\n"
+
+
+class TensorBoardTracker:
+    """Writes event files for TensorBoard; the step is the update. The first `log` opens the file."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: SummaryWriter | None = None
+
+    def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
+        """Add each scalar at `iteration.update`.
+
+        Raises:
+            ModuleNotFoundError: if the package `tensorboard` is not installed.
+        """
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._directory))
+        for key, value in scalars.items():
+            self._writer.add_scalar(key, value, global_step=iteration.update)
+
+    def close(self) -> None:
+        """Write out the buffered events and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def build_tracker(name: TrackerName, directory: Path, *, is_main: bool) -> Tracker:
+    """The tracker of a run in `directory`: `metrics.jsonl`, or event files in `tensorboard/`. Rank-local."""
+    if not is_main or name == "none":
+        return NoTracker()
+    if name == "jsonl":
+        return JsonLinesTracker(directory / "metrics.jsonl")
+    return TensorBoardTracker(directory / "tensorboard")
