@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, SupportsFloat, get_args
+from typing import Any, Literal, Protocol, SupportsFloat, cast, get_args
 
 import torch
 
@@ -44,7 +44,7 @@ def check_reduction(reduction: str) -> MetricReduction:
     """
     if reduction not in get_args(MetricReduction):
         raise ConfigError(f"metric_reduction must be one of {', '.join(get_args(MetricReduction))}, got {reduction!r}")
-    return reduction
+    return cast("MetricReduction", reduction)
 
 
 def read_value(value: Any, weight: Any = None) -> Reading:

@@ -128,7 +128,13 @@ class Ranks:
         return self._control.group
 
     def agree(
-        self, step: str, work: Callable[[], T], *, remedy: str = "", state: bytes = b"", saving: bool = False
+        self,
+        step: str,
+        work: Callable[[], T],
+        *,
+        remedy: str = "",
+        state: Callable[[T], bytes] = lambda _: b"",
+        saving: bool = False,
     ) -> T:
         """Do `work` on this rank and make its failure everybody's. **Collective**, one exchange.
 
@@ -136,7 +142,7 @@ class Ranks:
             step: what is being done, in words; the same on every rank.
             work: rank-local and free of collectives.
             remedy: what the user can do if it fails.
-            state: bytes that must be equal on all ranks.
+            state: from the result of `work` to bytes that must be equal on all ranks.
             saving: wait with `save_timeout` rather than `rank_timeout`.
 
         Returns:
@@ -147,9 +153,14 @@ class Ranks:
                 is one of ours, else `RankFailedError`.
             RankTimeoutError, DesyncError, PoisonedError: see `exchange`.
         """
-        result, failure = self._attempt(work)
-        self.exchange(step, Number(None, None), failure=failure, remedy=remedy, state=state, saving=saving)
-        return result  # type: ignore[return-value]  # exchange raised if there is no result
+
+        def work_and_state() -> tuple[T, bytes]:
+            return (result := work()), state(result)
+
+        outcome, failure = self._attempt(work_and_state)
+        held = b"" if outcome is None else outcome[1]
+        self.exchange(step, Number(None, None), failure=failure, remedy=remedy, state=held, saving=saving)
+        return outcome[0]  # type: ignore[index]  # exchange raised if there is no outcome
 
     def broadcast(self, step: str, work: Callable[[], Any], *, remedy: str = "", saving: bool = False) -> Any:
         """Do `work` on rank 0 and hand its JSON value to every rank. **Collective**. Raises as `agree` does."""
@@ -217,15 +228,16 @@ class Ranks:
         text: str = "",
         saving: bool,
     ) -> list[_Frame]:
-        report = text if failure is None else _report(failure, remedy)
+        report = text if failure is None else _report(step, failure, remedy)
         key = hashlib.blake2b(step.encode() + b"\0" + state, digest_size=16).digest()
         value, weight = (_NONE if part is None else part for part in number)
         frame = _Frame(key, failure is not None, value, weight, len(report.encode()))
         frames = [_Frame(*_FRAME.unpack(raw)) for raw in self._all_gather(_FRAME.pack(*frame), step, saving)]
+        # A failure explains why steps differ, so it comes first.
+        if any(other.failed for other in frames):
+            self._raise_failures(failure, self._texts(report, frames, saving=saving), frames)
         if any(other.step != key for other in frames):
             self._raise_desync(step, state, saving)
-        if any(other.failed for other in frames):
-            self._raise_failures(step, failure, self._texts(report, frames, saving=saving), frames)
         return frames
 
     def _texts(self, mine: str, frames: list[_Frame], *, saving: bool) -> list[str]:
@@ -234,7 +246,7 @@ class Ranks:
         texts = self._all_gather(padded, "exchange texts", saving) if longest else [b""] * self.world_size
         return [text[: frame.text_bytes].decode() for text, frame in zip(texts, frames, strict=True)]
 
-    def _raise_failures(self, step: str, mine: BaseException | None, texts: list[str], frames: list[_Frame]) -> None:
+    def _raise_failures(self, mine: BaseException | None, texts: list[str], frames: list[_Frame]) -> None:
         if mine is not None and not isinstance(mine, Exception):
             raise mine
         reports = {rank: json.loads(texts[rank]) for rank, frame in enumerate(frames) if frame.failed}
@@ -249,7 +261,7 @@ class Ranks:
             for rank, report in reports.items()
         )
         remedy = f". {first['remedy']}" if first["remedy"] else ""
-        raise (ours or RankFailedError)(f"failed to {step} on {told}{remedy}") from mine
+        raise (ours or RankFailedError)(f"failed to {first['step']} on {told}{remedy}") from mine
 
     def _raise_desync(self, step: str, state: bytes, saving: bool) -> None:
         width = 1024
@@ -366,5 +378,5 @@ def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
     return True
 
 
-def _report(failure: BaseException, remedy: str) -> str:
-    return json.dumps({"type": type(failure).__name__, "message": str(failure), "remedy": remedy})
+def _report(step: str, failure: BaseException, remedy: str) -> str:
+    return json.dumps({"step": step, "type": type(failure).__name__, "message": str(failure), "remedy": remedy})

@@ -1,6 +1,7 @@
 """What a model must offer so that the trainer can train it and its parts can be saved one by one."""
 
 from keepbest.models.composite import CompositeModel
-from keepbest.models.model import Model, unwrap
+from keepbest.models.model import Model
+from keepbest.models.structure import unwrap
 
 __all__ = ["CompositeModel", "Model", "unwrap"]

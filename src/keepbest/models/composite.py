@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from keepbest.errors import ConfigError
-from keepbest.models.model import Model, unwrap
+from keepbest.models.model import Model
+from keepbest.models.structure import unwrap
 
 
 class CompositeModel(Model):

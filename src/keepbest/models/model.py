@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 
 
 class Model(nn.Module, ABC):
@@ -30,13 +28,3 @@ class Model(nn.Module, ABC):
         """Whether no parameter requires grad at this moment. Rank-local."""
         return not any(parameter.requires_grad for parameter in self.parameters())
 
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP, FSDP1 and `torch.compile` wrappers. Rank-local. FSDP2 does not wrap."""
-    while True:
-        if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model

@@ -1,0 +1,82 @@
+"""The plain names of a model's weights, whatever it is wrapped in.
+
+Wrappers put themselves into the names of state-dict keys (`module.`, `_orig_mod.`, ...). Here they are taken out again
+by walking the modules, never by replacing text: a submodule that a user called `module` keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# torch.compile, FSDP1 and activation checkpointing keep the module that they wrap under these names.
+_WRAPPED_CHILD_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def wrapped_child(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of what `module` wraps; `None` if it is no wrapper."""
+    if isinstance(module, DistributedDataParallel | DataParallel):
+        return "module", module.module
+    children = dict(module.named_children())
+    return next(((name, children[name]) for name in _WRAPPED_CHILD_NAMES if name in children), None)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's own module inside all wrappers around it."""
+    while (wrapped := wrapped_child(module)) is not None:
+        module = wrapped[1]
+    return module
+
+
+def plain_key(module: nn.Module, key: str) -> str:
+    """`key`, a name of `module`'s state dict or parameters, without the names of wrappers."""
+    parts, plain = key.split("."), list[str]()
+    while parts:
+        if (wrapped := wrapped_child(module)) is not None:
+            name, module = wrapped
+            # FSDP1 and the checkpoint wrapper already left their name out of state dicts, but not out of parameters.
+            parts = parts[1:] if parts[0] == name else parts
+            continue
+        child = dict(module.named_children()).get(parts[0])
+        plain.append(parts.pop(0))
+        if child is None:
+            return ".".join([*plain, *parts])
+        module = child
+    return ".".join(plain)
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its plain dotted path, wrappers before what they wrap (under the same path), parents first."""
+    yield path, module
+    if (wrapped := wrapped_child(module)) is not None:
+        yield from walk(wrapped[1], path)
+        return
+    for name, child in module.named_children():
+        yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def modules_along(module: nn.Module, path: str) -> list[tuple[str, nn.Module]] | None:
+    """The modules from `module` down to the plain dotted `path`, wrappers included; `None` if there is no such path.
+
+    The first module under `path` ends the list: a wrapper counts as the module that it wraps.
+    """
+    here, found = "", [("", module)]
+    for name in path.split(".") if path else []:
+        while (wrapped := wrapped_child(module)) is not None:
+            module = wrapped[1]
+            found.append((here, module))
+        child = dict(module.named_children()).get(name)
+        if child is None:
+            return None
+        here = f"{here}.{name}" if here else name
+        module = child
+        found.append((here, module))
+    return found
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether `module` is wrapped by `FullyShardedDataParallel`."""
+    return isinstance(module, FullyShardedDataParallel)

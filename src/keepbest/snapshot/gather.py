@@ -1,0 +1,195 @@
+"""From a model, in whatever way it is distributed, to full CPU tensors on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.tensor import DTensor
+
+from keepbest.errors import ConfigError, SnapshotError
+from keepbest.models.structure import is_fsdp1, modules_along, plain_key
+from keepbest.ranks import Ranks
+from keepbest.snapshot.selection import Part
+
+StateDict = dict[str, Any]
+
+_FLAT = "_flat_param"  # how FSDP1 names the one parameter of a unit without original parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a snapshot holds.
+
+    Attributes:
+        files: for each part name a state dict with plain keys and full tensors on the CPU; empty on ranks other than 0.
+            Tensors of an unsharded CPU model are the live ones, not copies.
+        left_out: for each part name the keys (relative to the part) that were left out because they were frozen. A
+            part that is frozen as a whole has no file.
+    """
+
+    files: Mapping[str, StateDict]
+    left_out: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A module whose state dict is taken in one piece, and the parts that are cut out of it."""
+
+    path: str
+    module: nn.Module
+    parts: list[Part]
+    is_frozen: Callable[[str], bool]
+
+    @property
+    def holds_fsdp1(self) -> bool:
+        return any(is_fsdp1(module) for module in self.module.modules())
+
+    def key_in(self, part: Part, key: str) -> str | None:
+        """`key` of this module as a key of `part`; `None` if it is not in it."""
+        inside = part.path[len(self.path) :].lstrip(".")
+        if inside and not key.startswith(f"{inside}."):
+            return None
+        key = key[len(inside) + 1 :] if inside else key
+        return key if part.holds(key) else None
+
+
+def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool, ranks: Ranks) -> Weights:
+    """Bring the weights of `parts` to rank 0. **Collective**.
+
+    Ranks other than 0 hold at most one whole parameter at a time (FSDP1: one unit).
+
+    Raises:
+        KeepBestError: as `Ranks.agree`, before any weight moved: if a rank lists other weights than the others, or a
+            weight is on the meta device or is no plain data.
+        Exception: whatever a rank meets while weights are on their way; that rank then takes part in no further
+            collective (`PoisonedError`), since the others may be in the middle of one.
+    """
+    # Ranks that list different weights would wait for each other for ever; so they show each other their lists first.
+    sources = ranks.agree(
+        "list the weights",
+        lambda: _list_sources(model, parts, save_frozen_weights),
+        state=lambda sources: b"\n".join(map(_listing, sources)),
+    )
+    files: dict[str, StateDict] = {}
+    left_out: dict[str, list[str]] = {}
+    try:
+        for source in sources:
+            state = _fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
+            for part in source.parts:
+                kept, left_out[part.name] = _cut(source, part, state)
+                full = _full_tensors(kept, keep=ranks.is_main)
+                if full or not left_out[part.name]:
+                    files[part.name] = full
+    except BaseException as error:
+        if ranks.world_size > 1:
+            ranks.poison(f"gathering the weights failed on rank {ranks.rank} ({type(error).__name__}: {error})")
+        raise
+    return Weights(
+        files=files if ranks.is_main else {}, left_out={name: keys for name, keys in left_out.items() if keys}
+    )
+
+
+def plain_state_dict(module: nn.Module) -> StateDict:
+    """The state dict of `module` with plain keys; its tensors are the parameters themselves. **Rank-local**."""
+    return {plain_key(module, key): value for key, value in module.state_dict(keep_vars=True).items()}
+
+
+def _list_sources(model: nn.Module, parts: Sequence[Part], save_frozen_weights: bool) -> list[_Source]:
+    sources: dict[str, _Source] = {}
+    for part in parts:
+        along = modules_along(model, part.path)
+        if along is None:
+            raise ConfigError(f"the model no longer has a submodel {part.path!r}, which was selected to be saved")
+        # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit: only its root has them.
+        path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
+        if path not in sources:
+            test = (lambda _: False) if save_frozen_weights else _frozen_test(module)
+            sources[path] = _Source(path, module, [], test)
+        sources[path].parts.append(part)
+    return list(sources.values())
+
+
+def _listing(source: _Source) -> bytes:
+    if source.holds_fsdp1:
+        names = {plain_key(source.module, key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
+        return f"{source.path}: {sorted(names)}".encode()
+    lines = [f"{source.path}:"]
+    for key, value in plain_state_dict(source.module).items():
+        if isinstance(value, torch.Tensor):
+            if value.is_meta:
+                raise SnapshotError(f"{key!r} is on the meta device: it has no values that could be saved")
+            placements = f" {value.placements}" if isinstance(value, DTensor) else ""
+            lines.append(f"{key} {tuple(value.shape)} {value.dtype}{placements}")
+        elif not _is_plain_data(value):
+            raise SnapshotError(
+                f"{key!r} in the state dict is a {type(value).__name__}; only tensors, numbers, strings and containers "
+                "of them can be loaded without running code. Return one of these from get_extra_state()"
+            )
+    return " ".join(lines).encode()
+
+
+def _fsdp1_state_dict(module: nn.Module) -> StateDict:
+    """Full state dict on rank 0 of a module that is, or contains, FSDP1 units. **Collective**."""
+    # Offloading fails for units on the CPU ("setStorage ... out of bounds"), and has nothing to do there.
+    on_accelerator = any(parameter.device.type != "cpu" for parameter in module.parameters())
+    config = FullStateDictConfig(offload_to_cpu=on_accelerator, rank0_only=True)
+    with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+        return {plain_key(module, key): value for key, value in module.state_dict().items()}
+
+
+def _cut(source: _Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
+    """The entries of `part`, and the keys that are left out since they are frozen."""
+    entries = {key: name for key in state if (name := source.key_in(part, key)) is not None}
+    frozen = sorted(name for key, name in entries.items() if source.is_frozen(key))
+    buffers = {plain_key(source.module, key) for key, _ in source.module.named_buffers(remove_duplicate=False)}
+    if frozen and all(key in buffers or source.is_frozen(key) for key in entries):
+        return {}, sorted(entries.values())
+    return {name: state[key] for key, name in entries.items() if not source.is_frozen(key)}, frozen
+
+
+def _frozen_test(module: nn.Module) -> Callable[[str], bool]:
+    """Whether the parameter with a plain key does not require grad at this moment."""
+    requires_grad = {
+        plain_key(module, key): parameter.requires_grad
+        for key, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole: ask the innermost unit.
+    units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
+    buffers = {plain_key(module, key) for key, _ in module.named_buffers(remove_duplicate=False)}
+
+    def is_frozen(key: str) -> bool:
+        if key in requires_grad:
+            return not requires_grad[key]
+        around = [path for path in units if key.startswith(path)]
+        return bool(around) and key not in buffers and not units[max(around, key=len)]
+
+    return is_frozen
+
+
+def _full_tensors(state: StateDict, *, keep: bool) -> StateDict:
+    """Full CPU tensors where `keep`, else nothing. **Collective** for sharded tensors; tied ones are moved once."""
+    moved: dict[int, torch.Tensor] = {}
+    full: StateDict = {}
+    with torch.no_grad():
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                full[key] = value
+            elif id(value) in moved:
+                full[key] = moved[id(value)]
+            else:
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                full[key] = moved[id(value)] = whole.detach().cpu() if keep else whole.new_empty(0)
+    return full if keep else {}
+
+
+def _is_plain_data(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain_data(key) and _is_plain_data(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain_data, value))
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.Tensor)
