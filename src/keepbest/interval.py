@@ -1,7 +1,7 @@
 """How often something happens during training.
 
-Callbacks and the sampler that interleaves their evaluation batches both ask here, so that they cannot disagree about when
-a callback is due.
+Callbacks and the sampler that interleaves their evaluation batches both ask here, so that they cannot disagree about
+when a callback is due.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Interval:
             raise ConfigError(f"{name} must be an integer > 0, found {n!r}")
 
     @property
+    def n(self) -> int:
+        """How many of them."""
+        return next(n for n in (self.every_n_epochs, self.every_n_updates, self.every_n_samples) if n is not None)
+
+    @property
     def kind(self) -> Literal["epoch", "update", "sample"]:
         """What is counted."""
         if self.every_n_epochs is not None:
@@ -50,16 +55,14 @@ class Interval:
     def is_due(self, *, update: int, updates_per_epoch: int, effective_batch_size: int) -> bool:
         """Whether the interval ends with the `update`-th completed update (the first one is 1).
 
-        An interval of samples is due at the update that completes a multiple of it; several multiples that are passed by
-        one update are one occasion.
+        An interval of samples is due at the update that completes a multiple of it; several multiples that one update
+        completes are one occasion.
         """
-        if self.every_n_epochs is not None:
-            return update % (updates_per_epoch * self.every_n_epochs) == 0
-        if self.every_n_updates is not None:
-            return update % self.every_n_updates == 0
-        n = self.every_n_samples or 1
-        return update * effective_batch_size // n > (update - 1) * effective_batch_size // n
+        if self.kind == "epoch":
+            return update % (updates_per_epoch * self.n) == 0
+        if self.kind == "update":
+            return update % self.n == 0
+        return update * effective_batch_size // self.n > (update - 1) * effective_batch_size // self.n
 
     def __str__(self) -> str:
-        n = self.every_n_epochs or self.every_n_updates or self.every_n_samples
-        return f"every_n_{self.kind}s={n}"
+        return f"every_n_{self.kind}s={self.n}"

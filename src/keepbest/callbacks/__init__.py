@@ -1,0 +1,27 @@
+"""Callbacks, their configs, and how they are built.
+
+Other modules of keepbest import from the modules of this package, not from the package itself.
+"""
+
+from keepbest.callbacks.assemble import assemble_callbacks
+from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.config import CallBackBaseConfig, Discriminated, RegisteredConfig
+from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback, PeriodicDataIteratorCallbackConfig
+from keepbest.callbacks.early_stop import MetricEarlyStopper, MetricEarlyStopperConfig
+from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCallbackConfig
+from keepbest.callbacks.periodic import PeriodicCallback
+
+__all__ = [
+    "CallBackBaseConfig",
+    "CallbackBase",
+    "Discriminated",
+    "MetricEarlyStopper",
+    "MetricEarlyStopperConfig",
+    "OfflineLossCallback",
+    "OfflineLossCallbackConfig",
+    "PeriodicCallback",
+    "PeriodicDataIteratorCallback",
+    "PeriodicDataIteratorCallbackConfig",
+    "RegisteredConfig",
+    "assemble_callbacks",
+]

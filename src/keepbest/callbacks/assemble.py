@@ -1,0 +1,46 @@
+"""From the configs of a run to its callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.errors import ConfigError
+
+
+def assemble_callbacks(configs: Sequence[CallBackBaseConfig | Mapping[str, Any]], **context: Any) -> list[CallbackBase]:
+    """Build the callbacks of a run, in the order in which they are to be called.
+
+    That is the order of `configs`, but those that ask to run last come after all others.
+
+    Args:
+        configs: configs, or mappings with a `kind` or `name` that describe one.
+        **context: what each callback is given beside its config; see `CallbackBase`.
+
+    Raises:
+        ConfigError: if a config is not right; names its place in the list. If two callbacks have the same state key, or
+            keys that differ in upper and lower case only.
+    """
+    callbacks = [_build(index, config, context) for index, config in enumerate(configs)]
+    places: dict[str, int] = {}
+    for index, callback in enumerate(callbacks):
+        first = places.setdefault(callback.state_key.casefold(), index)
+        if first != index:
+            raise ConfigError(
+                f"callbacks[{first}] and callbacks[{index}] cannot be told apart: their state keys are "
+                f"{callbacks[first].state_key!r} and {callback.state_key!r}; "
+                "remove one of them, or give them different settings or ids"
+            )
+    return sorted(callbacks, key=lambda callback: callback.runs_last)
+
+
+def _build(index: int, given: CallBackBaseConfig | Mapping[str, Any], context: dict[str, Any]) -> CallbackBase:
+    try:
+        config = CallBackBaseConfig.parse(given)
+        return config.callback_class(config, **context)
+    except (ConfigError, ValidationError) as error:
+        raise ConfigError(f"callbacks[{index}]: {error}") from error

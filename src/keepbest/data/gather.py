@@ -1,0 +1,92 @@
+"""From every rank's share of an evaluation to the results of the whole dataset, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from keepbest.errors import DesyncError, RankFailedError
+from keepbest.ranks import Ranks
+
+Results: TypeAlias = Tensor | dict[str, Tensor]
+
+
+def gather_in_dataset_order(
+    step: str, work: Callable[[], Results], *, dataset_length: int, ranks: Ranks, remedy: str = ""
+) -> Results:
+    """Do `work` on every rank and put the results together. **Collective**.
+
+    The ranks must have evaluated what `evaluation_indices` gives them.
+
+    Args:
+        step: what is being done, in words; the same on every rank.
+        work: rank-local; returns a CPU tensor of any dtype, or a dict of them, each of shape
+            `[ceil(dataset_length / world_size), ...]`.
+        dataset_length: number of samples of the dataset.
+        ranks: who takes part.
+        remedy: what the user can do if `work` fails.
+
+    Returns:
+        The same structure with tensors of shape `[dataset_length, ...]`: one row for each sample, in the order of the
+        dataset, without repetitions; the same bits on every rank.
+
+    Raises:
+        KeepBestError: on every rank, if `work` failed on any or gave another number of rows; see `Ranks.agree`.
+        DesyncError: if the names, shapes or dtypes differ between ranks.
+    """
+    results: list[Results] = []
+
+    def describe() -> list[str]:
+        results.append(work())
+        named = _by_name(results[0])
+        _check_rows(named, rows=-(-dataset_length // ranks.world_size))
+        return [f"{name} {tensor.dtype} {list(tensor.shape)}".strip() for name, tensor in named.items()]
+
+    layouts = ranks.gather_json(step, describe, remedy=remedy)
+    if any(layout != layouts[0] for layout in layouts):
+        told = "; ".join(f"rank {rank}: {', '.join(layout)}" for rank, layout in enumerate(layouts))
+        raise DesyncError(f"the ranks have results of different names, shapes or dtypes in step '{step}': {told}")
+    named = _by_name(results[0])
+    shares = _all_gather(list(named.values()), ranks)
+    whole = [share.transpose(0, 1).flatten(0, 1)[:dataset_length] for share in shares]
+    return whole[0] if isinstance(results[0], Tensor) else dict(zip(named, whole, strict=True))
+
+
+def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Each of the tensors from all ranks, stacked by rank: `[world_size, rows, ...]`."""
+    if ranks.control_group is None:
+        return [tensor.unsqueeze(0) for tensor in tensors]
+    # One collective for all of them; as bytes, because gloo does not know every dtype.
+    parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    sent = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
+    received = torch.empty(ranks.world_size, len(sent), dtype=torch.uint8)
+    try:
+        dist.all_gather(list(received.unbind(0)), sent, group=ranks.control_group)
+    except RuntimeError as error:
+        ranks.poison("a gather of evaluation results was cut off")
+        raise RankFailedError(
+            f"rank {ranks.rank} of {ranks.world_size} lost contact with another rank while it gathered evaluation "
+            f"results: {error}. A process has probably died: look for the first error in the other ranks' output."
+        ) from error
+    columns = torch.split(received, [len(part) for part in parts], dim=1)
+    return [
+        column.contiguous().view(tensor.dtype).reshape(ranks.world_size, *tensor.shape)
+        for column, tensor in zip(columns, tensors, strict=True)
+    ]
+
+
+def _by_name(results: Results) -> dict[str, Tensor]:
+    return {"": results} if isinstance(results, Tensor) else results
+
+
+def _check_rows(named: dict[str, Tensor], *, rows: int) -> None:
+    for name, tensor in named.items():
+        if tensor.ndim == 0 or len(tensor) != rows:
+            raise ValueError(
+                f"expected a result{name and f' {name!r}'} with one row for each of this rank's {rows} samples, "
+                f"found shape {list(tensor.shape)}"
+            )
