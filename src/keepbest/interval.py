@@ -37,7 +37,7 @@ class Interval:
             found = ", ".join(f"{name}={n}" for name, n in given.items()) or "none"
             raise ConfigError(f"expected exactly one of {', '.join(settings)}, found {found}")
         [(name, n)] = given.items()
-        if not isinstance(n, int) or isinstance(n, bool) or n <= 0:
+        if type(n) is not int or n <= 0:
             raise ConfigError(f"{name} must be an integer > 0, found {n!r}")
 
     @property

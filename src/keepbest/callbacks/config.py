@@ -24,8 +24,8 @@ class RegisteredConfig(BaseModel):
     """A config whose class is chosen by the data: by `kind` or by the registered `name`.
 
     A direct subclass is the root of a registry of its own. Every class below a root that declares a default for `name`
-    is registered under it as soon as it is defined. `kind` is the dotted path of a config class, or of a class that names
-    its config by a class attribute `config_class`; it is imported on demand, so it may be anybody's.
+    is registered under it as soon as it is defined. `kind` is the dotted path of a config class, or of a class that has
+    its config as class attribute `config_class`; it is imported on demand, so it may be anybody's.
 
     Raises:
         ConfigError: when a class is defined with a `name` that another class of the registry has.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -86,16 +86,24 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         batch_size = self.callback_config.batch_size or batch_size
         results = gather_in_dataset_order(
             f"evaluate dataset {self.dataset_key!r} in {type(self).__name__}",
-            lambda: self._process_batches(self._batches(batch_size, data_iter)),
+            lambda: self._process_batches(batch_size, data_iter),
             dataset_length=self._dataset_length,
             ranks=self.ranks,
         )
         self.process_results(results, interval_type=interval_type, update_counter=update_counter)
 
-    def _batches(self, batch_size: int, data_iter: Iterator[Any] | None) -> Iterable[Any]:
-        if data_iter is not None:
-            samples = -(-self._dataset_length // self.ranks.world_size)
-            return islice(data_iter, -(-samples // batch_size))
+    def _process_batches(self, batch_size: int, data_iter: Iterator[Any] | None) -> Results:
+        samples = -(-self._dataset_length // self.ranks.world_size)
+        count = -(-samples // batch_size)
+        batches = self._own_loader(batch_size) if data_iter is None else islice(data_iter, count)
+        device = _device_of(self.model)
+        with _evaluating(self.model):
+            results = [_to_cpu(self.process_data(move_to_device(batch, device))) for batch in batches]
+        if len(results) != count:
+            raise RuntimeError(f"the data iterator ended after {len(results)} of {count} evaluation batches")
+        return _concatenate(results)
+
+    def _own_loader(self, batch_size: int) -> EvaluationLoader:
         if self._loader is None or self._loader.batch_size != batch_size:
             self._loader = EvaluationLoader(
                 self.data_container,
@@ -105,16 +113,6 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
                 world_size=self.ranks.world_size,
             )
         return self._loader
-
-    def _process_batches(self, batches: Iterable[Any]) -> Results:
-        device = _device_of(self.model)
-        with _evaluating(self.model):
-            results = [_to_cpu(self.process_data(move_to_device(batch, device))) for batch in batches]
-        first = results[0]
-        if isinstance(first, Tensor):
-            return torch.cat(cast("list[Tensor]", results))
-        named = cast("list[dict[str, Tensor]]", results)
-        return {name: torch.cat([part[name] for part in named]) for name in first}
 
 
 @contextmanager
@@ -138,3 +136,15 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _to_cpu(results: Results) -> Results:
     return results.cpu() if isinstance(results, Tensor) else {name: part.cpu() for name, part in results.items()}
+
+
+def _concatenate(results: list[Results]) -> Results:
+    if isinstance(results[0], Tensor):
+        return _stack_rows(cast("list[Tensor]", results))
+    named = cast("list[dict[str, Tensor]]", results)
+    return {name: _stack_rows([part[name] for part in named]) for name in named[0]}
+
+
+def _stack_rows(parts: list[Tensor]) -> Tensor:
+    # One number for a batch, such as its mean loss, becomes a row, so that the number of rows tells the mistake.
+    return torch.cat([torch.atleast_1d(part) for part in parts])  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback, Perio
 from keepbest.data.gather import Results
 from keepbest.errors import ConfigError
 from keepbest.interval import IntervalType
-from keepbest.models.model import unwrap
+from keepbest.models import unwrap
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -26,8 +27,8 @@ class OfflineLossCallbackConfig(PeriodicDataIteratorCallbackConfig):
 class OfflineLossCallback(PeriodicDataIteratorCallback):
     """Logs `loss/<dataset_key>/<name>` for each of the model's losses: its mean over the samples of the dataset.
 
-    The mean is taken in float64 from a sum without rounding errors, so that it does not depend on the number of ranks. It
-    is logged on every rank, without a weight.
+    The mean is taken in float64 from a sum without rounding errors, so that it does not depend on the number of ranks.
+    It is logged on every rank, without a weight.
 
     Raises:
         ConfigError: if the model has no method `losses`, or there is no dataset of that key.
@@ -37,17 +38,19 @@ class OfflineLossCallback(PeriodicDataIteratorCallback):
 
     def __init__(self, callback_config: OfflineLossCallbackConfig, **kwargs: Any) -> None:
         super().__init__(callback_config, **kwargs)
-        self._losses = getattr(unwrap(self.model), "losses", None)
-        if not callable(self._losses):
+        # DDP and FSDP hide the method; they are only needed for the forward pass.
+        inner = unwrap(self.model)
+        losses: Callable[..., dict[str, Tensor]] | None = getattr(inner, "losses", None)
+        if losses is None:
             raise ConfigError(
-                f"OfflineLossCallback needs a model with a method losses(outputs, batch); "
-                f"{type(unwrap(self.model)).__name__} has none"
+                "OfflineLossCallback needs a model with a method losses(outputs, batch); "
+                f"{type(inner).__name__} has none"
             )
+        self._losses = losses
 
     def process_data(self, batch: Any) -> Results:
         """The losses of each sample: name -> tensor of shape `[samples of the batch]`."""
-        losses: dict[str, Tensor] = self._losses(self.model(batch), batch)  # type: ignore[misc]  # is callable
-        return losses
+        return self._losses(self.model(batch), batch)
 
     def process_results(self, results: Results, *, interval_type: IntervalType, update_counter: UpdateCounter) -> None:
         del interval_type, update_counter
