@@ -75,7 +75,10 @@ def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
     columns = torch.split(received, [len(part) for part in parts], dim=1)
     return [
         # A copy of its own, because the bytes of a wider dtype must start at a multiple of its size.
-        column.clone(memory_format=torch.contiguous_format).view(tensor.dtype).reshape(ranks.world_size, *tensor.shape)
+        column.clone(memory_format=torch.contiguous_format)
+        .flatten()
+        .view(tensor.dtype)
+        .reshape(ranks.world_size, *tensor.shape)
         for column, tensor in zip(columns, tensors, strict=True)
     ]
 
