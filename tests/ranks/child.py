@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from datetime import timedelta
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PR_SET_PDEATHSIG = 1
 _to_parent: list[Connection] = []
 
 
@@ -34,8 +34,7 @@ def pause(text: str) -> None:
 
 def main(connection: Connection, folder: Path, rank: int, world_size: int, init: bool, job: bytes) -> None:
     """Runs the pickled `(function, arguments)`, reports its outcome and lives on until the parent lets go."""
-    # The parent of this process is the fork server, which ends with the test process however that ends.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_test_process, daemon=True).start()
     _send_output_to(folder / f"rank{rank}.txt")
     _to_parent.append(connection)
     torch.set_num_threads(1)
@@ -53,6 +52,12 @@ def main(connection: Connection, folder: Path, rank: int, world_size: int, init:
         connection.recv_bytes()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_with_test_process() -> None:
+    """A test process that is killed by its own time limit leaves no ranks behind."""
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _init_process_group(rendezvous: Path, rank: int, world_size: int) -> None:
