@@ -33,7 +33,7 @@ COLLECTIVES_LIVE_IN = ("ranks.py", "snapshot.py", "snapshot/", "data/")
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "callbacks/checkpoint.py",
-    "models/model.py",  # unwraps models, so it knows the wrappers
+    "models/structure.py",  # unwraps models, so it knows the wrappers
     "store/load.py",
     "training/strategy.py",
 )
