@@ -151,7 +151,8 @@ class CallBackBaseConfig(RegisteredConfig):
             found = import_path(self.kind, known=self._known_paths())
             if hasattr(found, "config_class"):
                 return cast("type[CallbackBase]", found)
-        if not hasattr(self, "callback_type"):
+        # Only its own: what a callback of its base would make of a derived config, nobody said.
+        if "callback_type" not in vars(type(self)):
             raise ConfigError(
                 f"no callback has config_class = {type(self).__name__}; "
                 "import the module that defines it, or give its dotted path as kind"
