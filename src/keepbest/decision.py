@@ -158,9 +158,9 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
     return after, Decision(False, newly_exceeded)
 
 
-def fold(policy: Policy, observations: Iterable[Observation]) -> BestState:
-    """The state after all of `observations`, from the beginning of a timeline."""
-    state = BestState()
+def fold(policy: Policy, observations: Iterable[Observation], *, start: BestState | None = None) -> BestState:
+    """The state after all of `observations`, from `start` or the beginning of a timeline."""
+    state = BestState() if start is None else start
     for observation in observations:
         state, _ = decide(policy, state, observation)
     return state

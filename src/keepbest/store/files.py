@@ -1,0 +1,94 @@
+"""The operations that change a run folder: each one small, and durable where it says so.
+
+Everything that the store writes goes through a `Files`, so that a test can stop, refuse or reorder any operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+
+class DurableFile:
+    """A file open for appending, whose bytes are safe after `sync`. Serves `torch.save` as its file object."""
+
+    def __init__(self, path: Path, *, exclusive: bool) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+        self.path = path
+        self._descriptor = os.open(path, flags, 0o666)
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write all of `data`; a short write is continued."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered; part of the protocol of a file object."""
+
+    def sync(self) -> None:
+        """Wait until the bytes and the length are on the disk."""
+        os.fsync(self._descriptor)
+
+    def truncate(self, size: int) -> None:
+        """Cut the file to `size` bytes."""
+        os.ftruncate(self._descriptor, size)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> DurableFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Files:
+    """A file system as the store sees it. All paths of one operation lie in the same run folder."""
+
+    def create(self, path: Path) -> DurableFile:
+        """A new file; it must not exist."""
+        return DurableFile(path, exclusive=True)
+
+    def append(self, path: Path) -> DurableFile:
+        """A file that is made if it is missing, and written at its end."""
+        return DurableFile(path, exclusive=False)
+
+    def make_folder(self, path: Path) -> None:
+        """A folder with those above it; it may exist."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def sync_folder(self, path: Path) -> None:
+        """Wait until the entries of a folder are on the disk."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give `old` the name `new`, in one step; a file or link that has this name is replaced."""
+        old.replace(new)
+
+    def link(self, target: str, path: Path) -> None:
+        """A symbolic link at `path`, which must not exist."""
+        path.symlink_to(target)
+
+    def remove(self, path: Path) -> None:
+        """A file, a link or a whole folder; it may be missing."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # removed is what it shall be
+                path.unlink()

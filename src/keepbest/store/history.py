@@ -1,0 +1,222 @@
+"""What the lines of a ledger add up to. Pure: the same lines always give the same history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from keepbest.decision import BestState, Observation, Policy, fold
+from keepbest.errors import LedgerError
+from keepbest.iteration import TrainingIteration
+from keepbest.store.ledger import FORMAT, Line
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An observation of a timeline, and the snapshot that was taken of it."""
+
+    observation: Observation
+    snapshot: str | None
+
+
+@dataclass(slots=True)
+class KeeperHistory:
+    """What one keeper of the run has seen.
+
+    Attributes:
+        metric_key: what it monitors.
+        policy: as it was when the keeper last began.
+        base: the state that the timeline starts from; empty unless a state was loaded that the ledger did not know.
+        timeline: the observations that led to the present state; those that a resume abandoned are gone.
+        kept_best: the value of what the ref on the best points at; the best of all that was ever saved.
+        saved: the iterations of the timeline that a snapshot was taken of, and its name, in order.
+    """
+
+    metric_key: str
+    policy: Policy
+    base: BestState = field(default_factory=BestState)
+    timeline: list[Entry] = field(default_factory=list)
+    kept_best: float | None = None
+    saved: dict[TrainingIteration, str] = field(default_factory=dict)
+
+    def state(self, policy: Policy, *, until: TrainingIteration | None) -> BestState:
+        """The state at `until`, as `policy` sees it."""
+        return fold(policy, [entry.observation for entry in self.entries(until)], start=self.base)
+
+    def entries(self, until: TrainingIteration | None) -> list[Entry]:
+        """The entries of the timeline that are not after `until`; `None` is before all of them."""
+        if until is None:
+            return []
+        return [entry for entry in self.timeline if not entry.observation.iteration.follows(until)]
+
+    def reaches(self, iteration: TrainingIteration | None) -> bool:
+        """Whether the timeline can tell the state at `iteration`: it cannot go back behind the one it starts from."""
+        start = self.base.last_iteration
+        return start is None or (iteration is not None and not start.follows(iteration))
+
+    def restart(self, entries: list[Entry], base: BestState) -> None:
+        """Go on from `entries` after `base`; what else the timeline held is abandoned."""
+        self.base, self.timeline, self.saved = base, [], {}
+        for entry in entries:
+            self.extend(entry)
+
+    def extend(self, entry: Entry) -> None:
+        """Add the next entry of the timeline."""
+        self.timeline.append(entry)
+        if entry.snapshot is not None:
+            self.saved[entry.observation.iteration] = entry.snapshot
+
+    @property
+    def last_iteration(self) -> TrainingIteration | None:
+        """Of the newest observation."""
+        return self.timeline[-1].observation.iteration if self.timeline else self.base.last_iteration
+
+    @property
+    def timeline_best(self) -> str | None:
+        """The newest snapshot of the timeline: within a timeline every new best is better than the one before."""
+        return next(reversed(self.saved.values()), None)
+
+
+@dataclass(slots=True)
+class History:
+    """The whole of a run folder.
+
+    Attributes:
+        run_id: of the run; `None` while the ledger is empty.
+        restarts: how often the run was taken up again.
+        keepers: by the name of their ref on the best.
+        refs: name of the ref -> name of the snapshot.
+        pins: (keeper, tag) -> snapshots that must stay while the tag is pinned.
+        manifests: name of the snapshot -> digest of its `snapshot.json`.
+    """
+
+    run_id: str | None = None
+    restarts: int = 0
+    keepers: dict[str, KeeperHistory] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    pins: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    manifests: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lines: Iterable[Line]) -> History:
+        """The history that `lines` tell.
+
+        Raises:
+            LedgerError: if a line does not follow from those before it; names its number.
+        """
+        history = cls()
+        for number, line in enumerate(lines, start=1):
+            try:
+                history.apply(line)
+            except (KeyError, TypeError, ValueError) as error:
+                raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {line!r}") from error
+        return history
+
+    def apply(self, line: Line) -> None:
+        """Take in one more line."""
+        event = line["event"]
+        if event == "run":
+            self.run_id = line["run"]
+        elif event == "session":
+            self.restarts = line["restart"]
+        elif event == "begin":
+            self._begin(line)
+        elif event == "observation":
+            self._observe(line)
+        elif event == "pin":
+            self.pins[line["keeper"], line["tag"]] = frozenset(line["snapshots"])
+        elif event == "unpin":
+            self.pins.pop((line["keeper"], line["tag"]), None)
+        elif event != "end":
+            raise ValueError(f"unknown event {event!r}")
+        for name, snapshot in line.get("refs", {}).items():
+            if snapshot is None:
+                self.refs.pop(name, None)
+            else:
+                self.refs[name] = snapshot
+
+    def kept(self) -> set[str]:
+        """The snapshots that must stay: those that a ref, a pin or a keeper's timeline best names."""
+        bests = (keeper.timeline_best for keeper in self.keepers.values())
+        pinned = (name for pin in self.pins.values() for name in pin)
+        return {*self.refs.values(), *(best for best in bests if best is not None), *pinned}
+
+    def _begin(self, line: Line) -> None:
+        policy = policy_from_json(line["policy"])
+        keeper = self.keepers.setdefault(line["keeper"], KeeperHistory(line["metric_key"], policy))
+        keeper.policy = policy
+        if line["state"] is not None:
+            keeper.restart([], BestState.from_json(line["state"]))
+        else:
+            at = None if line["at"] is None else TrainingIteration.parse(line["at"])
+            keeper.restart(keeper.entries(at), keeper.base)
+
+    def _observe(self, line: Line) -> None:
+        keeper = self.keepers[line["keeper"]]
+        snapshot = line.get("snapshot")
+        observation = Observation(
+            TrainingIteration.parse(line["iteration"]), float(line["value"]), durable=line.get("durable", True)
+        )
+        keeper.extend(Entry(observation, snapshot))
+        if snapshot is not None:
+            self.manifests.setdefault(snapshot, line["manifest"])
+            if line["refs"].get(line["keeper"]) == snapshot:
+                keeper.kept_best = observation.value
+
+
+def run_line(run_id: str) -> Line:
+    """The first line of a ledger."""
+    return {"event": "run", "format": FORMAT, "run": run_id}
+
+
+def begin_line(
+    keeper: str,
+    metric_key: str,
+    policy: Policy,
+    *,
+    at: TrainingIteration | None,
+    state: BestState | None,
+    refs: dict[str, str | None],
+) -> Line:
+    """A keeper takes up its work: after `at` of its timeline (`None`: from nothing), or from a `state` it was given."""
+    return {
+        "event": "begin",
+        "keeper": keeper,
+        "metric_key": metric_key,
+        "policy": policy_to_json(policy),
+        "at": None if at is None else str(at),
+        "state": None if state is None else state.to_json(),
+        "refs": refs,
+    }
+
+
+def observation_line(keeper: str, observation: Observation, refs: dict[str, str | None] | None = None) -> Line:
+    """A keeper saw a value; `refs` names the refs that move because of it."""
+    value = observation.value if math.isfinite(observation.value) else str(observation.value)
+    line: dict[str, Any] = {
+        "event": "observation",
+        "keeper": keeper,
+        "iteration": str(observation.iteration),
+        "value": value,
+    }
+    if not observation.durable:
+        line["durable"] = False
+    if refs:
+        line["refs"] = refs
+    return line
+
+
+def policy_to_json(policy: Policy) -> dict[str, Any]:
+    """JSON values only; `policy_from_json` is the inverse."""
+    return {
+        "higher_is_better": policy.higher_is_better,
+        "min_delta": policy.min_delta,
+        "tolerances": list(policy.tolerances),
+    }
+
+
+def policy_from_json(policy: dict[str, Any]) -> Policy:
+    """The inverse of `policy_to_json`."""
+    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]))

@@ -1,0 +1,80 @@
+"""The append-only JSON-lines record of a run: the truth after a crash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keepbest.errors import LedgerError
+from keepbest.store.files import DurableFile, Files
+
+FORMAT = 1
+Line = dict[str, Any]
+
+
+def read_ledger(path: Path) -> tuple[list[Line], int]:
+    """The lines of a ledger, and how many bytes they take; bytes beyond are a line that was torn by a crash.
+
+    A missing file is an empty ledger.
+
+    Raises:
+        LedgerError: if a line other than a torn last one cannot be read, or the format is not the one known here.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    whole = data.rfind(b"\n") + 1
+    lines = [_parsed(path, number, raw) for number, raw in enumerate(data[:whole].splitlines(), start=1)]
+    if lines and (lines[0].get("event") != "run" or lines[0].get("format") != FORMAT):
+        raise LedgerError(
+            f"{path}, line 1: expected a ledger of format {FORMAT}, found {lines[0]!r}; "
+            "it was written by another version of keepbest: use that one"
+        )
+    return lines, whole
+
+
+class LedgerFile:
+    """Appends lines to a ledger. A line that could not be written whole is taken back."""
+
+    def __init__(self, files: Files, path: Path, size: int) -> None:
+        """Open `path` and cut what lies beyond `size` bytes."""
+        self._file: DurableFile = files.append(path)
+        self._size = size
+        self._file.truncate(size)
+
+    def append(self, line: Mapping[str, Any], *, durable: bool) -> None:
+        """Add one line; with `durable` it is on the disk, with all lines before it, when this returns.
+
+        Raises:
+            OSError: whatever the file system answers; the ledger then ends as it did before.
+        """
+        data = json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            self._file.write(data)
+            if durable:
+                self._file.sync()
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += len(data)
+
+    def sync(self) -> None:
+        """Make all lines durable."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _parsed(path: Path, number: int, raw: bytes) -> Line:
+    try:
+        line = json.loads(raw)
+    except ValueError as error:
+        raise LedgerError(f"{path}, line {number} is damaged: {error}; found {raw[:80]!r}") from error
+    if not isinstance(line, dict) or not isinstance(line.get("event"), str):
+        raise LedgerError(f"{path}, line {number} is damaged: expected an object with an event, found {raw[:80]!r}")
+    return line

@@ -1,0 +1,48 @@
+"""Names that are safe to be files, made from names that may hold anything. Pure.
+
+Different names stay different, on file systems that fold case too as far as the names differ in more than case, and no
+name can climb out of its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+
+_KEPT = frozenset((string.ascii_letters + string.digits + "_-").encode())
+_LONGEST = 120
+_HASH_DIGITS = 16
+
+
+def metric_name(metric_key: str) -> str:
+    """File name of a metric key: `loss/val/total` becomes `loss.val.total`."""
+    return _shortened(".".join(map(_encoded, metric_key.split("/"))))
+
+
+def part_name(name: str) -> str:
+    """File name, without ending, of a part of a model; its dots separate nested submodels and stay."""
+    return _shortened(".".join(map(_encoded, name.split("."))))
+
+
+def best_ref(metric_key: str, keeper_id: str | None = None) -> str:
+    """Name of the ref on the best of a metric; it also names the keeper that owns it."""
+    suffix = "" if keeper_id is None else f".id={metric_name(keeper_id)}"
+    return f"best_model.{metric_name(metric_key)}{suffix}"
+
+
+def tolerance_ref(best: str, tolerance: int) -> str:
+    """Name of the ref on what early stopping with `tolerance` would have kept."""
+    return f"{best}.tolerance={tolerance}"
+
+
+def _encoded(component: str) -> str:
+    data = component.encode("utf-8", errors="surrogatepass")
+    return "".join(chr(byte) if byte in _KEPT else f"%{byte:02X}" for byte in data)
+
+
+def _shortened(name: str) -> str:
+    if len(name) <= _LONGEST:
+        return name
+    # "~" is never kept as it is, so a shortened name cannot be equal to one that is not.
+    digest = hashlib.blake2b(name.encode(), digest_size=_HASH_DIGITS // 2).hexdigest()
+    return f"{name[: _LONGEST - _HASH_DIGITS - 1]}~{digest}"

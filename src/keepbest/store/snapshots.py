@@ -1,0 +1,97 @@
+"""The folder of snapshots: each written once, complete when it has its name, never changed after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from keepbest.errors import SnapshotError
+from keepbest.iteration import TrainingIteration
+from keepbest.snapshot import Weights
+from keepbest.store.files import Files
+from keepbest.store.format import DIGEST_ALGORITHM, ENDING, write_state_dict
+from keepbest.store.layout import MANIFEST, TEMPORARY
+from keepbest.store.names import part_name
+
+
+def manifest_digest(text: bytes) -> str:
+    """Digest of a manifest, as the ledger records it."""
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+class SnapshotFolder:
+    """`<run>/checkpoints/snapshots`. **Rank-local**, on rank 0."""
+
+    def __init__(self, files: Files, path: Path) -> None:
+        self._files = files
+        self._path = path
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a snapshot of this name."""
+        return (self._path / name).is_dir()
+
+    def free_name(self, iteration: TrainingIteration, restarts: int, selection: str) -> str:
+        """A name for a snapshot of `iteration`: after a restart, or where another selection has it, with a suffix.
+
+        Raises:
+            SnapshotError: if all of them are taken.
+        """
+        name = f"{iteration}.r{restarts}" if restarts else str(iteration)
+        if self.holds(name):
+            name = f"{name}.{hashlib.blake2b(selection.encode(), digest_size=4).hexdigest()}"
+        if self.holds(name):
+            raise SnapshotError(f"{self._path / name} exists already; a snapshot is never written to again")
+        return name
+
+    def write(self, name: str, weights: Weights, about: Mapping[str, Any]) -> str:
+        """Write a snapshot durably.
+
+        Args:
+            name: of the snapshot.
+            weights: one file for each part.
+            about: what else the manifest says.
+
+        Returns:
+            The digest of the manifest.
+
+        Raises:
+            OSError: whatever the file system answers; nothing of the snapshot is left then.
+        """
+        files, temporary = self._files, self._path / f"{TEMPORARY}{name}"
+        files.remove(temporary)
+        try:
+            files.make_folder(temporary)
+            written = {
+                f"{part_name(part)}{ENDING}": {
+                    "part": part,
+                    **write_state_dict(files, temporary / f"{part_name(part)}{ENDING}", state),
+                    "algorithm": DIGEST_ALGORITHM,
+                }
+                for part, state in weights.files.items()
+            }
+            size = sum(entry["bytes"] for entry in written.values())
+            manifest = {**about, "bytes": size, "files": written, "left_out": weights.left_out}
+            text = json.dumps(manifest, indent=1).encode()
+            with files.create(temporary / MANIFEST) as file:
+                file.write(text)
+                file.sync()
+            files.sync_folder(temporary)
+            files.rename(temporary, self._path / name)
+            files.sync_folder(self._path)
+        except OSError:
+            files.remove(temporary)
+            raise
+        return manifest_digest(text)
+
+    def remove(self, name: str) -> None:
+        """Remove one snapshot."""
+        self._files.remove(self._path / name)
+
+    def remove_all_but(self, kept: Collection[str]) -> None:
+        """Remove whatever is not in `kept`, what a crash left half written included."""
+        for path in self._path.iterdir():
+            if path.name not in kept:
+                self._files.remove(path)

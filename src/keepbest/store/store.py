@@ -1,0 +1,295 @@
+"""The run folder, as rank 0 keeps it.
+
+A commit is: files into a temporary folder, each synced -> rename -> the folder above synced -> one ledger line synced
+(this is the commit) -> refs -> garbage. Opening a folder after a crash only ever rolls forward from the last line.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from keepbest.decision import Best, BestState, Observation, Policy
+from keepbest.errors import ConfigError, RunExistsError
+from keepbest.iteration import TrainingIteration
+from keepbest.snapshot import Weights
+from keepbest.store.files import Files
+from keepbest.store.history import History, KeeperHistory, begin_line, observation_line, run_line
+from keepbest.store.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
+from keepbest.store.ledger import LedgerFile, Line, read_ledger
+from keepbest.store.lock import RunLock
+from keepbest.store.names import tolerance_ref
+from keepbest.store.refs import RefFolder
+from keepbest.store.snapshots import SnapshotFolder
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedState:
+    """A state that a user brings back, and the run that it is of."""
+
+    run_id: str
+    state: BestState
+
+
+class Store:
+    """Everything on the disk of one run. **Rank-local**: rank 0 alone has one.
+
+    Nothing is changed before the first keeper has begun, so that a folder of another run stays as it is.
+
+    Raises:
+        RunExistsError: if another process owns the folder.
+        LedgerError: if the ledger is damaged or of another format.
+        OSError: whatever the file system answers.
+    """
+
+    def __init__(self, directory: Path, files: Files | None = None) -> None:
+        self._files = files or Files()
+        self._folder = directory / CHECKPOINTS
+        self._snapshots = SnapshotFolder(self._files, self._folder / SNAPSHOTS)
+        self._refs = RefFolder(self._files, self._folder)
+        self._refs_lag = False
+        self._files.make_folder(self._folder / SNAPSHOTS)
+        self._lock = RunLock(self._folder / LOCK)
+        try:
+            lines, self._ledger_size = read_ledger(self._folder / LEDGER)
+            self.history = History.of(lines)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._ledger: LedgerFile | None = None
+        self._is_taken_up = self.history.run_id is not None
+        self._active: set[str] = set()
+
+    def begin(
+        self,
+        keeper: str,
+        metric_key: str,
+        policy: Policy,
+        *,
+        loaded: LoadedState | None = None,
+        from_ledger: bool = False,
+        at: TrainingIteration | None = None,
+    ) -> BestState:
+        """Let `keeper` take up its work, and bring the folder into the state that the ledger tells.
+
+        Args:
+            keeper: name of its ref on the best.
+            metric_key: what it monitors.
+            policy: by which it decides.
+            loaded: the state to resume from; the ledger up to its last iteration wins over it.
+            from_ledger: resume from the ledger alone.
+            at: with `from_ledger`, the iteration that training stands at; `None` is the end of the ledger.
+
+        Raises:
+            RunExistsError: if the folder holds a run that is not resumed, or another one than `loaded` is of.
+            ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
+        """
+        self._check_begin(keeper, policy, loaded, from_ledger)
+        past = self.history.keepers.get(keeper)
+        if loaded is not None:
+            at = loaded.state.last_iteration
+        elif at is None and past is not None:
+            at = past.last_iteration
+        base: BestState | None = None
+        refs: dict[str, str | None] = {}
+        if past is not None and past.reaches(at):
+            state, refs = self._resumed(keeper, past, policy, at)
+        else:
+            state = base = BestState() if loaded is None else loaded.state
+        if loaded is not None and state != loaded.state:
+            _logger.warning(
+                "%s: the ledger tells another state than the one that was loaded, and wins. Ledger: %s. Loaded: %s.",
+                keeper,
+                state.to_json(),
+                loaded.state.to_json(),
+            )
+        self._open_ledger(None if loaded is None else loaded.run_id)
+        self._active.add(keeper)
+        self._commit(begin_line(keeper, metric_key, policy, at=at, state=base, refs=refs))
+        return state
+
+    def observe(self, keeper: str, observation: Observation, newly_exceeded: Mapping[int, Best | None]) -> None:
+        """Record an observation without a snapshot, and set the refs of the tolerances that it closes.
+
+        Raises:
+            OSError: whatever the file system answers.
+        """
+        refs = self._tolerance_refs(keeper, newly_exceeded)
+        line = observation_line(keeper, observation, refs)
+        if refs:
+            self._commit(line)
+        else:
+            self._append(line, durable=False)
+
+    def save(self, keeper: str, observation: Observation, weights: Weights, selection: str) -> str:
+        """Make the weights of a new timeline best durable, and move the ref on the best if it is better than that.
+
+        Args:
+            keeper: whose best it is.
+            observation: the value, and the iteration that the snapshot is named by.
+            weights: what is written.
+            selection: what was selected to be saved; tells snapshots of one iteration apart.
+
+        Returns:
+            The name of the snapshot.
+
+        Raises:
+            ConfigError: if there is nothing to save.
+            OSError: whatever the file system answers; the folder is then as it was before.
+        """
+        if not weights.files:
+            raise ConfigError(
+                "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
+            )
+        name = self._snapshots.free_name(observation.iteration, self.history.restarts, selection)
+        about = {
+            "run": self.history.run_id,
+            "iteration": str(observation.iteration),
+            "keeper": keeper,
+            "metric_key": self.history.keepers[keeper].metric_key,
+            "value": observation.value,
+        }
+        manifest = self._snapshots.write(name, weights, about)
+        try:
+            self._commit_best(keeper, observation, name, manifest)
+        except OSError:
+            self._snapshots.remove(name)
+            raise
+        return name
+
+    def share(self, keeper: str, observation: Observation, snapshot: str) -> None:
+        """As `save`, where another keeper has just taken a snapshot of the same weights.
+
+        Raises:
+            OSError: whatever the file system answers.
+        """
+        self._commit_best(keeper, observation, snapshot, self.history.manifests[snapshot])
+
+    def pin(self, keeper: str, tag: str, state: BestState) -> None:
+        """Keep the snapshots that `state` names until `tag` is pinned anew or released."""
+        past = self.history.keepers[keeper]
+        bests = [state.best, *state.exceeded.values()]
+        names = {past.saved.get(best.iteration) for best in bests if best is not None}
+        present = sorted(name for name in names if name is not None and self._snapshots.holds(name))
+        self._commit({"event": "pin", "keeper": keeper, "tag": tag, "snapshots": present})
+
+    def unpin(self, keeper: str, tag: str) -> None:
+        """Release what `tag` pinned."""
+        self._commit({"event": "unpin", "keeper": keeper, "tag": tag})
+
+    def end(self, keeper: str, state: BestState, policy: Policy) -> None:
+        """Record that training is over: tolerances that were not exceeded get a provisional ref on the best."""
+        open_tolerances = [tolerance for tolerance in policy.tolerances if tolerance not in state.exceeded]
+        refs = self._tolerance_refs(keeper, dict.fromkeys(open_tolerances, state.best))
+        self._commit({"event": "end", "keeper": keeper, "refs": refs})
+
+    def leave(self, keeper: str) -> None:
+        """`keeper` is done with the folder; the last one closes it."""
+        self._active.discard(keeper)
+        if not self._active:
+            if self._ledger is not None:
+                self._ledger.close()
+            self._lock.release()
+
+    def best_snapshot(self, keeper: str) -> str | None:
+        """Name of the snapshot that the keeper's ref on the best points at."""
+        return self.history.refs.get(keeper)
+
+    def _check_begin(self, keeper: str, policy: Policy, loaded: LoadedState | None, from_ledger: bool) -> None:
+        if keeper in self._active:
+            raise ConfigError(f"two keepers of this run are named {keeper!r}; give one of them an id")
+        twins = [name for name in self.history.keepers if name != keeper and name.casefold() == keeper.casefold()]
+        if twins:
+            raise ConfigError(f"{keeper!r} differs from {twins[0]!r} only in upper and lower case; give it another id")
+        if self._is_taken_up and loaded is None and not from_ledger:
+            raise RunExistsError(
+                f"{self._folder} holds run {self.history.run_id}; resume it (load_state_dict(), or resume='ledger'), "
+                "or choose another directory"
+            )
+        if loaded is not None and self.history.run_id not in (None, loaded.run_id):
+            raise RunExistsError(
+                f"{self._folder} holds run {self.history.run_id}, but the state that was loaded is of run "
+                f"{loaded.run_id}; choose the directory of that run, or a new one"
+            )
+        past = self.history.keepers.get(keeper)
+        if past is not None and past.policy.higher_is_better != policy.higher_is_better:
+            direction = "higher" if past.policy.higher_is_better else "lower"
+            raise ConfigError(
+                f"{keeper}: this run was kept with '{direction} is better'; higher_is_better cannot change"
+            )
+
+    def _resumed(
+        self, keeper: str, past: KeeperHistory, policy: Policy, at: TrainingIteration | None
+    ) -> tuple[BestState, dict[str, str | None]]:
+        """State at `at`, and the refs to move: tolerances that are not exceeded there lose theirs."""
+        tolerances = sorted({*past.policy.tolerances, *policy.tolerances})
+        state = past.state(replace(policy, tolerances=tuple(tolerances)), until=at)
+        refs: dict[str, str | None] = {}
+        for tolerance in tolerances:
+            ref = tolerance_ref(keeper, tolerance)
+            wanted = self._tolerance_refs(keeper, {tolerance: state.exceeded.get(tolerance)}).get(ref)
+            if self.history.refs.get(ref) != wanted:
+                refs[ref] = wanted
+        exceeded = {tolerance: best for tolerance, best in state.exceeded.items() if tolerance in policy.tolerances}
+        return replace(state, exceeded=exceeded), refs
+
+    def _tolerance_refs(self, keeper: str, bests: Mapping[int, Best | None]) -> dict[str, str | None]:
+        past = self.history.keepers[keeper]
+        refs: dict[str, str | None] = {}
+        for tolerance, best in bests.items():
+            snapshot = None if best is None else past.saved.get(best.iteration)
+            if snapshot is not None and self._snapshots.holds(snapshot):
+                refs[tolerance_ref(keeper, tolerance)] = snapshot
+            elif best is not None:
+                _logger.warning(
+                    "%s: tolerance=%d would have kept %s (%r), but its weights are no longer there",
+                    keeper,
+                    tolerance,
+                    best.iteration,
+                    best.value,
+                )
+        return refs
+
+    def _commit_best(self, keeper: str, observation: Observation, snapshot: str, manifest: str) -> None:
+        past = self.history.keepers[keeper]
+        # After a resume from before the best, a worse model must not take its place.
+        moves = past.policy.is_better(observation.value, past.kept_best, min_delta=0.0)
+        refs: dict[str, str | None] = {keeper: snapshot} if moves else {}
+        self._commit({**observation_line(keeper, observation, refs), "snapshot": snapshot, "manifest": manifest})
+
+    def _open_ledger(self, run_id: str | None) -> None:
+        if self._ledger is not None:
+            return
+        self._ledger = LedgerFile(self._files, self._folder / LEDGER, self._ledger_size)
+        if self.history.run_id is None:
+            self._append(run_line(run_id or uuid.uuid4().hex), durable=True)
+            self._files.sync_folder(self._folder)
+        else:
+            self._append({"event": "session", "restart": self.history.restarts + 1}, durable=False)
+        self._refs.restore(self.history.refs)
+
+    def _append(self, line: Line, *, durable: bool) -> None:
+        if self._ledger is None:
+            raise RunExistsError(f"{self._folder} is closed: begin a keeper before it records anything")
+        self._ledger.append(line, durable=durable)
+        self.history.apply(line)
+
+    def _commit(self, line: Line) -> None:
+        """Make a line durable; then, what follows from it: refs move, and what nothing names any more is removed."""
+        self._append(line, durable=True)
+        try:
+            if self._refs_lag:
+                self._refs.restore(self.history.refs)
+            else:
+                self._refs.move(line.get("refs", {}))
+            self._snapshots.remove_all_but(self.history.kept())
+            self._refs_lag = False
+        except OSError as error:
+            # What was committed stays committed; refs and garbage are brought up to the ledger by the next commit.
+            self._refs_lag = True
+            _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self._folder, error)
