@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.callbacks import OfflineLossCallback, OfflineLossCallbackConfig
@@ -37,18 +40,27 @@ def one_by_one(length):
     return {f"loss/val/{name}": float(mean) for name, mean in means.items()}
 
 
+WRAPPERS = {
+    "none": lambda model: model,
+    "ddp": DistributedDataParallel,
+    "fsdp1": partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True),
+    "fsdp2": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),))),
+}
+
+
 def evaluate(wrap):
     found = {}
     for length in LENGTHS:
-        model = DistributedDataParallel(Regression()) if wrap else Regression()
-        context = make_context({"val": make_samples(length)}, model=model)
+        context = make_context({"val": make_samples(length)}, model=WRAPPERS[wrap](Regression()))
         callback = make_callback(context)
         callback.at_eval(update_counter=make_counter(), batch_size=2)
         found[length] = logged(context)
     return found
 
 
-@pytest.mark.parametrize(("world_size", "wrap"), [(1, False), (2, False), (3, True), (4, False)])
+@pytest.mark.parametrize(
+    ("world_size", "wrap"), [(1, "none"), (2, "none"), (3, "none"), (4, "none"), (3, "ddp"), (2, "fsdp1"), (3, "fsdp2")]
+)
 def test_losses_do_not_depend_on_the_number_of_ranks(world_size, wrap):
     by_rank = run_ranks(evaluate, world_size, wrap)
     # Every rank logs the very same, and the dataset of 2 samples is smaller than some of the worlds.

@@ -165,13 +165,13 @@ def import_path(path: str, *, known: list[str]) -> Any:
 
     Args:
         path: `package.module.Name`.
-        known: paths to suggest from when there is nothing at `path`.
+        known: paths to suggest when there is nothing at `path`.
 
     Raises:
         ConfigError: if there is no such module or no such name in it. Errors of the module itself come through.
     """
     module_name, _, name = path.rpartition(".")
-    hint = f"{_nearest(path, known)}; known: {_listed(known)}"
+    hint = f"{_nearest(path, known)}; known: {_listed(known)}" if known else ""
     if not module_name:
         raise ConfigError(f"kind {path!r} is not a dotted path like package.module.Name{hint}")
     try:
