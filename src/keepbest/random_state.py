@@ -1,0 +1,41 @@
+"""The random number generators of this process: Python's, NumPy's where it is in use, torch's on CPU and CUDA."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def seed_random_state(seed: int) -> None:
+    """Start all generators anew from `seed`. **Rank-local**."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)
+
+
+def read_random_state() -> dict[str, Any]:
+    """The state of all generators, in plain types and tensors that `torch.load` reads with `weights_only`.
+
+    **Rank-local**.
+    """
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on from what `read_random_state` returned. **Rank-local**."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        numpy.random.set_state(state["numpy"])

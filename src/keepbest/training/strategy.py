@@ -1,0 +1,149 @@
+"""How the ranks share one model: alone, DDP, FSDP1 or FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from keepbest.errors import ConfigError
+from keepbest.models import CompositeModel, Model
+from keepbest.ranks import Ranks
+
+StrategyName = Literal["single", "ddp", "fsdp1", "fsdp2"]
+Precision = Literal["float32", "float64", "bf16"]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+_MODEL = "model"  # the name of the one optimizer of a model that is no composite
+
+
+def training_device() -> torch.device:
+    """Where this process trains: its current CUDA device unless the process group is one for CPUs. **Rank-local**."""
+    on_cpu = torch.distributed.is_initialized() and "nccl" not in torch.distributed.get_backend()
+    if on_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_strategy(strategy: StrategyName, ranks: Ranks) -> None:
+    """Refuse a strategy that these ranks cannot train with. **Rank-local**.
+
+    Raises:
+        ConfigError: "single" with several ranks; another one without a process group; ranks of a subgroup.
+    """
+    if strategy == "single" and ranks.world_size > 1:
+        raise ConfigError(
+            f'strategy "single" trains on one rank, but there are {ranks.world_size}; '
+            'choose "ddp", "fsdp1" or "fsdp2", or start one process'
+        )
+    if strategy != "single" and not torch.distributed.is_initialized():
+        raise ConfigError(
+            f'strategy "{strategy}" needs a process group; start the processes with torchrun or srun inside '
+            'keepbest.launch.distributed(), or choose "single"'
+        )
+    if ranks.process_group is not None:
+        raise ConfigError("the trainer trains on all ranks of the default group; pass it Ranks.connect()")
+
+
+def place(model: Model, strategy: StrategyName, *, precision: Precision, device: torch.device) -> nn.Module:
+    """The model as it is to be called: on `device`, with rank 0's weights, wrapped by the strategy. **Collective**.
+
+    FSDP shards every submodel of a `CompositeModel` on its own, so that each can be gathered alone. `model` itself is
+    changed; optimizers are to be made afterwards, from its parameters.
+    """
+    model.to(device)
+    if precision == "float64":
+        model.to(torch.float64)
+        model.register_forward_pre_hook(_cast_inputs_to_float64)
+    if strategy == "single":
+        return model
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    # FSDP shards the weights that each rank has, and FSDP1 can only synchronise them itself on accelerators.
+    mine = model.state_dict() if torch.distributed.get_rank() == 0 else {}
+    set_model_state_dict(model, mine, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    parts = model.leaves() if isinstance(model, CompositeModel) else {}
+    parts = {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+    if strategy == "fsdp1":
+        for name, part in parts.items():
+            model.set_submodule(name, FullyShardedDataParallel(part, device_id=device, use_orig_params=True))
+        return FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in parts.values():
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def build_optimizers(
+    model: Model, factories: OptimizerFactory | Mapping[str, OptimizerFactory]
+) -> dict[str, Optimizer]:
+    """One optimizer for each submodel that has something to train, or one named `model`. **Rank-local**.
+
+    Args:
+        model: after `place`, unwrapped.
+        factories: what makes an optimizer of parameters; one for all submodels, or one for each, by dotted name.
+
+    Raises:
+        ConfigError: if a submodel that trains has no factory, a factory has no submodel, a parameter that requires grad
+            belongs to no submodel or to two, or there is nothing to train.
+    """
+    parts: Mapping[str, nn.Module] = model.leaves() if isinstance(model, CompositeModel) else {_MODEL: model}
+    trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+    _check_every_parameter_is_in_one_part(model, trainable)
+    if isinstance(factories, Mapping):
+        if unknown := sorted(set(factories) - set(parts)):
+            raise ConfigError(f"optimizers for {unknown}, but the submodels are {sorted(parts)}")
+        by_name = dict(factories)
+    else:
+        by_name = dict.fromkeys(parts, factories)
+    trainable = {name: parameters for name, parameters in trainable.items() if parameters}
+    if missing := sorted(set(trainable) - set(by_name)):
+        raise ConfigError(f"no optimizer for {missing}; give them one, or set requires_grad to False to freeze them")
+    if not trainable:
+        raise ConfigError("there is nothing to train: no parameter requires grad")
+    return {name: by_name[name](parameters) for name, parameters in trainable.items()}
+
+
+def without_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Accumulate gradients on each rank only, where the strategy can; the next backward outside reduces them all."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Compute in bfloat16 where torch deems it safe, if that is the precision. **Rank-local**."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _check_every_parameter_is_in_one_part(model: Model, trainable: Mapping[str, list[nn.Parameter]]) -> None:
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameters in trainable.items():
+        for parameter in parameters:
+            owners.setdefault(parameter, []).append(name)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and len(found := owners.get(parameter, [])) != 1:
+            belongs = f"belongs to the submodels {found}" if found else "belongs to no submodel"
+            raise ConfigError(f"parameter {name!r} {belongs}; every parameter that trains must belong to exactly one")
+
+
+def _cast_inputs_to_float64(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    del module
+    return tuple(_as_float64(part) for part in inputs)
+
+
+def _as_float64(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(torch.float64) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _as_float64(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_as_float64(part) for part in value)
+    return value
