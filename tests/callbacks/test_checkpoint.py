@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.errors import ConfigError, RankFailedError, SnapshotError
+from keepbest.training.trainer import Trainer
+from tests.ranks.pool import run_ranks
+from tests.training import toys
+
+
+class NotingConfig(CallBackBaseConfig):
+    name: str = "tests.callbacks.test_checkpoint.Noting"
+
+
+class Noting(toys.Recorder):
+    config_class = NotingConfig
+
+
+class PinningConfig(CallBackBaseConfig):
+    name: str = "tests.callbacks.test_checkpoint.Pinning"
+
+
+class Pinning(toys.Recorder):
+    """Notes what a keeper would be told, with the checkpoints that are complete at that moment."""
+
+    config_class = PinningConfig
+
+    def __init__(self, callback_config: Any, **kwargs: Any) -> None:
+        super().__init__(callback_config, **kwargs)
+        self.told: list[tuple[str, str, list[str]]] = []
+
+    def flush_keeper(self, *, pin: str) -> None:
+        self.told.append(("pin", pin, names_in(self.directory)))
+
+    def release_pin(self, tag: str) -> None:
+        self.told.append(("release", tag, names_in(self.directory)))
+
+
+class CrashError(Exception):
+    pass
+
+
+class CrashingConfig(CallBackBaseConfig):
+    name: str = "tests.callbacks.test_checkpoint.Crashing"
+
+
+class Crashing(toys.Recorder):
+    config_class = CrashingConfig
+
+    def periodic_callback(self, **_kwargs: Any) -> None:
+        raise CrashError
+
+
+EVERY_UPDATE = {"name": "CheckpointCallback", "every_n_updates": 1}
+NOTING = NotingConfig(every_n_updates=1)
+
+
+def names_in(directory: Path) -> list[str]:
+    folder = directory / "resume"
+    return sorted(path.name for path in folder.iterdir() if not path.is_symlink()) if folder.is_dir() else []
+
+
+def trained(directory: Path, *callbacks: Any, **settings: Any) -> Trainer:
+    trainer = toys.make_trainer(directory, callbacks=list(callbacks), **settings)
+    trainer.train()
+    return trainer
+
+
+def run(directory: Path, strategy: str, resume: str | None, updates: int) -> tuple[dict[str, Tensor], list[int]]:
+    trainer = trained(directory, EVERY_UPDATE, NOTING, strategy=strategy, resume=resume, epochs=None, updates=updates)
+    [noting] = [callback for callback in trainer.callbacks if isinstance(callback, Noting)]
+    return toys.whole_weights(trainer), noting.updates
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "other_strategy", "other_world_size"),
+    [
+        ("ddp", 2, "ddp", 2),
+        ("ddp", 3, "ddp", 1),
+        ("fsdp1", 2, "fsdp1", 4),
+        ("fsdp1", 4, "fsdp1", 2),
+        ("fsdp2", 2, "fsdp2", 3),
+        ("fsdp2", 4, "fsdp2", 1),
+        ("ddp", 2, "fsdp2", 4),
+        ("fsdp2", 3, "fsdp1", 2),
+    ],
+)
+def test_resumed_run_goes_on_as_if_it_had_not_stopped(strategy, world_size, other_strategy, other_world_size, tmp_path):
+    run_ranks(run, world_size, tmp_path, strategy, None, 3)
+    for weights, updates in run_ranks(run, other_world_size, tmp_path, other_strategy, "auto", 6):
+        assert updates == [1, 2, 3, 4, 5, 6]
+        for name, value in toys.weights_by_hand(6).items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-10, atol=1e-12)
+
+
+def draw(directory: Path, strategy: str, resume: str | None, updates: int) -> tuple[dict[str, Tensor], float]:
+    trainer = trained(
+        directory,
+        EVERY_UPDATE,
+        model=toys.auto_encoder(dropout=0.5),
+        strategy=strategy,
+        resume=resume,
+        epochs=None,
+        updates=updates,
+    )
+    return toys.whole_weights(trainer), torch.rand(()).item()
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 2)])
+def test_random_numbers_go_on_on_every_rank(strategy, world_size, tmp_path):
+    through = run_ranks(draw, world_size, tmp_path / "through", strategy, None, 5)
+    run_ranks(draw, world_size, tmp_path / "stopped", strategy, None, 2)
+    resumed = run_ranks(draw, world_size, tmp_path / "stopped", strategy, "auto", 5)
+    assert [number for _, number in resumed] == [number for _, number in through]
+    assert through[0][1] != through[1][1]
+    for name, value in through[0][0].items():
+        assert torch.equal(resumed[0][0][name], value)
+
+
+def test_single_process_resumes_bit_for_bit(tmp_path):
+    through = draw(tmp_path / "through", "single", None, 5)
+    draw(tmp_path / "stopped", "single", None, 3)
+    resumed = draw(tmp_path / "stopped", "single", str(tmp_path / "stopped/resume/latest"), 5)
+    assert resumed[1] == through[1]
+    assert all(torch.equal(resumed[0][name], value) for name, value in through[0].items())
+
+
+def test_auto_without_a_checkpoint_starts_afresh(tmp_path):
+    assert trained(tmp_path, NOTING, resume="auto").callbacks[0].updates == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "kept"),
+    [(1, ["E2_U5_S120"]), (2, ["E2_U4_S96", "E2_U5_S120"]), (None, None)],
+)
+def test_older_checkpoints_are_removed(keep_last, kept, tmp_path):
+    trained(tmp_path, {**EVERY_UPDATE, "keep_last": keep_last}, epochs=None, updates=5)
+    everything = ["E0_U1_S24", "E1_U2_S48", "E1_U3_S72", "E2_U4_S96", "E2_U5_S120"]
+    assert names_in(tmp_path) == (everything if kept is None else kept)
+    assert (tmp_path / "resume" / "latest").readlink() == Path("E2_U5_S120")
+
+
+def test_checkpoint_holds_what_callbacks_do_at_the_end_of_the_epoch(tmp_path):
+    trained(tmp_path, EVERY_UPDATE, NotingConfig(every_n_epochs=1), epochs=1)
+    resumed = trained(tmp_path, EVERY_UPDATE, NotingConfig(every_n_epochs=1), epochs=2, resume="auto")
+    assert resumed.callbacks[0].updates == [2, 4]
+
+
+def test_keepers_pin_before_a_checkpoint_and_release_after_it_is_removed(tmp_path):
+    trainer = trained(tmp_path, EVERY_UPDATE, PinningConfig(every_n_updates=1), epochs=None, updates=3)
+    assert trainer.callbacks[0].told == [
+        ("pin", "E0_U1_S24", []),
+        ("pin", "E1_U2_S48", ["E0_U1_S24"]),
+        ("release", "E0_U1_S24", ["E1_U2_S48"]),
+        ("pin", "E1_U3_S72", ["E1_U2_S48"]),
+        ("release", "E1_U2_S48", ["E1_U3_S72"]),
+    ]
+
+
+def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
+    keep_all = {**EVERY_UPDATE, "keep_last": None}
+    trained(tmp_path, keep_all, NOTING, epochs=None, updates=5)
+    resumed = trained(
+        tmp_path,
+        {**EVERY_UPDATE, "keep_last": 2},
+        NOTING,
+        PinningConfig(every_n_updates=1),
+        epochs=None,
+        updates=3,
+        resume=tmp_path / "resume" / "E1_U2_S48",
+    )
+    assert resumed.callbacks[0].updates == [1, 2, 3]
+    assert names_in(tmp_path) == ["E1_U2_S48", "E1_U3_S72"]
+    released = [tag for told, tag, _ in resumed.callbacks[1].told if told == "release"]
+    assert released == ["E0_U1_S24", "E2_U4_S96", "E2_U5_S120"]
+    again = trained(tmp_path, EVERY_UPDATE, NOTING, epochs=None, updates=4, resume="auto")
+    assert again.callbacks[0].updates == [1, 2, 3, 4]
+
+
+def test_interrupted_checkpoint_is_never_resumed_and_swept_later(tmp_path):
+    trained(tmp_path, EVERY_UPDATE, NOTING, epochs=None, updates=2)
+    folder = tmp_path / "resume"
+    shutil.copytree(folder / "E1_U2_S48", folder / "E1_U3_S72.tmp")
+    shutil.copytree(folder / "E1_U2_S48", folder / "E2_U4_S96")
+    (folder / "E2_U4_S96" / "trainer.pt").unlink()
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("E9_U18_S432")
+    resumed = trained(tmp_path, EVERY_UPDATE, NOTING, epochs=None, updates=4, resume="auto")
+    assert resumed.callbacks[0].updates == [1, 2, 3, 4]
+    assert names_in(tmp_path) == ["E2_U4_S96"]
+
+
+def test_error_between_checkpoints_costs_what_came_after_the_last_one(tmp_path):
+    with pytest.raises(CrashError):
+        trained(tmp_path, {**EVERY_UPDATE, "every_n_updates": 2}, NOTING, CrashingConfig(every_n_updates=5))
+    resumed = trained(tmp_path, EVERY_UPDATE, NOTING, resume="auto")
+    assert resumed.callbacks[0].updates == [1, 2, 3, 4, 5, 6]
+    for name, value in toys.weights_by_hand(6).items():
+        torch.testing.assert_close(toys.whole_weights(resumed)[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_path_without_a_complete_checkpoint_is_refused(tmp_path):
+    trained(tmp_path, EVERY_UPDATE, epochs=1)
+    with pytest.raises(ConfigError, match=r"no complete resume checkpoint at .*E9.* there are: E1_U2_S48"):
+        trained(tmp_path, resume=tmp_path / "resume" / "E9")
+
+
+def test_run_with_other_batches_is_refused(tmp_path):
+    trained(tmp_path, EVERY_UPDATE, epochs=1)
+    with pytest.raises(ConfigError, match="had effective_batch_size=24, this one has 26"):
+        trained(tmp_path, resume="auto", effective_batch_size=26)
+
+
+def resume_with_a_larger_model(directory: Path, strategy: str) -> str:
+    model = toys.AutoEncoder(hidden=8)
+    with pytest.raises(SnapshotError) as caught:
+        trained(directory, model=model, resume="auto", strategy=strategy)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("fsdp2", 2)])
+def test_other_model_is_refused_on_every_rank(strategy, world_size, tmp_path):
+    trained(tmp_path, EVERY_UPDATE, epochs=1)
+    for message in run_ranks(resume_with_a_larger_model, world_size, tmp_path, strategy):
+        assert "could not resume from" in message
+        assert "encoder" in message
+
+
+def test_two_checkpoint_callbacks_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="only one CheckpointCallback"):
+        trained(tmp_path, EVERY_UPDATE, {**EVERY_UPDATE, "every_n_updates": 2})
+
+
+def test_eval_saves_nothing(tmp_path):
+    toys.make_trainer(tmp_path, callbacks=[EVERY_UPDATE]).eval()
+    assert names_in(tmp_path) == []
+
+
+def save_into_a_file(directory: Path) -> str:
+    with pytest.raises(RankFailedError) as caught:
+        trained(directory, EVERY_UPDATE, strategy="ddp")
+    return str(caught.value)
+
+
+def test_folder_that_cannot_be_written_is_told_to_every_rank(tmp_path):
+    (tmp_path / "resume").write_text("in the way")
+    messages = run_ranks(save_into_a_file, 2, tmp_path)
+    assert messages[0] == messages[1]
+    assert "rank 0" in messages[0]
+    assert "write the resume checkpoint E0_U1_S24" in messages[0]
+
+
+def test_optimizer_without_state_is_resumed_too(tmp_path):
+    plain = {"encoder": torch.optim.SGD, "decoder": torch.optim.SGD}
+    trained(tmp_path, EVERY_UPDATE, optimizers=plain, epochs=1)
+    resumed = trained(tmp_path, optimizers=plain, resume="auto")
+    for name, value in toys.weights_by_hand(6, plain).items():
+        torch.testing.assert_close(toys.whole_weights(resumed)[name], value, rtol=1e-10, atol=1e-12)
