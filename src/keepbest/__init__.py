@@ -1,5 +1,17 @@
 """Keep the best checkpoints of a distributed PyTorch run."""
 
+from keepbest.errors import KeepBestError
 from keepbest.iteration import TrainingIteration
+from keepbest.keeper import BestKeeper, Outcome
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.store.load import LoadedSnapshot, load
 
-__all__ = ["TrainingIteration"]
+__all__ = [
+    "BestKeeper",
+    "KeepBestError",
+    "LoadedSnapshot",
+    "MetricPropertyProvider",
+    "Outcome",
+    "TrainingIteration",
+    "load",
+]

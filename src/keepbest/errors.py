@@ -9,6 +9,7 @@
     ├── IterationError (ValueError)        an iteration that goes back or names other parts
     ├── RanksError (RuntimeError)
     │   ├── RankFailedError                one or more ranks failed in a step; raised on every rank
+    │   │   └── StorageError               the same, where the file system refused
     │   ├── RankTimeoutError               ranks that did not arrive in time
     │   ├── DesyncError                    ranks that hold different states or run different steps
     │   └── PoisonedError                  an earlier failure left the ranks in different places
@@ -60,6 +61,10 @@ class RanksError(KeepBestError, RuntimeError):
 
 class RankFailedError(RanksError):
     """At least one rank failed in a step that every rank takes part in."""
+
+
+class StorageError(RankFailedError):
+    """The file system refused something on a rank, usually a write of rank 0."""
 
 
 class RankTimeoutError(RanksError):

@@ -25,7 +25,15 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
 
 from keepbest import errors
-from keepbest.errors import ConfigError, DesyncError, KeepBestError, PoisonedError, RankFailedError, RankTimeoutError
+from keepbest.errors import (
+    ConfigError,
+    DesyncError,
+    KeepBestError,
+    PoisonedError,
+    RankFailedError,
+    RankTimeoutError,
+    StorageError,
+)
 
 T = TypeVar("T")
 
@@ -141,7 +149,7 @@ class Ranks:
         Args:
             step: what is being done, in words; the same on every rank.
             work: rank-local and free of collectives.
-            remedy: what the user can do if it fails.
+            remedy: what the user can do if the file system refuses.
             state: from the result of `work` to bytes that must be equal on all ranks.
             saving: wait with `save_timeout` rather than `rank_timeout`.
 
@@ -150,7 +158,7 @@ class Ranks:
 
         Raises:
             KeepBestError: on every rank if any rank failed: of the class that the lowest failing rank raised if that
-                is one of ours, else `RankFailedError`.
+                is one of ours, else `RankFailedError` (`StorageError` where the file system refused).
             RankTimeoutError, DesyncError, PoisonedError: see `exchange`.
         """
 
@@ -253,6 +261,7 @@ class Ranks:
         first = next(iter(reports.values()))
         kind = getattr(errors, first["type"], None)
         ours: type[KeepBestError] | None = kind if isinstance(kind, type) and issubclass(kind, KeepBestError) else None
+        otherwise = StorageError if first["refused"] else RankFailedError
         shared = len(reports) == self.world_size and all(report == first for report in reports.values())
         if ours is not None and mine is not None and shared:
             raise mine
@@ -260,8 +269,8 @@ class Ranks:
             f"rank {rank} of {self.world_size}: {report['type']}: {report['message']}"
             for rank, report in reports.items()
         )
-        remedy = f". {first['remedy']}" if first["remedy"] else ""
-        raise (ours or RankFailedError)(f"failed to {first['step']} on {told}{remedy}") from mine
+        remedy = f". {first['remedy']}" if first["refused"] and first["remedy"] else ""
+        raise (ours or otherwise)(f"failed to {first['step']} on {told}{remedy}") from mine
 
     def _raise_desync(self, step: str, state: bytes, saving: bool) -> None:
         width = 1024
@@ -379,4 +388,12 @@ def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
 
 
 def _report(step: str, failure: BaseException, remedy: str) -> str:
-    return json.dumps({"step": step, "type": type(failure).__name__, "message": str(failure), "remedy": remedy})
+    return json.dumps(
+        {
+            "step": step,
+            "type": type(failure).__name__,
+            "message": str(failure),
+            "remedy": remedy,
+            "refused": isinstance(failure, OSError),
+        }
+    )

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 # torch.compile, FSDP1 and activation checkpointing keep the module that they wrap under these names.
-_WRAPPED_CHILD_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_NAMES_LEFT_OUT_OF_STATE_DICTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED_CHILD_NAMES = ("_orig_mod", *_NAMES_LEFT_OUT_OF_STATE_DICTS)
 
 
 def wrapped_child(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -37,7 +38,7 @@ def plain_key(module: nn.Module, key: str) -> str:
     while parts:
         if (wrapped := wrapped_child(module)) is not None:
             name, module = wrapped
-            # FSDP1 and the checkpoint wrapper already left their name out of state dicts, but not out of parameters.
+            # Some wrappers leave their name out of state dicts, but none out of the names of parameters.
             parts = parts[1:] if parts[0] == name else parts
             continue
         child = dict(module.named_children()).get(parts[0])
@@ -46,6 +47,22 @@ def plain_key(module: nn.Module, key: str) -> str:
             return ".".join([*plain, *parts])
         module = child
     return ".".join(plain)
+
+
+def state_dict_key(module: nn.Module, plain: str) -> str:
+    """The inverse of `plain_key` for the keys of `module.state_dict()` and `module.load_state_dict()`."""
+    parts, key = plain.split("."), list[str]()
+    while True:
+        if (wrapped := wrapped_child(module)) is not None:
+            name, module = wrapped
+            if name not in _NAMES_LEFT_OUT_OF_STATE_DICTS:
+                key.append(name)
+            continue
+        child = dict(module.named_children()).get(parts[0]) if parts else None
+        if child is None:
+            return ".".join([*key, *parts])
+        key.append(parts.pop(0))
+        module = child
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,8 @@
-"""From a model, however it is wrapped and sharded, to state dicts of full CPU tensors on rank 0."""
+"""From a model, however it is wrapped and sharded, to state dicts of full CPU tensors on rank 0, and back."""
 
-from keepbest.snapshot.gather import StateDict, Weights, plain_state_dict, take_snapshot
+from keepbest.snapshot.gather import Weights, take_snapshot
+from keepbest.snapshot.place import place_weights
 from keepbest.snapshot.selection import Part, select_parts
+from keepbest.snapshot.source import StateDict
 
-__all__ = ["Part", "StateDict", "Weights", "plain_state_dict", "select_parts", "take_snapshot"]
+__all__ = ["Part", "StateDict", "Weights", "place_weights", "select_parts", "take_snapshot"]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor
 
-from keepbest.errors import ConfigError, SnapshotError
-from keepbest.models.structure import is_fsdp1, modules_along, plain_key
+from keepbest.errors import SnapshotError
+from keepbest.models.structure import plain_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.selection import Part
-
-StateDict = dict[str, Any]
-
-_FLAT = "_flat_param"  # how FSDP1 names the one parameter of a unit without original parameters
+from keepbest.snapshot.source import Source, StateDict, list_sources, plain_state_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,34 +24,14 @@ class Weights:
     Attributes:
         files: for each part name a state dict with plain keys and full tensors on the CPU; empty on ranks other than 0.
             Tensors of an unsharded CPU model are the live ones, not copies.
+        parts: all that were selected, in order.
         left_out: for each part name the keys (relative to the part) that were left out because they were frozen. A
             part that is frozen as a whole has no file.
     """
 
+    parts: tuple[Part, ...]
     files: Mapping[str, StateDict]
     left_out: Mapping[str, list[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A module whose state dict is taken in one piece, and the parts that are cut out of it."""
-
-    path: str
-    module: nn.Module
-    parts: list[Part]
-    is_frozen: Callable[[str], bool]
-
-    @property
-    def holds_fsdp1(self) -> bool:
-        return any(is_fsdp1(module) for module in self.module.modules())
-
-    def key_in(self, part: Part, key: str) -> str | None:
-        """`key` of this module as a key of `part`; `None` if it is not in it."""
-        inside = part.path[len(self.path) :].lstrip(".")
-        if inside and not key.startswith(f"{inside}."):
-            return None
-        key = key[len(inside) + 1 :] if inside else key
-        return key if part.holds(key) else None
 
 
 def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool, ranks: Ranks) -> Weights:
@@ -72,14 +48,14 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
     # Ranks that list different weights would wait for each other for ever; so they show each other their lists first.
     sources = ranks.agree(
         "list the weights",
-        lambda: _list_sources(model, parts, save_frozen_weights),
+        lambda: list_sources(model, parts, save_frozen_weights=save_frozen_weights),
         state=lambda sources: b"\n".join(map(_listing, sources)),
     )
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
     try:
         for source in sources:
-            state = _fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
+            state = fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
             for part in source.parts:
                 kept, left_out[part.name] = _cut(source, part, state)
                 full = _full_tensors(kept, keep=ranks.is_main)
@@ -90,31 +66,13 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
             ranks.poison(f"gathering the weights failed on rank {ranks.rank} ({type(error).__name__}: {error})")
         raise
     return Weights(
-        files=files if ranks.is_main else {}, left_out={name: keys for name, keys in left_out.items() if keys}
+        parts=tuple(parts),
+        files=files if ranks.is_main else {},
+        left_out={name: keys for name, keys in left_out.items() if keys},
     )
 
 
-def plain_state_dict(module: nn.Module) -> StateDict:
-    """The state dict of `module` with plain keys; its tensors are the parameters themselves. **Rank-local**."""
-    return {plain_key(module, key): value for key, value in module.state_dict(keep_vars=True).items()}
-
-
-def _list_sources(model: nn.Module, parts: Sequence[Part], save_frozen_weights: bool) -> list[_Source]:
-    sources: dict[str, _Source] = {}
-    for part in parts:
-        along = modules_along(model, part.path)
-        if along is None:
-            raise ConfigError(f"the model no longer has a submodel {part.path!r}, which was selected to be saved")
-        # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit: only its root has them.
-        path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
-        if path not in sources:
-            test = (lambda _: False) if save_frozen_weights else _frozen_test(module)
-            sources[path] = _Source(path, module, [], test)
-        sources[path].parts.append(part)
-    return list(sources.values())
-
-
-def _listing(source: _Source) -> bytes:
+def _listing(source: Source) -> bytes:
     if source.holds_fsdp1:
         names = {plain_key(source.module, key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
         return f"{source.path}: {sorted(names)}".encode()
@@ -133,7 +91,7 @@ def _listing(source: _Source) -> bytes:
     return " ".join(lines).encode()
 
 
-def _fsdp1_state_dict(module: nn.Module) -> StateDict:
+def fsdp1_state_dict(module: nn.Module) -> StateDict:
     """Full state dict on rank 0 of a module that is, or contains, FSDP1 units. **Collective**."""
     # Offloading fails for units on the CPU ("setStorage ... out of bounds"), and has nothing to do there.
     on_accelerator = any(parameter.device.type != "cpu" for parameter in module.parameters())
@@ -142,7 +100,7 @@ def _fsdp1_state_dict(module: nn.Module) -> StateDict:
         return {plain_key(module, key): value for key, value in module.state_dict().items()}
 
 
-def _cut(source: _Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
+def _cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
     """The entries of `part`, and the keys that are left out since they are frozen."""
     entries = {key: name for key in state if (name := source.key_in(part, key)) is not None}
     frozen = sorted(name for key, name in entries.items() if source.is_frozen(key))
@@ -150,25 +108,6 @@ def _cut(source: _Source, part: Part, state: StateDict) -> tuple[StateDict, list
     if frozen and all(key in buffers or source.is_frozen(key) for key in entries):
         return {}, sorted(entries.values())
     return {name: state[key] for key, name in entries.items() if not source.is_frozen(key)}, frozen
-
-
-def _frozen_test(module: nn.Module) -> Callable[[str], bool]:
-    """Whether the parameter with a plain key does not require grad at this moment."""
-    requires_grad = {
-        plain_key(module, key): parameter.requires_grad
-        for key, parameter in module.named_parameters(remove_duplicate=False)
-    }
-    # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole: ask the innermost unit.
-    units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
-    buffers = {plain_key(module, key) for key, _ in module.named_buffers(remove_duplicate=False)}
-
-    def is_frozen(key: str) -> bool:
-        if key in requires_grad:
-            return not requires_grad[key]
-        around = [path for path in units if key.startswith(path)]
-        return bool(around) and key not in buffers and not units[max(around, key=len)]
-
-    return is_frozen
 
 
 def _full_tensors(state: StateDict, *, keep: bool) -> StateDict:

@@ -162,7 +162,7 @@ class History:
         keeper.extend(Entry(observation, snapshot))
         if snapshot is not None:
             self.manifests.setdefault(snapshot, line["manifest"])
-            if line["refs"].get(line["keeper"]) == snapshot:
+            if line.get("refs", {}).get(line["keeper"]) == snapshot:
                 keeper.kept_best = observation.value
 
 

@@ -37,28 +37,41 @@ def read_ledger(path: Path) -> tuple[list[Line], int]:
 
 
 class LedgerFile:
-    """Appends lines to a ledger. A line that could not be written whole is taken back."""
+    """Appends lines to a ledger.
+
+    An observation is a fact, whatever the disk says: one that could not be written is written before the next line. A
+    commit is true only when it is on the disk: one that could not be written is taken back.
+    """
 
     def __init__(self, files: Files, path: Path, size: int) -> None:
         """Open `path` and cut what lies beyond `size` bytes."""
         self._file: DurableFile = files.append(path)
         self._size = size
+        self._unwritten = b""
         self._file.truncate(size)
 
-    def append(self, line: Mapping[str, Any], *, durable: bool) -> None:
-        """Add one line; with `durable` it is on the disk, with all lines before it, when this returns.
+    def append(self, line: Mapping[str, Any], *, durable: bool, withdraw: bool = False) -> None:
+        """Add one line.
+
+        Args:
+            line: JSON values only.
+            durable: wait until it, and all lines before it, are on the disk.
+            withdraw: if it cannot be written, forget it; else it is written before the next one.
 
         Raises:
-            OSError: whatever the file system answers; the ledger then ends as it did before.
+            OSError: whatever the file system answers; the file then ends as it did before.
         """
-        data = json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        data = self._unwritten + text
         try:
             self._file.write(data)
             if durable:
                 self._file.sync()
         except OSError:
+            self._unwritten = self._unwritten if withdraw else data
             self._file.truncate(self._size)
             raise
+        self._unwritten = b""
         self._size += len(data)
 
     def sync(self) -> None:

@@ -73,7 +73,8 @@ class SnapshotFolder:
                 for part, state in weights.files.items()
             }
             size = sum(entry["bytes"] for entry in written.values())
-            manifest = {**about, "bytes": size, "files": written, "left_out": weights.left_out}
+            parts = [(part.name, part.path, part.apart) for part in weights.parts]
+            manifest = {**about, "bytes": size, "parts": parts, "files": written, "left_out": weights.left_out}
             text = json.dumps(manifest, indent=1).encode()
             with files.create(temporary / MANIFEST) as file:
                 file.write(text)

@@ -117,7 +117,7 @@ class Store:
         """Record an observation without a snapshot, and set the refs of the tolerances that it closes.
 
         Raises:
-            OSError: whatever the file system answers.
+            OSError: whatever the file system answers; the observation then goes to the disk with the next line.
         """
         refs = self._tolerance_refs(keeper, newly_exceeded)
         line = observation_line(keeper, observation, refs)
@@ -140,7 +140,7 @@ class Store:
 
         Raises:
             ConfigError: if there is nothing to save.
-            OSError: whatever the file system answers; the folder is then as it was before.
+            OSError: whatever the file system answers; nothing was saved or recorded then.
         """
         if not weights.files:
             raise ConfigError(
@@ -162,13 +162,14 @@ class Store:
             raise
         return name
 
-    def share(self, keeper: str, observation: Observation, snapshot: str) -> None:
-        """As `save`, where another keeper has just taken a snapshot of the same weights.
+    def share(self, keeper: str, observation: Observation, snapshot: str) -> str:
+        """As `save`, where another keeper has just taken a `snapshot` of the same weights.
 
         Raises:
             OSError: whatever the file system answers.
         """
         self._commit_best(keeper, observation, snapshot, self.history.manifests[snapshot])
+        return snapshot
 
     def pin(self, keeper: str, tag: str, state: BestState) -> None:
         """Keep the snapshots that `state` names until `tag` is pinned anew or released."""
@@ -188,13 +189,20 @@ class Store:
         refs = self._tolerance_refs(keeper, dict.fromkeys(open_tolerances, state.best))
         self._commit({"event": "end", "keeper": keeper, "refs": refs})
 
-    def leave(self, keeper: str) -> None:
-        """`keeper` is done with the folder; the last one closes it."""
+    def sync(self) -> None:
+        """Make all observations durable."""
+        if self._ledger is not None:
+            self._ledger.sync()
+
+    def leave(self, keeper: str) -> bool:
+        """`keeper` is done with the folder; the last one closes it. Returns whether it is closed."""
         self._active.discard(keeper)
-        if not self._active:
-            if self._ledger is not None:
-                self._ledger.close()
-            self._lock.release()
+        if self._active:
+            return False
+        if self._ledger is not None:
+            self._ledger.close()
+        self._lock.release()
+        return True
 
     def best_snapshot(self, keeper: str) -> str | None:
         """Name of the snapshot that the keeper's ref on the best points at."""
@@ -260,7 +268,8 @@ class Store:
         # After a resume from before the best, a worse model must not take its place.
         moves = past.policy.is_better(observation.value, past.kept_best, min_delta=0.0)
         refs: dict[str, str | None] = {keeper: snapshot} if moves else {}
-        self._commit({**observation_line(keeper, observation, refs), "snapshot": snapshot, "manifest": manifest})
+        line = {**observation_line(keeper, observation, refs), "snapshot": snapshot, "manifest": manifest}
+        self._commit(line, withdraw=True)
 
     def _open_ledger(self, run_id: str | None) -> None:
         if self._ledger is not None:
@@ -273,15 +282,21 @@ class Store:
             self._append({"event": "session", "restart": self.history.restarts + 1}, durable=False)
         self._refs.restore(self.history.refs)
 
-    def _append(self, line: Line, *, durable: bool) -> None:
+    def _append(self, line: Line, *, durable: bool, withdraw: bool = False) -> None:
         if self._ledger is None:
             raise RunExistsError(f"{self._folder} is closed: begin a keeper before it records anything")
-        self._ledger.append(line, durable=durable)
+        try:
+            self._ledger.append(line, durable=durable, withdraw=withdraw)
+        except OSError:
+            if not withdraw:
+                self.history.apply(line)
+                self._refs_lag = True
+            raise
         self.history.apply(line)
 
-    def _commit(self, line: Line) -> None:
+    def _commit(self, line: Line, *, withdraw: bool = False) -> None:
         """Make a line durable; then, what follows from it: refs move, and what nothing names any more is removed."""
-        self._append(line, durable=True)
+        self._append(line, durable=True, withdraw=withdraw)
         try:
             if self._refs_lag:
                 self._refs.restore(self.history.refs)

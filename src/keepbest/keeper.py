@@ -1,0 +1,381 @@
+"""`BestKeeper`: the one path from a rank's value to a durable best, in straight lines."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from keepbest.decision import BestState, Decision, Observation, Policy, decide
+from keepbest.errors import ConfigError, InvalidMetricError, MetricError, StorageError
+from keepbest.iteration import TrainingIteration
+from keepbest.metric import MetricReduction, Reading, agree_on_metric, check_reduction, read_value
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.ranks import Ranks
+from keepbest.snapshot import select_parts, take_snapshot
+from keepbest.store import LoadedState, SharedRun, Store, best_ref
+from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.store.load import load
+
+_logger = logging.getLogger(__name__)
+_DISK_REMEDY = "Free or mend the storage of the run directory and resume: everything committed before is intact"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an observation led to; the same on every rank.
+
+    Attributes:
+        iteration: that was observed.
+        value: the metric that all ranks agreed on.
+        is_new_best: whether it is the new best of the timeline; its weights are durable then.
+        newly_exceeded: tolerances that it closed, ascending.
+        save_failed: whether a new best was lost because it could not be written (only with `on_save_error="warn"`).
+    """
+
+    iteration: TrainingIteration
+    value: float
+    is_new_best: bool
+    newly_exceeded: tuple[int, ...] = ()
+    save_failed: bool = False
+
+
+class BestKeeper:
+    """Keeps the best checkpoints of one metric of a run.
+
+    Creating one is **collective** over the ranks of `process_group`, as are `start`, `observe`, `flush`, `release`,
+    `close` and `restore_best`. Used in a `with` block it starts at its beginning and closes at its end; a block that is
+    left by an exception records nothing more.
+
+    Args:
+        model: what is saved; plain, or wrapped by DDP, FSDP1, FSDP2, tensor parallelism, `torch.compile`.
+        directory: of the run; rank 0 alone reads and writes it.
+        metric_key: name of the monitored metric.
+        tolerances: each keeps what early stopping with that many intervals of patience would have kept.
+        model_names: submodels to save; `None` saves all (see `select_parts`).
+        save_frozen_weights: whether to save parameters that do not require grad at that moment.
+        higher_is_better: direction of the metric; `None` asks `metric_property_provider`.
+        min_delta: a new best must beat the old one by more than this.
+        metric_reduction: how the values of the ranks become one.
+        on_nonfinite: whether NaN and infinities count as an interval without improvement, or raise.
+        on_save_error: whether a save that fails raises, or training goes on with the last durable best to beat.
+        id: tells two keepers of the same metric apart.
+        resume: "ledger" goes on from what the run folder tells; `None` needs an empty folder, or `load_state_dict`.
+        metric_property_provider: knows the direction of metrics by their name.
+        process_group: the ranks that keep the run together; `None` is the default group, or one process.
+        rank_timeout: seconds that ranks wait for each other.
+        save_timeout: seconds that ranks wait for rank 0 to write.
+
+    Raises:
+        ConfigError: on every rank, if a setting cannot be right.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        directory: str | Path,
+        metric_key: str,
+        tolerances: Sequence[int] | None = None,
+        model_names: Sequence[str] | None = None,
+        save_frozen_weights: bool = True,
+        higher_is_better: bool | None = None,
+        min_delta: float = 0.0,
+        metric_reduction: MetricReduction = "mean",
+        on_nonfinite: Literal["ignore", "raise"] = "ignore",
+        on_save_error: Literal["raise", "warn"] = "raise",
+        id: str | None = None,  # noqa: A002  # the field's name in the config
+        resume: Literal["ledger"] | None = None,
+        metric_property_provider: MetricPropertyProvider | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        rank_timeout: float = 120.0,
+        save_timeout: float = 1800.0,
+    ) -> None:
+        self._ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
+        self.metric_key = metric_key
+        self.directory = Path(directory)
+        self._model = model
+        self._save_frozen_weights = save_frozen_weights
+        self._on_nonfinite = on_nonfinite
+        self._on_save_error = on_save_error
+        self._resume = resume
+
+        def check() -> tuple[Policy, MetricReduction, str]:
+            for name, given, known in (
+                ("on_nonfinite", on_nonfinite, ("ignore", "raise")),
+                ("on_save_error", on_save_error, ("raise", "warn")),
+                ("resume", resume, (None, "ledger")),
+            ):
+                if given not in known:
+                    raise ConfigError(f"{name} must be one of {known}, got {given!r}")
+            provider = metric_property_provider or MetricPropertyProvider()
+            direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
+            policy = Policy(direction, min_delta, tuple(tolerances or ()))
+            self._parts = select_parts(model, model_names)
+            return policy, check_reduction(metric_reduction), best_ref(metric_key, id)
+
+        step = f"check the settings of the keeper of {metric_key}"
+        settings = self._ranks.agree(step, check, state=lambda checked: repr((checked, self._parts)).encode())
+        self.policy, self._reduction, self.name = settings
+        self._run = SharedRun.of(self.directory)
+        self._run_id: str | None = None
+        self._loaded: LoadedState | None = None
+        self._state = BestState()
+        self._best_snapshot: str | None = None
+        self._phase: Literal["new", "started", "closed"] = "new"
+        self._pending: OSError | None = None
+
+    def start(self, at: TrainingIteration | None = None) -> None:
+        """Take up the run folder, so that what is wrong with it shows before training. **Collective**; once.
+
+        `observe` does this where it was not done before.
+
+        Args:
+            at: with `resume="ledger"`, the iteration that training goes on from; what the ledger has beyond it is
+                abandoned. `None` is the end of the ledger.
+
+        Raises:
+            RunExistsError: on every rank, if the folder holds another run, one that is not resumed, or one in use.
+            LedgerError: on every rank, if the ledger is damaged or of another format.
+            ConfigError: on every rank, if another keeper in the folder has the same name.
+            StorageError: on every rank, if the folder cannot be written.
+        """
+        if self._phase != "new":
+            return
+        resumes = f"{self._loaded} {self._resume} {at}".encode()
+        self._ranks.agree(f"compare what {self.name} resumes from", lambda: None, state=lambda _: resumes)
+        facts = self._ranks.broadcast(f"take up {self.directory} for {self.name}", lambda: self._begin(at))
+        self._run_id = facts["run"]
+        self._state = BestState.from_json(facts["state"])
+        self._best_snapshot = facts["best"]
+        self._phase = "started"
+
+    def observe(self, value: Any, iteration: TrainingIteration, *, weight: Any = None) -> Outcome:
+        """Take in the metric of one interval; save the model if it is the new best. **Collective**.
+
+        Costs one small all_gather where there is no new best.
+
+        Args:
+            value: this rank's value: a number, or a tensor with one element. Ranks that `metric_reduction` does not ask
+                may pass `None`.
+            iteration: what was completed; increases from call to call and always names the same parts.
+            weight: what this rank counts in the reduction, for example its number of samples; on all ranks or on none.
+
+        Raises:
+            MetricError: on every rank: a value that is missing or is no number, bad weights, values that differ though
+                they must not, or a NaN with `on_nonfinite="raise"`.
+            IterationError: on every rank, if `iteration` does not follow the last one.
+            StorageError: on every rank, if the new best, or an earlier record, could not be written.
+            RanksError: if the ranks could not agree (see `Ranks.exchange`).
+        """
+        return self.observe_reading(lambda: read_value(value, weight), iteration)
+
+    def observe_reading(self, read: Callable[[], Reading], iteration: TrainingIteration) -> Outcome:
+        """As `observe`, with a function that gets this rank's reading; what it raises reaches every rank."""
+        self.start()
+        self._refuse_if_closed()
+        reading = Reading(absent="the metric could not be read")
+        failure: Exception | None = self._take_pending()
+        try:
+            reading = read()
+        except MetricError as error:
+            failure = failure or error
+        seen = f"{self.name} at {iteration} after {self._state}".encode()
+        value = agree_on_metric(self._ranks, self.metric_key, reading, self._reduction, failure=failure, state=seen)
+        if not math.isfinite(value) and self._on_nonfinite == "raise":
+            raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
+        observation = Observation(iteration, value)
+        state, decision = decide(self.policy, self._state, observation)
+        if not decision.is_new_best:
+            return self._record(observation, state, decision)
+        try:
+            self._save(observation)
+        except StorageError as error:
+            if self._on_save_error == "raise":
+                raise
+            _logger.warning("%s: the new best at %s was not saved: %s", self.name, iteration, error)
+            lost = replace(observation, durable=False)
+            return self._record(lost, *decide(self.policy, self._state, lost))
+        self._state = state
+        return Outcome(iteration, value, is_new_best=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here; the same on every rank. **Rank-local**."""
+        return {"run_id": self._run_id, "state": self._state.to_json()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave. **Rank-local**: call it on every rank, before `start`.
+
+        Raises:
+            ConfigError: if the keeper has started, or `state_dict` is none of a keeper.
+        """
+        if self._phase != "new":
+            raise ConfigError("load_state_dict comes too late: load the state before start(), with or observe()")
+        try:
+            self._loaded = LoadedState(state_dict["run_id"], BestState.from_json(state_dict["state"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is not the state of a keeper ({error!r}): {state_dict!r}") from error
+        self._run_id, self._state = self._loaded.run_id, self._loaded.state
+
+    def flush(self, *, pin: str | None = None) -> None:
+        """Make everything observed so far durable. **Collective**.
+
+        Args:
+            pin: keep the snapshots that the present state names until this tag is pinned anew or released; a resume
+                checkpoint that holds `state_dict()` pins them under its own name.
+
+        Raises:
+            StorageError: on every rank, if something could not be written.
+        """
+        self.start()
+        self._refuse_if_closed()
+
+        def write(store: Store) -> None:
+            store.sync()
+            if pin is not None:
+                store.pin(self.name, pin, self._state)
+
+        self._ranks.agree(f"flush {self.name}", self._on_main(write), remedy=_DISK_REMEDY, saving=True)
+
+    def release(self, pin: str) -> None:
+        """Let go of what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
+        self._refuse_if_closed()
+        write = self._on_main(lambda store: store.unpin(self.name, pin))
+        self._ranks.agree(f"release {pin} of {self.name}", write, remedy=_DISK_REMEDY, saving=True)
+
+    def close(self) -> None:
+        """End the run: tolerances that were never exceeded get a provisional ref on the best. **Collective**.
+
+        A second call does nothing.
+
+        Raises:
+            StorageError: on every rank, if something could not be written.
+        """
+        if self._phase == "closed":
+            return
+        started, self._phase = self._phase == "started", "closed"
+        try:
+            if started:
+                write = self._on_main(lambda store: store.end(self.name, self._state, self.policy))
+                self._ranks.agree(f"close {self.name}", write, remedy=_DISK_REMEDY, saving=True)
+        finally:
+            self._run.leave(self.name)
+
+    def abandon(self) -> None:
+        """Leave the run as it is, for another process to resume. **Rank-local**; for use when training failed."""
+        self._phase = "closed"
+        self._run.leave(self.name)
+
+    def __enter__(self) -> BestKeeper:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    @property
+    def state(self) -> BestState:
+        """The bookkeeping of the timeline; the same on every rank. **Rank-local**."""
+        return self._state
+
+    @property
+    def best_metric_value(self) -> float:
+        """The best value of the timeline; the worst infinity before there is one. **Rank-local**."""
+        if self._state.best is not None:
+            return self._state.best.value
+        return -math.inf if self.policy.higher_is_better else math.inf
+
+    @property
+    def best_path(self) -> Path | None:
+        """Folder of the best snapshot that the run ever saved; `None` before there is one. **Rank-local**."""
+        if self._best_snapshot is None:
+            return None
+        return self.directory / CHECKPOINTS / SNAPSHOTS / self._best_snapshot
+
+    def restore_best(self) -> None:
+        """Load the best that the run ever saved into the live model. **Collective**.
+
+        Raises:
+            SnapshotError: on every rank, if there is none yet, or it is damaged; the model is then as it was.
+        """
+        load(self.directory, self.name, self._model, process_group=self._ranks.process_group)
+
+    def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
+        store = self._run.open()
+        state = store.begin(
+            self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=self._resume == "ledger", at=at
+        )
+        return {"run": store.history.run_id, "state": state.to_json(), "best": store.best_snapshot(self.name)}
+
+    def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
+        exceeded = {tolerance: state.exceeded[tolerance] for tolerance in decision.newly_exceeded}
+        if self._ranks.is_main:
+            try:
+                self._run.open().observe(self.name, observation, exceeded)
+            except OSError as error:
+                # The others are not waiting: it travels with the next exchange, at no cost to quiet intervals.
+                self._pending = error
+        self._state = state
+        return Outcome(
+            observation.iteration,
+            observation.value,
+            is_new_best=False,
+            newly_exceeded=decision.newly_exceeded,
+            save_failed=not observation.durable,
+        )
+
+    def _save(self, observation: Observation) -> None:
+        content = (id(self._model), self._parts, self._save_frozen_weights)
+        shared = self._run.snapshot_with(observation.iteration, content)
+        commit: Callable[[Store], str]
+        if shared is None:
+            weights = take_snapshot(
+                self._model, self._parts, save_frozen_weights=self._save_frozen_weights, ranks=self._ranks
+            )
+            selection = f"{self.name} {self._parts} {self._save_frozen_weights}"
+            commit = lambda store: store.save(self.name, observation, weights, selection)  # noqa: E731  # one of two
+        else:
+            commit = lambda store: store.share(self.name, observation, shared)  # noqa: E731  # the other
+
+        def names() -> dict[str, str | None]:
+            store = self._run.open()
+            return {"snapshot": commit(store), "best": store.best_snapshot(self.name)}
+
+        step = f"save the new best of {self.metric_key} at {observation.iteration}"
+        saved = self._ranks.broadcast(step, names, remedy=_DISK_REMEDY, saving=True)
+        self._run.remember(observation.iteration, content, saved["snapshot"])
+        self._best_snapshot = saved["best"]
+
+    def _on_main(self, write: Callable[[Store], None]) -> Callable[[], None]:
+        """`write` for rank 0, after what it could not write before; nothing for the others."""
+
+        def work() -> None:
+            if self._ranks.is_main:
+                if (error := self._take_pending()) is not None:
+                    raise error
+                write(self._run.open())
+
+        return work
+
+    def _take_pending(self) -> OSError | None:
+        error, self._pending = self._pending, None
+        if error is not None and self._on_save_error == "warn":
+            _logger.warning("%s: an observation is not on the disk yet: %s", self.name, error)
+            return None
+        return error
+
+    def _refuse_if_closed(self) -> None:
+        if self._phase == "closed":
+            raise ConfigError(f"the keeper of {self.metric_key} is closed")

@@ -1,0 +1,145 @@
+"""From state dicts on rank 0 into a model, in whatever way it is distributed: the way back of `take_snapshot`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.tensor import DTensor, Replicate
+
+from keepbest.errors import SnapshotError
+from keepbest.models.structure import state_dict_key
+from keepbest.ranks import Ranks
+from keepbest.snapshot.gather import fsdp1_state_dict
+from keepbest.snapshot.selection import Part
+from keepbest.snapshot.source import Source, StateDict, list_sources, plain_state_dict
+
+_LISTED_KEYS = 6
+
+
+def place_weights(
+    model: nn.Module,
+    parts: Sequence[Part],
+    files: Mapping[str, StateDict],
+    left_out: Mapping[str, Sequence[str]],
+    *,
+    ranks: Ranks,
+) -> None:
+    """Put saved weights into `parts` of `model`. **Collective**.
+
+    Each tensor travels once, from rank 0; sharded models take their shard of it and drop the rest (FSDP1 holds the
+    full weights of a unit while it loads).
+
+    Args:
+        model: plain or wrapped; another strategy and another number of ranks than saved it are fine.
+        parts: what was saved.
+        files: on rank 0, the state dict of each part by name, full tensors with plain keys; ignored elsewhere.
+        left_out: on rank 0, the keys of each part that were frozen and not saved; exactly these may be missing.
+        ranks: of the model.
+
+    Raises:
+        SnapshotError: on every rank, if keys or shapes differ from the model's; the model is then as it was.
+        KeepBestError: see `Ranks.agree`.
+    """
+    sources = ranks.agree(
+        "find the saved parts in the model", lambda: list_sources(model, parts, save_frozen_weights=True)
+    )
+    present = {source.path: _present(source) for source in sources}
+    layout = ranks.broadcast(
+        "compare the saved weights with the model",
+        lambda: [_compared(source, present[source.path], files, left_out) for source in sources],
+    )
+    try:
+        for source, keys in zip(sources, layout, strict=True):
+            saved = _by_source_key(source, files) if ranks.is_main else {}
+            state: StateDict = {}
+            for key, kind in keys:
+                target = present[source.path].get(key)
+                value = _sent(saved.get(key), kind, ranks)
+                state[state_dict_key(source.module, key)] = _localized(value, target)
+            with _loading(source):
+                source.module.load_state_dict(state, strict=False)
+    except BaseException as error:
+        if ranks.world_size > 1:
+            ranks.poison(f"loading weights failed on rank {ranks.rank} ({type(error).__name__}: {error})")
+        raise
+
+
+def _present(source: Source) -> StateDict:
+    # Of FSDP1 only a gathered state dict tells the names and shapes; it is there on rank 0, which compares.
+    return fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
+
+
+def _by_source_key(source: Source, files: Mapping[str, StateDict]) -> StateDict:
+    return {
+        f"{source.path_of(part)}{key}": value
+        for part in source.parts
+        for key, value in files.get(part.name, {}).items()
+    }
+
+
+def _compared(
+    source: Source, present: StateDict, files: Mapping[str, StateDict], left_out: Mapping[str, Sequence[str]]
+) -> list[tuple[str, Any]]:
+    """Keys and kinds of what is sent for `source`, after all of it was found to fit."""
+    saved = _by_source_key(source, files)
+    may_lack = {f"{source.path_of(part)}{key}" for part in source.parts for key in left_out.get(part.name, ())}
+    wanted = {key for part in source.parts for key in present if source.key_in(part, key) is not None}
+    reshaped = {key for key in saved.keys() & wanted if _shape(saved[key]) != _shape(present[key])}
+    faults = [
+        _listed("the snapshot lacks", wanted - saved.keys() - may_lack),
+        _listed("the model lacks", saved.keys() - wanted),
+        _listed("shapes differ for", reshaped),
+    ]
+    if told := "; ".join(filter(None, faults)):
+        where = f"submodel {source.path!r}" if source.path else "the model"
+        raise SnapshotError(f"the snapshot is not of this model: in {where}, {told}. Nothing was loaded")
+    return [(key, _kind(value)) for key, value in saved.items()]
+
+
+def _listed(what: str, keys: set[str]) -> str:
+    shown = ", ".join(sorted(keys)[:_LISTED_KEYS])
+    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
+    return f"{what} {shown}{more}" if keys else ""
+
+
+def _shape(value: object) -> list[int] | None:
+    return list(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _kind(value: object) -> Any:
+    """What other ranks must know to receive `value`: shape and dtype of a tensor, plain data as it is."""
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    return {"data": value}
+
+
+def _sent(value: Any, kind: Mapping[str, Any], ranks: Ranks) -> Any:
+    if "data" in kind:
+        return kind["data"]
+    tensor = value.contiguous() if ranks.is_main else torch.empty(kind["shape"], dtype=getattr(torch, kind["dtype"]))
+    if ranks.control_group is not None and tensor.numel():
+        # Bytes, since gloo does not know every dtype.
+        dist.broadcast(tensor.view(-1).view(torch.uint8), group=ranks.control_group, group_src=0)
+    return tensor
+
+
+def _localized(value: Any, target: Any) -> Any:
+    """This rank's shard of `value`, where `target` is sharded. No communication."""
+    if not isinstance(target, DTensor):
+        return value
+    mesh = target.device_mesh
+    whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=target.placements)
+
+
+def _loading(source: Source) -> contextlib.AbstractContextManager[Any]:
+    if not source.holds_fsdp1:
+        return contextlib.nullcontext()
+    config = FullStateDictConfig(rank0_only=False)
+    return FullyShardedDataParallel.state_dict_type(source.module, StateDictType.FULL_STATE_DICT, config)

@@ -1,0 +1,79 @@
+"""`load`: bring what a ref names into a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from keepbest.iteration import TrainingIteration
+from keepbest.ranks import Ranks
+from keepbest.snapshot import Part, StateDict, place_weights
+from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.store.read import read_history, read_manifest, read_weights
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSnapshot:
+    """What `load` brought into the model.
+
+    Attributes:
+        iteration: whose weights they are.
+        metric_key: of the keeper that took the snapshot.
+        value: of that metric at the iteration.
+        parts: names of the parts that were loaded; what else the model has was left as it was.
+        path: folder of the snapshot.
+    """
+
+    iteration: TrainingIteration
+    metric_key: str
+    value: float
+    parts: tuple[str, ...]
+    path: Path
+
+
+def load(
+    run: str | Path, ref: str, model: nn.Module, *, process_group: dist.ProcessGroup | None = None
+) -> LoadedSnapshot:
+    """Load the snapshot that `ref` names into `model`, after every file of it was verified. **Collective**.
+
+    Rank 0 reads, the others receive; the model may be wrapped in another way, and on another number of ranks, than when
+    it was saved.
+
+    Args:
+        run: directory of the run.
+        ref: for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
+        model: receives the parts that were saved.
+        process_group: the ranks that hold the model; `None` is the default group, or one process.
+
+    Raises:
+        SnapshotError: on every rank, if there is no such run or ref, a file is missing or damaged, or the snapshot is
+            of another model; the model is then as it was.
+        LedgerError: on every rank, if the ledger is damaged or of another format.
+    """
+    ranks = Ranks.connect(process_group)
+    files: dict[str, StateDict] = {}
+    left_out: dict[str, list[str]] = {}
+
+    def read() -> dict[str, Any]:
+        directory = Path(run)
+        history = read_history(directory)
+        folder, manifest = read_manifest(directory, history, ref)
+        files.update(read_weights(folder, manifest))
+        left_out.update(manifest["left_out"])
+        return {**manifest, "folder": folder.name}
+
+    manifest = ranks.broadcast(f"read {ref} of {run}", read, saving=True)
+    saved = {entry["part"] for entry in manifest["files"].values()}
+    parts = tuple(Part(name, path, tuple(apart)) for name, path, apart in manifest["parts"] if name in saved)
+    place_weights(model, parts, files, left_out, ranks=ranks)
+    return LoadedSnapshot(
+        iteration=TrainingIteration.parse(manifest["iteration"]),
+        metric_key=manifest["metric_key"],
+        value=manifest["value"],
+        parts=tuple(part.name for part in parts),
+        path=Path(run) / CHECKPOINTS / SNAPSHOTS / manifest["folder"],
+    )
