@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest.decision import BestState, Decision, Observation, Policy, decide
-from keepbest.errors import ConfigError, InvalidMetricError, MetricError, StorageError
+from keepbest.errors import ConfigError, InvalidMetricError, StorageError
 from keepbest.iteration import TrainingIteration
 from keepbest.metric import MetricReduction, Reading, agree_on_metric, check_reduction, read_value
 from keepbest.metric_properties import MetricPropertyProvider
@@ -23,6 +23,7 @@ from keepbest.snapshot import select_parts, take_snapshot
 from keepbest.store import LoadedState, SharedRun, Store, best_ref
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.load import load
+from keepbest.store.read import ledger_exists
 
 _logger = logging.getLogger(__name__)
 _DISK_REMEDY = "Free or mend the storage of the run directory and resume: everything committed before is intact"
@@ -138,8 +139,8 @@ class BestKeeper:
         `observe` does this where it was not done before.
 
         Args:
-            at: with `resume="ledger"`, the iteration that training goes on from; what the ledger has beyond it is
-                abandoned. `None` is the end of the ledger.
+            at: resume from the ledger, at this iteration; what the ledger has beyond it is abandoned. `None` is the
+                end of the ledger, with `resume="ledger"`. A state that was loaded wins over both.
 
         Raises:
             RunExistsError: on every rank, if the folder holds another run, one that is not resumed, or one in use.
@@ -181,14 +182,9 @@ class BestKeeper:
         """As `observe`, with a function that gets this rank's reading; what it raises reaches every rank."""
         self.start()
         self._refuse_if_closed()
-        reading = Reading(absent="the metric could not be read")
-        failure: Exception | None = self._take_pending()
-        try:
-            reading = read()
-        except MetricError as error:
-            failure = failure or error
         seen = f"{self.name} at {iteration} after {self._state}".encode()
-        value = agree_on_metric(self._ranks, self.metric_key, reading, self._reduction, failure=failure, state=seen)
+        pending = self._take_pending()
+        value = agree_on_metric(self._ranks, self.metric_key, read, self._reduction, failure=pending, state=seen)
         if not math.isfinite(value) and self._on_nonfinite == "raise":
             raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
         observation = Observation(iteration, value)
@@ -273,6 +269,10 @@ class BestKeeper:
         self._phase = "closed"
         self._run.leave(self.name)
 
+    def ledger_exists(self) -> bool:
+        """Whether the run folder holds a run already. **Collective**."""
+        return bool(self._ranks.broadcast(f"look into {self.directory}", lambda: ledger_exists(self.directory)))
+
     def __enter__(self) -> BestKeeper:
         self.start()
         return self
@@ -314,8 +314,9 @@ class BestKeeper:
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         store = self._run.open()
+        from_ledger = self._resume == "ledger" or at is not None
         state = store.begin(
-            self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=self._resume == "ledger", at=at
+            self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
         )
         return {"run": store.history.run_id, "state": state.to_json(), "best": store.best_snapshot(self.name)}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, SupportsFloat, cast, get_args
 
 import torch
 
-from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
+from keepbest.errors import ConfigError, InvalidMetricError, MetricError, MetricMismatchError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 
@@ -83,7 +83,7 @@ def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteratio
 def agree_on_metric(
     ranks: Ranks,
     metric_key: str,
-    reading: Reading,
+    read: Callable[[], Reading],
     reduction: MetricReduction,
     *,
     failure: BaseException | None = None,
@@ -94,7 +94,7 @@ def agree_on_metric(
     Args:
         ranks: who agrees.
         metric_key: for messages.
-        reading: of this rank.
+        read: gets the reading of this rank; a `MetricError` that it raises is raised on every rank.
         reduction: how the values become one. Weights count in `mean` and `sum`; a rank of weight 0 is ignored.
         failure: something that went wrong on this rank before; every rank raises it.
         state: bytes that must be equal on all ranks.
@@ -106,6 +106,11 @@ def agree_on_metric(
         RanksError: see `Ranks.exchange`.
     """
     step = f"observe {metric_key}"
+    reading = Reading()
+    try:
+        reading = read()
+    except MetricError as error:
+        failure = failure or error
     numbers = ranks.exchange(step, Number(reading.value, reading.weight), failure=failure, state=state)
     needed = numbers[:1] if reduction == "rank0" else numbers
     if any(number.value is None and number.weight != 0.0 for number in needed):

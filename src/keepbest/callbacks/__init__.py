@@ -5,6 +5,8 @@ Other modules of keepbest import from the modules of this package, not from the 
 
 from keepbest.callbacks.assemble import assemble_callbacks
 from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.best_checkpoint import BestCheckpointCallback, BestCheckpointCallbackConfig
+from keepbest.callbacks.checkpoint import CheckpointCallback, CheckpointCallbackConfig
 from keepbest.callbacks.config import CallBackBaseConfig, Discriminated, RegisteredConfig
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback, PeriodicDataIteratorCallbackConfig
 from keepbest.callbacks.early_stop import MetricEarlyStopper, MetricEarlyStopperConfig
@@ -12,8 +14,12 @@ from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCall
 from keepbest.callbacks.periodic import PeriodicCallback
 
 __all__ = [
+    "BestCheckpointCallback",
+    "BestCheckpointCallbackConfig",
     "CallBackBaseConfig",
     "CallbackBase",
+    "CheckpointCallback",
+    "CheckpointCallbackConfig",
     "Discriminated",
     "MetricEarlyStopper",
     "MetricEarlyStopperConfig",

@@ -15,7 +15,7 @@ from keepbest.ranks import Ranks
 if TYPE_CHECKING:
     from keepbest.metric_properties import MetricPropertyProvider
     from keepbest.training.counter import UpdateCounter
-    from keepbest.training.log_writer import LogWriter
+    from keepbest.training.log_writer import ScalarWriter
     from keepbest.training.trackers import Tracker
 
 
@@ -55,7 +55,7 @@ class CallbackBase:
         trainer: Any,
         model: nn.Module,
         data_container: DataContainer,
-        log_writer: LogWriter,
+        log_writer: ScalarWriter,
         tracker: Tracker,
         metric_property_provider: MetricPropertyProvider,
         ranks: Ranks,
@@ -90,7 +90,7 @@ class CallbackBase:
         """Go on from `state`, which is left as it is. **Rank-local**."""
 
     def get_children(self) -> list[CallbackBase]:
-        """Callbacks of this one that the trainer calls as if they were its own."""
+        """Callbacks that this one dispatches itself, for the trainer to call their tracking hooks too."""
         return []
 
     def before_training(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:

@@ -10,9 +10,8 @@ from pydantic import Field
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.decision import BestState, Observation, Policy, decide
-from keepbest.errors import InvalidMetricError
 from keepbest.interval import IntervalType
-from keepbest.metric import MetricReduction, Reading, agree_on_metric, read_scalar
+from keepbest.metric import MetricReduction, agree_on_metric, read_scalar
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -80,17 +79,11 @@ class MetricEarlyStopper(PeriodicCallback):
         if interval_type == "eval":
             return
         iteration = update_counter.iteration
-        reading, failure = Reading(), None
-        try:
-            reading = read_scalar(self.log_writer.log_cache, self.metric_key, iteration)
-        except InvalidMetricError as error:  # raised again on every rank
-            failure = error
         value = agree_on_metric(
             self.ranks,
             self.metric_key,
-            reading,
+            lambda: read_scalar(self.log_writer.log_cache, self.metric_key, iteration),
             self._reduction,
-            failure=failure,
             state=f"{self.state_key} {iteration} {json.dumps(self._state.to_json())}".encode(),
         )
         self._state, _ = decide(self._policy, self._state, Observation(iteration, value))

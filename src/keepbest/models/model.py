@@ -27,4 +27,3 @@ class Model(nn.Module, ABC):
     def is_frozen(self) -> bool:
         """Whether no parameter requires grad at this moment. Rank-local."""
         return not any(parameter.requires_grad for parameter in self.parameters())
-

@@ -14,6 +14,11 @@ from keepbest.store.ledger import read_ledger
 from keepbest.store.snapshots import manifest_digest
 
 
+def ledger_exists(directory: Path) -> bool:
+    """Whether there is a ledger in `directory`."""
+    return (directory / CHECKPOINTS / LEDGER).is_file()
+
+
 def read_history(directory: Path) -> History:
     """What the ledger of the run in `directory` tells.
 

@@ -25,6 +25,10 @@ class LoggedScalar:
 class ScalarWriter(Protocol):
     """What can log a scalar: a `LogWriter`, or a view of one with a prefix."""
 
+    @property
+    def log_cache(self) -> dict[str, LoggedScalar]:
+        """What was logged since the last flush, under its full keys."""
+
     def add_scalar(self, key: str, value: float | Tensor, *, weight: float | None = None) -> None:
         """See `LogWriter.add_scalar`."""
 
@@ -42,10 +46,15 @@ class LogWriter:
     """
 
     def __init__(self, tracker: Tracker, update_counter: UpdateCounter, *, is_main: bool) -> None:
-        self.log_cache: dict[str, LoggedScalar] = {}
+        self._log_cache: dict[str, LoggedScalar] = {}
         self._tracker = tracker
         self._update_counter = update_counter
         self._is_main = is_main
+
+    @property
+    def log_cache(self) -> dict[str, LoggedScalar]:
+        """What this rank logged since the last flush, by key."""
+        return self._log_cache
 
     def add_scalar(self, key: str, value: float | Tensor, *, weight: float | None = None) -> None:
         """Log `value` at the current iteration; a later value of the same key replaces it. Rank-local.
@@ -65,7 +74,7 @@ class LogWriter:
                 raise TypeError(f"{key!r}: expected a scalar, got a tensor of shape {tuple(value.shape)}")
         elif not isinstance(cast("object", value), Real):
             raise TypeError(f"{key!r}: expected a number, got {type(value).__name__}")
-        self.log_cache[key] = LoggedScalar(
+        self._log_cache[key] = LoggedScalar(
             value=float(value),
             weight=None if weight is None else float(weight),
             iteration=self._update_counter.iteration,
@@ -81,7 +90,7 @@ class LogWriter:
         Raises:
             OSError: on rank 0, if the tracker cannot write.
         """
-        cached, self.log_cache = self.log_cache, {}
+        cached, self._log_cache = self._log_cache, {}
         if not self._is_main:
             return
         records: dict[TrainingIteration, dict[str, float]] = {}
@@ -95,6 +104,10 @@ class LogWriter:
 class _PrefixedWriter:
     writer: ScalarWriter
     prefix: str
+
+    @property
+    def log_cache(self) -> dict[str, LoggedScalar]:
+        return self.writer.log_cache
 
     def add_scalar(self, key: str, value: float | Tensor, *, weight: float | None = None) -> None:
         self.writer.add_scalar(self.prefix + key, value, weight=weight)

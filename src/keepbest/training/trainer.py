@@ -186,7 +186,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.update_counter.next_update()
         losses = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
-        self._call(self.callbacks, "track_after_update_step", losses=losses, batch_size=self.batch_size)
+        self._call(self._tracking(), "track_after_update_step", losses=losses, batch_size=self.batch_size)
 
     def _accumulate(self, batch: Any, step: int) -> dict[str, Tensor]:
         batch = move_to_device(batch, self.device)
@@ -198,7 +198,7 @@ class Trainer:
             torch.autograd.backward(total.mean() / self.config.accumulation_steps)
         losses = {name: loss.detach() for name, loss in losses.items()}
         self._call(
-            self.callbacks,
+            self._tracking(),
             "track_after_accumulation_step",
             batch=batch,
             losses=losses,
@@ -217,6 +217,9 @@ class Trainer:
                     batches = data_iter if _takes_batches(callback) else None
                     self._call([callback], hook, batch_size=self.batch_size, data_iter=batches)
         self.log_writer.flush()
+
+    def _tracking(self) -> list[CallbackBase]:
+        return [each for callback in self.callbacks for each in (callback, *callback.get_children())]
 
     def _call(self, callbacks: list[CallbackBase], hook: str, **arguments: Any) -> None:
         # Callbacks that evaluate the model are to see it in the precision that it is trained in.

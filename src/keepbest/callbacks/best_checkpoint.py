@@ -1,0 +1,212 @@
+"""`BestCheckpointCallback`: keeps the best model of a run, and evaluates each new best."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from keepbest.callbacks.assemble import assemble_callbacks
+from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
+from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
+from keepbest.callbacks.periodic import PeriodicCallback
+from keepbest.interval import IntervalType
+from keepbest.keeper import BestKeeper
+from keepbest.metric import MetricReduction, read_scalar
+
+if TYPE_CHECKING:
+    from keepbest.training.counter import UpdateCounter
+
+_logger = logging.getLogger(__name__)
+
+
+class BestCheckpointCallbackConfig(CallBackBaseConfig):
+    """Config of `BestCheckpointCallback`. The interval is that of the callback that logs the metric.
+
+    Attributes:
+        metric_key: key of the monitored metric in the log.
+        tolerances: each answers from this one run what early stopping with that patience would have kept: a checkpoint
+            of the best before more than so many intervals in a row had passed without improvement.
+        model_names: submodels to save, dotted for nested ones; `None` saves all of them.
+        save_frozen_weights: whether to save parameters that do not require grad.
+        eval_callbacks: callbacks that run on each new best, by their `at_eval`; their own schedule is ignored, and
+            their keys start with `best=<metric key, with dots for slashes>/`.
+        higher_is_better: direction of the metric; `None` if its name tells.
+        min_delta: a new best must be better by more than this, in units of the metric.
+        metric_reduction: how the values of the ranks become one.
+        on_nonfinite: whether NaN and infinities count as intervals without improvement, or end training.
+        on_save_error: whether a save that fails ends training, or only costs that best.
+        id: tells two callbacks on the same metric apart.
+        rank_timeout: seconds that ranks wait for each other.
+        save_timeout: seconds that ranks wait for rank 0 to write.
+    """
+
+    name: Literal["BestCheckpointCallback"] = "BestCheckpointCallback"
+    metric_key: str
+    tolerances: list[int] | None = None
+    model_names: list[str] | None = None
+    save_frozen_weights: bool = True
+    eval_callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] | None = None
+    higher_is_better: bool | None = None
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    metric_reduction: MetricReduction = "mean"
+    on_nonfinite: Literal["ignore", "raise"] = "ignore"
+    on_save_error: Literal["raise", "warn"] = "raise"
+    id: str | None = None
+    rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+    save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
+
+
+class BestCheckpointCallback(PeriodicCallback):
+    """Saves the model whenever the monitored metric reaches a new best; a thin shell around `BestKeeper`.
+
+    Attributes:
+        keeper: decides, saves and remembers.
+        metric_key, model_names, save_frozen_weights: as in the config.
+        higher_is_better: direction of the metric.
+        eval_callbacks: run on each new best.
+
+    Raises:
+        ConfigError: on every rank, if a setting cannot be right.
+    """
+
+    config_class: ClassVar[type[BestCheckpointCallbackConfig]] = BestCheckpointCallbackConfig
+
+    def __init__(self, callback_config: BestCheckpointCallbackConfig, **kwargs: Any) -> None:
+        super().__init__(callback_config, **kwargs)
+        config = callback_config
+        self.metric_key = config.metric_key
+        self.model_names = config.model_names
+        self.save_frozen_weights = config.save_frozen_weights
+        self.keeper = BestKeeper(
+            self.model,
+            directory=self.directory,
+            metric_key=config.metric_key,
+            tolerances=config.tolerances,
+            model_names=config.model_names,
+            save_frozen_weights=config.save_frozen_weights,
+            higher_is_better=config.higher_is_better,
+            min_delta=config.min_delta,
+            metric_reduction=config.metric_reduction,
+            on_nonfinite=config.on_nonfinite,
+            on_save_error=config.on_save_error,
+            id=config.id,
+            metric_property_provider=self.metric_property_provider,
+            process_group=self.ranks.process_group,
+            rank_timeout=config.rank_timeout,
+            save_timeout=config.save_timeout,
+        )
+        self.higher_is_better = self.keeper.policy.higher_is_better
+        prefix = f"best={self.metric_key.replace('/', '.')}/"
+        context = {**kwargs, "log_writer": self.log_writer.prefixed(prefix)}
+        self.eval_callbacks = assemble_callbacks(config.eval_callbacks or [], **context)
+        self._is_resumed = False
+
+    @property
+    def state_key_details(self) -> list[str]:
+        return [self.metric_key, *super().state_key_details]
+
+    @property
+    def best_metric_value(self) -> float:
+        """The best value so far; the worst infinity before there is one. **Rank-local**."""
+        return self.keeper.best_metric_value
+
+    @property
+    def tolerance_counter(self) -> int:
+        """Intervals since the last improvement. **Rank-local**."""
+        return self.keeper.state.tolerance_counter
+
+    @property
+    def tolerances_is_exceeded(self) -> dict[int, bool]:
+        """For each tolerance, whether it was exceeded and its checkpoint is final. **Rank-local**."""
+        return {tolerance: tolerance in self.keeper.state.exceeded for tolerance in self.keeper.policy.tolerances}
+
+    @property
+    def metric_at_exceeded_tolerance(self) -> dict[int, float]:
+        """For each exceeded tolerance the best value at that moment, NaN if there was none. **Rank-local**."""
+        exceeded = self.keeper.state.exceeded.items()
+        return {tolerance: math.nan if best is None else best.value for tolerance, best in exceeded}
+
+    def get_children(self) -> list[CallbackBase]:
+        """The children that evaluate no dataset; those that do have data loaders of their own here."""
+        return [child for child in self.eval_callbacks if not isinstance(child, PeriodicDataIteratorCallback)]
+
+    def state_dict(self) -> dict[str, Any]:
+        children = {child.state_key: child.state_dict() for child in self.eval_callbacks}
+        return {"keeper": self.keeper.state_dict(), "children": children}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.keeper.load_state_dict(state["keeper"])
+        for child in self.eval_callbacks:
+            if child.state_key in state["children"]:
+                child.load_state_dict(state["children"][child.state_key])
+        self._is_resumed = True
+
+    def before_training(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:
+        """Take up the run folder. **Collective**.
+
+        Raises:
+            NotImplementedError: on every rank, if training goes on from a later iteration with tolerances, but neither
+                the state of this callback nor a ledger tells what happened before.
+            KeepBestError: as `BestKeeper.start`.
+        """
+        goes_on = update_counter.update > 0
+        if goes_on and not self._is_resumed and self.keeper.policy.tolerances and not self.keeper.ledger_exists():
+            raise NotImplementedError(
+                f"cannot go on at {update_counter.iteration} with tolerances: there is neither a saved state of this "
+                f"callback nor a ledger in {self.directory} that tells for how long {self.metric_key} did not improve. "
+                "Resume from a checkpoint of CheckpointCallback, or remove the tolerances"
+            )
+        # A run that is taken up again before its first resume checkpoint starts over, in the folder that it has.
+        may_resume = goes_on or self.trainer.resume is not None
+        self.keeper.start(at=update_counter.iteration if may_resume else None)
+        for child in self.eval_callbacks:
+            child.before_training(update_counter=update_counter, **kwargs)
+
+    def periodic_callback(
+        self, *, interval_type: IntervalType, update_counter: UpdateCounter, batch_size: int, **_kwargs: Any
+    ) -> None:
+        """Look at the metric, save a new best, and evaluate it. **Collective**.
+
+        With `interval_type="eval"` the children run on the model as it is; nothing is saved or counted.
+
+        Raises:
+            MissingMetricError: a `KeyError`, on every rank, if a rank did not log the metric at this iteration.
+            KeepBestError: as `BestKeeper.observe`.
+        """
+        if interval_type != "eval":
+            iteration = update_counter.iteration
+            outcome = self.keeper.observe_reading(
+                lambda: read_scalar(self.log_writer.log_cache, self.metric_key, iteration), iteration
+            )
+            if not outcome.is_new_best:
+                return
+        for child in self.eval_callbacks:
+            child.at_eval(update_counter=update_counter, batch_size=batch_size)
+
+    def after_training(self, **kwargs: Any) -> None:
+        """Close the keeper, and log the best value and those that the tolerances kept. **Collective**."""
+        self.keeper.close()
+        key = f"best_model/{self.metric_key}"
+        if self.keeper.state.best is not None:
+            self.log_writer.add_scalar(key, self.best_metric_value)
+        for tolerance, is_exceeded in self.tolerances_is_exceeded.items():
+            value = self.metric_at_exceeded_tolerance[tolerance] if is_exceeded else self.best_metric_value
+            if math.isfinite(value):
+                self.log_writer.add_scalar(f"{key}/tolerance={tolerance}", value)
+            if self.ranks.is_main:
+                note = "" if is_exceeded else " (not exceeded)"
+                _logger.info("%s with tolerance=%d: %r%s", self.metric_key, tolerance, value, note)
+        for child in self.eval_callbacks:
+            child.after_training(**kwargs)
+
+    def flush_keeper(self, *, pin: str) -> None:
+        """Make what the present state names durable, and keep it while `pin` is not released. **Collective**."""
+        self.keeper.flush(pin=pin)
+
+    def release_pin(self, tag: str) -> None:
+        """Let go of what was pinned under `tag`. **Collective**."""
+        self.keeper.release(tag)

@@ -1,0 +1,116 @@
+"""The folder with a run's resume checkpoints: which are complete, which is the latest, which are outdated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keepbest.errors import ConfigError, IterationError
+from keepbest.iteration import TrainingIteration
+from keepbest.store.files import Files
+
+STATE_FILE = "trainer.pt"
+
+_LATEST = "latest"
+_TEMPORARY = ".tmp"
+
+
+class ResumeFolder:
+    """`<run>/resume`. Everything here is **rank-local**, and for rank 0 only where it changes the folder.
+
+    A checkpoint is a folder named by its iteration. It is written under a name that ends in `.tmp`, and renamed once it
+    is complete; the link `latest` leads to the one that was published last.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self.path = run_directory / "resume"
+        self._files = Files()
+
+    def temporary(self, name: str) -> Path:
+        """Where the checkpoint `name` is written before it is published."""
+        return self.path / (name + _TEMPORARY)
+
+    def begin(self, name: str) -> None:
+        """Make an empty folder to write the checkpoint `name` into."""
+        self._files.remove(self.temporary(name))
+        self._files.make_folder(self.temporary(name))
+
+    def write(self, name: str, file_name: str, content: bytes) -> None:
+        """Write a file of the checkpoint `name` durably."""
+        with self._files.create(self.temporary(name) / file_name) as file:
+            file.write(content)
+            file.sync()
+
+    def publish(self, name: str, *, keep_last: int | None) -> list[str]:
+        """Make the checkpoint `name` visible, then remove outdated ones.
+
+        Args:
+            name: of a checkpoint that is written.
+            keep_last: how many to keep; `None` keeps all of this timeline.
+
+        Returns:
+            The names of the checkpoints that were removed.
+        """
+        final = self.path / name
+        self._files.sync_folder(self.temporary(name))
+        if final.exists():  # it belongs to a timeline that a resume has left
+            self._files.rename(final, self.temporary(f"{name}.replaced"))
+        self._files.rename(self.temporary(name), final)
+        self._files.sync_folder(self.path)
+        link = self.temporary(_LATEST)
+        self._files.remove(link)
+        self._files.link(name, link)
+        self._files.rename(link, self.path / _LATEST)
+        self._files.sync_folder(self.path)
+        for leftover in self.path.glob(f"*{_TEMPORARY}"):
+            self._files.remove(leftover)
+        outdated = self._outdated(name, keep_last)
+        for old in outdated:
+            self._files.remove(self.path / old)
+        return outdated
+
+    def find(self, resume: Path | str) -> Path | None:
+        """The checkpoint that `resume` means; `None` if that is "auto" and there is none.
+
+        Raises:
+            ConfigError: if there is no complete checkpoint at a path.
+        """
+        complete = self._complete()
+        if resume == "auto":
+            latest = self.path / _LATEST
+            found = latest if _is_complete(latest) else self.path / complete[-1] if complete else None
+            return None if found is None else found.resolve()
+        if not _is_complete(Path(resume)):
+            raise ConfigError(
+                f"no complete resume checkpoint at {resume}; in {self.path} there are: {', '.join(complete) or 'none'}"
+            )
+        return Path(resume).resolve()
+
+    def _outdated(self, newest: str, keep_last: int | None) -> list[str]:
+        complete = self._complete()
+        # Those of later iterations belong to a timeline that a resume has left.
+        past = [name for name in complete if _update(name) <= _update(newest)]
+        kept = past if keep_last is None else past[-keep_last:]
+        return [name for name in complete if name not in kept]
+
+    def _complete(self) -> list[str]:
+        """The names of the complete checkpoints, oldest iteration first."""
+        if not self.path.is_dir():
+            return []
+        found = [path.name for path in self.path.iterdir() if _is_checkpoint_name(path.name) and _is_complete(path)]
+        return sorted(found, key=_update)
+
+
+def _is_complete(path: Path) -> bool:
+    # torch writes .metadata last.
+    return not path.name.endswith(_TEMPORARY) and (path / ".metadata").is_file() and (path / STATE_FILE).is_file()
+
+
+def _is_checkpoint_name(name: str) -> bool:
+    try:
+        return TrainingIteration.parse(name).update is not None
+    except IterationError:
+        return False
+
+
+def _update(name: str) -> int:
+    return TrainingIteration.parse(name).update or 0
