@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
@@ -56,6 +57,22 @@ class Crashing(toys.Recorder):
 
     def periodic_callback(self, **_kwargs: Any) -> None:
         raise CrashError
+
+
+class FillingConfig(CallBackBaseConfig):
+    name: str = "tests.callbacks.test_checkpoint.Filling"
+    rank: int
+
+
+class Filling(toys.Recorder):
+    """From the second update on, the disk takes no more data of one rank."""
+
+    config_class = FillingConfig
+
+    def periodic_callback(self, *, update_counter: Any, **_kwargs: Any) -> None:
+        if update_counter.update == 2 and self.ranks.rank == self.callback_config.rank:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
 
 
 EVERY_UPDATE = {"name": "CheckpointCallback", "every_n_updates": 1}
@@ -263,3 +280,82 @@ def test_optimizer_without_state_is_resumed_too(tmp_path):
     resumed = trained(tmp_path, optimizers=plain, resume="auto")
     for name, value in toys.weights_by_hand(6, plain).items():
         torch.testing.assert_close(toys.whole_weights(resumed)[name], value, rtol=1e-10, atol=1e-12)
+
+
+class LateLayer(nn.Module):
+    """Has a layer that takes part from the fourth update on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        self.calls += 1
+        return self.early(batch) + self.late(batch) if self.calls > 3 else self.early(batch)
+
+
+def train_a_late_layer(directory: Path, strategy: str, resume: str | None, updates: int) -> dict[str, Tensor]:
+    model = toys.auto_encoder()
+    model.encoder.append(LateLayer())
+    optimizers = {"encoder": toys.ADAM, "decoder": toys.ADAM}
+    trainer = trained(
+        directory,
+        EVERY_UPDATE,
+        model=model,
+        optimizers=optimizers,
+        strategy=strategy,
+        resume=resume,
+        epochs=None,
+        updates=updates,
+    )
+    return toys.whole_weights(trainer)
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("fsdp1", 2), ("fsdp2", 2)])
+def test_parameters_without_a_gradient_until_now_do_not_prevent_a_resume(strategy, world_size, tmp_path):
+    through = run_ranks(train_a_late_layer, world_size, tmp_path / "through", strategy, None, 6)
+    run_ranks(train_a_late_layer, world_size, tmp_path / "stopped", strategy, None, 2)
+    resumed = run_ranks(train_a_late_layer, world_size, tmp_path / "stopped", strategy, "auto", 6)
+    assert all(torch.equal(resumed[0][name], value) for name, value in through[0].items())
+
+
+def test_other_optimizer_is_refused(tmp_path):
+    trained(tmp_path, EVERY_UPDATE, epochs=1)
+    with pytest.raises(SnapshotError, match=r"decoder\.\w+\.(step|exp_avg)"):
+        trained(tmp_path, optimizers={"encoder": toys.ADAM, "decoder": toys.ADAM}, resume="auto")
+
+
+def save_until_the_disk_is_full(directory: Path, rank: int) -> str:
+    with pytest.raises(RankFailedError) as caught:
+        trained(directory, FillingConfig(every_n_updates=1, rank=rank), EVERY_UPDATE, strategy="fsdp2")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_cannot_write_its_share_fails_all_and_spoils_nothing(rank, tmp_path):
+    for message in run_ranks(save_until_the_disk_is_full, 2, tmp_path, rank):
+        assert "write the resume checkpoint E1_U2_S48" in message
+        assert f"rank {rank}" in message
+        assert "File too large" in message
+    assert (tmp_path / "resume" / "latest").readlink() == Path("E0_U1_S24")
+    resumed = trained(tmp_path, EVERY_UPDATE, NOTING, resume="auto")
+    assert resumed.callbacks[0].updates == [2, 3, 4, 5, 6]
+    assert names_in(tmp_path) == ["E3_U6_S144"]
+
+
+def train_the_decoder(directory: Path, strategy: str, resume: str | None, updates: int) -> dict[str, Tensor]:
+    model = toys.auto_encoder()
+    model.encoder.requires_grad_(requires_grad=False)
+    trainer = trained(
+        directory, EVERY_UPDATE, model=model, strategy=strategy, resume=resume, epochs=None, updates=updates
+    )
+    return toys.whole_weights(trainer)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_frozen_submodel_is_resumed_too(strategy, tmp_path):
+    through = run_ranks(train_the_decoder, 2, tmp_path / "through", strategy, None, 4)
+    run_ranks(train_the_decoder, 2, tmp_path / "stopped", strategy, None, 2)
+    resumed = run_ranks(train_the_decoder, 2, tmp_path / "stopped", strategy, "auto", 4)
+    assert all(torch.equal(resumed[0][name], value) for name, value in through[0].items())

@@ -94,7 +94,7 @@ def test_config_that_cannot_be_right(changes, message, tmp_path):
         ({"model": {"kind": "tests.training.toys.Auto"}}, "has no 'Auto'"),
         ({"model": {"kind": "torch.nn.Identity"}}, "expected a keepbest Model"),
         ({"data": {"train": {"kind": "nowhere.Waves"}}}, "no module 'nowhere'"),
-        ({"optimizers": dict.fromkeys(toys.OPTIMIZERS, {"kind": "torch.optim.SGD", "rate": 1})}, "SGD .*rate"),
+        ({"optimizers": None, "optimizer": {"kind": "torch.optim.SGD", "rate": 1}}, "SGD .*rate"),
     ],
 )
 def test_what_cannot_be_built(changes, message, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -158,6 +159,25 @@ def test_stop_ends_training_after_the_callbacks_of_the_update(tmp_path):
 def test_eval_calls_at_eval_only_and_stamps_the_update(tmp_path):
     calls = record(tmp_path, HookRecorderConfig(every_n_updates=1), evaluate=True)
     assert calls == [("first", "at_eval", "E1_U3_S72", 24)]
+
+
+def stop_early(directory: Path) -> int:
+    trainer = toys.make_trainer(
+        directory,
+        strategy="ddp",
+        optimizers={"encoder": partial(torch.optim.SGD, lr=0.0), "decoder": partial(torch.optim.SGD, lr=0.0)},
+        callbacks=[
+            {"name": "OfflineLossCallback", "dataset_key": "val", "every_n_updates": 1},
+            {"name": "MetricEarlyStopper", "metric_key": "loss/val/total", "tolerance": 2, "every_n_updates": 1},
+        ],
+    )
+    trainer.train()
+    return trainer.update_counter.update
+
+
+def test_early_stopper_stops_all_ranks_at_the_same_update(tmp_path):
+    # Nothing is learned: the first interval is the best one, and the third after it exceeds the tolerance.
+    assert run_ranks(stop_early, 2, tmp_path) == [4, 4]
 
 
 @pytest.mark.parametrize(("end", "updates"), [({"updates": 3}, 3), ({"samples": 49}, 3), ({"epochs": 2}, 4)])
