@@ -16,7 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "keepbest"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-PUBLIC_NAMES = ["TrainingIteration"]
+PUBLIC_NAMES = [
+    "BestKeeper",
+    "KeepBestError",
+    "LoadedSnapshot",
+    "MetricPropertyProvider",
+    "Outcome",
+    "TrainingIteration",
+    "load",
+]
 
 # Decisions must be the same on all ranks: these modules see no tensors, no clock, no chance and no disk.
 PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py"]
@@ -29,7 +37,7 @@ IMPURE_MODULES = {
 PATH = ["keeper", "store", "snapshot", "metric", "ranks", "decision", "interval", "iteration", "errors"]
 SHELLS = ["callbacks", "cli", "data", "launch", "training"]
 
-COLLECTIVES_LIVE_IN = ("ranks.py", "snapshot.py", "snapshot/", "data/")
+COLLECTIVES_LIVE_IN = ("ranks/", "snapshot/", "data/")
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "callbacks/checkpoint.py",

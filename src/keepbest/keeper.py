@@ -313,7 +313,7 @@ class BestKeeper:
         load(self.directory, self.name, self._model, process_group=self._ranks.process_group)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
-        store = self._run.open()
+        store = self._run.store()
         from_ledger = self._resume == "ledger" or at is not None
         state = store.begin(
             self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
@@ -324,7 +324,7 @@ class BestKeeper:
         exceeded = {tolerance: state.exceeded[tolerance] for tolerance in decision.newly_exceeded}
         if self._ranks.is_main:
             try:
-                self._run.open().observe(self.name, observation, exceeded)
+                self._run.store().observe(self.name, observation, exceeded)
             except OSError as error:
                 # The others are not waiting: it travels with the next exchange, at no cost to quiet intervals.
                 self._pending = error
@@ -351,7 +351,7 @@ class BestKeeper:
             commit = lambda store: store.share(self.name, observation, shared)  # noqa: E731  # the other
 
         def names() -> dict[str, str | None]:
-            store = self._run.open()
+            store = self._run.store()
             return {"snapshot": commit(store), "best": store.best_snapshot(self.name)}
 
         step = f"save the new best of {self.metric_key} at {observation.iteration}"
@@ -366,7 +366,7 @@ class BestKeeper:
             if self._ranks.is_main:
                 if (error := self._take_pending()) is not None:
                     raise error
-                write(self._run.open())
+                write(self._run.store())
 
         return work
 

@@ -33,7 +33,7 @@ class SharedRun:
             run = _shared_runs[resolved] = cls(directory)
         return run
 
-    def open(self) -> Store:
+    def store(self) -> Store:
         """The store, opened on first use. For rank 0 only. Raises as `Store` does."""
         if self._store is None:
             self._store = Store(self.directory)

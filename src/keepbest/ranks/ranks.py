@@ -1,4 +1,4 @@
-"""The control plane: tiny collectives by which the ranks agree on facts.
+"""`Ranks`: how the ranks agree.
 
 Every method that talks does it with one `all_gather` of a fixed-size frame over a gloo group of our own, so that two
 ranks that are in different steps still understand each other well enough to say so. Only where a frame announces a text
@@ -13,33 +13,19 @@ import hashlib
 import json
 import math
 import struct
-import time
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
 
 from keepbest import errors
-from keepbest.errors import (
-    ConfigError,
-    DesyncError,
-    KeepBestError,
-    PoisonedError,
-    RankFailedError,
-    RankTimeoutError,
-    StorageError,
-)
+from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError, StorageError
+from keepbest.ranks.control_group import ControlGroup
 
 T = TypeVar("T")
 
 _FRAME = struct.Struct("<16s?ddQ7x")
-_PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
-_GRACE_FOR_SIGN_INS = 3.0
 
 
 class Number(NamedTuple):
@@ -57,21 +43,6 @@ class _Frame(NamedTuple):
     text_bytes: int
 
 
-@dataclass(slots=True)
-class _ControlGroup:
-    """One gloo group for each process group, shared by everybody who agrees on something in it."""
-
-    group: dist.ProcessGroup | None
-    rank: int
-    world_size: int
-    poison: str | None = None
-    round: int = 0
-
-
-# One control group per process group: a second one would cost a mesh of connections and bring no separation.
-_control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _ControlGroup] = weakref.WeakKeyDictionary()
-
-
 class Ranks:
     """This process among the ranks that keep one run together.
 
@@ -83,7 +54,7 @@ class Ranks:
 
     def __init__(
         self,
-        control: _ControlGroup,
+        control: ControlGroup,
         *,
         process_group: dist.ProcessGroup | None,
         rank_timeout: timedelta,
@@ -119,7 +90,7 @@ class Ranks:
                 raise ConfigError(f"{name} must be a positive number of seconds, got {seconds!r}")
         timeouts = timedelta(seconds=rank_timeout), timedelta(seconds=max(rank_timeout, save_timeout))
         return cls(
-            _control_group(process_group, timeouts[1]),
+            ControlGroup.of(process_group, timeouts[1]),
             process_group=process_group,
             rank_timeout=timeouts[0],
             save_timeout=timeouts[1],
@@ -219,7 +190,7 @@ class Ranks:
 
     def _attempt(self, work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         # Not even this rank's interruption may leave the others waiting: it is told, then raised again.
-        self._refuse_if_poisoned()
+        self._control.refuse_if_poisoned()
         try:
             return work(), None
         except BaseException as error:  # noqa: BLE001  # raised again by _meet, on every rank
@@ -240,7 +211,7 @@ class Ranks:
         key = hashlib.blake2b(step.encode() + b"\0" + state, digest_size=16).digest()
         value, weight = (_NONE if part is None else part for part in number)
         frame = _Frame(key, failure is not None, value, weight, len(report.encode()))
-        frames = [_Frame(*_FRAME.unpack(raw)) for raw in self._all_gather(_FRAME.pack(*frame), step, saving)]
+        frames = [_Frame(*_FRAME.unpack(raw)) for raw in self._all_gather(_FRAME.pack(*frame), step, saving=saving)]
         # A failure explains why steps differ, so it comes first.
         if any(other.failed for other in frames):
             self._raise_failures(failure, self._texts(report, frames, saving=saving), frames)
@@ -251,7 +222,7 @@ class Ranks:
     def _texts(self, mine: str, frames: list[_Frame], *, saving: bool) -> list[str]:
         longest = max(frame.text_bytes for frame in frames)
         padded = mine.encode().ljust(longest, b"\0")
-        texts = self._all_gather(padded, "exchange texts", saving) if longest else [b""] * self.world_size
+        texts = self._all_gather(padded, "exchange texts", saving=saving) if longest else [b""] * self.world_size
         return [text[: frame.text_bytes].decode() for text, frame in zip(texts, frames, strict=True)]
 
     def _raise_failures(self, mine: BaseException | None, texts: list[str], frames: list[_Frame]) -> None:
@@ -275,7 +246,7 @@ class Ranks:
     def _raise_desync(self, step: str, state: bytes, saving: bool) -> None:
         width = 1024
         mine = f"{step} {state.decode(errors='replace')}".strip().encode()[:width].ljust(width, b"\0")
-        told = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(mine, step, saving)]
+        told = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(mine, step, saving=saving)]
         self.poison("the ranks are not in the same step")
         lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(told))
         raise DesyncError(
@@ -283,67 +254,8 @@ class Ranks:
             "Call the keeper on every rank, in the same order, with the same settings and iterations."
         )
 
-    def _all_gather(self, mine: bytes, step: str, saving: bool) -> list[bytes]:
-        self._refuse_if_poisoned()
-        control = self._control
-        if control.group is None:
-            return [mine]
-        control.round += 1
-        timeout = self._save_timeout if saving else self._rank_timeout
-        gathered = bytearray(self.world_size * len(mine))
-        rows = _as_tensor(gathered).view(self.world_size, len(mine))
-        options = AllgatherOptions()
-        options.timeout = timeout
-        started = time.monotonic()
-        try:
-            work = control.group.allgather([list(rows.unbind(0))], [_as_tensor(bytearray(mine))], options)
-            if not _finished_within(work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
-                control.group.get_group_store().set(f"keepbest/arrived/{self.rank}", str(control.round))
-                work.wait()
-        except RuntimeError as error:
-            late = time.monotonic() - started >= timeout.total_seconds()
-            self._raise_lost(step, timeout, error, late)
-        return [bytes(gathered[start : start + len(mine)]) for start in range(0, len(gathered), len(mine))]
-
-    def _raise_lost(self, step: str, timeout: timedelta, error: RuntimeError, late: bool) -> None:
-        self.poison(f"contact with the other ranks was lost in step '{step}'")
-        if not late:
-            raise RankFailedError(
-                f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
-                "A process has probably died: look for the first error in the other ranks' output."
-            ) from error
-        absent = self._ranks_that_did_not_sign_in()
-        names = ", ".join(map(str, absent)) if absent else "unknown (all of them reached the step in the end)"
-        raise RankTimeoutError(
-            f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s in step '{step}'; "
-            f"ranks that did not arrive: {names}. Every rank must make the same calls; "
-            "raise rank_timeout (or save_timeout for slow storage) if they only need more time."
-        ) from error
-
-    def _ranks_that_did_not_sign_in(self) -> list[int]:
-        """Ranks whose arrival at this round is not in the store; each rank that waits signs in after a second."""
-        control = self._control
-        store = control.group.get_group_store()  # type: ignore[union-attr]  # only called with a group
-        deadline = time.monotonic() + _GRACE_FOR_SIGN_INS
-        absent = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
-            store.set(f"keepbest/arrived/{self.rank}", str(control.round))
-            while absent and time.monotonic() < deadline:
-                keys = {rank: f"keepbest/arrived/{rank}" for rank in absent}
-                absent = [
-                    rank for rank, key in keys.items() if not store.check([key]) or int(store.get(key)) < control.round
-                ]
-                time.sleep(0.05)
-        except RuntimeError:  # the host of the rendezvous store is gone: nothing more can be known
-            return absent
-        return absent
-
-    def _refuse_if_poisoned(self) -> None:
-        if self._control.poison is not None:
-            raise PoisonedError(
-                f"rank {self.rank} of {self.world_size} runs no more collectives: {self._control.poison}. "
-                "Restart the job; what was committed is safe."
-            )
+    def _all_gather(self, mine: bytes, step: str, *, saving: bool) -> list[bytes]:
+        return self._control.all_gather(mine, step, self._save_timeout if saving else self._rank_timeout)
 
 
 _NONE = struct.unpack("<d", struct.pack("<Q", 0x7FF8_6B65_6570_6273))[0]  # a NaN with a payload of our own
@@ -351,40 +263,6 @@ _NONE = struct.unpack("<d", struct.pack("<Q", 0x7FF8_6B65_6570_6273))[0]  # a Na
 
 def _or_none(number: float) -> float | None:
     return None if struct.pack("<d", number) == struct.pack("<d", _NONE) else number
-
-
-def _control_group(process_group: dist.ProcessGroup | None, timeout: timedelta) -> _ControlGroup:
-    if not dist.is_initialized():
-        if process_group is not None:
-            raise ConfigError("process_group was given, but torch.distributed is not initialised")
-        return _ControlGroup(group=None, rank=0, world_size=1)
-    parent = dist.group.WORLD if process_group is None else process_group
-    if parent is None or dist.get_rank(parent) < 0:
-        raise ConfigError(f"global rank {dist.get_rank()} is not a member of the process_group that it passed")
-    control = _control_groups.get(parent)
-    if control is None:
-        world_size = dist.get_world_size(parent)
-        members = dist.get_process_group_ranks(parent)
-        whole_world = world_size == dist.get_world_size()
-        group = None
-        if world_size > 1:
-            group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=not whole_world)
-        control = _control_groups[parent] = _ControlGroup(group, dist.get_rank(parent), world_size)
-    return control
-
-
-def _as_tensor(buffer: bytearray) -> torch.Tensor:
-    return torch.frombuffer(buffer, dtype=torch.uint8)
-
-
-def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
-    try:
-        work.wait(timeout)
-    except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
-    return True
 
 
 def _report(step: str, failure: BaseException, remedy: str) -> str:

@@ -1,0 +1,148 @@
+"""The gloo group of the control plane, and what becomes of a rank that does not answer."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
+
+from keepbest.errors import ConfigError, PoisonedError, RankFailedError, RankTimeoutError
+
+_PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
+_GRACE_FOR_SIGN_INS = 3.0
+
+
+@dataclass(slots=True)
+class ControlGroup:
+    """One gloo group for each process group, shared by everybody who agrees on something in it.
+
+    Attributes:
+        group: `None` where there is one rank.
+        rank: of this process in it.
+        world_size: number of its ranks.
+        poison: why no collective may run any more, if so.
+        round: number of collectives that were started.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    world_size: int
+    poison: str | None = None
+    round: int = 0
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup | None, timeout: timedelta) -> ControlGroup:
+        """The one for `process_group`. **Collective** where it is made; `timeout` bounds that.
+
+        Raises:
+            ConfigError: if this process is not in `process_group`.
+        """
+        if not dist.is_initialized():
+            if process_group is not None:
+                raise ConfigError("process_group was given, but torch.distributed is not initialised")
+            return cls(group=None, rank=0, world_size=1)
+        parent = dist.group.WORLD if process_group is None else process_group
+        if parent is None or dist.get_rank(parent) < 0:
+            raise ConfigError(f"global rank {dist.get_rank()} is not a member of the process_group that it passed")
+        control = _control_groups.get(parent)
+        if control is None:
+            group = None
+            if dist.get_world_size(parent) > 1:
+                members = dist.get_process_group_ranks(parent)
+                apart = len(members) != dist.get_world_size()
+                group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=apart)
+            control = cls(group, dist.get_rank(parent), dist.get_world_size(parent))
+            _control_groups[parent] = control
+        return control
+
+    def all_gather(self, mine: bytes, step: str, timeout: timedelta) -> list[bytes]:
+        """Every rank's bytes, by rank; all of them give equally many. **Collective**, one all_gather.
+
+        Raises:
+            RankTimeoutError: if a rank does not arrive in time.
+            RankFailedError: if a rank is gone.
+            PoisonedError: if an earlier failure left the ranks in different places.
+        """
+        self.refuse_if_poisoned()
+        if self.group is None:
+            return [mine]
+        self.round += 1
+        gathered = bytearray(self.world_size * len(mine))
+        rows = _as_tensor(gathered).view(self.world_size, len(mine))
+        options = AllgatherOptions()
+        options.timeout = timeout
+        started = time.monotonic()
+        try:
+            work = self.group.allgather([list(rows.unbind(0))], [_as_tensor(bytearray(mine))], options)
+            if not _finished_within(work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
+                self._sign_in(self.group)
+                work.wait()
+        except RuntimeError as error:
+            self.poison = f"contact with the other ranks was lost in step '{step}'"
+            if time.monotonic() - started >= timeout.total_seconds():
+                raise self._timed_out(self.group, step, timeout) from error
+            raise RankFailedError(
+                f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
+                "A process has probably died: look for the first error in the other ranks' output."
+            ) from error
+        return [bytes(gathered[start : start + len(mine)]) for start in range(0, len(gathered), len(mine))]
+
+    def refuse_if_poisoned(self) -> None:
+        """Raise `PoisonedError` if no collective may run any more."""
+        if self.poison is not None:
+            raise PoisonedError(
+                f"rank {self.rank} of {self.world_size} runs no more collectives: {self.poison}. "
+                "Restart the job; what was committed is safe."
+            )
+
+    def _timed_out(self, group: dist.ProcessGroup, step: str, timeout: timedelta) -> RankTimeoutError:
+        absent = self._ranks_that_did_not_sign_in(group)
+        names = ", ".join(map(str, absent)) if absent else "unknown (all of them reached the step in the end)"
+        return RankTimeoutError(
+            f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s in step '{step}'; "
+            f"ranks that did not arrive: {names}. Every rank must make the same calls; "
+            "raise rank_timeout (or save_timeout for slow storage) if they only need more time."
+        )
+
+    def _sign_in(self, group: dist.ProcessGroup) -> None:
+        # Only who has to wait does this, so that a quiet interval costs no talk with the store.
+        group.get_group_store().set(f"keepbest/arrived/{self.rank}", str(self.round))
+
+    def _ranks_that_did_not_sign_in(self, group: dist.ProcessGroup) -> list[int]:
+        store = group.get_group_store()
+        deadline = time.monotonic() + _GRACE_FOR_SIGN_INS
+        absent = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            self._sign_in(group)
+            while absent and time.monotonic() < deadline:
+                keys = {rank: f"keepbest/arrived/{rank}" for rank in absent}
+                absent = [
+                    rank for rank, key in keys.items() if not store.check([key]) or int(store.get(key)) < self.round
+                ]
+                time.sleep(0.05)
+        except RuntimeError:  # the host of the rendezvous store is gone: nothing more can be known
+            return absent
+        return absent
+
+
+# One control group per process group: a second one would cost a mesh of connections and bring no separation.
+_control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlGroup] = weakref.WeakKeyDictionary()
+
+
+def _as_tensor(buffer: bytearray) -> torch.Tensor:
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
+    try:
+        work.wait(timeout)
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
