@@ -66,8 +66,11 @@ class Files:
         return DurableFile(path, exclusive=False)
 
     def make_folder(self, path: Path) -> None:
-        """A folder with those above it; it may exist."""
-        path.mkdir(parents=True, exist_ok=True)
+        """A folder, durably, with those above it; it may exist."""
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self.sync_folder(folder.parent)
 
     def sync_folder(self, path: Path) -> None:
         """Wait until the entries of a folder are on the disk."""

@@ -11,6 +11,7 @@ from keepbest.decision import BestState, Observation, Policy, fold
 from keepbest.errors import LedgerError
 from keepbest.iteration import TrainingIteration
 from keepbest.store.ledger import FORMAT, Line
+from keepbest.store.names import is_safe
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class History:
         elif event != "end":
             raise ValueError(f"unknown event {event!r}")
         for name, snapshot in line.get("refs", {}).items():
+            _check_safe(name, *([] if snapshot is None else [snapshot]))
             if snapshot is None:
                 self.refs.pop(name, None)
             else:
@@ -161,9 +163,16 @@ class History:
         )
         keeper.extend(Entry(observation, snapshot))
         if snapshot is not None:
+            _check_safe(snapshot)
             self.manifests.setdefault(snapshot, line["manifest"])
             if line.get("refs", {}).get(line["keeper"]) == snapshot:
                 keeper.kept_best = observation.value
+
+
+def _check_safe(*names: str) -> None:
+    for name in names:
+        if not is_safe(name):
+            raise ValueError(f"{name!r} would lie outside of its folder")
 
 
 def run_line(run_id: str) -> Line:

@@ -26,14 +26,32 @@ def read_ledger(path: Path) -> tuple[list[Line], int]:
         data = path.read_bytes()
     except FileNotFoundError:
         return [], 0
-    whole = data.rfind(b"\n") + 1
-    lines = [_parsed(path, number, raw) for number, raw in enumerate(data[:whole].splitlines(), start=1)]
+    lines: list[Line] = []
+    whole = 0
+    for raw in data.splitlines(keepends=True):
+        # Of what was not synced before a power cut, the end may be missing, and a part may have become a hole.
+        if not raw.endswith(b"\n") or b"\0" in raw:
+            break
+        lines.append(_parsed(path, len(lines) + 1, raw))
+        whole += len(raw)
+    torn = data[whole:].splitlines(keepends=True)[1:]
+    if any(_was_synced(raw) for raw in torn):
+        raise LedgerError(f"{path}, line {len(lines) + 1} is damaged, and later lines were committed: it cannot be cut")
     if lines and (lines[0].get("event") != "run" or lines[0].get("format") != FORMAT):
         raise LedgerError(
             f"{path}, line 1: expected a ledger of format {FORMAT}, found {lines[0]!r}; "
             "it was written by another version of keepbest: use that one"
         )
     return lines, whole
+
+
+def _was_synced(raw: bytes) -> bool:
+    """Whether a line is one that is waited for: it could not be there if a line before it were not."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return False
+    return isinstance(line, dict) and (line.get("event") not in ("observation", "session") or "refs" in line)
 
 
 class LedgerFile:

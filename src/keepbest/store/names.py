@@ -7,9 +7,11 @@ name can climb out of its folder.
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 
 _KEPT = frozenset((string.ascii_letters + string.digits + "_-").encode())
+_SAFE = re.compile(r"[A-Za-z0-9_%=~-][A-Za-z0-9_%=~.-]*")
 _LONGEST = 120
 _HASH_DIGITS = 16
 
@@ -33,6 +35,11 @@ def best_ref(metric_key: str, keeper_id: str | None = None) -> str:
 def tolerance_ref(best: str, tolerance: int) -> str:
     """Name of the ref on what early stopping with `tolerance` would have kept."""
     return f"{best}.tolerance={tolerance}"
+
+
+def is_safe(name: str) -> bool:
+    """Whether `name`, read from a file that anybody may have written, is one entry of a folder and not hidden."""
+    return bool(_SAFE.fullmatch(name))
 
 
 def _encoded(component: str) -> str:

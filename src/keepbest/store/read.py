@@ -11,6 +11,7 @@ from keepbest.store.format import read_state_dict
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.store.ledger import read_ledger
+from keepbest.store.names import is_safe
 from keepbest.store.snapshots import manifest_digest
 
 
@@ -42,14 +43,22 @@ def read_manifest(directory: Path, history: History, ref: str) -> tuple[Path, di
     if ref not in history.refs:
         known = ", ".join(sorted(history.refs)) or "none yet"
         raise SnapshotError(f"{directory} has no ref {ref!r}; there are: {known}")
-    folder = directory / CHECKPOINTS / SNAPSHOTS / history.refs[ref]
+    return read_snapshot_manifest(directory, history, history.refs[ref])
+
+
+def read_snapshot_manifest(directory: Path, history: History, snapshot: str) -> tuple[Path, dict[str, Any]]:
+    """Folder and manifest of `snapshot`. Raises as `read_manifest`."""
+    folder = directory / CHECKPOINTS / SNAPSHOTS / snapshot
     try:
         text = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise SnapshotError(f"the snapshot of {ref} cannot be read: {error}") from error
-    if manifest_digest(text) != history.manifests[folder.name]:
+        raise SnapshotError(f"snapshot {snapshot} cannot be read: {error}") from error
+    if manifest_digest(text) != history.manifests.get(snapshot):
         raise SnapshotError(f"{folder / MANIFEST} is damaged: it is not what the ledger recorded")
-    return folder, json.loads(text)
+    manifest: dict[str, Any] = json.loads(text)
+    if outside := [name for name in manifest["files"] if not is_safe(name)]:
+        raise SnapshotError(f"{folder / MANIFEST} names files outside of its folder: {', '.join(outside)}")
+    return folder, manifest
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,10 @@ class RefFolder:
         self._path = path
         self._links_refused = False
 
+    def targets(self) -> set[str]:
+        """The snapshots that links in the folder point at, whatever the ledger says."""
+        return {path.readlink().name for path in self._path.glob(REFS) if path.is_symlink()}
+
     def move(self, refs: Mapping[str, str | None]) -> None:
         """Point each ref at its snapshot; `None` removes the ref.
 

@@ -33,6 +33,10 @@ class SnapshotFolder:
         """Whether there is a snapshot of this name."""
         return (self._path / name).is_dir()
 
+    def names(self) -> set[str]:
+        """Of all snapshots that have their name, whether the ledger knows them or not."""
+        return {path.name for path in self._path.iterdir() if not path.name.startswith(TEMPORARY)}
+
     def free_name(self, iteration: TrainingIteration, restarts: int, selection: str) -> str:
         """A name for a snapshot of `iteration`: after a restart, or where another selection has it, with a suffix.
 

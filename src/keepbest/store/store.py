@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepbest.decision import Best, BestState, Observation, Policy
-from keepbest.errors import ConfigError, RunExistsError
+from keepbest.errors import ConfigError, LedgerError, RunExistsError
 from keepbest.iteration import TrainingIteration
 from keepbest.snapshot import Weights
 from keepbest.store.files import Files
@@ -90,6 +90,7 @@ class Store:
             ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
         """
         self._check_begin(keeper, policy, loaded, from_ledger)
+        self._check_ledger_is_whole()
         past = self.history.keepers.get(keeper)
         if loaded is not None:
             at = loaded.state.last_iteration
@@ -195,14 +196,17 @@ class Store:
             self._ledger.sync()
 
     def leave(self, keeper: str) -> bool:
-        """`keeper` is done with the folder; the last one closes it. Returns whether it is closed."""
+        """`keeper` is done with the folder; with the last one it is closed. Returns whether it is."""
         self._active.discard(keeper)
-        if self._active:
-            return False
+        if not self._active:
+            self.close()
+        return not self._active
+
+    def close(self) -> None:
+        """Give the folder free for other processes; a second call does nothing."""
         if self._ledger is not None:
             self._ledger.close()
         self._lock.release()
-        return True
 
     def best_snapshot(self, keeper: str) -> str | None:
         """Name of the snapshot that the keeper's ref on the best points at."""
@@ -230,6 +234,31 @@ class Store:
             raise ConfigError(
                 f"{keeper}: this run was kept with '{direction} is better'; higher_is_better cannot change"
             )
+
+    def _check_ledger_is_whole(self) -> None:
+        # The ledger knows every snapshot before anything points at it, so what it does not know is not garbage here: it
+        # is what a ledger that was lost, or replaced by an older one, knew.
+        unknown = self._snapshots.names() - self.history.manifests.keys()
+        lost = unknown if self.history.run_id is None else unknown & self._refs.targets()
+        if lost:
+            raise LedgerError(
+                f"{self._folder / LEDGER} does not know the snapshots {', '.join(sorted(lost))}: it was lost, or is an "
+                "older copy. Restore it, or choose another directory; nothing was changed"
+            )
+
+    def repair(self) -> None:
+        """Finish or undo what a crash left, as a resume would: a torn line, refs that lag, what no ref needs.
+
+        Raises:
+            LedgerError: if the ledger is not the one that the folder was written with.
+            OSError: whatever the file system answers.
+        """
+        self._check_ledger_is_whole()
+        if self.history.run_id is None:
+            return
+        LedgerFile(self._files, self._folder / LEDGER, self._ledger_size).close()
+        self._refs.restore(self.history.refs)
+        self._snapshots.remove_all_but(self.history.kept())
 
     def _resumed(
         self, keeper: str, past: KeeperHistory, policy: Policy, at: TrainingIteration | None

@@ -1,0 +1,1 @@
+"""The command line: `python -m keepbest train | eval | show`. Needs the extra `cli`."""

@@ -1,0 +1,95 @@
+"""The commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from pydantic import ValidationError
+
+from keepbest.cli.run_file import describe
+from keepbest.cli.table import print_json, print_table
+from keepbest.cli.work import evaluate, train
+from keepbest.errors import KeepBestError, PoisonedError, RankTimeoutError
+from keepbest.launch import Process, distributed
+
+# Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
+_OWN_ERRORS = (RankTimeoutError, PoisonedError)
+
+app = typer.Typer(
+    help="Train, and keep the best checkpoints. Start train and eval with torchrun or srun to use several processes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  # typer reads this on Python 3.10
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file: trainer.epochs=3"),
+]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+    context.obj = debug
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train as CONFIG says, and show the checkpoints that were kept."""
+    _run(lambda: train(config, overrides or []), launches=True, debug=context.obj)
+
+
+@app.command("eval")
+def eval_command(
+    context: typer.Context,
+    run: Run,
+    overrides: Overrides = None,
+    ref: Annotated[
+        Optional[str],  # noqa: UP045  # as above
+        typer.Option(help="Which checkpoint; without it, the best of a run that monitors one metric."),
+    ] = None,
+) -> None:
+    """Evaluate a checkpoint of RUN with the callbacks of its config, and print the metrics."""
+    _run(lambda: evaluate(run, ref, overrides or []), launches=True, debug=context.obj)
+
+
+@app.command("show")
+def show_command(
+    context: typer.Context,
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the checkpoints that RUN keeps."""
+    _run(lambda: print_json(run) if as_json else print_table(run), launches=False, debug=context.obj)
+
+
+def _run(command: Callable[[], None], *, launches: bool, debug: bool) -> None:
+    process = Process()
+    try:
+        if not launches:
+            command()
+            return
+        with distributed() as process:
+            level = logging.INFO if process.rank == 0 else logging.WARNING
+            logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
+            command()
+    except (KeepBestError, ValidationError) as error:
+        if debug:
+            raise
+        if process.rank == 0 or isinstance(error, _OWN_ERRORS):
+            text = "\n".join(describe(error)) if isinstance(error, ValidationError) else str(error)
+            typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from error

@@ -1,0 +1,155 @@
+"""The YAML file of a run: read, changed by settings of the command line, checked, saved. **Rank-local**."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from typing_extensions import Self
+
+from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.errors import ConfigError
+from keepbest.training.config import RunConfig, TrainerConfig
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFile:
+    """A run as it was written, and what that means.
+
+    Attributes:
+        content: of the file, with the settings that were changed; plain YAML values.
+        config: the same, checked.
+    """
+
+    content: dict[str, Any]
+    config: RunConfig
+
+    @classmethod
+    def read(cls, path: Path, settings: Mapping[str, Any]) -> Self:
+        """Read the file at `path`.
+
+        Args:
+            path: of a YAML file.
+            settings: dotted key -> value that replaces the one in the file; items of lists are keyed by number.
+
+        Raises:
+            ConfigError: if the file cannot be read, or does not describe a run; says where, and what is known there.
+        """
+        try:
+            content = yaml.load(path.read_text(), _Loader)  # noqa: S506  # a SafeLoader
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the config {path}: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} must hold a mapping of settings, found {content!r}")
+        for key, value in settings.items():
+            _set(content, key, value)
+        try:
+            return cls(content, RunConfig.model_validate(content))
+        except ValidationError as error:
+            raise ConfigError("\n".join([f"{path} does not describe a run:", *describe(error, content)])) from error
+
+    def save(self) -> None:
+        """Write it to `config.yaml` in the directory of the run, so that it is there in whole or as before.
+
+        Raises:
+            OSError: whatever the file system answers.
+        """
+        path = self.config.directory / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(self.content, sort_keys=False))
+        temporary.replace(path)
+
+
+def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """Dotted key -> value of arguments like `trainer.epochs=3`; values are YAML.
+
+    Raises:
+        ConfigError: if an argument has another form.
+    """
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"expected a setting like trainer.epochs=3, found {argument!r}")
+        try:
+            settings[key] = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {key} is not YAML: {text!r}: {error}") from error
+    return settings
+
+
+def describe(error: ValidationError, content: Any = None, at: tuple[int | str, ...] = ()) -> list[str]:
+    """What pydantic found, in one line for each: where, what is wrong, and the known key that is nearest.
+
+    Args:
+        error: the finding.
+        content: what was checked.
+        at: where in it `error` starts.
+    """
+    lines: list[str] = []
+    for each in error.errors(include_url=False):
+        place = (*at, *each["loc"])
+        cause = each.get("ctx", {}).get("error")
+        if isinstance(cause, ValidationError):
+            lines += describe(cause, content, place)
+            continue
+        where = ".".join(map(str, place)) or "the config"
+        if each["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key; {_hint(str(place[-1]), _known_keys(content, place[:-1]))}")
+        else:
+            found = "" if cause is not None or each["type"] == "missing" else f", found {each['input']!r}"
+            lines.append(f"{where}: {each['msg'].removeprefix('Value error, ')}{found}")
+    return lines
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-3` as a number, as YAML 1.2 and everybody who writes a learning rate do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def _set(content: Any, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place = content
+    for depth, name in enumerate(parents):
+        if isinstance(place, dict):
+            place = place.setdefault(name, {})
+        else:
+            place = place[_index(place, key, name)]
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is {place!r} and has no keys")
+    place[last if isinstance(place, dict) else _index(place, key, last)] = value
+
+
+def _index(items: list[Any], key: str, name: str) -> int:
+    if not name.isdecimal() or int(name) >= len(items):
+        raise ConfigError(f"{key}: {name!r} must be the number of one of {len(items)} items, from 0")
+    return int(name)
+
+
+def _known_keys(content: Any, place: tuple[int | str, ...]) -> Iterable[str]:
+    if not place:
+        return RunConfig.model_fields
+    if place == ("trainer",):
+        return TrainerConfig.model_fields
+    for part in place:
+        content = content[part]
+    # Everything else that has keys of its own is a callback, at whatever depth.
+    return CallBackBaseConfig.find(kind=content.get("kind"), name=content.get("name")).model_fields
+
+
+def _hint(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

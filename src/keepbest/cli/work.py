@@ -1,0 +1,76 @@
+"""What the commands do on every rank. **Collective**, inside `keepbest.launch.distributed()` or in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from keepbest.cli.run_file import CONFIG_FILE, parse_settings
+from keepbest.cli.table import print_table
+from keepbest.ranks import Ranks
+from keepbest.snapshot import select_parts
+from keepbest.store.load import load
+from keepbest.store.read import ledger_exists, read_history, read_manifest
+from keepbest.training.trainer import build_trainer
+
+
+def train(config: Path, arguments: Sequence[str]) -> None:
+    """Train as the file at `config` says; its settings are kept in the directory of the run.
+
+    Args:
+        config: of the run, in YAML.
+        arguments: settings that replace those of the file, like `trainer.epochs=3`.
+
+    Raises:
+        KeepBestError: on every rank; nothing was written if the config is not right.
+    """
+    ranks = Ranks.connect()
+    run = _read(ranks, config, lambda: parse_settings(arguments))
+    trainer = build_trainer(run.config, ranks)
+
+    def keep_config() -> None:
+        save = run.save if ranks.is_main else lambda: None
+        ranks.agree(f"save {CONFIG_FILE} in {run.config.directory}", save, remedy="see whether it can be written")
+
+    # Not earlier: the directory may turn out to hold another run.
+    trainer.train(on_start=keep_config)
+    if ranks.is_main and ledger_exists(run.config.directory):
+        print_table(run.config.directory)
+
+
+def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None:
+    """Evaluate a checkpoint with the callbacks of its run, and print what they log. Nothing is written.
+
+    Args:
+        directory: of the run.
+        ref: name of the checkpoint; `None` is the best of the only metric that the run monitors.
+        arguments: settings that replace those of the run.
+
+    Raises:
+        KeepBestError: on every rank.
+    """
+    ranks = Ranks.connect()
+
+    def settings() -> dict[str, Any]:
+        here = {"trainer.tracker": "none", "resume": None}
+        # The ranks there are now need not be those that the run was trained on.
+        if ranks.world_size == 1:
+            here["trainer.strategy"] = "single"
+        return {**here, **parse_settings(arguments), "directory": str(directory)}
+
+    run = _read(ranks, directory / CONFIG_FILE, settings)
+    name = ranks.broadcast(f"look into {directory}", lambda: ref or _only_best(directory))
+    trainer = build_trainer(run.config, ranks)
+    loaded = load(directory, name, trainer.model)
+    metrics = trainer.eval(update=loaded.iteration.update or 0)
+    if not ranks.is_main:
+        return
+    typer.echo(f"{name} of {loaded.iteration}: {loaded.metric_key} was {loaded.value!r} when it was saved")
+    _, manifest = read_manifest(directory, read_history(directory), name)
+    for missing in _not_loaded(select_parts(trainer.model), loaded.parts, manifest["left_out"]):
+        typer.echo(f"note: {missing} was not saved and is as the config builds it; what depends on it may differ")
+    for key, value in metrics.items():
+        typer.echo(f"{key} {value!r}")
