@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from keepbest.cli.run_file import CONFIG_FILE, parse_settings
+from keepbest.cli.run_file import CONFIG_FILE, RunFile, parse_settings
 from keepbest.cli.table import print_table
+from keepbest.errors import ConfigError
 from keepbest.ranks import Ranks
-from keepbest.snapshot import select_parts
+from keepbest.snapshot import Part, select_parts
 from keepbest.store.load import load
 from keepbest.store.read import ledger_exists, read_history, read_manifest
 from keepbest.training.trainer import build_trainer
@@ -74,3 +76,32 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
         typer.echo(f"note: {missing} was not saved and is as the config builds it; what depends on it may differ")
     for key, value in metrics.items():
         typer.echo(f"{key} {value!r}")
+
+
+def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> RunFile:
+    return ranks.agree(
+        f"read the config {path}",
+        lambda: RunFile.read(path, settings()),
+        state=lambda run: json.dumps(run.content, sort_keys=True, default=str).encode(),
+    )
+
+
+def _only_best(directory: Path) -> str:
+    history = read_history(directory)
+    bests = [name for name in history.keepers if name in history.refs]
+    if len(bests) != 1:
+        known = ", ".join(sorted(history.refs)) or "none yet"
+        raise ConfigError(f"{directory} has {len(bests)} best checkpoints; say which one with --ref: {known}")
+    return bests[0]
+
+
+def _not_loaded(parts: Sequence[Part], loaded: Sequence[str], left_out: dict[str, list[str]]) -> list[str]:
+    missing = []
+    for part in parts:
+        if any(name == part.name or part.name.startswith(f"{name}.") for name in loaded):
+            if part.name in left_out:
+                missing.append(f"the frozen part of {part.name} ({', '.join(left_out[part.name])})")
+        else:
+            inner = [name for name in loaded if not part.path or name.startswith(f"{part.path}.")]
+            missing.append(f"{part.name} (except {', '.join(inner)})" if inner else part.name)
+    return missing

@@ -95,7 +95,9 @@ class Component(BaseModel):
         named = {name: _built(value) for name, value in (self.model_extra or {}).items()}
         try:
             return factory(*arguments, **named)
-        except TypeError as error:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"cannot build {self.kind} with {sorted(named)}: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -116,8 +116,11 @@ class Trainer:
         self._unwrapped = model
         self._stop_reason: str | None = None
 
-    def train(self) -> None:
+    def train(self, *, on_start: Callable[[], None] = lambda: None) -> None:
         """Train to the end, or until a callback stops it. **Collective**.
+
+        Args:
+            on_start: called on every rank before the first update, when nothing speaks against the run any more.
 
         Raises:
             ConfigError: if there is no complete checkpoint at `resume`, or it is of another kind of run.
@@ -126,6 +129,7 @@ class Trainer:
         with closing(self.tracker):
             random_state = self._load_resume_checkpoint()
             self._call(self.callbacks, "before_training")
+            on_start()
             self.log_writer.flush()
             data_iter = iter(self._build_loader())
             # Only now, so that nothing before the first update makes a resumed run differ from one that went through.
@@ -143,16 +147,21 @@ class Trainer:
             self._call(self.callbacks, "after_training")
             self.log_writer.flush()
 
-    def eval(self, *, update: int = 0) -> None:
+    def eval(self, *, update: int = 0) -> dict[str, float]:
         """Run every callback's evaluation on the model as it is now. **Collective**.
 
         Args:
             update: that the weights are from; what is logged is stamped with it.
+
+        Returns:
+            What this rank logged, by key.
         """
         with closing(self.tracker):
             self.update_counter.load_state_dict({**self.update_counter.state_dict(), "update": update})
             self._call(self.callbacks, "at_eval", batch_size=self.batch_size)
+            logged = {key: scalar.value for key, scalar in self.log_writer.log_cache.items()}
             self.log_writer.flush()
+        return logged
 
     def stop(self, reason: str) -> None:
         """End training after the callbacks of this update. Must be called on every rank. **Rank-local**."""

@@ -1,0 +1,145 @@
+"""The checkpoints of a run, as its ledger and its snapshots tell. **Rank-local**; needs no process group."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from keepbest.errors import SnapshotError
+from keepbest.store.history import History, KeeperHistory
+from keepbest.store.names import tolerance_ref
+from keepbest.store.read import read_history, read_manifest
+
+_WIDTH_OF_A_FILE = 160
+_DIGITS_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a ref names.
+
+    Attributes:
+        ref: name of the ref.
+        metric_key: of the keeper that the ref belongs to.
+        value: of the metric.
+        iteration: whose weights they are.
+        tolerance: that the ref answers; `None` for the best.
+        exceeded: whether the tolerance was exceeded; if not, the ref is provisional: the best so far. `None` for the
+            best.
+        snapshot: name of the folder.
+        bytes: of all files together.
+        digest: of the manifest, which holds those of the files.
+        files: name -> bytes, digest and its algorithm.
+        damage: why the snapshot cannot be used, if so; value, iteration, bytes and files are then not known.
+    """
+
+    ref: str
+    metric_key: str
+    value: float | None
+    iteration: str | None
+    tolerance: int | None
+    exceeded: bool | None
+    snapshot: str
+    bytes: int | None
+    digest: str
+    files: dict[str, dict[str, Any]]
+    damage: str | None = None
+
+
+def read_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Every ref of the run in `directory`: for each metric the best, then the tolerances from low to high.
+
+    Raises:
+        SnapshotError: if there is no ledger.
+        LedgerError: if it is damaged or of another format.
+    """
+    history = read_history(directory)
+    return [
+        _read_checkpoint(directory, history, ref, name, tolerance)
+        for name, keeper in history.keepers.items()
+        for ref, tolerance in _refs(history, name, keeper)
+    ]
+
+
+def print_table(directory: Path) -> None:
+    """Print the checkpoints for people. Raises as `read_checkpoints`."""
+    table = Table(title=f"checkpoints of {directory}", title_justify="left", box=box.SIMPLE)
+    for heading in ("ref", "value", "iteration", "tolerance", "files", "bytes", "digest"):
+        is_number = heading in ("value", "bytes")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading == "ref")
+    for each in read_checkpoints(directory):
+        table.add_row(
+            each.ref,
+            "?" if each.value is None else f"{each.value:.9g}",
+            each.iteration or "?",
+            "" if each.tolerance is None else "exceeded" if each.exceeded else "not exceeded (provisional)",
+            ", ".join(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
+            "?" if each.bytes is None else f"{each.bytes:,}",
+            each.digest[:_DIGITS_SHOWN],
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_OF_A_FILE)
+    console.print(table)
+
+
+def print_json(directory: Path) -> None:
+    """Print the checkpoints for programs: a list with one object for each ref. Raises as `read_checkpoints`."""
+    typer.echo(json.dumps([dataclasses.asdict(each) for each in read_checkpoints(directory)], indent=1))
+
+
+def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[str, int | None]]:
+    if name in history.refs:
+        yield name, None
+    for tolerance in keeper.policy.tolerances:
+        if (ref := tolerance_ref(name, tolerance)) in history.refs:
+            yield ref, tolerance
+
+
+def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tolerance: int | None) -> Checkpoint:
+    keeper, snapshot = history.keepers[name], history.refs[ref]
+    damage, manifest = None, dict[str, Any]()
+    try:
+        _, manifest = read_manifest(directory, history, ref)
+    except SnapshotError as error:
+        damage = str(error)
+    exceeded = None
+    if tolerance is not None:
+        exceeded = tolerance in keeper.state(keeper.policy, until=keeper.last_iteration).exceeded
+    return Checkpoint(
+        ref=ref,
+        metric_key=keeper.metric_key,
+        value=_value(keeper, name, ref, manifest, snapshot),
+        iteration=manifest.get("iteration"),
+        tolerance=tolerance,
+        exceeded=exceeded,
+        snapshot=snapshot,
+        bytes=manifest.get("bytes"),
+        digest=history.manifests[snapshot],
+        files={
+            file: {key: entry[key] for key in ("bytes", "digest", "algorithm")}
+            for file, entry in manifest.get("files", {}).items()
+        },
+        damage=damage,
+    )
+
+
+def _value(keeper: KeeperHistory, name: str, ref: str, manifest: dict[str, Any], snapshot: str) -> float | None:
+    """The keeper's own metric there: the manifest of a snapshot that two keepers share has that of one of them."""
+    for entry in keeper.timeline:
+        if entry.snapshot == snapshot:
+            return entry.observation.value
+    if ref == name and keeper.kept_best is not None and math.isfinite(keeper.kept_best):
+        return keeper.kept_best
+    value = manifest.get("value") if manifest.get("keeper") == name else None
+    return None if value is None else float(value)
