@@ -59,7 +59,8 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
             for part in source.parts:
                 kept, left_out[part.name] = _cut(source, part, state)
                 full = _full_tensors(kept, keep=ranks.is_main)
-                if full or not left_out[part.name]:
+                # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
+                if full or not (left_out[part.name] or part.apart):
                     files[part.name] = full
     except BaseException as error:
         if ranks.world_size > 1:
