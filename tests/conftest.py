@@ -7,6 +7,7 @@ import os
 # Test processes and their ranks share few cores. Set before torch is imported, so that forked ranks have it too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +15,12 @@ torch.set_num_threads(1)
 # How long an example takes depends on what the other test process does.
 settings.register_profile("keepbest", deadline=None)
 settings.load_profile("keepbest")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption("--kills", type=int, default=20, help="how many processes of runs are killed")
+    group.addoption("--fault-seed", type=int, default=0, help="repeats the faults of an earlier test run")
+    group.addoption(
+        "--crash-points", choices=["some", "all"], default="some", help="how many of the states after a power cut"
+    )

@@ -1,0 +1,171 @@
+"""Whatever a power cut leaves of a run folder, recovery finds a state that was committed, and all of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from keepbest.decision import BestState, Observation, Policy, decide
+from keepbest.iteration import TrainingIteration
+from keepbest.snapshot import Part, Weights
+from keepbest.store import Store, best_ref
+from keepbest.store.ledger import read_ledger
+from keepbest.store.verify import repair, verify
+from tests.faults.power_cut import Enter, RecordingFiles, Sync, Write
+
+LOSS, ACCURACY = best_ref("loss"), best_ref("accuracy")
+POLICIES = {LOSS: Policy(False, tolerances=(0, 2)), ACCURACY: Policy(True, tolerances=(1,))}
+# Droughts that exceed each tolerance, a tie, a NaN, and improvements after.
+LOSSES = [5.0, 4.0, 4.0, 6.0, float("nan"), 3.0, 3.5, 2.0]
+ACCURACIES = [0.1, 0.1, 0.3, 0.2, 0.2, 0.2, 0.4, 0.4]
+RESUMED_AT = 4
+
+
+def stamped(epoch: int) -> Weights:
+    """Weights that tell which iteration they are of."""
+    return Weights((Part("model", ""),), {"model": {"stamp": torch.tensor([float(epoch)])}}, {})
+
+
+def observe(store: Store, keeper: str, states: dict[str, BestState], epoch: int, value: float, shared: str | None):
+    observation = Observation(TrainingIteration(epoch=epoch), value)
+    states[keeper], decision = decide(POLICIES[keeper], states[keeper], observation)
+    if not decision.is_new_best:
+        store.observe(keeper, observation, {name: states[keeper].exceeded[name] for name in decision.newly_exceeded})
+        return None
+    if shared is not None:
+        return store.share(keeper, observation, shared)
+    return store.save(keeper, observation, stamped(epoch), selection=keeper)
+
+
+def train(store: Store, states: dict[str, BestState], epochs: range) -> None:
+    for epoch in epochs:
+        snapshot = observe(store, LOSS, states, epoch, LOSSES[epoch - 1], None)
+        observe(store, ACCURACY, states, epoch, ACCURACIES[epoch - 1], snapshot)
+        if epoch == RESUMED_AT:
+            for keeper in (LOSS, ACCURACY):
+                store.pin(keeper, "checkpoint", states[keeper])
+    for keeper in (LOSS, ACCURACY):
+        store.end(keeper, states[keeper], POLICIES[keeper])
+        store.leave(keeper)
+
+
+def record(root: Path) -> RecordingFiles:
+    """Two keepers see a whole run, and again from its middle."""
+    files = RecordingFiles(root)
+    for start in (0, RESUMED_AT):
+        store = Store(root / "run", files)
+        at = TrainingIteration(epoch=start) if start else None
+        states = {
+            keeper: store.begin(keeper, keeper, POLICIES[keeper], from_ledger=start > 0, at=at)
+            for keeper in (LOSS, ACCURACY)
+        }
+        train(store, states, range(start + 1, len(LOSSES) + 1))
+    return files
+
+
+def ledger_lines(files: RecordingFiles) -> list[tuple[int, int, bytes]]:
+    """Of each line of the ledger: number of the operation that wrote it, of the one that made it safe, and its text."""
+    folder = files.root / "run/checkpoints"
+    inode = files.inode_of(folder / "ledger.jsonl")
+    made = next(
+        number for number, effect in enumerate(files.log) if isinstance(effect, Enter) and effect.entry == inode
+    )
+    visible = files.log.index(Sync(files.inode_of(folder)), made)
+    lines = []
+    for number, effect in enumerate(files.log):
+        if isinstance(effect, Write) and effect.inode == inode:
+            synced = (later for later in range(number, len(files.log)) if files.log[later] == Sync(inode))
+            lines.append((number, max(visible, next(synced, len(files.log))), effect.data))
+    return lines
+
+
+def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
+    """The folder holds a prefix of the lines that were issued, with all that were committed, and what follows from it."""
+    ledger = run / "checkpoints/ledger.jsonl"
+    lines, _ = read_ledger(ledger)
+    assert committed <= len(lines) <= len(issued)
+    assert lines == [json.loads(text) for text in issued[: len(lines)]]
+    if not lines:
+        store = Store(run)
+        store.begin(LOSS, "loss", POLICIES[LOSS])
+        store.leave(LOSS)
+        return
+    assert [fault for fault in verify(run) if fault.kind == "damage"] == []
+    # Also who reads a ref before anybody resumes finds weights behind it.
+    assert [path.name for path in run.glob("checkpoints/best_model.*") if not (path / "snapshot.json").exists()] == []
+    repair(run)
+    assert verify(run) == []
+
+    refs: dict[str, str] = {}
+    for line in lines:
+        refs.update(line.get("refs", {}))
+    expected = {name: snapshot for name, snapshot in refs.items() if snapshot is not None}
+    links = {path.name: path.readlink().name for path in run.glob("checkpoints/best_model.*")}
+    assert links == expected
+    for name, snapshot in expected.items():
+        epoch = int(snapshot.partition(".")[0].removeprefix("E"))
+        saved = torch.load(run / "checkpoints" / name / "model.pt", weights_only=True)
+        assert saved["stamp"].item() == epoch
+    for keeper, better in ((LOSS, min), (ACCURACY, max)):
+        values = [float(line["value"]) for line in lines if line.get("keeper") == keeper and "snapshot" in line]
+        if values:
+            manifest = json.loads((run / "checkpoints" / keeper / "snapshot.json").read_text())
+            epoch = TrainingIteration.parse(manifest["iteration"]).epoch
+            assert (LOSSES if keeper == LOSS else ACCURACIES)[epoch - 1] == better(values)
+
+
+def check_resume(run: Path) -> None:
+    """A run that goes on saves again, and leaves nothing unfinished."""
+    store = Store(run)
+    is_new = store.history.run_id is None
+    for keeper in (LOSS, ACCURACY):
+        store.begin(keeper, keeper, POLICIES[keeper], from_ledger=not is_new)
+    better = Observation(TrainingIteration(epoch=99), -1.0)
+    store.save(LOSS, better, stamped(99), selection="later")
+    store.leave(LOSS)
+    store.leave(ACCURACY)
+    assert verify(run) == []
+    assert torch.load(run / "checkpoints" / LOSS / "model.pt", weights_only=True)["stamp"].item() == 99.0
+
+
+@pytest.fixture
+def fast_folder():
+    # The states are built by the thousand, and nothing here depends on a real disk.
+    path = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_every_crash_point_recovers_to_a_committed_state(fast_folder: Path, request: pytest.FixtureRequest):
+    everything = request.config.getoption("--crash-points") == "all"
+    chance = random.Random(request.config.getoption("--fault-seed"))
+    (fast_folder / "recorded").mkdir()
+    files = record(fast_folder / "recorded")
+    lines = ledger_lines(files)
+    seen: set[int] = set()
+    for length in range(len(files.log) + 1):
+        issued = [text for written, _, text in lines if written < length]
+        committed = sum(synced < length for _, synced, _ in lines)
+        for fates in files.fates(length, chance, most=None if everything else 2):
+            disk = files.after_power_cut(length, fates)
+            state = hash((disk.describe(files.ROOT), committed))
+            if state in seen:
+                continue
+            seen.add(state)
+            place = fast_folder / str(len(seen))
+            disk.build(files.ROOT, place)
+            (place / "run").mkdir(exist_ok=True)
+            try:
+                check_recovery(place / "run", issued, committed)
+                check_resume(place / "run")
+            except Exception as error:
+                pytest.fail(f"after {length} of {len(files.log)} operations, with {fates}: {error!r}")
+            shutil.rmtree(place)
+    print(f"\ncrash points: {len(files.log)} operations, {len(seen)} states explored, all recovered")
+    assert len(seen) > len(files.log)
