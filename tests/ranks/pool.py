@@ -29,7 +29,7 @@ from typing import Any
 
 from tests.ranks import child
 
-# torch imports the last ones on first use of an optimizer, which would cost each rank a second.
+# torch imports the last ones on first use of an optimizer or of torch.compile, which would cost each rank a second.
 _PRELOADED = [
     "torch",
     "torch.distributed",
@@ -38,6 +38,7 @@ _PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch._dynamo",
+    "torch._dynamo.backends.debugging",
     "pytest",
     "keepbest",
 ]

@@ -267,13 +267,26 @@ def parallelized(model: nn.Module, mesh: Any) -> nn.Module:
     return parallelize_module(model, mesh, plans)
 
 
-WRAPS: dict[str, Wrap] = {
-    wrap.__name__: wrap
-    for wrap in (
-        single, ddp, ddp_blocks, fsdp1, fsdp1_flat, fsdp1_blocks, fsdp1_flat_blocks, fsdp1_nested, fsdp1_flat_nested,
-        fsdp2, fsdp2_blocks, fsdp2_nested, fsdp2_replicated, tensor_parallel, tensor_parallel_fsdp2,
-    )
+FAMILIES: dict[str, dict[str, Wrap]] = {
+    "replicated": {"single": single, "ddp": ddp, "ddp_blocks": ddp_blocks},
+    "fsdp1": {"fsdp1": fsdp1, "fsdp1_blocks": fsdp1_blocks, "fsdp1_nested": fsdp1_nested},
+    "fsdp1_flat": {
+        "fsdp1_flat": fsdp1_flat, "fsdp1_flat_blocks": fsdp1_flat_blocks, "fsdp1_flat_nested": fsdp1_flat_nested,
+    },
+    "fsdp2": {"fsdp2": fsdp2, "fsdp2_blocks": fsdp2_blocks, "fsdp2_nested": fsdp2_nested},
+    "mesh": {
+        "tensor_parallel": tensor_parallel, "tensor_parallel_fsdp2": tensor_parallel_fsdp2,
+        "fsdp2_replicated": fsdp2_replicated,
+    },
 }  # fmt: skip
+WRAPS = {name: wrap for family in FAMILIES.values() for name, wrap in family.items()}
+
+
+def fits(wrap: str, world_size: int) -> bool:
+    """Whether the strategy is one for so many ranks."""
+    if wrap in ("tensor_parallel_fsdp2", "fsdp2_replicated"):
+        return world_size == 4
+    return wrap != "single" or world_size == 1
 
 
 def models_for(wrap: str) -> list[Callable[[int], nn.Module]]:
