@@ -1,0 +1,101 @@
+"""Runs from the command line, small ones: a composite of four layers whose loss goes up and down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from keepbest.cli.table import Checkpoint, read_checkpoints
+from keepbest.cli.work import evaluate, train
+from tests.ranks.pool import Outcome, start_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+METRIC = "loss/val/total"
+BEST = "best_model.loss.val.total"
+
+
+def describe_run(directory: Path, **trainer: Any) -> dict[str, Any]:
+    """The content of a config: two updates in an epoch, the metric at every update."""
+    return {
+        "directory": str(directory),
+        "seed": 12,
+        "model": {"kind": "tests.training.toys.AutoEncoder", "dropout": 0.1},
+        "data": {
+            "train": {"kind": "tests.training.toys.Waves"},
+            "val": {"kind": "tests.training.toys.Waves", "length": 17, "phase": 0.5},
+        },
+        # Learns too fast, so that the loss goes up again and again.
+        "optimizer": {"kind": "torch.optim.SGD", "lr": 0.3, "momentum": 0.95},
+        "trainer": {
+            "effective_batch_size": 24,
+            "callbacks": [evaluation(), best(tolerances=[0, 1, 3])],
+            **trainer,
+        },
+    }
+
+
+def evaluation(**settings: Any) -> dict[str, Any]:
+    return {"name": "OfflineLossCallback", "dataset_key": "val", "every_n_updates": 1, **settings}
+
+
+def best(**settings: Any) -> dict[str, Any]:
+    return {"name": "BestCheckpointCallback", "metric_key": METRIC, "every_n_updates": 1, **settings}
+
+
+def write_config(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def train_on_ranks(world_size: int, config: Path, *arguments: str) -> list[Outcome]:
+    """How each rank's `train` ended."""
+    with start_ranks(train, world_size, config, arguments) as ranks:
+        return ranks.collect(timeout=100)
+
+
+def eval_on_ranks(world_size: int, run: Path, *arguments: str, ref: str | None = None) -> list[Outcome]:
+    """How each rank's `eval` ended."""
+    with start_ranks(evaluate, world_size, run, ref, arguments) as ranks:
+        return ranks.collect(timeout=100)
+
+
+def succeeded(outcomes: list[Outcome]) -> list[Outcome]:
+    assert not any(outcome.failed for outcome in outcomes), "\n".join(outcome.traceback for outcome in outcomes)
+    return outcomes
+
+
+def keepbest(*arguments: str | Path, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The real command, under torchrun if there are `processes`."""
+    launcher = [sys.executable, "-m"]
+    if processes is not None:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [*launcher, "keepbest", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def checkpoints(directory: Path) -> dict[str, Checkpoint]:
+    return {checkpoint.ref: checkpoint for checkpoint in read_checkpoints(directory)}
+
+
+def weights(directory: Path, ref: str) -> dict[str, torch.Tensor]:
+    """What a user finds under the link of that name."""
+    found = {}
+    for path in (directory / "checkpoints" / ref).glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        found.update({f"{path.stem}.{name}": value for name, value in state.items()})
+    return found
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Every path below `directory`, and what is in the files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }

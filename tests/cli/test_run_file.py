@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from keepbest.cli.run_file import RunFile, parse_settings
+from keepbest.errors import ConfigError
+from tests.cli import runs
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("1e-3", 0.001), ("2.5E+2", 250.0), ("[1, 3]", [1, 3]), ("null", None), ("a=b", "a=b"), ("1.5", 1.5)],
+)
+def test_values_of_settings_are_yaml(text, value):
+    assert parse_settings([f"some.key={text}"]) == {"some.key": value}
+
+
+@pytest.mark.parametrize("argument", ["trainer.epochs", "=3", "trainer..epochs=3", "key=[1"])
+def test_malformed_setting_is_refused(argument):
+    with pytest.raises(ConfigError, match="YAML|expected a setting"):
+        parse_settings([argument])
+
+
+def test_settings_replace_those_of_the_file_at_any_depth(tmp_path):
+    path = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path, epochs=1))
+    run = RunFile.read(
+        path, {"trainer.epochs": 3, "seed": 5, "trainer.callbacks.1.tolerances": [7], "model.dropout": 0.5}
+    )
+    assert run.config.trainer.epochs == 3
+    assert run.config.seed == 5
+    assert run.config.trainer.callbacks[1].tolerances == [7]
+    assert run.config.build_model().encoder[2].p == 0.5
+
+
+def test_saved_config_is_the_same_run(tmp_path):
+    path = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path / "run", epochs=1))
+    run = RunFile.read(path, {"trainer.epochs": 3, "optimizer.lr": 1e-7})
+    run.save()
+    again = RunFile.read(tmp_path / "run" / "config.yaml", {})
+    assert again == run
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("trianer.epochs", "trianer: unknown key; did you mean 'trainer'"),
+        ("trainer.epoch", "trainer.epoch: unknown key; did you mean 'epochs'"),
+        ("trainer.callbacks.1.tolerance", "trainer.callbacks.1.tolerance: unknown key; did you mean 'tolerances'"),
+        (
+            "trainer.callbacks.1.eval_callbacks.0.dataset",
+            "trainer.callbacks.1.eval_callbacks.0.dataset: unknown key; did you mean 'dataset_key'",
+        ),
+        ("trainer.callbacks.7.tolerances", "'7' must be the number of one of 2 items"),
+        ("seed.x", "seed is 12 and has no keys"),
+        ("zzzz", "known: directory, seed, model"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest(key, hint, tmp_path):
+    content = runs.describe_run(tmp_path, epochs=1)
+    content["trainer"]["callbacks"][1]["eval_callbacks"] = [runs.evaluation()]
+    path = runs.write_config(tmp_path / "c.yaml", content)
+    with pytest.raises(ConfigError) as error:
+        RunFile.read(path, {key: 1})
+    assert hint in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "just text", ""])
+def test_file_that_describes_no_run_is_refused(text, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        RunFile.read(path, {})
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no.yaml"):
+        RunFile.read(tmp_path / "no.yaml", {})
+
+
+def test_learning_rate_without_a_point_is_a_number(tmp_path):
+    path = tmp_path / "c.yaml"
+    text = yaml.safe_dump(runs.describe_run(tmp_path, epochs=1))
+    path.write_text(text.replace("lr: 0.3", "lr: 3e-1"))
+    assert RunFile.read(path, {}).config.optimizer.model_extra["lr"] == 0.3

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keepbest.cli.table import read_checkpoints
+from keepbest.errors import ConfigError, SnapshotError
+from tests.cli import runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    content = runs.describe_run(folder / "run", epochs=3, strategy="ddp")
+    child = runs.evaluation(dataset_key="train")
+    content["trainer"]["callbacks"] = [
+        runs.evaluation(),
+        runs.best(tolerances=[0, 50], eval_callbacks=[child]),
+        # Another keeper that shares the snapshots, and has a metric of its own.
+        runs.best(metric_key="loss/val/error", id="mine"),
+    ]
+    runs.succeeded(runs.train_on_ranks(2, runs.write_config(folder / "config.yaml", content)))
+    return folder / "run"
+
+
+def printed_metrics(output: str) -> dict[str, float]:
+    lines = [line.split(" ") for line in output.splitlines() if line.startswith(("loss/", "best="))]
+    return {key: float(value) for key, value in lines}
+
+
+def test_show_prints_every_ref(trained):
+    table = runs.keepbest("show", trained)
+    assert (table.returncode, table.stderr) == (0, "")
+    shown = json.loads(runs.keepbest("show", trained, "--json").stdout)
+    refs = {entry["ref"]: entry for entry in shown}
+    assert set(refs) == {path.name for path in (trained / "checkpoints").glob("best_model.*")}
+    assert {entry["tolerance"]: entry["exceeded"] for entry in shown if entry["metric_key"] == runs.METRIC} == {
+        None: None,
+        0: refs[f"{runs.BEST}.tolerance=0"]["exceeded"],
+        50: False,
+    }
+    for ref, entry in refs.items():
+        folder = trained / "checkpoints" / ref
+        assert folder.resolve().name == entry["snapshot"]
+        sizes = {path.name: path.stat().st_size for path in folder.glob("*.pt")}
+        assert {name: file["bytes"] for name, file in entry["files"].items()} == sizes
+        assert entry["bytes"] == sum(sizes.values())
+        assert ref in table.stdout
+        assert entry["digest"][:12] in table.stdout
+    assert "not exceeded (provisional)" in table.stdout
+
+
+def test_show_gives_each_keeper_its_own_metric(trained):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    by_iteration = {f"E{r['epoch']}_U{r['update']}_S{r['sample']}": r for r in records if runs.METRIC in r}
+    for checkpoint in read_checkpoints(trained):
+        assert checkpoint.value == by_iteration[checkpoint.iteration][checkpoint.metric_key]
+
+
+def test_train_ends_with_the_table(tmp_path):
+    config = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path / "run", epochs=1, strategy="ddp"))
+    first, second = runs.succeeded(runs.train_on_ranks(2, config))
+    assert f"checkpoints of {tmp_path / 'run'}" in first.output.replace("\n", "")
+    assert runs.BEST in first.output
+    assert second.output == ""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments"),
+    [(1, []), (2, []), (2, ["trainer.strategy=fsdp1"]), (2, ["trainer.strategy=fsdp2"])],
+)
+@pytest.mark.parametrize("ref", [runs.BEST, f"{runs.BEST}.tolerance=50"])
+def test_eval_finds_the_metric_that_the_checkpoint_was_saved_with(world_size, arguments, ref, trained):
+    before = runs.tree(trained)
+    outcomes = runs.succeeded(runs.eval_on_ranks(world_size, trained, *arguments, ref=ref))
+    metrics = printed_metrics(outcomes[0].output)
+    saved = runs.checkpoints(trained)[ref].value
+    assert metrics[runs.METRIC] == pytest.approx(saved, abs=1e-6, rel=0)
+    assert "best=loss.val.total/loss/train/total" in metrics
+    assert "note:" not in outcomes[0].output
+    assert not any(printed_metrics(outcome.output) for outcome in outcomes[1:])
+    assert runs.tree(trained) == before
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_real_eval_command(processes, trained):
+    ended = runs.keepbest("eval", trained, "--ref", runs.BEST, processes=processes)
+    assert ended.returncode == 0, ended.stderr
+    saved = runs.checkpoints(trained)[runs.BEST].value
+    assert printed_metrics(ended.stdout)[runs.METRIC] == pytest.approx(saved, abs=1e-6, rel=0)
+    assert ended.stdout.count(f"{runs.METRIC} ") == 2, "once as it was saved and once as it is, on one rank only"
+
+
+def test_eval_needs_to_know_which_of_two_bests(trained):
+    for outcome in runs.eval_on_ranks(2, trained):
+        assert isinstance(outcome.exception, ConfigError)
+        assert f"{runs.BEST}.tolerance=50" in str(outcome.exception)
+
+
+def test_eval_of_an_unknown_ref_lists_those_that_exist(trained):
+    for outcome in runs.eval_on_ranks(2, trained, ref="best_model.loss.val.totl"):
+        assert isinstance(outcome.exception, SnapshotError)
+        assert runs.BEST in str(outcome.exception)
+
+
+def test_eval_tells_what_was_not_saved(tmp_path):
+    content = runs.describe_run(tmp_path / "run", epochs=1)
+    content["trainer"]["callbacks"][1] = runs.best(model_names=["encoder"])
+    runs.succeeded(runs.train_on_ranks(1, runs.write_config(tmp_path / "c.yaml", content)))
+    [outcome] = runs.succeeded(runs.eval_on_ranks(1, tmp_path / "run"))
+    assert "note: decoder was not saved" in outcome.output
+
+
+def test_show_names_a_damaged_snapshot_and_shows_the_others(trained, tmp_path):
+    content = runs.describe_run(tmp_path / "run", updates=24)
+    runs.succeeded(runs.train_on_ranks(1, runs.write_config(tmp_path / "c.yaml", content)))
+    manifest = tmp_path / "run" / "checkpoints" / runs.BEST / "snapshot.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    checkpoints = runs.checkpoints(tmp_path / "run")
+    assert "damaged" in checkpoints[runs.BEST].damage
+    assert checkpoints[f"{runs.BEST}.tolerance=0"].damage is None
