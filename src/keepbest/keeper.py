@@ -132,6 +132,7 @@ class BestKeeper:
         self._best_snapshot: str | None = None
         self._phase: Literal["new", "started", "closed"] = "new"
         self._pending: OSError | None = None
+        self._has_begun = False
 
     def start(self, at: TrainingIteration | None = None) -> None:
         """Take up the run folder, so that what is wrong with it shows before training. **Collective**; once.
@@ -152,7 +153,11 @@ class BestKeeper:
             return
         resumes = f"{self._loaded} {self._resume} {at}".encode()
         self._ranks.agree(f"compare what {self.name} resumes from", lambda: None, state=lambda _: resumes)
-        facts = self._ranks.broadcast(f"take up {self.directory} for {self.name}", lambda: self._begin(at))
+        try:
+            facts = self._ranks.broadcast(f"take up {self.directory} for {self.name}", lambda: self._begin(at))
+        except BaseException:
+            self._leave()
+            raise
         self._run_id = facts["run"]
         self._state = BestState.from_json(facts["state"])
         self._best_snapshot = facts["best"]
@@ -262,12 +267,12 @@ class BestKeeper:
                 write = self._on_main(lambda store: store.end(self.name, self._state, self.policy))
                 self._ranks.agree(f"close {self.name}", write, remedy=_DISK_REMEDY, saving=True)
         finally:
-            self._run.leave(self.name)
+            self._leave()
 
     def abandon(self) -> None:
         """Leave the run as it is, for another process to resume. **Rank-local**; for use when training failed."""
         self._phase = "closed"
-        self._run.leave(self.name)
+        self._leave()
 
     def ledger_exists(self) -> bool:
         """Whether the run folder holds a run already. **Collective**."""
@@ -315,10 +320,21 @@ class BestKeeper:
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         store = self._run.store()
         from_ledger = self._resume == "ledger" or at is not None
-        state = store.begin(
-            self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
-        )
+        try:
+            state = store.begin(
+                self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
+            )
+        except BaseException:
+            self._run.close_if_idle()
+            raise
+        self._has_begun = True
         return {"run": store.history.run_id, "state": state.to_json(), "best": store.best_snapshot(self.name)}
+
+    def _leave(self) -> None:
+        # A keeper that was refused, for its name say, must not end the one that has it.
+        if self._has_begun:
+            self._has_begun = False
+            self._run.leave(self.name)
 
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         exceeded = {tolerance: state.exceeded[tolerance] for tolerance in decision.newly_exceeded}

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, SupportsFloat, cast, get_args
 
 import torch
 
-from keepbest.errors import ConfigError, InvalidMetricError, MetricError, MetricMismatchError, MissingMetricError
+from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 
@@ -94,7 +94,7 @@ def agree_on_metric(
     Args:
         ranks: who agrees.
         metric_key: for messages.
-        read: gets the reading of this rank; a `MetricError` that it raises is raised on every rank.
+        read: gets the reading of this rank; what it raises is raised on every rank.
         reduction: how the values become one. Weights count in `mean` and `sum`; a rank of weight 0 is ignored.
         failure: something that went wrong on this rank before; every rank raises it.
         state: bytes that must be equal on all ranks.
@@ -109,7 +109,7 @@ def agree_on_metric(
     reading = Reading()
     try:
         reading = read()
-    except MetricError as error:
+    except BaseException as error:  # noqa: BLE001  # raised again by exchange, on every rank
         failure = failure or error
     numbers = ranks.exchange(step, Number(reading.value, reading.weight), failure=failure, state=state)
     needed = numbers[:1] if reduction == "rank0" else numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,12 @@ class LedgerFile:
         self._file: DurableFile = files.append(path)
         self._size = size
         self._unwritten = b""
-        self._file.truncate(size)
+        self._is_torn = True
+        try:
+            self._cut()
+        except OSError:
+            self._file.close()
+            raise
 
     def append(self, line: Mapping[str, Any], *, durable: bool, withdraw: bool = False) -> None:
         """Add one line.
@@ -77,28 +83,49 @@ class LedgerFile:
             withdraw: if it cannot be written, forget it; else it is written before the next one.
 
         Raises:
-            OSError: whatever the file system answers; the file then ends as it did before.
+            OSError: whatever the file system answers; the file then ends as it did before, or does so before anything
+                else is written (`is_torn`).
         """
         text = json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         data = self._unwritten + text
+        try:
+            self._write(data, durable=durable)
+        except OSError:
+            self._unwritten = self._unwritten if withdraw else data
+            raise
+        self._unwritten = b""
+
+    def sync(self) -> None:
+        """Make all lines durable, those included that could not be written before. Raises as `append`."""
+        self._write(self._unwritten, durable=True)
+        self._unwritten = b""
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether a line that was refused may still be in the file, since it could not be cut either."""
+        return self._is_torn
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, data: bytes, *, durable: bool) -> None:
+        if self._is_torn:
+            self._cut()
         try:
             self._file.write(data)
             if durable:
                 self._file.sync()
         except OSError:
-            self._unwritten = self._unwritten if withdraw else data
-            self._file.truncate(self._size)
+            self._is_torn = True
+            with contextlib.suppress(OSError):  # the first refusal is the cause, and the next write tries again
+                self._cut()
             raise
-        self._unwritten = b""
         self._size += len(data)
 
-    def sync(self) -> None:
-        """Make all lines durable."""
-        self._file.sync()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _cut(self) -> None:
+        self._file.truncate(self._size)
+        self._is_torn = False
 
 
 def _parsed(path: Path, number: int, raw: bytes) -> Line:

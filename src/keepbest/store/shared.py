@@ -40,8 +40,15 @@ class SharedRun:
         return self._store
 
     def leave(self, keeper: str) -> None:
-        """`keeper` is done; with the last one the store is closed."""
-        if self._store is not None and self._store.leave(keeper):
+        """`keeper`, which had begun, is done; with the last one the store is closed."""
+        if self._store is not None:
+            self._store.leave(keeper)
+            self.close_if_idle()
+
+    def close_if_idle(self) -> None:
+        """Close the store if no keeper is at work in it; the next use reads the folder anew."""
+        if self._store is not None and self._store.is_idle:
+            self._store.close()
             self._store = None
 
     def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: str) -> None:

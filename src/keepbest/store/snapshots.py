@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping
@@ -62,7 +63,7 @@ class SnapshotFolder:
             The digest of the manifest.
 
         Raises:
-            OSError: whatever the file system answers; nothing of the snapshot is left then.
+            OSError: whatever the file system answers; nothing of the snapshot is left then, if it can be removed.
         """
         files, temporary = self._files, self._path / f"{TEMPORARY}{name}"
         files.remove(temporary)
@@ -87,7 +88,9 @@ class SnapshotFolder:
             files.rename(temporary, self._path / name)
             files.sync_folder(self._path)
         except OSError:
-            files.remove(temporary)
+            with contextlib.suppress(OSError):  # the first refusal is the cause; the next commit removes the rest
+                files.remove(temporary)
+                files.remove(self._path / name)
             raise
         return manifest_digest(text)
 

@@ -6,6 +6,7 @@ A commit is: files into a temporary folder, each synced -> rename -> the folder 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Mapping
@@ -110,8 +111,8 @@ class Store:
                 loaded.state.to_json(),
             )
         self._open_ledger(None if loaded is None else loaded.run_id)
-        self._active.add(keeper)
         self._commit(begin_line(keeper, metric_key, policy, at=at, state=base, refs=refs))
+        self._active.add(keeper)
         return state
 
     def observe(self, keeper: str, observation: Observation, newly_exceeded: Mapping[int, Best | None]) -> None:
@@ -159,7 +160,10 @@ class Store:
         try:
             self._commit_best(keeper, observation, name, manifest)
         except OSError:
-            self._snapshots.remove(name)
+            # A line that could not be taken back may be read as committed, and then needs its snapshot.
+            if self._ledger is not None and not self._ledger.is_torn:
+                with contextlib.suppress(OSError):  # the first refusal is the cause; the next commit removes it
+                    self._snapshots.remove(name)
             raise
         return name
 
@@ -195,18 +199,25 @@ class Store:
         if self._ledger is not None:
             self._ledger.sync()
 
-    def leave(self, keeper: str) -> bool:
-        """`keeper` is done with the folder; with the last one it is closed. Returns whether it is."""
+    def leave(self, keeper: str) -> None:
+        """`keeper`, which had begun, is done with the folder."""
         self._active.discard(keeper)
-        if not self._active:
-            self.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no keeper has begun that has not left."""
         return not self._active
 
     def close(self) -> None:
         """Give the folder free for other processes; a second call does nothing."""
-        if self._ledger is not None:
-            self._ledger.close()
-        self._lock.release()
+        try:
+            if self._ledger is not None:
+                self._ledger.close()
+        except OSError as error:
+            # Who waits for a line syncs it; what was not synced may be lost, as it may be in a crash.
+            _logger.warning("%s: the newest observations may be lost: %s", self._folder, error)
+        finally:
+            self._lock.release()
 
     def best_snapshot(self, keeper: str) -> str | None:
         """Name of the snapshot that the keeper's ref on the best points at."""
