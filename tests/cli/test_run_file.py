@@ -18,7 +18,7 @@ def test_values_of_settings_are_yaml(text, value):
 
 @pytest.mark.parametrize("argument", ["trainer.epochs", "=3", "trainer..epochs=3", "key=[1"])
 def test_malformed_setting_is_refused(argument):
-    with pytest.raises(ConfigError, match="YAML|expected a setting"):
+    with pytest.raises(ConfigError, match=r"YAML|expected a setting"):
         parse_settings([argument])
 
 
@@ -76,7 +76,7 @@ def test_file_that_describes_no_run_is_refused(text, tmp_path):
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no.yaml"):
+    with pytest.raises(ConfigError, match=r"no\.yaml"):
         RunFile.read(tmp_path / "no.yaml", {})
 
 

@@ -41,6 +41,9 @@ _PRELOADED = [
     "torch._dynamo.backends.debugging",
     "pytest",
     "keepbest",
+    "keepbest.training.trainer",
+    "keepbest.cli.work",
+    "sklearn.datasets",
 ]
 _forkserver = get_context("forkserver")
 _forkserver.set_forkserver_preload(_PRELOADED)

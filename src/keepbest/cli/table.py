@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ class Checkpoint:
         bytes: of all files together.
         digest: of the manifest, which holds those of the files.
         files: name -> bytes, digest and its algorithm.
-        damage: why the snapshot cannot be used, if so; value, iteration, bytes and files are then not known.
+        damage: why the snapshot cannot be used, if so; iteration, bytes and files are then not known.
     """
 
     ref: str
@@ -115,11 +114,11 @@ def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tol
         damage = str(error)
     exceeded = None
     if tolerance is not None:
-        exceeded = tolerance in keeper.state(keeper.policy, until=keeper.last_iteration).exceeded
+        exceeded = tolerance in keeper.present.state(keeper.policy, until=keeper.present.last_iteration).exceeded
     return Checkpoint(
         ref=ref,
         metric_key=keeper.metric_key,
-        value=_value(keeper, name, ref, manifest, snapshot),
+        value=_value(keeper, snapshot),
         iteration=manifest.get("iteration"),
         tolerance=tolerance,
         exceeded=exceeded,
@@ -134,12 +133,7 @@ def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tol
     )
 
 
-def _value(keeper: KeeperHistory, name: str, ref: str, manifest: dict[str, Any], snapshot: str) -> float | None:
+def _value(keeper: KeeperHistory, snapshot: str) -> float | None:
     """The keeper's own metric there: the manifest of a snapshot that two keepers share has that of one of them."""
-    for entry in keeper.timeline:
-        if entry.snapshot == snapshot:
-            return entry.observation.value
-    if ref == name and keeper.kept_best is not None and math.isfinite(keeper.kept_best):
-        return keeper.kept_best
-    value = manifest.get("value") if manifest.get("keeper") == name else None
-    return None if value is None else float(value)
+    entries = (entry for timeline in reversed(keeper.timelines) for entry in timeline.entries)
+    return next((entry.observation.value for entry in entries if entry.snapshot == snapshot), None)
