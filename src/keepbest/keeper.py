@@ -127,12 +127,13 @@ class BestKeeper:
         self.policy, self._reduction, self.name = settings
         self._run = SharedRun.of(self.directory)
         self._run_id: str | None = None
+        self._timeline: int | None = None
         self._loaded: LoadedState | None = None
         self._state = BestState()
         self._best_snapshot: str | None = None
         self._phase: Literal["new", "started", "closed"] = "new"
         self._pending: OSError | None = None
-        self._has_begun = False
+        self._has_joined = False
 
     def start(self, at: TrainingIteration | None = None) -> None:
         """Take up the run folder, so that what is wrong with it shows before training. **Collective**; once.
@@ -152,13 +153,14 @@ class BestKeeper:
         if self._phase != "new":
             return
         resumes = f"{self._loaded} {self._resume} {at}".encode()
-        self._ranks.agree(f"compare what {self.name} resumes from", lambda: None, state=lambda _: resumes)
+        step = f"take up {self.directory} for {self.name}"
         try:
-            facts = self._ranks.broadcast(f"take up {self.directory} for {self.name}", lambda: self._begin(at))
+            self._ranks.agree(step, self._join, state=lambda _: resumes)
+            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=_DISK_REMEDY)
         except BaseException:
             self._leave()
             raise
-        self._run_id = facts["run"]
+        self._run_id, self._timeline = facts["run"], facts["timeline"]
         self._state = BestState.from_json(facts["state"])
         self._best_snapshot = facts["best"]
         self._phase = "started"
@@ -209,7 +211,7 @@ class BestKeeper:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here; the same on every rank. **Rank-local**."""
-        return {"run_id": self._run_id, "state": self._state.to_json()}
+        return {"run_id": self._run_id, "timeline": self._timeline, "state": self._state.to_json()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that `state_dict` gave. **Rank-local**: call it on every rank, before `start`.
@@ -220,10 +222,11 @@ class BestKeeper:
         if self._phase != "new":
             raise ConfigError("load_state_dict comes too late: load the state before start(), with or observe()")
         try:
-            self._loaded = LoadedState(state_dict["run_id"], BestState.from_json(state_dict["state"]))
+            state = BestState.from_json(state_dict["state"])
+            self._loaded = LoadedState(state_dict["run_id"], state_dict["timeline"], state)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is not the state of a keeper ({error!r}): {state_dict!r}") from error
-        self._run_id, self._state = self._loaded.run_id, self._loaded.state
+        self._run_id, self._timeline, self._state = self._loaded.run_id, self._loaded.timeline, state
 
     def flush(self, *, pin: str | None = None) -> None:
         """Make everything observed so far durable. **Collective**.
@@ -259,13 +262,12 @@ class BestKeeper:
         Raises:
             StorageError: on every rank, if something could not be written.
         """
-        if self._phase == "closed":
+        phase, self._phase = self._phase, "closed"
+        if phase != "started":
             return
-        started, self._phase = self._phase == "started", "closed"
         try:
-            if started:
-                write = self._on_main(lambda store: store.end(self.name, self._state, self.policy))
-                self._ranks.agree(f"close {self.name}", write, remedy=_DISK_REMEDY, saving=True)
+            write = self._on_main(lambda store: store.end(self.name, self._state, self.policy))
+            self._ranks.agree(f"close {self.name}", write, remedy=_DISK_REMEDY, saving=True)
         finally:
             self._leave()
 
@@ -320,20 +322,24 @@ class BestKeeper:
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         store = self._run.store()
         from_ledger = self._resume == "ledger" or at is not None
-        try:
-            state = store.begin(
-                self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
-            )
-        except BaseException:
-            self._run.close_if_idle()
-            raise
-        self._has_begun = True
-        return {"run": store.history.run_id, "state": state.to_json(), "best": store.best_snapshot(self.name)}
+        state = store.begin(
+            self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
+        )
+        return {
+            "run": store.history.run_id,
+            "timeline": store.history.keepers[self.name].present.number,
+            "state": state.to_json(),
+            "best": store.best_snapshot(self.name),
+        }
+
+    def _join(self) -> None:
+        self._run.join(self.name)
+        self._has_joined = True
 
     def _leave(self) -> None:
         # A keeper that was refused, for its name say, must not end the one that has it.
-        if self._has_begun:
-            self._has_begun = False
+        if self._has_joined:
+            self._has_joined = False
             self._run.leave(self.name)
 
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:

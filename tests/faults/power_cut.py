@@ -1,7 +1,7 @@
 """A file system that can lose what was not synced: records what a store does, and builds what a power cut may leave.
 
-Effects on the bytes of a file are safe after its `sync`; effects on the entries of a folder after its `sync_folder`. Any
-other effect may be lost, each on its own, in any combination; of a write, only a part may be there.
+Effects on the bytes of a file are safe after its `sync`; effects on the entries of a folder after its `sync_folder`.
+Any other effect may be lost, each on its own, in any combination; of a write, only a part may be there.
 """
 
 from __future__ import annotations

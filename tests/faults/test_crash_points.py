@@ -52,7 +52,6 @@ def train(store: Store, states: dict[str, BestState], epochs: range) -> None:
                 store.pin(keeper, "checkpoint", states[keeper])
     for keeper in (LOSS, ACCURACY):
         store.end(keeper, states[keeper], POLICIES[keeper])
-        store.leave(keeper)
 
 
 def record(root: Path) -> RecordingFiles:
@@ -66,6 +65,7 @@ def record(root: Path) -> RecordingFiles:
             for keeper in (LOSS, ACCURACY)
         }
         train(store, states, range(start + 1, len(LOSSES) + 1))
+        store.close()
     return files
 
 
@@ -73,10 +73,8 @@ def ledger_lines(files: RecordingFiles) -> list[tuple[int, int, bytes]]:
     """Of each line of the ledger: number of the operation that wrote it, of the one that made it safe, and its text."""
     folder = files.root / "run/checkpoints"
     inode = files.inode_of(folder / "ledger.jsonl")
-    made = next(
-        number for number, effect in enumerate(files.log) if isinstance(effect, Enter) and effect.entry == inode
-    )
-    visible = files.log.index(Sync(files.inode_of(folder)), made)
+    entered = (number for number, effect in enumerate(files.log) if isinstance(effect, Enter) and effect.entry == inode)
+    visible = files.log.index(Sync(files.inode_of(folder)), next(entered))
     lines = []
     for number, effect in enumerate(files.log):
         if isinstance(effect, Write) and effect.inode == inode:
@@ -86,7 +84,7 @@ def ledger_lines(files: RecordingFiles) -> list[tuple[int, int, bytes]]:
 
 
 def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
-    """The folder holds a prefix of the lines that were issued, with all that were committed, and what follows from it."""
+    """The folder holds a prefix of the issued lines, with all that were committed, and what follows from it."""
     ledger = run / "checkpoints/ledger.jsonl"
     lines, _ = read_ledger(ledger)
     assert committed <= len(lines) <= len(issued)
@@ -94,7 +92,7 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
     if not lines:
         store = Store(run)
         store.begin(LOSS, "loss", POLICIES[LOSS])
-        store.leave(LOSS)
+        store.close()
         return
     assert [fault for fault in verify(run) if fault.kind == "damage"] == []
     # Also who reads a ref before anybody resumes finds weights behind it.
@@ -128,8 +126,7 @@ def check_resume(run: Path) -> None:
         store.begin(keeper, keeper, POLICIES[keeper], from_ledger=not is_new)
     better = Observation(TrainingIteration(epoch=99), -1.0)
     store.save(LOSS, better, stamped(99), selection="later")
-    store.leave(LOSS)
-    store.leave(ACCURACY)
+    store.close()
     assert verify(run) == []
     assert torch.load(run / "checkpoints" / LOSS / "model.pt", weights_only=True)["stamp"].item() == 99.0
 
@@ -164,8 +161,9 @@ def test_every_crash_point_recovers_to_a_committed_state(fast_folder: Path, requ
             try:
                 check_recovery(place / "run", issued, committed)
                 check_resume(place / "run")
-            except Exception as error:
-                pytest.fail(f"after {length} of {len(files.log)} operations, with {fates}: {error!r}")
+            except BaseException:
+                print(f"\nafter {length} of {len(files.log)} operations, with {fates}:")
+                raise
             shutil.rmtree(place)
     print(f"\ncrash points: {len(files.log)} operations, {len(seen)} states explored, all recovered")
     assert len(seen) > len(files.log)

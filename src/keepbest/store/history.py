@@ -23,61 +23,84 @@ class Entry:
 
 
 @dataclass(slots=True)
-class KeeperHistory:
-    """What one keeper of the run has seen.
+class Timeline:
+    """Observations that led to a state. A resume leaves it for a new one, which starts with a part of it.
 
     Attributes:
-        metric_key: what it monitors.
-        policy: as it was when the keeper last began.
-        base: the state that the timeline starts from; empty unless a state was loaded that the ledger did not know.
-        timeline: the observations that led to the present state; those that a resume abandoned are gone.
-        kept_best: the value of what the ref on the best points at; the best of all that was ever saved.
-        saved: the iterations of the timeline that a snapshot was taken of, and its name, in order.
+        number: among the timelines of the keeper, from 0.
+        base: the state that it starts from; empty unless a state was loaded that the ledger did not know.
+        entries: what was observed, in order.
+        saved: the iterations that a snapshot was taken of, and its name, in order.
     """
 
-    metric_key: str
-    policy: Policy
+    number: int
     base: BestState = field(default_factory=BestState)
-    timeline: list[Entry] = field(default_factory=list)
-    kept_best: float | None = None
+    entries: list[Entry] = field(default_factory=list)
     saved: dict[TrainingIteration, str] = field(default_factory=dict)
 
     def state(self, policy: Policy, *, until: TrainingIteration | None) -> BestState:
         """The state at `until`, as `policy` sees it."""
-        return fold(policy, [entry.observation for entry in self.entries(until)], start=self.base)
+        return fold(policy, [entry.observation for entry in self.entries_until(until)], start=self.base)
 
-    def entries(self, until: TrainingIteration | None) -> list[Entry]:
-        """The entries of the timeline that are not after `until`; `None` is before all of them."""
-        if until is None:
+    def entries_until(self, iteration: TrainingIteration | None) -> list[Entry]:
+        """The entries that are not after `iteration`; `None` is before all of them."""
+        if iteration is None:
             return []
-        return [entry for entry in self.timeline if not entry.observation.iteration.follows(until)]
+        return [entry for entry in self.entries if not entry.observation.iteration.follows(iteration)]
 
     def reaches(self, iteration: TrainingIteration | None) -> bool:
-        """Whether the timeline can tell the state at `iteration`: it cannot go back behind the one it starts from."""
+        """Whether the state at `iteration` can be told: not before the one that the timeline starts from."""
         start = self.base.last_iteration
         return start is None or (iteration is not None and not start.follows(iteration))
 
-    def restart(self, entries: list[Entry], base: BestState) -> None:
-        """Go on from `entries` after `base`; what else the timeline held is abandoned."""
-        self.base, self.timeline, self.saved = base, [], {}
-        for entry in entries:
-            self.extend(entry)
-
     def extend(self, entry: Entry) -> None:
-        """Add the next entry of the timeline."""
-        self.timeline.append(entry)
+        """Add the next entry."""
+        self.entries.append(entry)
         if entry.snapshot is not None:
             self.saved[entry.observation.iteration] = entry.snapshot
 
     @property
     def last_iteration(self) -> TrainingIteration | None:
         """Of the newest observation."""
-        return self.timeline[-1].observation.iteration if self.timeline else self.base.last_iteration
+        return self.entries[-1].observation.iteration if self.entries else self.base.last_iteration
 
     @property
-    def timeline_best(self) -> str | None:
-        """The newest snapshot of the timeline: within a timeline every new best is better than the one before."""
+    def best_snapshot(self) -> str | None:
+        """The newest snapshot: within a timeline every new best is better than the one before."""
         return next(reversed(self.saved.values()), None)
+
+
+@dataclass(slots=True)
+class KeeperHistory:
+    """What one keeper of the run has seen.
+
+    Attributes:
+        metric_key: what it monitors.
+        policy: as it was when the keeper last began.
+        timelines: one for each time that it began; the last is the present one.
+        kept_best: the value of what the ref on the best points at; the best of all that was ever saved.
+    """
+
+    metric_key: str
+    policy: Policy
+    timelines: list[Timeline] = field(default_factory=list)
+    kept_best: float | None = None
+
+    @property
+    def present(self) -> Timeline:
+        """The timeline that goes on."""
+        return self.timelines[-1]
+
+    def timeline(self, number: int | None) -> Timeline:
+        """The timeline of this number; the present one for `None`, or where the ledger does not know the number."""
+        return self.timelines[number] if number is not None and number < len(self.timelines) else self.present
+
+    def begin(self, entries: list[Entry], base: BestState) -> None:
+        """Start a new timeline with these entries."""
+        timeline = Timeline(len(self.timelines), base)
+        for entry in entries:
+            timeline.extend(entry)
+        self.timelines.append(timeline)
 
 
 @dataclass(slots=True)
@@ -141,7 +164,7 @@ class History:
 
     def kept(self) -> set[str]:
         """The snapshots that must stay: those that a ref, a pin or a keeper's timeline best names."""
-        bests = (keeper.timeline_best for keeper in self.keepers.values())
+        bests = (keeper.present.best_snapshot for keeper in self.keepers.values())
         pinned = (name for pin in self.pins.values() for name in pin)
         return {*self.refs.values(), *(best for best in bests if best is not None), *pinned}
 
@@ -150,10 +173,11 @@ class History:
         keeper = self.keepers.setdefault(line["keeper"], KeeperHistory(line["metric_key"], policy))
         keeper.policy = policy
         if line["state"] is not None:
-            keeper.restart([], BestState.from_json(line["state"]))
+            keeper.begin([], BestState.from_json(line["state"]))
         else:
+            branch = keeper.timelines[line["timeline"]]
             at = None if line["at"] is None else TrainingIteration.parse(line["at"])
-            keeper.restart(keeper.entries(at), keeper.base)
+            keeper.begin(branch.entries_until(at), branch.base)
 
     def _observe(self, line: Line) -> None:
         keeper = self.keepers[line["keeper"]]
@@ -161,7 +185,7 @@ class History:
         observation = Observation(
             TrainingIteration.parse(line["iteration"]), float(line["value"]), durable=line.get("durable", True)
         )
-        keeper.extend(Entry(observation, snapshot))
+        keeper.present.extend(Entry(observation, snapshot))
         if snapshot is not None:
             _check_safe(snapshot)
             self.manifests.setdefault(snapshot, line["manifest"])
@@ -185,16 +209,18 @@ def begin_line(
     metric_key: str,
     policy: Policy,
     *,
+    timeline: int | None,
     at: TrainingIteration | None,
     state: BestState | None,
     refs: dict[str, str | None],
 ) -> Line:
-    """A keeper takes up its work: after `at` of its timeline (`None`: from nothing), or from a `state` it was given."""
+    """A keeper takes up its work: after `at` of a timeline (`None`: from its start), or from a `state` it was given."""
     return {
         "event": "begin",
         "keeper": keeper,
         "metric_key": metric_key,
         "policy": policy_to_json(policy),
+        "timeline": timeline,
         "at": None if at is None else str(at),
         "state": None if state is None else state.to_json(),
         "refs": refs,

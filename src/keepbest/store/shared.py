@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Hashable
 from pathlib import Path
 
+from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.store.store import Store
 
@@ -22,6 +23,7 @@ class SharedRun:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._store: Store | None = None
+        self._keepers: set[str] = set()
         self._newest: tuple[TrainingIteration, Hashable, str] | None = None
 
     @classmethod
@@ -39,17 +41,24 @@ class SharedRun:
             self._store = Store(self.directory)
         return self._store
 
-    def leave(self, keeper: str) -> None:
-        """`keeper`, which had begun, is done; with the last one the store is closed."""
-        if self._store is not None:
-            self._store.leave(keeper)
-            self.close_if_idle()
+    def join(self, keeper: str) -> None:
+        """`keeper` takes up its work. **Rank-local**, on every rank.
 
-    def close_if_idle(self) -> None:
-        """Close the store if no keeper is at work in it; the next use reads the folder anew."""
-        if self._store is not None and self._store.is_idle:
-            self._store.close()
-            self._store = None
+        Raises:
+            ConfigError: if there is one of this name already.
+        """
+        if keeper in self._keepers:
+            raise ConfigError(f"two keepers of this run are named {keeper!r}; give one of them an id")
+        self._keepers.add(keeper)
+
+    def leave(self, keeper: str) -> None:
+        """`keeper` is done; with the last one the folder is given free. **Rank-local**, on every rank."""
+        self._keepers.discard(keeper)
+        if not self._keepers:
+            self._newest = None
+            if self._store is not None:
+                self._store.close()
+                self._store = None
 
     def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: str) -> None:
         """Note which snapshot holds `content`, as it was at `iteration`."""

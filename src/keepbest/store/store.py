@@ -18,7 +18,7 @@ from keepbest.errors import ConfigError, LedgerError, RunExistsError
 from keepbest.iteration import TrainingIteration
 from keepbest.snapshot import Weights
 from keepbest.store.files import Files
-from keepbest.store.history import History, KeeperHistory, begin_line, observation_line, run_line
+from keepbest.store.history import History, Timeline, begin_line, observation_line, run_line
 from keepbest.store.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.store.ledger import LedgerFile, Line, read_ledger
 from keepbest.store.lock import RunLock
@@ -31,9 +31,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedState:
-    """A state that a user brings back, and the run that it is of."""
+    """A state that a user brings back, and where it is from.
 
-    run_id: str
+    Attributes:
+        run_id: of its run; `None` if the keeper had not started.
+        timeline: number of its timeline among those of the keeper in the run.
+        state: the bookkeeping.
+    """
+
+    run_id: str | None
+    timeline: int | None
     state: BestState
 
 
@@ -64,7 +71,6 @@ class Store:
             raise
         self._ledger: LedgerFile | None = None
         self._is_taken_up = self.history.run_id is not None
-        self._active: set[str] = set()
 
     def begin(
         self,
@@ -93,14 +99,15 @@ class Store:
         self._check_begin(keeper, policy, loaded, from_ledger)
         self._check_ledger_is_whole()
         past = self.history.keepers.get(keeper)
+        branch = None if past is None else past.timeline(None if loaded is None else loaded.timeline)
         if loaded is not None:
             at = loaded.state.last_iteration
-        elif at is None and past is not None:
-            at = past.last_iteration
+        elif at is None and branch is not None:
+            at = branch.last_iteration
         base: BestState | None = None
         refs: dict[str, str | None] = {}
-        if past is not None and past.reaches(at):
-            state, refs = self._resumed(keeper, past, policy, at)
+        if past is not None and branch is not None and branch.reaches(at):
+            state, refs = self._resumed(keeper, past.policy, policy, branch, at)
         else:
             state = base = BestState() if loaded is None else loaded.state
         if loaded is not None and state != loaded.state:
@@ -111,8 +118,8 @@ class Store:
                 loaded.state.to_json(),
             )
         self._open_ledger(None if loaded is None else loaded.run_id)
-        self._commit(begin_line(keeper, metric_key, policy, at=at, state=base, refs=refs))
-        self._active.add(keeper)
+        number = None if branch is None else branch.number
+        self._commit(begin_line(keeper, metric_key, policy, timeline=number, at=at, state=base, refs=refs))
         return state
 
     def observe(self, keeper: str, observation: Observation, newly_exceeded: Mapping[int, Best | None]) -> None:
@@ -121,7 +128,7 @@ class Store:
         Raises:
             OSError: whatever the file system answers; the observation then goes to the disk with the next line.
         """
-        refs = self._tolerance_refs(keeper, newly_exceeded)
+        refs = self._tolerance_refs(keeper, self.history.keepers[keeper].present, newly_exceeded)
         line = observation_line(keeper, observation, refs)
         if refs:
             self._commit(line)
@@ -178,11 +185,11 @@ class Store:
 
     def pin(self, keeper: str, tag: str, state: BestState) -> None:
         """Keep the snapshots that `state` names until `tag` is pinned anew or released."""
-        past = self.history.keepers[keeper]
+        present = self.history.keepers[keeper].present
         bests = [state.best, *state.exceeded.values()]
-        names = {past.saved.get(best.iteration) for best in bests if best is not None}
-        present = sorted(name for name in names if name is not None and self._snapshots.holds(name))
-        self._commit({"event": "pin", "keeper": keeper, "tag": tag, "snapshots": present})
+        names = {present.saved.get(best.iteration) for best in bests if best is not None}
+        held = sorted(name for name in names if name is not None and self._snapshots.holds(name))
+        self._commit({"event": "pin", "keeper": keeper, "tag": tag, "snapshots": held})
 
     def unpin(self, keeper: str, tag: str) -> None:
         """Release what `tag` pinned."""
@@ -191,22 +198,15 @@ class Store:
     def end(self, keeper: str, state: BestState, policy: Policy) -> None:
         """Record that training is over: tolerances that were not exceeded get a provisional ref on the best."""
         open_tolerances = [tolerance for tolerance in policy.tolerances if tolerance not in state.exceeded]
-        refs = self._tolerance_refs(keeper, dict.fromkeys(open_tolerances, state.best))
+        refs = self._tolerance_refs(
+            keeper, self.history.keepers[keeper].present, dict.fromkeys(open_tolerances, state.best)
+        )
         self._commit({"event": "end", "keeper": keeper, "refs": refs})
 
     def sync(self) -> None:
         """Make all observations durable."""
         if self._ledger is not None:
             self._ledger.sync()
-
-    def leave(self, keeper: str) -> None:
-        """`keeper`, which had begun, is done with the folder."""
-        self._active.discard(keeper)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no keeper has begun that has not left."""
-        return not self._active
 
     def close(self) -> None:
         """Give the folder free for other processes; a second call does nothing."""
@@ -224,8 +224,6 @@ class Store:
         return self.history.refs.get(keeper)
 
     def _check_begin(self, keeper: str, policy: Policy, loaded: LoadedState | None, from_ledger: bool) -> None:
-        if keeper in self._active:
-            raise ConfigError(f"two keepers of this run are named {keeper!r}; give one of them an id")
         twins = [name for name in self.history.keepers if name != keeper and name.casefold() == keeper.casefold()]
         if twins:
             raise ConfigError(f"{keeper!r} differs from {twins[0]!r} only in upper and lower case; give it another id")
@@ -234,7 +232,8 @@ class Store:
                 f"{self._folder} holds run {self.history.run_id}; resume it (load_state_dict(), or resume='ledger'), "
                 "or choose another directory"
             )
-        if loaded is not None and self.history.run_id not in (None, loaded.run_id):
+        run_ids = {self.history.run_id, loaded.run_id if loaded is not None else None} - {None}
+        if loaded is not None and len(run_ids) > 1:
             raise RunExistsError(
                 f"{self._folder} holds run {self.history.run_id}, but the state that was loaded is of run "
                 f"{loaded.run_id}; choose the directory of that run, or a new one"
@@ -272,25 +271,21 @@ class Store:
         self._snapshots.remove_all_but(self.history.kept())
 
     def _resumed(
-        self, keeper: str, past: KeeperHistory, policy: Policy, at: TrainingIteration | None
+        self, keeper: str, before: Policy, policy: Policy, branch: Timeline, at: TrainingIteration | None
     ) -> tuple[BestState, dict[str, str | None]]:
-        """State at `at`, and the refs to move: tolerances that are not exceeded there lose theirs."""
-        tolerances = sorted({*past.policy.tolerances, *policy.tolerances})
-        state = past.state(replace(policy, tolerances=tuple(tolerances)), until=at)
-        refs: dict[str, str | None] = {}
-        for tolerance in tolerances:
-            ref = tolerance_ref(keeper, tolerance)
-            wanted = self._tolerance_refs(keeper, {tolerance: state.exceeded.get(tolerance)}).get(ref)
-            if self.history.refs.get(ref) != wanted:
-                refs[ref] = wanted
+        """State of `branch` at `at`, and the refs to move: tolerances that are not exceeded there lose theirs."""
+        tolerances = sorted({*before.tolerances, *policy.tolerances})
+        state = branch.state(replace(policy, tolerances=tuple(tolerances)), until=at)
+        wanted = self._tolerance_refs(keeper, branch, state.exceeded)
+        present = {name: self.history.refs.get(name) for name in (tolerance_ref(keeper, each) for each in tolerances)}
+        refs = {name: wanted.get(name) for name, snapshot in present.items() if wanted.get(name) != snapshot}
         exceeded = {tolerance: best for tolerance, best in state.exceeded.items() if tolerance in policy.tolerances}
         return replace(state, exceeded=exceeded), refs
 
-    def _tolerance_refs(self, keeper: str, bests: Mapping[int, Best | None]) -> dict[str, str | None]:
-        past = self.history.keepers[keeper]
+    def _tolerance_refs(self, keeper: str, branch: Timeline, bests: Mapping[int, Best | None]) -> dict[str, str | None]:
         refs: dict[str, str | None] = {}
         for tolerance, best in bests.items():
-            snapshot = None if best is None else past.saved.get(best.iteration)
+            snapshot = None if best is None else branch.saved.get(best.iteration)
             if snapshot is not None and self._snapshots.holds(snapshot):
                 refs[tolerance_ref(keeper, tolerance)] = snapshot
             elif best is not None:

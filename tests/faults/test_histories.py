@@ -1,0 +1,238 @@
+"""Random histories with crashes and resumes end as the rules say, whatever happened on the way."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import nn
+
+from keepbest import BestKeeper, TrainingIteration
+from keepbest.store.files import DurableFile, Files
+from keepbest.store.verify import verify
+
+REF = "best_model.loss"
+Seen = tuple[float, int]
+
+
+@dataclass
+class Oracle:
+    """The rules, slowly: everything is worked out anew from the timeline, a list of (value, stamp of the weights)."""
+
+    higher: bool
+    min_delta: float
+    tolerances: list[int]
+    timeline: list[Seen] = field(default_factory=list)
+    ever_best: Seen | None = None
+
+    def beats(self, value: float, other: Seen | None, by: float) -> bool:
+        if math.isnan(value) or math.isinf(value):
+            return False
+        return other is None or (value - other[0] > by if self.higher else other[0] - value > by)
+
+    def observe(self, value: float, stamp: int) -> bool:
+        is_new_best = self.beats(value, self.best(), self.min_delta)
+        self.timeline.append((value, stamp))
+        if is_new_best and self.beats(value, self.ever_best, 0.0):
+            self.ever_best = (value, stamp)
+        return is_new_best
+
+    def history(self) -> list[tuple[Seen | None, int]]:
+        """The best and the length of the drought after each observation."""
+        best, drought, history = None, 0, []
+        for value, stamp in self.timeline:
+            if self.beats(value, best, self.min_delta):
+                best, drought = (value, stamp), 0
+            else:
+                drought += 1
+            history.append((best, drought))
+        return history
+
+    def best(self) -> Seen | None:
+        return self.history()[-1][0] if self.timeline else None
+
+    def drought(self) -> int:
+        return self.history()[-1][1] if self.timeline else 0
+
+    def exceeded(self) -> dict[int, Seen | None]:
+        return {
+            tolerance: next(best for best, drought in self.history() if drought > tolerance)
+            for tolerance in self.tolerances
+            if any(drought > tolerance for _, drought in self.history())
+        }
+
+
+class _NoWait(DurableFile):
+    def sync(self) -> None:
+        """Nothing is cut off here."""
+
+
+class _FastFiles(Files):
+    def create(self, path: Path) -> DurableFile:
+        return _NoWait(path, exclusive=True)
+
+    def append(self, path: Path) -> DurableFile:
+        return _NoWait(path, exclusive=False)
+
+    def sync_folder(self, path: Path) -> None:
+        """Nothing is cut off here."""
+
+
+VALUES = st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0, -1.0, 0.5, math.nan, math.inf, -math.inf])
+TOLERANCES = st.lists(st.integers(0, 4), unique=True, max_size=3)
+
+
+class Histories(RuleBasedStateMachine):
+    @initialize(higher=st.booleans(), min_delta=st.sampled_from([0.0, 0.0, 0.75]), tolerances=TOLERANCES)
+    def begin(self, higher: bool, min_delta: float, tolerances: list[int]):
+        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.model = nn.Linear(1, 1, bias=False)
+        self.oracle = Oracle(higher, min_delta, tolerances)
+        self.stamp = 0
+        self.checkpoints: dict[str, tuple[dict, list[Seen]]] = {}
+        self.keeper = self.make_keeper()
+
+    def make_keeper(self, *, resume: str | None = None) -> BestKeeper:
+        oracle = self.oracle
+        return BestKeeper(
+            self.model,
+            directory=self.folder,
+            metric_key="loss",
+            higher_is_better=oracle.higher,
+            min_delta=oracle.min_delta,
+            tolerances=oracle.tolerances,
+            resume=resume,
+        )
+
+    def now(self) -> TrainingIteration:
+        return TrainingIteration(epoch=len(self.oracle.timeline))
+
+    @rule(value=VALUES)
+    def observe(self, value: float):
+        self.stamp += 1
+        with torch.no_grad():
+            self.model.weight.fill_(self.stamp)
+        is_new_best = self.oracle.observe(value, self.stamp)
+        outcome = self.keeper.observe(value, self.now())
+        assert outcome.is_new_best == is_new_best
+
+    @rule()
+    def checkpoint(self):
+        name = f"checkpoint-{len(self.oracle.timeline)}"
+        self.keeper.flush(pin=name)
+        state = copy.deepcopy(self.keeper.state_dict())
+        self.checkpoints[name] = (state, list(self.oracle.timeline))
+
+    @precondition(lambda self: self.checkpoints)
+    @rule(data=st.data())
+    def delete_checkpoint(self, data: st.DataObject):
+        name = data.draw(st.sampled_from(sorted(self.checkpoints)))
+        self.keeper.start()
+        self.keeper.release(name)
+        del self.checkpoints[name]
+
+    @precondition(lambda self: self.checkpoints)
+    @rule(data=st.data(), from_ledger=st.booleans())
+    def crash_and_resume_from_a_checkpoint(self, data: st.DataObject, from_ledger: bool):
+        name = data.draw(st.sampled_from(sorted(self.checkpoints)))
+        state, timeline = self.checkpoints[name]
+        # By its iteration alone, only a point of the present timeline can be found.
+        is_present = [stamp for _, stamp in self.oracle.timeline][: len(timeline)] == [stamp for _, stamp in timeline]
+        self.crash()
+        self.oracle.timeline = list(timeline)
+        self.keeper = self.make_keeper()
+        if from_ledger and timeline and is_present:
+            self.keeper.start(at=self.now())
+        else:
+            self.keeper.load_state_dict(state)
+            self.keeper.start()
+
+    @precondition(lambda self: self.stamp)
+    @rule()
+    def crash_and_resume_from_the_ledger(self):
+        self.crash()
+        self.keeper = self.make_keeper(resume="ledger")
+        self.keeper.start()
+
+    @precondition(lambda self: self.stamp)
+    @rule(tolerance=st.integers(0, 4))
+    def crash_and_resume_without_a_tolerance(self, tolerance: int):
+        self.crash()
+        self.oracle.tolerances = [other for other in self.oracle.tolerances if other != tolerance]
+        self.keeper = self.make_keeper(resume="ledger")
+        self.keeper.start()
+
+    @precondition(lambda self: self.stamp)
+    @rule()
+    def end_and_go_on(self):
+        self.keeper.close()
+        best = self.oracle.best()
+        for tolerance in self.oracle.tolerances:
+            if tolerance not in self.oracle.exceeded():
+                assert self.stamp_of(f"{REF}.tolerance={tolerance}") == (None if best is None else best[1])
+        self.keeper = self.make_keeper(resume="ledger")
+        self.keeper.start()
+
+    def crash(self):
+        self.keeper.abandon()
+        leftover = self.folder / "checkpoints/snapshots/.tmp-E99"
+        leftover.mkdir(parents=True)
+        (leftover / "model.pt").write_bytes(b"half a file")
+
+    def stamp_of(self, ref: str) -> int | None:
+        path = self.folder / "checkpoints" / ref / "model.pt"
+        return int(torch.load(path, weights_only=True)["weight"].item()) if path.exists() else None
+
+    @invariant()
+    def everything_is_as_the_rules_say(self):
+        if not self.stamp:
+            return
+        oracle, state = self.oracle, self.keeper.state
+        best = oracle.best()
+        assert (None if state.best is None else state.best.value) == (None if best is None else best[0])
+        assert state.tolerance_counter == oracle.drought()
+        exceeded = oracle.exceeded()
+        assert {tolerance: None if kept is None else kept.value for tolerance, kept in state.exceeded.items()} == {
+            tolerance: None if kept is None else kept[0] for tolerance, kept in exceeded.items()
+        }
+        assert self.stamp_of(REF) == (None if oracle.ever_best is None else oracle.ever_best[1])
+        for tolerance, kept in exceeded.items():
+            assert self.stamp_of(f"{REF}.tolerance={tolerance}") == (None if kept is None else kept[1])
+        refs = {path.name for path in (self.folder / "checkpoints").glob("best_model.*")}
+        named = {f"{REF}.tolerance={tolerance}" for tolerance, kept in exceeded.items() if kept is not None}
+        assert refs - {REF} - {f"{REF}.tolerance={tolerance}" for tolerance in range(5)} == set()
+        assert named <= refs
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            if self.stamp:
+                self.keeper.close()
+                assert verify(self.folder) == []
+            else:
+                self.keeper.abandon()
+            shutil.rmtree(self.folder)
+
+
+def test_2000_histories_end_as_the_rules_say(monkeypatch):
+    monkeypatch.setattr("keepbest.store.store.Files", _FastFiles)
+    run_state_machine_as_test(
+        Histories,
+        settings=settings(
+            max_examples=2000, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
