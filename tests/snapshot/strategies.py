@@ -310,11 +310,13 @@ def checkpointed(module: nn.Module) -> nn.Module:
     return module
 
 
-def variants(wrap: Wrap) -> Iterator[tuple[str, Wrap]]:
+def variants(wrap: Wrap, *, few: bool = False) -> Iterator[tuple[str, Wrap]]:
     """A strategy alone, and together with what else stands in the names of a state dict."""
     yield "alone", wrap
+    yield "compiled, checkpointed", lambda model: compiled(checkpointed(wrap(model)))
+    if few:
+        return
     yield "compiled", lambda model: compiled(wrap(model))
     yield "checkpointed", lambda model: checkpointed(wrap(model))
     yield "checkpointed before", lambda model: wrap(checkpointed(model))
-    yield "compiled, checkpointed", lambda model: compiled(checkpointed(wrap(model)))
     yield "compiled blocks", lambda model: wrap(replace_leaves(model, compiled))
