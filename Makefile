@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test faults check clean
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -14,6 +14,10 @@ demo: $(INSTALLED)
 # worksteal, because a few tests take seconds and most take milliseconds.
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --dist worksteal
+
+# Kills runs two hundred times, and cuts the power at every point of a commit. Minutes.
+faults: $(INSTALLED)
+	$(BIN)/pytest -q -s tests/faults --kills 200 --crash-points all
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

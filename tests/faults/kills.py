@@ -1,0 +1,283 @@
+"""Runs on two ranks that are killed: at a random time, or by their own file layer at one operation of a commit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from keepbest.callbacks import resume_folder
+from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
+from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCallbackConfig
+from keepbest.callbacks.periodic import PeriodicCallback
+from keepbest.store import shared
+from keepbest.store.files import DurableFile, Files
+from keepbest.store.layout import LEDGER
+from keepbest.store.store import Store
+from tests.ranks.child import announce
+from tests.training import toys
+
+T = TypeVar("T")
+Moment = Literal["before", "halfway", "after"]
+
+METRIC = "loss/val/total"
+TOLERANCES = [0, 1, 3, 20]  # all but the last are exceeded, each before a later improvement
+DROUGHTS = {4, 9, 10, 16, 17, 18, 19, 27, 34, 35}
+UPDATES = 41  # one more than the last resume checkpoint, so that a run that dies at its very end trains again
+CALLBACKS = [
+    {"name": "CheckpointCallback", "every_n_updates": 2},
+    {"name": "LossWithDroughts", "dataset_key": "val", "every_n_updates": 1},
+    {"name": "BestCheckpointCallback", "metric_key": METRIC, "every_n_updates": 1, "tolerances": TOLERANCES},
+]
+
+# What is called of the store, and the operations of the file layer that it comes to, with how many it takes about.
+COMMITS = {
+    "save": {
+        "make_folder": 1, "create": 3, "write": 60, "sync": 4, "sync_folder": 4, "rename": 2, "append": 1, "link": 1,
+        "remove": 3,
+    },
+    "tolerance": {"append": 1, "sync": 1, "link": 1, "rename": 1, "sync_folder": 1, "remove": 1},
+    "pin": {"append": 1, "sync": 1},
+    "unpin": {"append": 1, "sync": 1, "remove": 1},
+    "end": {"append": 1, "sync": 1, "link": 1, "rename": 1, "sync_folder": 1},
+}  # fmt: skip
+OTHERS = {
+    "begin": {"append": 2, "sync": 1, "remove": 2, "sync_folder": 1},
+    "resume checkpoint": {
+        "make_folder": 1, "create": 2, "write": 2, "sync": 2, "sync_folder": 3, "rename": 2, "link": 1, "remove": 3,
+    },
+}  # fmt: skip
+_PATIENCE = 4
+
+
+@dataclass(frozen=True)
+class Death:
+    """Where rank 0 kills itself: at the `count`-th such operation. One that does not come is replaced by another."""
+
+    place: str
+    operation: str
+    moment: Moment
+    count: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run. `notes` is a folder beside it, for what the ranks want to tell even if they are killed."""
+
+    directory: Path
+    notes: Path
+    strategy: str
+    death: Death | None = None
+    records_weights: bool = False
+
+    @property
+    def witnessed(self) -> Path:
+        return self.notes / "witnessed.jsonl"
+
+    @property
+    def killed_at(self) -> Path:
+        return self.notes / "killed_at.txt"
+
+    @property
+    def complaints(self) -> Path:
+        return self.notes / "complaints.txt"
+
+
+class Reaper:
+    """Knows when it is time, leaves a note and kills its own process."""
+
+    def __init__(self, death: Death | None, note: Path) -> None:
+        self._death = death
+        self._note = note
+        self._seen = 0
+        self._saves = 0
+
+    def due(self, place: str, operation: str) -> Moment | None:
+        death = self._death
+        if death is None:
+            return None
+        self._saves += (place, operation) == ("save", "append")
+        self._seen += (place, operation) == (death.place, death.operation)
+        is_overdue = self._saves > _PATIENCE and place in COMMITS and death.place != "end"
+        return death.moment if self._seen >= death.count or is_overdue else None
+
+    def kill(self, *circumstances: str) -> None:
+        self._note.write_text(json.dumps(circumstances))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FatalFiles(Files):
+    """A real file system, until the reaper comes."""
+
+    def __init__(self, reaper: Reaper, place: str) -> None:
+        self._reaper = reaper
+        self.place = place
+
+    def at(self, operation: str, act: Callable[[], T], half: Callable[[], object] | None = None) -> T:
+        moment = self._reaper.due(self.place, operation)
+        if moment == "halfway" and half is None:
+            moment = "before"
+        if moment == "halfway":
+            half()
+        result = act() if moment in (None, "after") else None
+        if moment is not None:
+            self._reaper.kill(self.place, operation, moment)
+        return result
+
+    def create(self, path: Path) -> DurableFile:
+        return self.at("create", lambda: FatalFile(path, self, exclusive=True))
+
+    def append(self, path: Path) -> DurableFile:
+        return FatalFile(path, self, exclusive=False)
+
+    def make_folder(self, path: Path) -> None:
+        self.at("make_folder", lambda: super(FatalFiles, self).make_folder(path))
+
+    def sync_folder(self, path: Path) -> None:
+        self.at("sync_folder", lambda: super(FatalFiles, self).sync_folder(path))
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.at("rename", lambda: super(FatalFiles, self).rename(old, new))
+
+    def link(self, target: str, path: Path) -> None:
+        self.at("link", lambda: super(FatalFiles, self).link(target, path))
+
+    def remove(self, path: Path) -> None:
+        if os.path.lexists(path):
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else []
+            self.at("remove", lambda: super(FatalFiles, self).remove(path), inside[0].unlink if inside else None)
+
+
+class FatalFile(DurableFile):
+    """A file of `FatalFiles`."""
+
+    def __init__(self, path: Path, files: FatalFiles, *, exclusive: bool) -> None:
+        super().__init__(path, exclusive=exclusive)
+        self._files = files
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        write, view = super().write, memoryview(data).cast("B")
+        operation = "append" if self.path.name == LEDGER else "write"
+        return self._files.at(operation, lambda: write(view), lambda: write(view[: len(view) // 2]))
+
+    def sync(self) -> None:
+        self._files.at("sync", super().sync)
+
+
+class FatalStore(Store):
+    """A store that tells its file layer what it is doing."""
+
+    def __init__(self, directory: Path, reaper: Reaper) -> None:
+        self._fatal = FatalFiles(reaper, "open")
+        super().__init__(directory, self._fatal)
+
+    def _while(self, place: str, work: Callable[[], T]) -> T:
+        self._fatal.place = place
+        try:
+            return work()
+        finally:
+            self._fatal.place = "between"
+
+    def begin(self, *arguments: Any, **settings: Any) -> Any:
+        return self._while("begin", lambda: super(FatalStore, self).begin(*arguments, **settings))
+
+    def observe(self, keeper: str, observation: Any, newly_exceeded: Any) -> None:
+        place = "tolerance" if newly_exceeded else "between"
+        self._while(place, lambda: super(FatalStore, self).observe(keeper, observation, newly_exceeded))
+
+    def save(self, *arguments: Any) -> str:
+        return self._while("save", lambda: super(FatalStore, self).save(*arguments))
+
+    def pin(self, *arguments: Any) -> None:
+        self._while("pin", lambda: super(FatalStore, self).pin(*arguments))
+
+    def unpin(self, *arguments: Any) -> None:
+        self._while("unpin", lambda: super(FatalStore, self).unpin(*arguments))
+
+    def end(self, *arguments: Any) -> None:
+        self._while("end", lambda: super(FatalStore, self).end(*arguments))
+
+
+class LossWithDroughtsConfig(OfflineLossCallbackConfig):
+    name: str = "LossWithDroughts"
+
+
+class LossWithDroughts(OfflineLossCallback):
+    """The loss of the model, bit for bit, but much worse at some updates."""
+
+    config_class = LossWithDroughtsConfig
+
+    def process_results(self, results: Any, *, interval_type: Any, update_counter: Any) -> None:
+        worse = 1.0 if update_counter.update in DROUGHTS else 0.0
+        results = {name: losses + worse for name, losses in results.items()}
+        super().process_results(results, interval_type=interval_type, update_counter=update_counter)
+
+
+class WitnessConfig(CallBackBaseConfig):
+    name: str = "Witness"
+    session: Session
+
+
+class Witness(PeriodicCallback):
+    """Notes down every value once the keeper is done with it, and the best that is durable then."""
+
+    config_class = WitnessConfig
+
+    def periodic_callback(self, *, update_counter: Any, **_kwargs: Any) -> None:
+        session = self.callback_config.session
+        iteration, keeper = str(update_counter.iteration), _keeper_of(self.trainer)
+        if session.records_weights:
+            weights = toys.whole_weights(self.trainer)
+            if self.ranks.is_main:
+                torch.save(weights, session.notes / f"{iteration}.pt")
+        line = [iteration, self.log_writer.log_cache[METRIC].value, keeper.best_metric_value]
+        with session.witnessed.open("ab", buffering=0) as file:
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+def train(session: Session) -> dict[str, Any]:
+    """What a rank of a run does."""
+    announce("started")
+    started = time.monotonic()
+    logging.getLogger("keepbest").addHandler(logging.FileHandler(session.complaints, delay=True))
+    rank = torch.distributed.get_rank()
+    reaper = Reaper(session.death if rank == 0 else None, session.killed_at)
+    shared.Store = lambda directory: FatalStore(directory, reaper)
+    resume_folder.Files = lambda: FatalFiles(reaper, "resume checkpoint")
+    trainer = toys.make_trainer(
+        session.directory,
+        model=toys.auto_encoder(dropout=0.1),
+        callbacks=[*CALLBACKS, {"kind": f"{__name__}.Witness", "every_n_updates": 1, "session": session}],
+        strategy=session.strategy,
+        resume="auto",
+        epochs=None,
+        updates=UPDATES,
+    )
+    trained = [started]
+
+    def on_start() -> None:
+        trained.append(time.monotonic())
+        announce("training")
+
+    trainer.train(on_start=on_start)
+    keeper = _keeper_of(trainer)
+    return {
+        "state": keeper.state.to_json(),
+        "weights": toys.whole_weights(trainer),
+        "start": trained[1] - started,
+        "update": (time.monotonic() - trained[1]) / UPDATES,
+    }
+
+
+def _keeper_of(trainer: Any) -> Any:
+    [callback] = [callback for callback in trainer.callbacks if isinstance(callback, BestCheckpointCallback)]
+    return callback.keeper

@@ -1,0 +1,289 @@
+"""Runs that are killed again and again, and resumed each time, end as if nothing had happened.
+
+    pytest -s tests/faults/test_kills.py --kills 200 --fault-seed 7
+
+What the ranks do is in `kills`; here is who kills them, and what must hold after each kill.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from keepbest.errors import SnapshotError
+from keepbest.store import best_ref
+from keepbest.store.layout import CHECKPOINTS, LEDGER
+from keepbest.store.names import tolerance_ref
+from keepbest.store.read import read_history, read_manifest
+from keepbest.store.verify import verify
+from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Death, Session, train
+from tests.ranks.pool import Outcome, run_ranks, start_ranks
+
+KILLS_OF_A_RUN = 20
+STRATEGIES = ("ddp", "fsdp2")
+BEST = best_ref(METRIC)
+SESSION_LIMIT = 60.0  # seconds; one takes about one
+
+Table = dict[str, tuple[str, float]]  # ref -> iteration and value
+Weights = dict[str, torch.Tensor]
+
+
+class Share(NamedTuple):
+    """What one test case does of all kills."""
+
+    strategy: str
+    number: int
+    kills: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A rank is killed from outside, some time after it said how far it is."""
+
+    rank: int
+    said: str
+    delay: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that was never interrupted."""
+
+    losses: dict[str, float]
+    weights: dict[str, Weights]
+    table: Table
+    ending: dict[str, Any]
+
+
+@dataclass
+class Killings:
+    """Counts what was done to the runs."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: Counter[str] = field(default_factory=Counter)
+    survivors: Counter[str] = field(default_factory=Counter)
+
+    def add(self, where: list[str], survivors: list[Outcome]) -> None:
+        self.counts.update(kills=1, recoveries=1)
+        self.counts["kills inside a commit"] += where[0] in COMMITS
+        self.places[" ".join(where[:2])] += 1
+        self.survivors.update(type(each.exception).__name__ if each.failed else "a result" for each in survivors)
+
+    def __str__(self) -> str:
+        counts, places, survivors = (
+            ", ".join(f"{count} {name}" for name, count in sorted(each.items()))
+            for each in (self.counts, self.places, self.survivors)
+        )
+        return f"{counts}\n  killed at: {places}\n  survivors ended with: {survivors}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kills = metafunc.config.getoption("--kills")
+    count = max(len(STRATEGIES), math.ceil(kills / KILLS_OF_A_RUN))
+    shares = [kills * (number + 1) // count - kills * number // count for number in range(count)]
+    runs = [Share(STRATEGIES[number % len(STRATEGIES)], number, share) for number, share in enumerate(shares)]
+    metafunc.parametrize("share", runs, ids=[f"{run.strategy}-{run.number}" for run in runs])
+
+
+@pytest.fixture(scope="session")
+def killings() -> Iterator[Killings]:
+    total = Killings()
+    started = time.monotonic()
+    yield total
+    print(f"\nin all, in {time.monotonic() - started:.0f} s: {total}")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    made: dict[str, Reference] = {}
+
+    def make(strategy: str) -> Reference:
+        if strategy not in made:
+            made[strategy] = uninterrupted(tmp_path_factory.mktemp(strategy), strategy)
+        return made[strategy]
+
+    return make
+
+
+def uninterrupted(folder: Path, strategy: str) -> Reference:
+    session = new_session(folder, strategy)
+    ending, _ = run_ranks(train, 2, replace(session, records_weights=True))
+    losses = {iteration: value for iteration, value, _ in witnessed(session)}
+    weights = {path.stem: torch.load(path, weights_only=True) for path in session.notes.glob("*.pt")}
+    assert len(losses) == len(weights) == UPDATES
+    table = refs(session)
+    assert table == table_by_hand(losses)
+    assert verify(session.directory) == []
+    for ref in table:
+        assert_same(stored_weights(session, ref), weights[table[ref][0]])
+    return Reference(losses, weights, table, ending)
+
+
+def table_by_hand(losses: dict[str, float]) -> Table:
+    """Also sees to it that the losses are worth a test."""
+    best, counter, table, improvements = ("", math.inf), 0, {}, 0
+    for iteration, loss in losses.items():
+        if loss < best[1]:
+            best, counter, improvements = (iteration, loss), 0, improvements + 1
+        else:
+            counter += 1
+        for tolerance in TOLERANCES:
+            if counter > tolerance:
+                table.setdefault(tolerance_ref(BEST, tolerance), best)
+    assert improvements > UPDATES / 2
+    assert len(set(table.values()) - {best}) == len(TOLERANCES) - 1, "each tolerance is exceeded before the best"
+    return {BEST: best, **{tolerance_ref(BEST, tolerance): best for tolerance in TOLERANCES}, **table}
+
+
+def new_session(folder: Path, strategy: str) -> Session:
+    notes = folder / "notes"
+    notes.mkdir(parents=True)
+    return Session(folder / "run", notes, strategy)
+
+
+def witnessed(session: Session) -> list[list[Any]]:
+    """[iteration, loss, value of the best] of each interval that a rank went through."""
+    return (
+        [json.loads(line) for line in session.witnessed.read_text().splitlines()] if session.witnessed.exists() else []
+    )
+
+
+def refs(session: Session) -> Table:
+    history = read_history(session.directory)
+    manifests = {ref: read_manifest(session.directory, history, ref)[1] for ref in history.refs}
+    return {ref: (manifest["iteration"], manifest["value"]) for ref, manifest in manifests.items()}
+
+
+def stored_weights(session: Session, ref: str) -> Weights:
+    folder, manifest = read_manifest(session.directory, read_history(session.directory), ref)
+    return {
+        f"{entry['part']}.{name}": tensor
+        for file, entry in manifest["files"].items()
+        for name, tensor in torch.load(folder / file, weights_only=True).items()
+    }
+
+
+def assert_same(weights: Weights, expected: Weights) -> None:
+    assert weights.keys() == expected.keys()
+    assert [name for name, tensor in weights.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def deal(random_: random.Random, kills: int, ending: dict[str, Any]) -> Iterator[Death | Timed]:
+    """The kills of a run: half of them at random operations of commits, the last one at its very end."""
+    commits = ["save"] * 6 + ["tolerance", "pin", "unpin", "unpin"]
+    kinds = ["commit", "timed", "commit", "begin", "commit", "timed", "commit", "resume checkpoint", "commit", "timed"]
+    deck = [kinds[card % len(kinds)] for card in range(kills - 1)]
+    random_.shuffle(deck)
+    for kind in [*deck, "end"]:
+        place = random_.choice(commits) if kind == "commit" else kind
+        if place == "timed":
+            said, longest = random_.choice([("started", 2 * ending["start"]), ("training", 5 * ending["update"])])
+            yield Timed(random_.randrange(2), said, random_.uniform(0.0, longest))
+        else:
+            operation, times = random_.choice(sorted({**COMMITS, **OTHERS}[place].items()))
+            moment = random_.choice(("before", "halfway", "after"))
+            yield Death(place, operation, moment, random_.randint(1, times if place == "end" else 2 * times))
+
+
+def attempt(session: Session, kill: Death | Timed | None) -> list[Outcome]:
+    """How the ranks ended."""
+    session.killed_at.unlink(missing_ok=True)
+    with start_ranks(train, 2, replace(session, death=kill if isinstance(kill, Death) else None)) as ranks:
+        if isinstance(kill, Timed):
+            ranks.wait_for(kill.rank, kill.said, timeout=SESSION_LIMIT)
+            time.sleep(kill.delay)  # decides what the kill hits, not whether the test is right
+            # Before the ranks are all connected nothing tells the others that one is gone: their launcher ends them.
+            for rank in (kill.rank,) if kill.said == "training" else (kill.rank, 1 - kill.rank):
+                ranks.signal(rank, signal.SIGKILL)
+                ranks.processes[rank].join(SESSION_LIMIT)
+        return ranks.collect(SESSION_LIMIT)
+
+
+def was_killed(outcome: Outcome) -> bool:
+    """Whether it had something left to do."""
+    return outcome.failed and outcome.exit_code == -signal.SIGKILL
+
+
+def check_after_kill(session: Session, reference: Reference) -> None:
+    ledger = session.directory / CHECKPOINTS / LEDGER
+    lines = ledger.read_bytes().splitlines(keepends=True) if ledger.exists() else []
+    events = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    committed = [event["value"] for event in events if "snapshot" in event]
+    seen_durable = [best for _, _, best in witnessed(session) if math.isfinite(best)]
+    assert set(seen_durable) <= set(committed)
+    if not events:
+        with pytest.raises(SnapshotError):
+            verify(session.directory)
+        return
+    assert [fault for fault in verify(session.directory) if fault.kind == "damage"] == []
+    found = refs(session)
+    if committed:
+        assert found[BEST][1] == min(committed)
+    for ref, (iteration, value) in found.items():
+        assert reference.losses[iteration] == value
+        assert_same(stored_weights(session, ref), reference.weights[iteration])
+
+
+def check_end(session: Session, reference: Reference, outcomes: list[Outcome]) -> None:
+    assert refs(session) == reference.table
+    assert verify(session.directory) == []
+    for outcome in outcomes:
+        assert outcome.result["state"] == reference.ending["state"]
+        assert_same(outcome.result["weights"], reference.ending["weights"])
+    for iteration, loss, _ in witnessed(session):
+        assert loss == reference.losses[iteration]
+    for ref, (iteration, _) in reference.table.items():
+        assert_same(stored_weights(session, ref), reference.weights[iteration])
+
+
+def run_with_kills(
+    session: Session, deck: Iterator[Death | Timed], reference: Reference, tallies: list[Killings]
+) -> None:
+    """One run, until it is complete; after the last card of the deck nobody kills it any more."""
+    kill = next(deck, None)
+    while True:
+        outcomes = attempt(session, kill)
+        victims = [outcome for outcome in outcomes if was_killed(outcome)]
+        told = "\n".join(outcome.traceback or outcome.output for outcome in outcomes)
+        assert not session.complaints.exists(), f"{kill}: {session.complaints.read_text()}\n{told}"
+        if not victims:
+            assert not any(outcome.failed for outcome in outcomes), f"{kill}: {told}"
+            break
+        where = json.loads(session.killed_at.read_text()) if session.killed_at.exists() else ["any time"]
+        try:
+            check_after_kill(session, reference)
+        except Exception as error:
+            raise AssertionError(f"after {kill} at {where}: {error}\n{told}") from error
+        for tally in tallies:
+            tally.add(where, [outcome for outcome in outcomes if outcome not in victims])
+        kill = next(deck, None)
+    check_end(session, reference, outcomes)
+    for tally in tallies:
+        tally.counts["runs"] += 1
+
+
+def test_killed_and_resumed_run_ends_like_one_that_was_never_interrupted(share, reference, killings, tmp_path, request):
+    seed, kills = request.config.getoption("--fault-seed"), request.config.getoption("--kills")
+    print(f"\n{share.strategy}, run {share.number}: --kills {kills} --fault-seed {seed}")
+    random_, expected = random.Random(f"{seed} {share.number}"), reference(share.strategy)
+    started, seen = time.monotonic(), Killings()
+    while (left := share.kills - seen.counts["kills"]) > 0:
+        # A run that is complete before it was killed often enough is followed by another one.
+        folder = tmp_path / str(seen.counts["runs"])
+        deck = deal(random_, left, expected.ending)
+        run_with_kills(new_session(folder, share.strategy), deck, expected, [seen, killings])
+        shutil.rmtree(folder)
+    print(f"in {time.monotonic() - started:.1f} s: {seen}")
+    assert seen.counts["kills inside a commit"] >= 0.3 * share.kills
