@@ -189,8 +189,9 @@ def _sum(terms: Sequence[float]) -> float:
 
 def _real(value: Any, what: str) -> float:
     if isinstance(value, torch.Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise InvalidMetricError(f"the {what} must be one real number, got a tensor of shape {tuple(value.shape)}")
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            got = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            raise InvalidMetricError(f"the {what} must be one real number, got {got}")
         return float(value.item())
     if isinstance(value, SupportsFloat) and not isinstance(value, bool | str | bytes):
         try:
