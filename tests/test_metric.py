@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import math
+import struct
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepbest import MetricPropertyProvider, TrainingIteration
+from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
+from keepbest.metric import agree_on_metric, check_reduction, read_scalar, read_value, reduce_numbers
+from keepbest.ranks import Number, Ranks
+from keepbest.training.log_writer import LoggedScalar
+from tests.ranks.pool import run_ranks
+
+FINITE = st.floats(-1e150, 1e150)
+WEIGHTS = st.floats(1e-6, 1e6)
+AVERAGES = ["mean", "min", "max", "rank0", "identical"]
+
+
+def numbers(values, weights=None):
+    return [Number(*pair) for pair in zip(values, weights or [None] * len(values), strict=True)]
+
+
+@given(st.lists(FINITE, min_size=1, max_size=5))
+def test_unweighted_reductions(values):
+    exact = sum(map(Fraction, values))
+    assert reduce_numbers(numbers(values), "sum") == float(exact)
+    assert reduce_numbers(numbers(values), "mean") == pytest.approx(float(exact / len(values)), rel=1e-15, abs=1e-300)
+    assert reduce_numbers(numbers(values), "min") == sorted(values)[0]
+    assert reduce_numbers(numbers(values), "max") == sorted(values)[-1]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e100), WEIGHTS), min_size=1, max_size=5))
+def test_weights_count_in_mean_and_sum(pairs):
+    values, weights = zip(*pairs, strict=True)
+    exact = sum(Fraction(value) * Fraction(weight) for value, weight in pairs)
+    held = numbers(values, weights)
+    assert reduce_numbers(held, "sum") == pytest.approx(float(exact), rel=1e-14)
+    assert reduce_numbers(held, "mean") == pytest.approx(float(exact / sum(map(Fraction, weights))), rel=1e-14)
+    assert reduce_numbers(held, "max") == max(values)
+
+
+@given(st.floats(allow_nan=False), st.lists(WEIGHTS, min_size=1, max_size=7), st.sampled_from(["mean", "min", "max"]))
+def test_equal_values_reduce_to_exactly_that_value(value, weights, reduction):
+    for given_weights in (weights, None):
+        held = numbers([value] * len(weights), given_weights)
+        assert struct.pack("d", reduce_numbers(held, reduction)) == struct.pack("d", value)
+
+
+@given(st.lists(st.tuples(FINITE, WEIGHTS), min_size=1, max_size=4), st.floats(), st.sampled_from(AVERAGES[:3]))
+def test_rank_of_weight_zero_is_ignored_whatever_it_holds(pairs, ignored, reduction):
+    values, weights = zip(*pairs, strict=True)
+    without = reduce_numbers(numbers(values, weights), reduction)
+    for position in range(len(pairs) + 1):
+        held = numbers(values, weights)
+        held.insert(position, Number(ignored, 0.0))
+        assert reduce_numbers(held, reduction) == without
+
+
+@given(st.lists(FINITE, min_size=1, max_size=3), st.sampled_from(["mean", "sum", "min", "max"]))
+def test_nan_on_a_rank_that_counts_gives_nan(values, reduction):
+    for position in range(len(values) + 1):
+        assert math.isnan(reduce_numbers(numbers([*values[:position], math.nan, *values[position:]]), reduction))
+
+
+def test_infinities_and_overflow_do_not_raise():
+    assert reduce_numbers(numbers([math.inf, 1.0]), "mean") == math.inf
+    assert math.isnan(reduce_numbers(numbers([math.inf, -math.inf]), "mean"))
+    assert reduce_numbers(numbers([1.7e308, 1.7e308]), "sum") == math.inf
+    assert reduce_numbers(numbers([-1.7e308, -1.6e308]), "sum") == -math.inf
+
+
+@given(st.lists(st.tuples(st.floats(-1e300, 1e300), WEIGHTS), min_size=2, max_size=5))
+def test_mean_lies_between_its_values(pairs):
+    values, weights = zip(*pairs, strict=True)
+    slack = 1e-13 * max(map(abs, values))
+    assert min(values) - slack <= reduce_numbers(numbers(values, weights), "mean") <= max(values) + slack
+
+
+def test_identical_prints_every_rank_where_values_differ():
+    assert reduce_numbers(numbers([0.1, 0.1]), "identical") == 0.1
+    assert math.isnan(reduce_numbers(numbers([math.nan, math.nan]), "identical"))
+    with pytest.raises(MetricMismatchError) as caught:
+        reduce_numbers(numbers([0.1, 0.30000000000000004, 0.1]), "identical")
+    assert "rank 0: 0.1\n  rank 1: 0.30000000000000004\n  rank 2: 0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "min", "max"])
+def test_weights_that_say_nothing_are_refused(reduction):
+    with pytest.raises(InvalidMetricError, match="0 on every rank"):
+        reduce_numbers(numbers([1.0, 2.0], [0.0, 0.0]), reduction)
+    with pytest.raises(InvalidMetricError, match=r"not on ranks \[1\]"):
+        reduce_numbers(numbers([1.0, 2.0], [1.0, None]), reduction)
+
+
+class Float(float):
+    pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0.5, Float(0.5), Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.array(0.5), torch.tensor(0.5),
+     torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True)],
+    ids=lambda value: f"{type(value).__name__} {value!r}",
+)  # fmt: skip
+def test_numbers_of_any_kind_are_read(value):
+    reading = read_value(value, value)
+    assert (reading.value, type(reading.value), reading.weight) == (0.5, float, 0.5)
+
+
+def test_integers_zero_and_non_finite_values_are_read():
+    assert read_value(0).value == 0.0
+    assert read_value(torch.tensor(3), torch.tensor(0)).weight == 0.0
+    assert math.isnan(read_value(torch.tensor(math.nan)).value)
+    assert read_value(math.inf).value == math.inf
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["0.5", b"0.5", True, 1j, [0.5], {}, object(), np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]),
+     torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True)],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(InvalidMetricError, match="the metric must be"):
+        read_value(value)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "1"])
+def test_weight_must_be_a_finite_number_that_is_not_negative(weight):
+    with pytest.raises(InvalidMetricError, match="weight of the metric"):
+        read_value(1.0, weight)
+
+
+def test_scalar_is_read_from_the_log_of_this_iteration_only():
+    now, before = TrainingIteration(update=2), TrainingIteration(update=1)
+    cache = {"new": LoggedScalar(0.5, 3.0, now), "old": LoggedScalar(0.5, None, before)}
+    assert (read_scalar(cache, "new", now).value, read_scalar(cache, "new", now).weight) == (0.5, 3.0)
+    assert read_scalar(cache, "old", now).absent == "metric key 'old' was last logged at U1, not at U2"
+    assert "logged keys: new, old" in read_scalar(cache, "other", now).absent
+    assert "log cache is empty" in read_scalar({}, "other", now).absent
+
+
+def test_unknown_reduction_lists_the_known_ones():
+    assert check_reduction("rank0") == "rank0"
+    with pytest.raises(ConfigError, match="mean, sum, min, max, rank0, identical, got 'median'"):
+        check_reduction("median")
+
+
+def agree(per_rank, reduction):
+    """What this rank gets, to the bit: a value, or an error."""
+    ranks = Ranks.connect()
+    value, weight = per_rank[ranks.rank]
+    try:
+        return agree_on_metric(ranks, "loss", lambda: read_value(value, weight), reduction).hex()
+    except (MissingMetricError, InvalidMetricError, MetricMismatchError) as error:
+        return type(error), str(error)
+
+
+def agree_on_each(cases):
+    return [agree(*case) for case in cases]
+
+
+AWKWARD = [0.1, 1e16, -1e16, 3.3]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_has_the_same_bits(world_size):
+    weights = [7, 1e-3, 64.0, 0.0]
+    some = list(zip(AWKWARD[:world_size], weights, strict=False))
+    cases = [(some, "mean"), (some, "sum"), ([(v, None) for v in AWKWARD], "mean"), ([(0.1, w) for w in weights], "mean")]
+    cases += [([(v, None) for v in AWKWARD], reduction) for reduction in ("sum", "min", "max", "rank0")]
+    outcomes = run_ranks(agree_on_each, world_size, cases)
+    assert outcomes == [outcomes[0]] * world_size
+    used = AWKWARD[:world_size]
+    weighted = [Fraction(value) * Fraction(weight) for value, weight in some]
+    found = list(map(float.fromhex, outcomes[0]))
+    assert found[0] == pytest.approx(float(sum(weighted) / sum(Fraction(weight) for _, weight in some)), rel=1e-15)
+    assert found[1] == pytest.approx(float(sum(weighted)), rel=1e-15)
+    assert found[3] == 0.1
+    assert found[4:] == [math.fsum(used), min(used), max(used), 0.1]
+
+
+def test_a_bad_value_on_one_rank_is_the_same_error_on_every_rank():
+    good = (1.0, None)
+    cases = [
+        ([good, ("high", None), good], "mean"),
+        ([good, (None, None), good], "mean"),
+        ([(None, None)] * 3, "max"),
+        ([good, (2.0, None), good], "identical"),
+        ([(1.0, 2.0), good, (1.0, 2.0)], "mean"),
+        ([(None, None), good, good], "rank0"),
+    ]
+    outcomes = run_ranks(agree_on_each, 3, cases)
+    assert outcomes == [outcomes[0]] * 3
+    text, one, all_of_them, differing, weights, main = outcomes[0]
+    assert text[0] is InvalidMetricError
+    assert "rank 1 of 3" in text[1]
+    assert "'high'" in text[1]
+    assert one[0] is all_of_them[0] is main[0] is MissingMetricError
+    assert "missing on 1 of 3 ranks:\n  rank 1: observe() was given None\n" in one[1]
+    assert "missing on 3 of 3 ranks:\n  rank 0" in all_of_them[1]
+    assert "  rank 1: 2.0\n" in differing[1]
+    assert "not on ranks [1]" in weights[1]
+    assert "missing on 1 of 3 ranks:\n  rank 0" in main[1]
+
+
+def test_only_ranks_that_count_need_a_value():
+    nothing = (None, None)
+    cases = [
+        ([(1.5, None), nothing, nothing], "rank0"),
+        ([(1.5, 2), (None, 0), (4.5, 1)], "mean"),
+        ([(1.5, 2), (math.nan, 0), (4.5, 1)], "mean"),
+    ]
+    assert run_ranks(agree_on_each, 3, cases) == [[1.5.hex(), 2.5.hex(), 2.5.hex()]] * 3
+
+
+def read_from_logs(caches):
+    ranks = Ranks.connect()
+    with pytest.raises(KeyError) as caught:
+        agree_on_metric(
+            ranks, "loss/val", lambda: read_scalar(caches[ranks.rank], "loss/val", TrainingIteration(update=1)), "mean"
+        )
+    return str(caught.value)
+
+
+def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank_that_tells_the_keys_there():
+    logged = LoggedScalar(1.0, None, TrainingIteration(update=1))
+    outcomes = run_ranks(read_from_logs, 2, [{"loss/val": logged}, {"loss/train": logged, "accuracy": logged}])
+    assert outcomes == [outcomes[0]] * 2
+    assert "the monitored metric 'loss/val' is missing on 1 of 2 ranks:\n  rank 1:" in outcomes[0]
+    assert "logged keys: accuracy, loss/train" in outcomes[0]
+    assert "must run at every interval of this one, and before it" in outcomes[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "higher"),
+    [("loss/val/total", False), ("Loss/Val", False), ("accuracy1/test", True), ("loss/val/accuracy", True),
+     ("f1", True), ("val/error_rate", False), ("accuracy/val/loss", False), ("val/perplexity", False)],
+)  # fmt: skip
+def test_direction_is_known_from_the_name(key, higher):
+    assert MetricPropertyProvider().higher_is_better(key) == higher
+
+
+@pytest.mark.parametrize("key", ["speed", "", "accuracy_loss", "val/x"])
+def test_direction_is_never_guessed(key):
+    with pytest.raises(ConfigError, match="set higher_is_better to true or false"):
+        MetricPropertyProvider().higher_is_better(key)
+
+
+def test_own_patterns_add_to_the_known_ones():
+    provider = MetricPropertyProvider(higher_is_better=["*Speed*"], lower_is_better=["*time"])
+    assert provider.higher_is_better("val/top_speed")
+    assert not provider.higher_is_better("val/step_time")
+    assert not provider.higher_is_better("loss")
