@@ -1,8 +1,9 @@
 """Keep the best checkpoints of a distributed PyTorch run."""
 
+from keepbest.decision import Outcome
 from keepbest.errors import KeepBestError
 from keepbest.iteration import TrainingIteration
-from keepbest.keeper import BestKeeper, Outcome
+from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.store.load import LoadedSnapshot, load
 

@@ -127,6 +127,25 @@ class Decision:
     newly_exceeded: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an observation led to; the same on every rank.
+
+    Attributes:
+        iteration: that was observed.
+        value: the metric that all ranks agreed on.
+        is_new_best: whether it is the new best of the timeline; its weights are durable then.
+        newly_exceeded: tolerances that it closed, ascending.
+        save_failed: whether a new best was lost because it could not be written (only with `on_save_error="warn"`).
+    """
+
+    iteration: TrainingIteration
+    value: float
+    is_new_best: bool
+    newly_exceeded: tuple[int, ...] = ()
+    save_failed: bool = False
+
+
 def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[BestState, Decision]:
     """The state after `observation`, and what to do about it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.decision import BestState, Decision, Observation, Policy, decide
+from keepbest.decision import BestState, Decision, Observation, Outcome, Policy, decide
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
 from keepbest.iteration import TrainingIteration
 from keepbest.metric import MetricReduction, Reading, agree_on_metric, check_reduction, read_value
@@ -27,25 +27,6 @@ from keepbest.store.read import ledger_exists
 
 _logger = logging.getLogger(__name__)
 _DISK_REMEDY = "Free or mend the storage of the run directory and resume: everything committed before is intact"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What an observation led to; the same on every rank.
-
-    Attributes:
-        iteration: that was observed.
-        value: the metric that all ranks agreed on.
-        is_new_best: whether it is the new best of the timeline; its weights are durable then.
-        newly_exceeded: tolerances that it closed, ascending.
-        save_failed: whether a new best was lost because it could not be written (only with `on_save_error="warn"`).
-    """
-
-    iteration: TrainingIteration
-    value: float
-    is_new_best: bool
-    newly_exceeded: tuple[int, ...] = ()
-    save_failed: bool = False
 
 
 class BestKeeper:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,13 @@ def test_debug_shows_the_traceback(tmp_path):
     assert plain.stderr.startswith("error: ")
     assert "Traceback" not in plain.stderr
     assert "Traceback" in runs.keepbest("--debug", "show", tmp_path).stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "yaml"])
+def test_missing_extra_is_named(package):
+    program = f"import sys; sys.modules[{package!r}] = None; from keepbest.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"the command line needs the package {package!r}; install it with: pip install 'keepbest[cli]'\n"
+    )

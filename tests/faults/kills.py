@@ -124,13 +124,12 @@ class FatalFiles(Files):
 
     def at(self, operation: str, act: Callable[[], T], half: Callable[[], object] | None = None) -> T:
         moment = self._reaper.due(self.place, operation)
-        if moment == "halfway" and half is None:
-            moment = "before"
-        if moment == "halfway":
+        if moment == "halfway" and half is not None:
             half()
+            self._reaper.kill(self.place, f"half of {operation}")
         result = act() if moment in (None, "after") else None
         if moment is not None:
-            self._reaper.kill(self.place, operation, moment)
+            self._reaper.kill(self.place, operation)
         return result
 
     def create(self, path: Path) -> DurableFile:

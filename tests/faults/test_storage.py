@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or broken: every rank learns it at once, nothing that was kept is lost, and it goes on.
+"""A disk that is full, read-only or broken: every rank learns it at once, nothing kept is lost, and the run goes on.
 
 The runs observe the same values, and each iteration's weights are filled with its number, so that what a ref must hold
 is known without asking the store.
@@ -6,25 +6,36 @@ is known without asking the store.
 
 from __future__ import annotations
 
+import errno
+import json
 import math
-from dataclasses import replace
+import os
+import resource
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
-from keepbest.decision import Observation, Policy, fold
-from keepbest.errors import SnapshotError, StorageError
+from keepbest.decision import BestState, Observation, Policy, fold
+from keepbest.errors import StorageError
 from keepbest.store.read import read_history
 from keepbest.store.verify import verify
 from tests.faults.broken_files import OPERATIONS, Fault, install
+from tests.ranks.child import pause
+from tests.ranks.pool import run_ranks, start_ranks
 
 BEST = "best_model.loss"
 # New bests at 1, 2, 5 and 8; tolerance 1 is exceeded at 4 and keeps 2, tolerance 5 never.
-VALUES = [5.0, 4.0, 4.5, 4.4, 3.0, 3.5, math.nan, 2.0, 2.5]
+VALUES = [5.0, 4.0, 4.5, 4.4, 3.0, 3.5, -math.inf, 2.0, 2.5]
 TOLERANCES = (1, 5)
 POLICY = Policy(higher_is_better=False, tolerances=TOLERANCES)
+COMPLETE = fold(POLICY, [Observation(TrainingIteration(epoch=n), value) for n, value in enumerate(VALUES, start=1)])
 
 
 def net(width: int = 4) -> nn.Module:
@@ -48,48 +59,58 @@ def go_on(keeper: BestKeeper, model: nn.Module, values=VALUES) -> list[Observati
     return seen
 
 
-def weights_of(directory: Path, ref: str, width: int = 4) -> int:
-    """The number of the iteration that `ref` holds the weights of."""
-    model = net(width)
-    load(directory, ref, model)
-    (number,) = set(model.weight.flatten().tolist())
-    return int(number)
+def refs_hold(directory: Path, width: int = 4) -> dict[str, int]:
+    """For each ref the number of the iteration whose weights it holds."""
+    held = {}
+    for ref in read_history(directory).refs:
+        model = net(width)
+        load(directory, ref, model)
+        (number,) = set(model.weight.flatten().tolist())
+        held[ref] = int(number)
+    return held
 
 
-def kept(directory: Path) -> dict[str, int]:
-    return {ref: weights_of(directory, ref) for ref in read_history(directory).refs}
-
-
-def expected_refs(state) -> dict[str, int]:
+def refs_of(state: BestState) -> dict[str, int]:
     """What the refs of a finished run with this state must hold, said without the store."""
     bests = {BEST: state.best, **{f"{BEST}.tolerance={t}": state.exceeded.get(t, state.best) for t in TOLERANCES}}
     return {ref: best.iteration.epoch for ref, best in bests.items() if best is not None}
 
 
+def recorded_state(directory: Path) -> BestState:
+    """What the ledger tells a resume; which takes the provisional refs back."""
+    keeper = keeper_of(directory, net(), resume="ledger")
+    keeper.start()
+    keeper.abandon()
+    return keeper.state
+
+
 def damage(directory: Path) -> list[str]:
+    ledger = directory / "checkpoints/ledger.jsonl"
+    if not ledger.exists() or not ledger.read_bytes():
+        return []  # the first line was refused
     return [fault.message for fault in verify(directory) if fault.kind == "damage"]
 
 
-# --- each operation of the file layer, at each of its calls -----------------------------------------------------------
+@pytest.fixture
+def memory_folder(tmp_path):
+    """Where many runs do not wait for a disk."""
+    shared_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else tmp_path) as folder:
+        yield Path(folder)
 
 
-def count_calls(directory: Path) -> dict[str, int]:
-    with pytest.MonkeyPatch.context() as patch:
-        install(patch, counter := Fault())
-        run_with_faults(directory, "raise")
-    return counter.calls
+# --- one process, each operation at each of its calls -----------------------------------------------------------------
 
 
-def run_with_faults(directory: Path, on_save_error: str) -> tuple[list[Observation], BaseException | None]:
-    """One session of the run; ends where the storage fails."""
+def one_session(directory: Path, on_save_error: str) -> tuple[list[Observation], StorageError | None]:
+    """Ends where the storage fails."""
     seen: list[Observation] = []
     model = net()
-    keeper = keeper_of(directory, model, on_save_error=on_save_error, resume="ledger")
     try:
-        with keeper:
-            for upto in range(1, len(VALUES) + 1):
-                seen += go_on(keeper, model, VALUES[:upto])
-                if upto == 6:
+        with keeper_of(directory, model, on_save_error=on_save_error, resume="ledger") as keeper:
+            for until in range(1, len(VALUES) + 1):
+                seen += go_on(keeper, model, VALUES[:until])
+                if until == 6:
                     keeper.flush(pin="resume")
     except StorageError as error:
         return seen, error
@@ -99,39 +120,264 @@ def run_with_faults(directory: Path, on_save_error: str) -> tuple[list[Observati
 @pytest.mark.parametrize("on_save_error", ["raise", "warn"])
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_run_recovers_from_a_refusal_of_any_call(operation, lasting, on_save_error, tmp_path):
-    calls = count_calls(tmp_path / "whole")[operation]
-    complete = fold(POLICY, [Observation(TrainingIteration(epoch=n), v) for n, v in enumerate(VALUES, start=1)])
+def test_run_goes_on_right_after_any_call_was_refused(operation, lasting, on_save_error, memory_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, counter := Fault())
+        one_session(memory_folder / "whole", "raise")
+        calls = counter.calls[operation]
     assert calls > 0
-    for number in range(1, calls + 1):
-        directory = tmp_path / str(number)
+    for number in range(1, calls + 1, 1 + calls // 30):  # one file alone takes dozens of writes
+        directory = memory_folder / str(number)
         with pytest.MonkeyPatch.context() as patch:
             install(patch, fault := Fault(operation, number, 10**9 if lasting else number))
-            seen, error = run_with_faults(directory, on_save_error)
-            assert fault.refused
+            seen, error = one_session(directory, on_save_error)
             where = f"{operation} number {number}, of a run that ended with {error!r}"
-            if error is not None:
-                assert "Input/output error" in str(error), where
-            assert faults_now(directory) == [], where
+            assert fault.refused, where
+            assert error is None or "Input/output error" in str(error), where
+            assert damage(directory) == [], where
             fault.mend()
-            again, error = run_with_faults(directory, on_save_error)
+            seen_again, error = one_session(directory, on_save_error)
         assert error is None, where
         assert verify(directory) == [], where
-        history = read_history(directory)
-        lost = {entry.iteration for entry in seen if not entry.durable}
-        observed = [replace(entry, durable=entry.iteration not in lost) for entry in whole_timeline()]
-        state = fold(POLICY, observed)
-        assert on_save_error == "warn" or state == complete
-        assert history.keepers[BEST].state(POLICY, until=TrainingIteration(epoch=len(VALUES))) == state, where
-        assert kept(directory) == expected_refs(state), where
+        # What did not reach the disk in the first session was observed once more in the second.
+        state = fold(POLICY, {entry.iteration: entry for entry in [*seen, *seen_again]}.values())
+        assert on_save_error == "warn" or state == COMPLETE
+        assert refs_hold(directory) == refs_of(state), where
+        assert recorded_state(directory) == state, where
 
 
-def whole_timeline() -> list[Observation]:
-    return [Observation(TrainingIteration(epoch=number), value) for number, value in enumerate(VALUES, start=1)]
+# --- two ranks, each operation ----------------------------------------------------------------------------------------
 
 
-def faults_now(directory: Path) -> list[str]:
+def two_ranks_refused(folder: Path, operations: tuple[str, ...]) -> dict[str, str]:
+    """What each operation's refusal led to on this rank, while saving the best at 5 or, where none runs then, later."""
+    told = {}
+    for operation in operations:
+        model = net()
+        with pytest.MonkeyPatch.context() as patch:
+            fault = Fault(operation)
+            if dist.get_rank() == 0:
+                install(patch, fault)
+            keeper = keeper_of(folder / operation, model, resume="ledger", rank_timeout=20.0)
+            go_on(keeper, model, VALUES[:4])
+            if operation == "append":
+                keeper.abandon()
+                keeper = keeper_of(folder / operation, model, resume="ledger", rank_timeout=20.0)
+            fault.first, fault.last = 1, 10**9
+            fault.operation = "sync" if operation == "truncate" else operation  # it is cut after a refusal alone
+            try:
+                with keeper:
+                    go_on(keeper, model)
+                told[operation] = "ended"
+            except StorageError as error:
+                told[operation] = str(error)
+    return told
+
+
+def test_every_rank_raises_what_rank_0_was_refused(memory_folder):
+    told = run_ranks(two_ranks_refused, 2, memory_folder, OPERATIONS)
+    assert told[0] == told[1]
+    # A ref follows the ledger, which is right before it: the run goes on, and the next session mends the folder.
+    assert told[0].pop("link") == "ended"
+    for operation, message in told[0].items():
+        assert "on rank 0 of 2: OSError: [Errno 5] Input/output error" in message, operation
+        assert "Free or mend the storage" in message, operation
+    for operation in OPERATIONS:
+        assert damage(memory_folder / operation) == []
+        assert one_session(memory_folder / operation, "raise")[1] is None
+        assert verify(memory_folder / operation) == []
+        assert refs_hold(memory_folder / operation) == refs_of(COMPLETE)
+
+
+# --- real file systems ------------------------------------------------------------------------------------------------
+
+WIDTH = 1 << 14  # 256 KiB a snapshot; two fit on the small disk beside each other, and no ballast then
+
+
+@contextmanager
+def mounted(*arguments: str, at: Path):
+    """A mount that ends with the block; who may not mount skips the test."""
+    at.mkdir(exist_ok=True)
+    made = subprocess.run(["mount", *arguments, str(at)], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"needs the right to mount: {made.stderr.strip()}")
     try:
-        return damage(directory)
-    except SnapshotError:  # the first line was never written
-        return []
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+def remount(path: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with mounted("-t", "tmpfs", "-o", "size=900k", "keepbest-test", at=tmp_path / "disk") as path:
+        yield path
+
+
+def fill(disk: Path) -> None:
+    room = os.statvfs(disk)
+    (disk / "ballast").write_bytes(bytes(room.f_bavail * room.f_frsize))
+
+
+def run_until(directory: Path, on_save_error: str, epochs: int):
+    """Observes `epochs`, lets the test break the storage, and observes the rest or ends with the error."""
+    model = net(WIDTH)
+    keeper = keeper_of(directory, model, on_save_error=on_save_error, rank_timeout=20.0)
+    seen = go_on(keeper, model, VALUES[:epochs])
+    state = keeper.state_dict()
+    pause("break it")
+    started = time.monotonic()
+    try:
+        with keeper:
+            seen += go_on(keeper, model, VALUES[: epochs + 1])
+            pause("mend it")
+            seen += go_on(keeper, model)
+    except StorageError as error:
+        return seen, state, str(error), started, time.monotonic()
+    return seen, state, None, started, time.monotonic()
+
+
+def resume(directory: Path, state) -> None:
+    model = net(WIDTH)
+    keeper = keeper_of(directory, model, resume="ledger" if state is None else None)
+    if state is not None:
+        keeper.load_state_dict(state)
+    with keeper:
+        go_on(keeper, model)
+
+
+def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, mend_it):
+    """(what both ranks saw, the state before, the error) of two ranks whose storage breaks after `epochs`."""
+    with start_ranks(run_until, 2, directory, on_save_error, epochs) as ranks:
+        for rank in range(2):
+            ranks.wait_for(rank, "break it")
+        break_it()
+        for rank in range(2):
+            ranks.resume(rank)
+        if on_save_error == "warn":
+            for rank in range(2):
+                ranks.wait_for(rank, "mend it")
+            mend_it()
+            for rank in range(2):
+                ranks.resume(rank)
+        outcomes = [outcome.result for outcome in ranks.collect()]
+    started = min(outcome[3] for outcome in outcomes)
+    if on_save_error == "raise":
+        assert all(outcome[4] - started < 5.0 for outcome in outcomes)
+    assert outcomes[0][:3] == outcomes[1][:3]
+    return outcomes[0][:3]
+
+
+@pytest.mark.parametrize("resume_from", ["state", "ledger"])
+def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(small_disk, resume_from):
+    directory = small_disk / "run"
+    _, state, error = break_and_mend(directory, "raise", 4, lambda: fill(small_disk), None)
+    assert "on rank 0 of 2: OSError: [Errno 28] No space left on device" in error
+    assert "save the new best of loss at E5" in error
+    assert damage(directory) == []
+    assert refs_hold(directory, WIDTH) == {BEST: 2, f"{BEST}.tolerance=1": 2}
+    (small_disk / "ballast").unlink()
+    run_ranks(resume, 2, directory, state if resume_from == "state" else None)
+    assert verify(directory) == []
+    assert refs_hold(directory, WIDTH) == refs_of(COMPLETE)
+    assert recorded_state(directory) == COMPLETE
+
+
+def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk):
+    directory = small_disk / "run"
+    seen, _, error = break_and_mend(
+        directory, "warn", 4, lambda: fill(small_disk), (small_disk / "ballast").unlink
+    )
+    assert error is None
+    assert [entry.iteration.epoch for entry in seen if not entry.durable] == [5]
+    # 3.5 at 6 is worse than the 3.0 that was lost, and better than the best on the disk: 4.0.
+    state = fold(POLICY, seen)
+    ledger = [json.loads(line) for line in (directory / "checkpoints/ledger.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in ledger if line.get("snapshot")] == ["E1", "E2", "E6", "E8"]
+    assert [line["iteration"] for line in ledger if line.get("durable") is False] == ["E5"]
+    assert verify(directory) == []
+    assert (
+        refs_hold(directory, WIDTH) == refs_of(state) == {BEST: 8, f"{BEST}.tolerance=1": 2, f"{BEST}.tolerance=5": 8}
+    )
+    assert recorded_state(directory) == state
+
+
+def test_read_only_disk_is_told_at_the_start_and_can_still_be_read(small_disk):
+    directory = small_disk / "run"
+    run_ranks(one_session_of_ranks, 2, directory, 6)
+    remount(small_disk, "ro")
+    held = {BEST: 5, f"{BEST}.tolerance=1": 2}
+    assert damage(directory) == []
+    assert {ref: held[ref] for ref in held} == {ref: refs_hold(directory, WIDTH)[ref] for ref in held}
+    told = run_ranks(one_session_of_ranks, 2, directory, 9)
+    assert told[0] == told[1]
+    assert "on rank 0 of 2: OSError: [Errno 30] Read-only file system" in told[0]
+    remount(small_disk, "rw")
+    assert run_ranks(one_session_of_ranks, 2, directory, 9) == [None, None]
+    assert verify(directory) == []
+    assert refs_hold(directory, WIDTH) == refs_of(COMPLETE)
+
+
+def one_session_of_ranks(directory: Path, epochs: int) -> str | None:
+    model = net(WIDTH)
+    try:
+        with keeper_of(directory, model, resume="ledger", rank_timeout=20.0) as keeper:
+            go_on(keeper, model, VALUES[:epochs])
+    except StorageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("on_save_error", ["raise", "warn"])
+@pytest.mark.parametrize("part", ["snapshots", "."])
+def test_folder_that_becomes_read_only_under_a_run(small_disk, part, on_save_error):
+    # The open ledger can still be written, as with a file server that refuses only what is new.
+    directory = small_disk / "run"
+    folder = directory / "checkpoints" / part
+
+    def make_read_only():
+        subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+        remount(folder, "bind,ro")
+
+    def make_writable():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+    seen, _, error = break_and_mend(directory, on_save_error, 4, make_read_only, make_writable)
+    if on_save_error == "raise":
+        assert "on rank 0 of 2: OSError: [Errno 30] Read-only file system" in error
+        assert damage(directory) == []
+        make_writable()
+        assert run_ranks(one_session_of_ranks, 2, directory, 9) == [None, None]
+        seen = []
+    state = fold(POLICY, seen) if seen else COMPLETE
+    assert verify(directory) == []
+    assert refs_hold(directory, WIDTH) == refs_of(state)
+    assert recorded_state(directory) == state
+
+
+def limit_file_size(directory: Path):
+    """A limit that needs no rights: rank 0 may write no file of more than 64 KiB once it has saved two bests."""
+    model = net(WIDTH)
+    keeper = keeper_of(directory, model, rank_timeout=20.0)
+    go_on(keeper, model, VALUES[:4])
+    if dist.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+    try:
+        with keeper:
+            go_on(keeper, model)
+    except StorageError as error:
+        return str(error)
+    return None
+
+
+def test_file_that_may_not_grow_reaches_every_rank(tmp_path):
+    told = run_ranks(limit_file_size, 2, tmp_path)
+    assert told[0] == told[1]
+    assert f"on rank 0 of 2: OSError: [Errno {errno.EFBIG}] File too large" in told[0]
+    assert damage(tmp_path) == []
+    run_ranks(resume, 2, tmp_path, None)
+    assert verify(tmp_path) == []
+    assert refs_hold(tmp_path, WIDTH) == refs_of(COMPLETE)
