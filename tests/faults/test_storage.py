@@ -288,9 +288,7 @@ def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(sma
 
 def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk):
     directory = small_disk / "run"
-    seen, _, error = break_and_mend(
-        directory, "warn", 4, lambda: fill(small_disk), (small_disk / "ballast").unlink
-    )
+    seen, _, error = break_and_mend(directory, "warn", 4, lambda: fill(small_disk), (small_disk / "ballast").unlink)
     assert error is None
     assert [entry.iteration.epoch for entry in seen if not entry.durable] == [5]
     # 3.5 at 6 is worse than the 3.0 that was lost, and better than the best on the disk: 4.0.
