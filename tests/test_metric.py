@@ -174,7 +174,12 @@ AWKWARD = [0.1, 1e16, -1e16, 3.3]
 def test_every_rank_has_the_same_bits(world_size):
     weights = [7, 1e-3, 64.0, 0.0]
     some = list(zip(AWKWARD[:world_size], weights, strict=False))
-    cases = [(some, "mean"), (some, "sum"), ([(v, None) for v in AWKWARD], "mean"), ([(0.1, w) for w in weights], "mean")]
+    cases = [
+        (some, "mean"),
+        (some, "sum"),
+        ([(v, None) for v in AWKWARD], "mean"),
+        ([(0.1, w) for w in weights], "mean"),
+    ]
     cases += [([(v, None) for v in AWKWARD], reduction) for reduction in ("sum", "min", "max", "rank0")]
     outcomes = run_ranks(agree_on_each, world_size, cases)
     assert outcomes == [outcomes[0]] * world_size
@@ -218,7 +223,7 @@ def test_only_ranks_that_count_need_a_value():
         ([(1.5, 2), (None, 0), (4.5, 1)], "mean"),
         ([(1.5, 2), (math.nan, 0), (4.5, 1)], "mean"),
     ]
-    assert run_ranks(agree_on_each, 3, cases) == [[1.5.hex(), 2.5.hex(), 2.5.hex()]] * 3
+    assert run_ranks(agree_on_each, 3, cases) == [[(1.5).hex(), (2.5).hex(), (2.5).hex()]] * 3
 
 
 def read_from_logs(caches):

@@ -1,0 +1,305 @@
+"""The ranks agree, or every one of them that lives is told what went wrong."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keepbest import BestKeeper, TrainingIteration
+from keepbest.errors import (
+    ConfigError,
+    DesyncError,
+    IterationError,
+    KeepBestError,
+    PoisonedError,
+    RankFailedError,
+    RankTimeoutError,
+    StorageError,
+)
+from keepbest.ranks import Number, Ranks
+from tests.ranks.child import announce, pause
+from tests.ranks.pool import run_ranks, start_ranks
+
+
+def update(number):
+    return TrainingIteration(update=number)
+
+
+@contextmanager
+def counted_collectives():
+    """The collectives that this rank starts, in any group, as torch's profiler sees them."""
+    found = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield found
+    found += [event.name for event in profile.events() if event.name.startswith("c10d::")]
+
+
+def fail_on(failing, error):
+    def work():
+        if dist.get_rank() in failing:
+            raise error
+        return dist.get_rank()
+
+    ranks = Ranks.connect()
+    try:
+        ranks.agree("weigh the anchor", work, remedy="Pull harder")
+    except KeepBestError as raised:
+        told = type(raised), str(raised)
+    # The failure was no disagreement: they still understand each other.
+    assert ranks.gather_json("go on", lambda: ranks.rank) == list(range(ranks.world_size))
+    return told
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ValueError("too heavy"), RankFailedError, "failed to weigh the anchor on rank 1 of 3: ValueError: too heavy"),
+        (ConfigError("too heavy"), ConfigError, "failed to weigh the anchor on rank 1 of 3: ConfigError: too heavy"),
+        (IterationError("ü" * 5000), IterationError, f"failed to weigh the anchor on rank 1 of 3: IterationError: {'ü' * 5000}"),
+        (OSError(28, "disk full"), StorageError, "failed to weigh the anchor on rank 1 of 3: OSError: [Errno 28] disk full. Pull harder"),
+        (RuntimeError(""), RankFailedError, "failed to weigh the anchor on rank 1 of 3: RuntimeError: "),
+    ],
+    ids=["foreign", "ours", "long", "disk", "without words"],
+)  # fmt: skip
+def test_failure_of_one_rank_is_raised_on_every_rank(error, kind, message):
+    assert run_ranks(fail_on, 3, [1], error) == [(kind, message)] * 3
+
+
+def test_failures_of_several_ranks_are_all_told():
+    [told, *others] = run_ranks(fail_on, 4, [1, 3], ConfigError("too heavy"))
+    assert others == [told] * 3
+    assert told[1].endswith("rank 1 of 4: ConfigError: too heavy; rank 3 of 4: ConfigError: too heavy")
+
+
+def test_failure_that_all_ranks_share_is_not_repeated():
+    assert run_ranks(fail_on, 2, [0, 1], ConfigError("too heavy")) == [(ConfigError, "too heavy")] * 2
+
+
+def interrupt_rank_1():
+    def work():
+        if dist.get_rank() == 1:
+            raise KeyboardInterrupt
+
+    try:
+        Ranks.connect().agree("weigh the anchor", work)
+    except (KeyboardInterrupt, RankFailedError) as raised:
+        return type(raised), str(raised)
+
+
+def test_interrupted_rank_is_interrupted_and_the_others_are_told():
+    first, second = run_ranks(interrupt_rank_1, 2)
+    assert first == (RankFailedError, "failed to weigh the anchor on rank 1 of 2: KeyboardInterrupt: ")
+    assert second[0] is KeyboardInterrupt
+
+
+def share_values():
+    ranks = Ranks.connect()
+    assert ranks.agree("own", lambda: ("not", {"json"}, ranks.rank)) == ("not", {"json"}, ranks.rank)
+    numbers = ranks.exchange("numbers", Number(float("nan") if ranks.rank else -0.0, None))
+    values = ranks.gather_json("values", lambda: {"rank": ranks.rank, "text": "ß" * ranks.rank})
+    chosen = ranks.broadcast("choice", lambda: ["of", ranks.rank])
+    return repr(numbers), values, chosen, ranks.is_main, ranks.world_size, (ranks.control_group is None)
+
+
+@pytest.mark.parametrize(("world_size", "init"), [(1, False), (1, True), (2, True), (4, True)])
+def test_values_reach_every_rank(world_size, init):
+    outcomes = run_ranks(share_values, world_size, init=init)
+    for rank, (numbers, values, chosen, is_main, size, alone) in enumerate(outcomes):
+        expected = [Number(float("nan") if other else -0.0, None) for other in range(world_size)]
+        assert numbers == repr(expected)
+        assert values == [{"rank": other, "text": "ß" * other} for other in range(world_size)]
+        assert chosen == ["of", 0]
+        assert (is_main, size, alone) == (rank == 0, world_size, world_size == 1)
+
+
+def test_timeouts_and_groups_are_checked():
+    for seconds in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="positive number of seconds"):
+            Ranks.connect(rank_timeout=seconds)
+    with pytest.raises(ConfigError, match="not initialised"):
+        Ranks.connect(object())
+
+
+def keep_in_subgroups(directory):
+    """Two subgroups keep runs of their own, one of them with a rank that fails."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = dist.get_rank() % 2
+    ranks = Ranks.connect(groups[mine])
+    with BestKeeper(
+        nn.Linear(1, 1), directory=directory / str(mine), metric_key="loss", process_group=groups[mine]
+    ) as keeper:
+        outcome = keeper.observe(float(dist.get_rank()), update(1))
+    try:
+        ranks.agree("split", lambda: 1 / (dist.get_rank() - 3))
+        failed = None
+    except RankFailedError as error:
+        failed = str(error)
+    with pytest.raises(ConfigError, match="not a member of the process_group"):
+        Ranks.connect(groups[1 - mine])
+    return ranks.rank, ranks.world_size, outcome.value, failed
+
+
+def test_subgroups_keep_runs_of_their_own(tmp_path):
+    outcomes = run_ranks(keep_in_subgroups, 4, tmp_path)
+    failed = "failed to split on rank 1 of 2: ZeroDivisionError: division by zero"
+    assert [outcome[:3] for outcome in outcomes] == [(0, 2, 1.0), (0, 2, 2.0), (1, 2, 1.0), (1, 2, 2.0)]
+    assert [outcome[3] is not None and outcome[3].startswith(failed) for outcome in outcomes] == [0, 1, 0, 1]
+    for number in range(2):
+        assert (tmp_path / str(number) / "checkpoints" / "best_model.loss").is_symlink()
+
+
+def be_in_another_place(directory, difference):
+    rank = dist.get_rank()
+    settings = {"tolerances": [1 + rank]} if difference == "settings" else {}
+    other = BestKeeper(nn.Linear(1, 1), directory=directory / "other", metric_key="loss")
+    other.observe(1.0, update(1))
+    started = time.monotonic()
+    with pytest.raises(DesyncError) as caught:
+        keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", **settings)
+        if difference == "state" and rank == 1:
+            keeper.load_state_dict(other.state_dict())
+        keeper.observe(1.0, update(1))
+        if difference == "close" and rank == 1:
+            keeper.close()
+        keeper.observe(1.0, update(2 + rank))
+    assert time.monotonic() - started < 20
+    with pytest.raises(PoisonedError, match="not in the same step"):
+        Ranks.connect().agree("go on", lambda: None)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ("iteration", ["observe loss best_model.loss at U2", "observe loss best_model.loss at U3"]),
+        ("settings", ["tolerances=(1,)", "tolerances=(2,)"]),
+        ("state", ["for best_model.loss None", "for best_model.loss LoadedState(run_id="]),
+        ("close", ["observe loss", "close best_model.loss"]),
+    ],
+)  # fmt: skip
+def test_ranks_in_different_places_are_told_so_at_once(difference, told, tmp_path):
+    outcomes = run_ranks(be_in_another_place, 2, tmp_path, difference)
+    assert outcomes == [outcomes[0]] * 2
+    lines = outcomes[0].splitlines()
+    for rank, text in enumerate(told):
+        assert lines[1 + rank].startswith(f"  rank {rank}: ")
+        assert text in lines[1 + rank]
+    assert "Call the keeper on every rank, in the same order" in lines[-1]
+
+
+def observe_until_a_rank_is_gone(directory):
+    keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", rank_timeout=2.0)
+    keeper.observe(1.0, update(1))
+    pause("ready")
+    started = time.monotonic()
+    try:
+        keeper.observe(2.0, update(2))
+        keeper.observe(2.0, update(3))
+    except KeepBestError as error:
+        told = type(error), str(error), time.monotonic() - started
+    with pytest.raises(PoisonedError):
+        keeper.close()
+    announce("told")
+    return told
+
+
+def test_stopped_rank_is_named_when_the_time_is_up(tmp_path):
+    with start_ranks(observe_until_a_rank_is_gone, 3, tmp_path) as ranks:
+        for rank in range(3):
+            ranks.wait_for(rank, "ready")
+        ranks.signal(1, signal.SIGSTOP)
+        for rank in range(3):
+            ranks.resume(rank)
+        outcomes = ranks.collect(ranks=[0, 2])
+    for outcome in outcomes:
+        kind, message, waited = outcome.result
+        assert kind is RankTimeoutError
+        assert "waited 2 s in step 'observe loss'; ranks that did not arrive: 1." in message
+        assert 2 <= waited < 20
+
+
+def test_killed_rank_is_noticed_long_before_the_time_is_up(tmp_path):
+    with start_ranks(observe_until_killed, 3, tmp_path) as ranks:
+        for rank in range(3):
+            ranks.wait_for(rank, "ready")
+        ranks.signal(1, signal.SIGKILL)
+        ranks.processes[1].join()
+        for rank in (0, 2):
+            ranks.resume(rank)
+        outcomes = ranks.collect(timeout=30, ranks=[0, 2])
+    for outcome in outcomes:
+        assert isinstance(outcome.exception, RankFailedError)
+        assert "lost contact with another rank in step 'observe loss'" in str(outcome.exception)
+
+
+def observe_until_killed(directory):
+    keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss")
+    keeper.observe(1.0, update(1))
+    pause("ready")
+    keeper.observe(2.0, update(2))
+    keeper.observe(2.0, update(3))
+
+
+class Unwilling(torch.Tensor):
+    """A buffer that cannot be brought to the CPU, as where memory has run out on one rank."""
+
+    def cpu(self):
+        raise MemoryError("no memory for the weights")
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        if function is torch.Tensor.detach:
+            return arguments[0]
+        return super().__torch_function__(function, types, arguments, keywords or {})
+
+
+def fail_in_the_gather(directory):
+    model = nn.Linear(1, 1)
+    if dist.get_rank() == 0:
+        model.register_buffer("scratch", torch.zeros(1).as_subclass(Unwilling))
+    else:
+        model.register_buffer("scratch", torch.zeros(1))
+    keeper = BestKeeper(model, directory=directory, metric_key="loss", rank_timeout=2.0, save_timeout=2.0)
+    try:
+        keeper.observe(1.0, update(1))
+    except KeepBestError as error:
+        told = type(error), str(error)
+    with pytest.raises(PoisonedError):
+        keeper.observe(1.0, update(2))
+    with pytest.raises(PoisonedError):
+        keeper.close()
+    return told
+
+
+def test_rank_that_fails_in_the_gather_runs_no_more_collectives(tmp_path):
+    first, second = run_ranks(fail_in_the_gather, 2, tmp_path)
+    assert first == (
+        RankFailedError,
+        "rank 0 of 2 failed to gather the weights: MemoryError: no memory for the weights",
+    )
+    assert second[0] is RankTimeoutError
+    assert "in step 'save the new best of loss at U1'; ranks that did not arrive: 0." in second[1]
+
+
+def count_collectives(directory):
+    """Collectives of quiet intervals, of one that closes two tolerances, and of a new best."""
+    keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", tolerances=[1, 2])
+    keeper.observe(1.0, update(1))
+    counts = []
+    for number, value in enumerate([2.0, float("nan"), 1.0, 1.0], start=2):
+        with counted_collectives() as found:
+            outcome = keeper.observe(value, update(number))
+        counts.append((outcome.newly_exceeded, found))
+    keeper.close()
+    return counts
+
+
+def test_interval_without_a_new_best_costs_one_collective(tmp_path):
+    for counts in run_ranks(count_collectives, 2, tmp_path):
+        assert counts == [(newly, ["c10d::allgather_"]) for newly in ((), (1,), (2,), ())]
