@@ -32,9 +32,9 @@ Moment = Literal["before", "halfway", "after"]
 METRIC = "loss/val/total"
 TOLERANCES = [0, 1, 3, 20]  # all but the last are exceeded, each before a later improvement
 DROUGHTS = {4, 9, 10, 16, 17, 18, 19, 27, 34, 35}
-UPDATES = 41  # one more than the last resume checkpoint, so that a run that dies at its very end trains again
+UPDATES = 41  # more than the last resume checkpoint, so that a run that dies at its very end trains again
 CALLBACKS = [
-    {"name": "CheckpointCallback", "every_n_updates": 2},
+    {"name": "CheckpointCallback", "every_n_updates": 3},
     {"name": "LossWithDroughts", "dataset_key": "val", "every_n_updates": 1},
     {"name": "BestCheckpointCallback", "metric_key": METRIC, "every_n_updates": 1, "tolerances": TOLERANCES},
 ]
@@ -56,7 +56,7 @@ OTHERS = {
         "make_folder": 1, "create": 2, "write": 2, "sync": 2, "sync_folder": 3, "rename": 2, "link": 1, "remove": 3,
     },
 }  # fmt: skip
-_PATIENCE = 4
+_PATIENCE = 5  # in saves
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Reaper:
         self._note = note
         self._seen = 0
         self._saves = 0
+        self._overdue = 0
 
     def due(self, place: str, operation: str) -> Moment | None:
         death = self._death
@@ -107,8 +108,9 @@ class Reaper:
             return None
         self._saves += (place, operation) == ("save", "append")
         self._seen += (place, operation) == (death.place, death.operation)
-        is_overdue = self._saves > _PATIENCE and place in COMMITS and death.place != "end"
-        return death.moment if self._seen >= death.count or is_overdue else None
+        waits = death.place != "end" and self._saves >= _PATIENCE
+        self._overdue += waits and place in COMMITS and operation != "write"
+        return death.moment if death.count in (self._seen, self._overdue) else None
 
     def kill(self, *circumstances: str) -> None:
         self._note.write_text(json.dumps(circumstances))

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from keepbest.errors import SnapshotError
+from keepbest.callbacks.resume_folder import STATE_FILE
+from keepbest.errors import SnapshotError, StorageError
 from keepbest.store import best_ref
 from keepbest.store.layout import CHECKPOINTS, LEDGER
 from keepbest.store.names import tolerance_ref
-from keepbest.store.read import read_history, read_manifest
+from keepbest.store.read import read_history, read_manifest, read_snapshot_manifest
 from keepbest.store.verify import verify
 from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Death, Session, train
 from tests.ranks.pool import Outcome, run_ranks, start_ranks
@@ -126,9 +127,9 @@ def uninterrupted(folder: Path, strategy: str) -> Reference:
     table = refs(session)
     assert table == table_by_hand(losses)
     assert verify(session.directory) == []
-    for ref in table:
-        assert_same(stored_weights(session, ref), weights[table[ref][0]])
-    return Reference(losses, weights, table, ending)
+    reference = Reference(losses, weights, table, ending)
+    check_snapshots(session, reference)
+    return reference
 
 
 def table_by_hand(losses: dict[str, float]) -> Table:
@@ -166,8 +167,7 @@ def refs(session: Session) -> Table:
     return {ref: (manifest["iteration"], manifest["value"]) for ref, manifest in manifests.items()}
 
 
-def stored_weights(session: Session, ref: str) -> Weights:
-    folder, manifest = read_manifest(session.directory, read_history(session.directory), ref)
+def stored_weights(folder: Path, manifest: dict[str, Any]) -> Weights:
     return {
         f"{entry['part']}.{name}": tensor
         for file, entry in manifest["files"].items()
@@ -228,12 +228,25 @@ def check_after_kill(session: Session, reference: Reference) -> None:
             verify(session.directory)
         return
     assert [fault for fault in verify(session.directory) if fault.kind == "damage"] == []
-    found = refs(session)
     if committed:
-        assert found[BEST][1] == min(committed)
-    for ref, (iteration, value) in found.items():
-        assert reference.losses[iteration] == value
-        assert_same(stored_weights(session, ref), reference.weights[iteration])
+        assert refs(session)[BEST][1] == min(committed)
+    check_snapshots(session, reference)
+
+
+def check_snapshots(session: Session, reference: Reference) -> None:
+    """Whatever a ref, or the state in a resume checkpoint, names is there, with the right weights."""
+    history = read_history(session.directory)
+    kept = {}
+    for snapshot in history.kept():
+        folder, manifest = read_snapshot_manifest(session.directory, history, snapshot)
+        kept[manifest["iteration"]] = manifest["value"]
+        assert_same(stored_weights(folder, manifest), reference.weights[manifest["iteration"]])
+    assert kept.items() <= reference.losses.items()
+    for path in (session.directory / "resume").glob(f"E*[0-9]/{STATE_FILE}"):
+        [callback] = [state for key, state in torch.load(path, weights_only=True)["callbacks"].items() if METRIC in key]
+        state = callback["keeper"]["state"]
+        named = {best["iteration"] for best in (state["best"], *state["exceeded"].values()) if best is not None}
+        assert named <= kept.keys(), f"{path} needs snapshots that are gone"
 
 
 def check_end(session: Session, reference: Reference, outcomes: list[Outcome]) -> None:
@@ -244,8 +257,7 @@ def check_end(session: Session, reference: Reference, outcomes: list[Outcome]) -
         assert_same(outcome.result["weights"], reference.ending["weights"])
     for iteration, loss, _ in witnessed(session):
         assert loss == reference.losses[iteration]
-    for ref, (iteration, _) in reference.table.items():
-        assert_same(stored_weights(session, ref), reference.weights[iteration])
+    check_snapshots(session, reference)
 
 
 def run_with_kills(
@@ -261,13 +273,18 @@ def run_with_kills(
         if not victims:
             assert not any(outcome.failed for outcome in outcomes), f"{kill}: {told}"
             break
+        survivors = [outcome for outcome in outcomes if outcome not in victims]
+        for failure in (survivor.exception for survivor in survivors if survivor.failed):
+            # Ours, or torch's where it was in the middle of a step of training.
+            assert isinstance(failure, RuntimeError), f"{kill}: {told}"
+            assert not isinstance(failure, StorageError), f"{kill}: {told}"
         where = json.loads(session.killed_at.read_text()) if session.killed_at.exists() else ["any time"]
         try:
             check_after_kill(session, reference)
         except Exception as error:
             raise AssertionError(f"after {kill} at {where}: {error}\n{told}") from error
         for tally in tallies:
-            tally.add(where, [outcome for outcome in outcomes if outcome not in victims])
+            tally.add(where, survivors)
         kill = next(deck, None)
     check_end(session, reference, outcomes)
     for tally in tallies:
