@@ -22,7 +22,7 @@ from keepbest.ranks import Ranks
 from keepbest.snapshot import select_parts, take_snapshot
 from keepbest.store import LoadedState, SharedRun, Store, best_ref
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
-from keepbest.store.load import load
+from keepbest.store.load import load_into
 from keepbest.store.read import ledger_exists
 
 _logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class BestKeeper:
         Raises:
             SnapshotError: on every rank, if there is none yet, or it is damaged; the model is then as it was.
         """
-        load(self.directory, self.name, self._model, process_group=self._ranks.process_group)
+        load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         store = self._run.store()

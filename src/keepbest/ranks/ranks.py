@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -187,6 +187,20 @@ class Ranks:
     def poison(self, reason: str) -> None:
         """Refuse all further collectives: this rank left the others in the middle of one. **Rank-local**."""
         self._control.poison = self._control.poison or reason
+
+    def lose(self, step: str, error: BaseException) -> NoReturn:
+        """Raise for an `error` that may have left the others in the middle of a collective. **Rank-local**.
+
+        Raises:
+            RankFailedError: which names this rank and the step; or `error` itself, where it is one of ours or an
+                interruption. No collective may run any more.
+        """
+        told = f"failed to {step}: {type(error).__name__}: {error}"
+        if self.world_size > 1:
+            self.poison(told)
+        if isinstance(error, KeepBestError) or not isinstance(error, Exception):
+            raise error
+        raise RankFailedError(f"rank {self.rank} of {self.world_size} {told}") from error
 
     def _attempt(self, work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         # Not even this rank's interruption may leave the others waiting: it is told, then raised again.

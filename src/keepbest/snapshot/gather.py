@@ -42,8 +42,8 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
     Raises:
         KeepBestError: as `Ranks.agree`, before any weight moved: if a rank lists other weights than the others, or a
             weight is on the meta device or is no plain data.
-        Exception: whatever a rank meets while weights are on their way; that rank then takes part in no further
-            collective (`PoisonedError`), since the others may be in the middle of one.
+        RankFailedError: on a rank that fails while weights are on their way, and, once the timeout of the process group
+            that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
     # Ranks that list different weights would wait for each other for ever; so they show each other their lists first.
     sources = ranks.agree(
@@ -62,10 +62,8 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
                 # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
                 if full or not (left_out[part.name] or part.apart):
                     files[part.name] = full
-    except BaseException as error:
-        if ranks.world_size > 1:
-            ranks.poison(f"gathering the weights failed on rank {ranks.rank} ({type(error).__name__}: {error})")
-        raise
+    except BaseException as error:  # noqa: BLE001  # lose raises
+        ranks.lose("gather the weights", error)
     return Weights(
         parts=tuple(parts),
         files=files if ranks.is_main else {},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,35 +44,39 @@ def place_weights(
 
     Raises:
         SnapshotError: on every rank, if keys or shapes differ from the model's; the model is then as it was.
+        RankFailedError: if the model itself refuses the weights on a rank, or a rank is lost; parts may be loaded then.
         KeepBestError: see `Ranks.agree`.
     """
-    sources = ranks.agree(
-        "find the saved parts in the model", lambda: list_sources(model, parts, save_frozen_weights=True)
-    )
-    present = {source.path: _present(source) for source in sources}
+
+    def find() -> tuple[list[Source], dict[str, StateDict]]:
+        found = list_sources(model, parts, save_frozen_weights=True)
+        return found, {source.path: plain_state_dict(source.module) for source in found if not source.holds_fsdp1}
+
+    sources, present = ranks.agree("find the saved parts in the model", find)
+    try:
+        # Of FSDP1 only a gathered state dict tells the names and shapes; it is there on rank 0, which compares.
+        present |= {source.path: fsdp1_state_dict(source.module) for source in sources if source.holds_fsdp1}
+    except BaseException as error:  # noqa: BLE001  # lose raises
+        ranks.lose("find the saved parts in the model", error)
     layout = ranks.broadcast(
         "compare the saved weights with the model",
         lambda: [_compared(source, present[source.path], files, left_out) for source in sources],
     )
-    try:
-        for source, keys in zip(sources, layout, strict=True):
+    for source, keys in zip(sources, layout, strict=True):
+        try:
             saved = _by_source_key(source, files) if ranks.is_main else {}
             state: StateDict = {}
             for key, kind in keys:
                 target = present[source.path].get(key)
                 value = _sent(saved.get(key), kind, ranks)
                 state[state_dict_key(source.module, key)] = _localized(value, target)
-            with _loading(source):
-                source.module.load_state_dict(state, strict=False)
-    except BaseException as error:
-        if ranks.world_size > 1:
-            ranks.poison(f"loading weights failed on rank {ranks.rank} ({type(error).__name__}: {error})")
-        raise
-
-
-def _present(source: Source) -> StateDict:
-    # Of FSDP1 only a gathered state dict tells the names and shapes; it is there on rank 0, which compares.
-    return fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
+            if source.holds_fsdp1:
+                _load_fsdp1(source.module, state)
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            ranks.lose("load the weights", error)
+        if not source.holds_fsdp1:
+            place = partial(source.module.load_state_dict, state, strict=False)
+            ranks.agree("load the weights", place)
 
 
 def _by_source_key(source: Source, files: Mapping[str, StateDict]) -> StateDict:
@@ -138,8 +142,7 @@ def _localized(value: Any, target: Any) -> Any:
     return whole.redistribute(placements=target.placements)
 
 
-def _loading(source: Source) -> contextlib.AbstractContextManager[Any]:
-    if not source.holds_fsdp1:
-        return contextlib.nullcontext()
+def _load_fsdp1(module: nn.Module, state: StateDict) -> None:
     config = FullStateDictConfig(rank0_only=False)
-    return FullyShardedDataParallel.state_dict_type(source.module, StateDictType.FULL_STATE_DICT, config)
+    with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+        module.load_state_dict(state, strict=False)

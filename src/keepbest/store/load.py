@@ -36,7 +36,13 @@ class LoadedSnapshot:
 
 
 def load(
-    run: str | Path, ref: str, model: nn.Module, *, process_group: dist.ProcessGroup | None = None
+    run: str | Path,
+    ref: str,
+    model: nn.Module,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    rank_timeout: float = 120.0,
+    save_timeout: float = 1800.0,
 ) -> LoadedSnapshot:
     """Load the snapshot that `ref` names into `model`, after every file of it was verified. **Collective**.
 
@@ -48,13 +54,20 @@ def load(
         ref: for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
         model: receives the parts that were saved.
         process_group: the ranks that hold the model; `None` is the default group, or one process.
+        rank_timeout: seconds that ranks wait for each other.
+        save_timeout: seconds that ranks wait for rank 0 to read.
 
     Raises:
         SnapshotError: on every rank, if there is no such run or ref, a file is missing or damaged, or the snapshot is
             of another model; the model is then as it was.
         LedgerError: on every rank, if the ledger is damaged or of another format.
     """
-    ranks = Ranks.connect(process_group)
+    ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
+    return load_into(model, run, ref, ranks=ranks)
+
+
+def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> LoadedSnapshot:
+    """As `load`, for ranks that are connected already. **Collective**."""
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
 
