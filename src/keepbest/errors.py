@@ -9,7 +9,8 @@
     ├── IterationError (ValueError)        an iteration that goes back or names other parts
     ├── RanksError (RuntimeError)
     │   ├── RankFailedError                one or more ranks failed in a step; raised on every rank
-    │   │   └── StorageError               the same, where the file system refused
+    │   │   ├── StorageError               the same, where the file system refused
+    │   │   └── RankLostError              contact with a rank was lost: its process has probably died
     │   ├── RankTimeoutError               ranks that did not arrive in time
     │   ├── DesyncError                    ranks that hold different states or run different steps
     │   └── PoisonedError                  an earlier failure left the ranks in different places
@@ -65,6 +66,10 @@ class RankFailedError(RanksError):
 
 class StorageError(RankFailedError):
     """The file system refused something on a rank, usually a write of rank 0."""
+
+
+class RankLostError(RankFailedError):
+    """Contact with a rank was lost; raised on the ranks that were talking to it."""
 
 
 class RankTimeoutError(RanksError):

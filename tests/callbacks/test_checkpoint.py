@@ -37,11 +37,11 @@ class Pinning(toys.Recorder):
         super().__init__(callback_config, **kwargs)
         self.told: list[tuple[str, str, list[str]]] = []
 
-    def flush_keeper(self, *, pin: str) -> None:
-        self.told.append(("pin", pin, names_in(self.directory)))
+    def before_checkpoint(self, *, name: str) -> None:
+        self.told.append(("pin", name, names_in(self.directory)))
 
-    def release_pin(self, tag: str) -> None:
-        self.told.append(("release", tag, names_in(self.directory)))
+    def after_checkpoint_removed(self, *, name: str) -> None:
+        self.told.append(("release", name, names_in(self.directory)))
 
 
 class CrashError(Exception):
@@ -251,7 +251,7 @@ def test_other_model_is_refused_on_every_rank(strategy, world_size, tmp_path):
 
 
 def test_two_checkpoint_callbacks_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="only one CheckpointCallback"):
+    with pytest.raises(ConfigError, match="cannot be told apart"):
         trained(tmp_path, EVERY_UPDATE, {**EVERY_UPDATE, "every_n_updates": 2})
 
 

@@ -130,3 +130,9 @@ class CallbackBase:
         self, *, update_counter: UpdateCounter, batch_size: int, data_iter: Iterator[Any] | None = None, **kwargs: Any
     ) -> None:
         """Called outside of training, to evaluate the model as it is now."""
+
+    def before_checkpoint(self, *, name: str) -> None:
+        """Called before a resume checkpoint is written, to make durable what `state_dict` will name. **Collective**."""
+
+    def after_checkpoint_removed(self, *, name: str) -> None:
+        """Called after a resume checkpoint was removed: nothing goes on from it any more. **Collective**."""

@@ -203,10 +203,10 @@ class BestCheckpointCallback(PeriodicCallback):
         for child in self.eval_callbacks:
             child.after_training(**kwargs)
 
-    def flush_keeper(self, *, pin: str) -> None:
-        """Make what the present state names durable, and keep it while `pin` is not released. **Collective**."""
-        self.keeper.flush(pin=pin)
+    def before_checkpoint(self, *, name: str) -> None:
+        """Make what the present state names durable, and keep it while the checkpoint is there. **Collective**."""
+        self.keeper.flush(pin=name)
 
-    def release_pin(self, tag: str) -> None:
-        """Let go of what was pinned under `tag`. **Collective**."""
-        self.keeper.release(tag)
+    def after_checkpoint_removed(self, *, name: str) -> None:
+        """Let go of what was kept for a checkpoint. **Collective**."""
+        self.keeper.release(name)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
-from keepbest.errors import ConfigError, RankFailedError, SnapshotError
+from keepbest.errors import RankFailedError, SnapshotError
 from keepbest.interval import IntervalType
 from keepbest.models.structure import plain_key
 from keepbest.random_state import read_random_state
@@ -57,9 +57,6 @@ class CheckpointCallback(PeriodicCallback):
     """Saves resume checkpoints, after everything else that happens at the same iteration.
 
     Checkpoints of later iterations are those of a timeline that a resume has left; they are removed like old ones.
-
-    Raises:
-        ConfigError: before training, if the run has another `CheckpointCallback`: they would remove each other's.
     """
 
     config_class: ClassVar[type[CheckpointCallbackConfig]] = CheckpointCallbackConfig
@@ -70,19 +67,17 @@ class CheckpointCallback(PeriodicCallback):
         self._keep_last = callback_config.keep_last
         self._folder = ResumeFolder(self.directory)
 
-    def before_training(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:
-        del update_counter, kwargs
-        if sum(isinstance(callback, CheckpointCallback) for callback in self.trainer.callbacks) > 1:
-            raise ConfigError("a run can have only one CheckpointCallback; remove the others from its callbacks")
+    @property
+    def state_key(self) -> str:
+        """The same for all: two of them in one run would remove each other's checkpoints, and are refused."""
+        return type(self).__name__
 
     def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
         if interval_type == "eval":
             return
         name = str(update_counter.iteration)
-        # The snapshots that this state names must outlive it: they are pinned until the checkpoint is removed.
-        keepers = [callback for callback in self.trainer.callbacks if hasattr(callback, "flush_keeper")]
-        for keeper in keepers:
-            keeper.flush_keeper(pin=name)
+        for callback in self.trainer.callbacks:
+            callback.before_checkpoint(name=name)
         self._write(name)
         removed = self.ranks.broadcast(
             f"publish the resume checkpoint {name}",
@@ -90,9 +85,9 @@ class CheckpointCallback(PeriodicCallback):
             remedy=f"see whether {self._folder.path} can be written",
             saving=True,
         )
-        for tag in removed:
-            for keeper in keepers:
-                keeper.release_pin(tag)
+        for old in removed:
+            for callback in self.trainer.callbacks:
+                callback.after_checkpoint_removed(name=old)
 
     def _write(self, name: str) -> None:
         step = f"write the resume checkpoint {name}"

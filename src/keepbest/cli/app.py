@@ -10,14 +10,16 @@ from typing import Annotated, Optional
 import typer
 from pydantic import ValidationError
 
+from keepbest.cli.history import print_history
 from keepbest.cli.run_file import describe
 from keepbest.cli.table import print_json, print_table
 from keepbest.cli.work import evaluate, train
-from keepbest.errors import KeepBestError, PoisonedError, RankTimeoutError
+from keepbest.errors import KeepBestError, PoisonedError, RankLostError, RankTimeoutError
 from keepbest.launch import Process, distributed
+from keepbest.store.verify import repair, verify
 
 # Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
-_OWN_ERRORS = (RankTimeoutError, PoisonedError)
+_OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
 
 app = typer.Typer(
     help="Train, and keep the best checkpoints. Start train and eval with torchrun or srun to use several processes.",
@@ -71,9 +73,47 @@ def show_command(
     context: typer.Context,
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Show every observation instead.")] = False,
 ) -> None:
     """Show the checkpoints that RUN keeps."""
-    _run(lambda: print_json(run) if as_json else print_table(run), launches=False, debug=context.obj)
+    show = print_history if history else print_json if as_json else print_table
+    _run(lambda: show(run), launches=False, debug=context.obj)
+
+
+@app.command("verify")
+def verify_command(context: typer.Context, run: Run) -> None:
+    """Compare every file that RUN needs with what was written, and its refs with the ledger.
+
+    Prints a line for each fault; the exit status is 1 if there is one. Damage is lost for good; what is unfinished is
+    left from a crash, and the next resume, or repair, mends it.
+    """
+
+    def report() -> None:
+        faults = verify(run)
+        for fault in faults:
+            typer.echo(f"{fault.kind}: {fault.message}")
+        typer.echo(f"{run}: {len(faults)} faults" if faults else f"{run}: everything is as the ledger says")
+        if faults:
+            raise typer.Exit(1)
+
+    _run(report, launches=False, debug=context.obj)
+
+
+@app.command("repair")
+def repair_command(context: typer.Context, run: Run) -> None:
+    """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
+
+    def mend() -> None:
+        before = verify(run)
+        repair(run)
+        after = verify(run)
+        for fault in before:
+            typer.echo(f"{'left' if fault in after else 'mended'}: {fault.message}")
+        typer.echo(f"{run}: {len(before) - len(after)} mended, {len(after)} left")
+        if after:
+            raise typer.Exit(1)
+
+    _run(mend, launches=False, debug=context.obj)
 
 
 def _run(command: Callable[[], None], *, launches: bool, debug: bool) -> None:
@@ -86,7 +126,7 @@ def _run(command: Callable[[], None], *, launches: bool, debug: bool) -> None:
             level = logging.INFO if process.rank == 0 else logging.WARNING
             logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
             command()
-    except (KeepBestError, ValidationError) as error:
+    except (KeepBestError, NotImplementedError, ValidationError) as error:
         if debug:
             raise
         if process.rank == 0 or isinstance(error, _OWN_ERRORS):

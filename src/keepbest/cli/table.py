@@ -11,15 +11,14 @@ from typing import Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from keepbest.cli.console import console
 from keepbest.errors import SnapshotError
 from keepbest.store.history import History, KeeperHistory
 from keepbest.store.names import tolerance_ref
 from keepbest.store.read import read_history, read_manifest
 
-_WIDTH_OF_A_FILE = 160
 _DIGITS_SHOWN = 12
 
 
@@ -86,10 +85,7 @@ def print_table(directory: Path) -> None:
             "?" if each.bytes is None else f"{each.bytes:,}",
             each.digest[:_DIGITS_SHOWN],
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_OF_A_FILE)
-    console.print(table)
+    console().print(table)
 
 
 def print_json(directory: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
 
-from keepbest.errors import ConfigError, PoisonedError, RankFailedError, RankTimeoutError
+from keepbest.errors import ConfigError, PoisonedError, RankLostError, RankTimeoutError
 
 _PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
 _GRACE_FOR_SIGN_INS = 3.0
@@ -65,7 +65,7 @@ class ControlGroup:
 
         Raises:
             RankTimeoutError: if a rank does not arrive in time.
-            RankFailedError: if a rank is gone.
+            RankLostError: if a rank is gone.
             PoisonedError: if an earlier failure left the ranks in different places.
         """
         self.refuse_if_poisoned()
@@ -86,7 +86,7 @@ class ControlGroup:
             self.poison = f"contact with the other ranks was lost in step '{step}'"
             if time.monotonic() - started >= timeout.total_seconds():
                 raise self._timed_out(self.group, step, timeout) from error
-            raise RankFailedError(
+            raise RankLostError(
                 f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
                 "A process has probably died: look for the first error in the other ranks' output."
             ) from error

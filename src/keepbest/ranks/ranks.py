@@ -222,7 +222,7 @@ class Ranks:
         saving: bool,
     ) -> list[_Frame]:
         report = text if failure is None else _report(step, failure, remedy)
-        key = hashlib.blake2b(step.encode() + b"\0" + state, digest_size=16).digest()
+        key = hashlib.blake2b(step.encode(errors="surrogatepass") + b"\0" + state, digest_size=16).digest()
         value, weight = (_NONE if part is None else part for part in number)
         frame = _Frame(key, failure is not None, value, weight, len(report.encode()))
         frames = [_Frame(*_FRAME.unpack(raw)) for raw in self._all_gather(_FRAME.pack(*frame), step, saving=saving)]
@@ -259,7 +259,7 @@ class Ranks:
 
     def _raise_desync(self, step: str, state: bytes, saving: bool) -> None:
         width = 1024
-        mine = f"{step} {state.decode(errors='replace')}".strip().encode()[:width].ljust(width, b"\0")
+        mine = f"{step} {state.decode(errors='replace')}".strip().encode(errors="replace")[:width].ljust(width, b"\0")
         told = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(mine, step, saving=saving)]
         self.poison("the ranks are not in the same step")
         lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(told))

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor
 
 from keepbest.errors import SnapshotError
 from keepbest.models.structure import plain_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.selection import Part
-from keepbest.snapshot.source import Source, StateDict, list_sources, plain_state_dict
+from keepbest.snapshot.source import Source, StateDict, full_fsdp1_state, list_sources, plain_state_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +93,7 @@ def fsdp1_state_dict(module: nn.Module) -> StateDict:
     """Full state dict on rank 0 of a module that is, or contains, FSDP1 units. **Collective**."""
     # Offloading fails for units on the CPU ("setStorage ... out of bounds"), and has nothing to do there.
     on_accelerator = any(parameter.device.type != "cpu" for parameter in module.parameters())
-    config = FullStateDictConfig(offload_to_cpu=on_accelerator, rank0_only=True)
-    with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+    with full_fsdp1_state(module, offload_to_cpu=on_accelerator, rank0_only=True):
         return {plain_key(module, key): value for key, value in module.state_dict().items()}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Replicate
 
 from keepbest.errors import SnapshotError
@@ -17,7 +16,7 @@ from keepbest.models.structure import state_dict_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.gather import fsdp1_state_dict
 from keepbest.snapshot.selection import Part
-from keepbest.snapshot.source import Source, StateDict, list_sources, plain_state_dict
+from keepbest.snapshot.source import Source, StateDict, full_fsdp1_state, list_sources, plain_state_dict
 
 _LISTED_KEYS = 6
 
@@ -95,10 +94,12 @@ def _compared(
     may_lack = {f"{source.path_of(part)}{key}" for part in source.parts for key in left_out.get(part.name, ())}
     wanted = {key for part in source.parts for key in present if source.key_in(part, key) is not None}
     reshaped = {key for key in saved.keys() & wanted if _shape(saved[key]) != _shape(present[key])}
+    strange = {key for key in saved.keys() & wanted - reshaped if not _is_like(saved[key], present[key])}
     faults = [
         _listed("the snapshot lacks", wanted - saved.keys() - may_lack),
         _listed("the model lacks", saved.keys() - wanted),
         _listed("shapes differ for", reshaped),
+        _listed("there are sparse, complex or empty (meta) tensors in the place of dense ones for", strange),
     ]
     if told := "; ".join(filter(None, faults)):
         where = f"submodel {source.path!r}" if source.path else "the model"
@@ -110,6 +111,14 @@ def _listed(what: str, keys: set[str]) -> str:
     shown = ", ".join(sorted(keys)[:_LISTED_KEYS])
     more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
     return f"{what} {shown}{more}" if keys else ""
+
+
+def _is_like(value: object, target: object) -> bool:
+    """Whether the values of the tensor `value` can be copied into `target`, which has the same shape."""
+    if not isinstance(value, torch.Tensor) or not isinstance(target, torch.Tensor):
+        return True
+    is_dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return is_dense and value.is_complex() == target.is_complex()
 
 
 def _shape(value: object) -> list[int] | None:
@@ -143,6 +152,5 @@ def _localized(value: Any, target: Any) -> Any:
 
 
 def _load_fsdp1(module: nn.Module, state: StateDict) -> None:
-    config = FullStateDictConfig(rank0_only=False)
-    with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+    with full_fsdp1_state(module, rank0_only=False):
         module.load_state_dict(state, strict=False)

@@ -134,9 +134,14 @@ class History:
         for number, line in enumerate(lines, start=1):
             try:
                 history.apply(line)
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {line!r}") from error
         return history
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever observed: what is there can be begun anew."""
+        return not any(timeline.entries for keeper in self.keepers.values() for timeline in keeper.timelines)
 
     def apply(self, line: Line) -> None:
         """Take in one more line."""
@@ -144,12 +149,15 @@ class History:
         if event == "run":
             self.run_id = line["run"]
         elif event == "session":
+            if type(line["restart"]) is not int:
+                raise ValueError("restart must be an integer")
             self.restarts = line["restart"]
         elif event == "begin":
             self._begin(line)
         elif event == "observation":
             self._observe(line)
         elif event == "pin":
+            _check_safe(*line["snapshots"])
             self.pins[line["keeper"], line["tag"]] = frozenset(line["snapshots"])
         elif event == "unpin":
             self.pins.pop((line["keeper"], line["tag"]), None)
@@ -185,6 +193,9 @@ class History:
         observation = Observation(
             TrainingIteration.parse(line["iteration"]), float(line["value"]), durable=line.get("durable", True)
         )
+        last = keeper.present.last_iteration
+        if last is not None and not observation.iteration.follows(last):
+            raise ValueError(f"{observation.iteration} does not come after {last}")
         keeper.present.extend(Entry(observation, snapshot))
         if snapshot is not None:
             _check_safe(snapshot)

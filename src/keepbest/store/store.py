@@ -70,7 +70,7 @@ class Store:
             self._lock.release()
             raise
         self._ledger: LedgerFile | None = None
-        self._is_taken_up = self.history.run_id is not None
+        self._is_taken_up = not self.history.is_empty
 
     def begin(
         self,
