@@ -50,7 +50,7 @@ def _was_synced(raw: bytes) -> bool:
     """Whether a line is one that is waited for: it could not be there if a line before it were not."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(line, dict) and (line.get("event") not in ("observation", "session") or "refs" in line)
 
@@ -131,7 +131,7 @@ class LedgerFile:
 def _parsed(path: Path, number: int, raw: bytes) -> Line:
     try:
         line = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LedgerError(f"{path}, line {number} is damaged: {error}; found {raw[:80]!r}") from error
     if not isinstance(line, dict) or not isinstance(line.get("event"), str):
         raise LedgerError(f"{path}, line {number} is damaged: expected an object with an event, found {raw[:80]!r}")

@@ -12,7 +12,7 @@ import string
 
 _KEPT = frozenset((string.ascii_letters + string.digits + "_-").encode())
 _SAFE = re.compile(r"[A-Za-z0-9_%=~-][A-Za-z0-9_%=~.-]*")
-_LONGEST = 120
+_LONGEST = 100  # two of them, with all that is added, are less than the 255 bytes that a file name may have
 _HASH_DIGITS = 16
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.errors import SnapshotError
+from keepbest.iteration import TrainingIteration
 from keepbest.store.format import read_state_dict
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
@@ -55,10 +56,31 @@ def read_snapshot_manifest(directory: Path, history: History, snapshot: str) -> 
         raise SnapshotError(f"snapshot {snapshot} cannot be read: {error}") from error
     if manifest_digest(text) != history.manifests.get(snapshot):
         raise SnapshotError(f"{folder / MANIFEST} is damaged: it is not what the ledger recorded")
-    manifest: dict[str, Any] = json.loads(text)
+    try:
+        return folder, _checked(json.loads(text))
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"{folder / MANIFEST} makes no sense: {error!r}") from error
+
+
+def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`manifest`, after everything that readers ask of it was found in it."""
     if outside := [name for name in manifest["files"] if not is_safe(name)]:
-        raise SnapshotError(f"{folder / MANIFEST} names files outside of its folder: {', '.join(outside)}")
-    return folder, manifest
+        raise ValueError(f"it names files outside of its folder: {', '.join(outside)}")
+    parts = set()
+    for name, path, apart in manifest["parts"]:
+        if not all(isinstance(text, str) for text in (name, path, *apart)):
+            raise ValueError(f"this is no part of a model: {name!r}, {path!r}, {apart!r}")
+        parts.add(name)
+    for entry in manifest["files"].values():
+        if entry["part"] not in parts or not isinstance(entry["digest"], str) or not isinstance(entry["bytes"], int):
+            raise ValueError(f"this is no file of a snapshot: {entry!r}")
+    for name, keys in manifest["left_out"].items():
+        if name not in parts or not all(isinstance(key, str) for key in keys):
+            raise ValueError(f"these are no weights of a part: {name!r}: {keys!r}")
+    TrainingIteration.parse(manifest["iteration"])
+    if not isinstance(manifest["metric_key"], str) or not isinstance(manifest["value"], float | int):
+        raise TypeError("it does not tell the metric and its value")
+    return manifest
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
