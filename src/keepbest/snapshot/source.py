@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-from keepbest.errors import ConfigError
+from keepbest.errors import SnapshotError
 from keepbest.models.structure import is_fsdp1, modules_along, plain_key
 from keepbest.snapshot.selection import Part
 
@@ -58,13 +58,13 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
     """The sources that `parts` of `model` are in, in the order of the parts.
 
     Raises:
-        ConfigError: if a part is no longer in the model.
+        SnapshotError: if a part is not in the model (any more).
     """
     sources: dict[str, Source] = {}
     for part in parts:
         along = modules_along(model, part.path)
         if along is None:
-            raise ConfigError(f"the model no longer has a submodel {part.path!r}, which was selected to be saved")
+            raise SnapshotError(f"the snapshot is not of this model: there is no submodel {part.path!r} in it")
         # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit: only its root has them.
         path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
         if path not in sources:
