@@ -211,9 +211,10 @@ def attempt(session: Session, kill: Death | Timed | None) -> list[Outcome]:
         return ranks.collect(SESSION_LIMIT)
 
 
-def was_killed(outcome: Outcome) -> bool:
-    """Whether it had something left to do."""
-    return outcome.failed and outcome.exit_code == -signal.SIGKILL
+def killed(outcomes: list[Outcome]) -> list[Outcome]:
+    """Those that were killed, unless all of them were through with the run."""
+    is_cut_off = any(outcome.failed for outcome in outcomes)
+    return [outcome for outcome in outcomes if is_cut_off and outcome.exit_code == -signal.SIGKILL]
 
 
 def check_after_kill(session: Session, reference: Reference) -> None:
@@ -267,7 +268,7 @@ def run_with_kills(
     kill = next(deck, None)
     while True:
         outcomes = attempt(session, kill)
-        victims = [outcome for outcome in outcomes if was_killed(outcome)]
+        victims = killed(outcomes)
         told = "\n".join(outcome.traceback or outcome.output for outcome in outcomes)
         assert not session.complaints.exists(), f"{kill}: {session.complaints.read_text()}\n{told}"
         if not victims:
