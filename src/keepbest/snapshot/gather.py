@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
+from typing import cast
 
 import torch
 from torch import nn
@@ -124,8 +127,10 @@ def _full_tensors(state: StateDict, *, keep: bool) -> StateDict:
 
 
 def _is_plain_data(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_plain_data(key) and _is_plain_data(entry) for key, entry in value.items())
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain_data, value))
-    return value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.Tensor)
+    # Exact classes: one that is derived from them, such as a named tuple or numpy's float64, would not be read again.
+    if type(value) in (dict, OrderedDict):
+        entries = cast("Mapping[object, object]", value)
+        return all(_is_plain_data(key) and _is_plain_data(entry) for key, entry in entries.items())
+    if type(value) in (list, tuple, set):
+        return all(map(_is_plain_data, cast("Iterable[object]", value)))
+    return type(value) in (NoneType, bool, int, float, complex, str, bytes) or isinstance(value, torch.Tensor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -126,15 +128,19 @@ def _shape(value: object) -> list[int] | None:
 
 
 def _kind(value: object) -> Any:
-    """What other ranks must know to receive `value`: shape and dtype of a tensor, plain data as it is."""
+    """What other ranks must know to receive `value`: shape and dtype of a tensor; plain data itself, as bytes.
+
+    Bytes, since JSON has no tensors and would make lists of tuples.
+    """
     if isinstance(value, torch.Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    return {"data": value}
+    torch.save(value, packed := io.BytesIO())
+    return {"data": base64.b64encode(packed.getbuffer()).decode()}
 
 
 def _sent(value: Any, kind: Mapping[str, Any], ranks: Ranks) -> Any:
     if "data" in kind:
-        return kind["data"]
+        return torch.load(io.BytesIO(base64.b64decode(kind["data"])), map_location="cpu", weights_only=True)
     tensor = value.contiguous() if ranks.is_main else torch.empty(kind["shape"], dtype=getattr(torch, kind["dtype"]))
     if ranks.control_group is not None and tensor.numel():
         # Bytes, since gloo does not know every dtype.
