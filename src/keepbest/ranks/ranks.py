@@ -90,7 +90,7 @@ class Ranks:
                 raise ConfigError(f"{name} must be a positive number of seconds, got {seconds!r}")
         timeouts = timedelta(seconds=rank_timeout), timedelta(seconds=max(rank_timeout, save_timeout))
         return cls(
-            ControlGroup.of(process_group, timeouts[1]),
+            ControlGroup.of(process_group, timeouts[0]),
             process_group=process_group,
             rank_timeout=timeouts[0],
             save_timeout=timeouts[1],
