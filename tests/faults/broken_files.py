@@ -79,18 +79,25 @@ class SteppedFiles(Files):
 
 
 class Fault:
-    """Refuses the calls number `first` to `last` of one operation; counts all calls of all operations."""
+    """Refuses the calls number `first` to `last` of one operation; counts all calls of all operations.
+
+    `sync+truncate` refuses `sync`, and while it does so `truncate` too.
+    """
 
     def __init__(self, operation: str = "", first: int = 0, last: int = 0, error: int = errno.EIO) -> None:
-        self.operation, self.first, self.last, self.error = operation, first, last, error
+        self.first, self.last, self.error = first, last, error
+        self.aim(operation)
         self.calls: Counter[str] = Counter()
         self.refused = 0
 
     def __call__(self, operation: str) -> None:
         self.calls[operation] += 1
-        if operation == self.operation and self.first <= self.calls[operation] <= self.last:
+        if operation in self.refuses and self.first <= self.calls[self.refuses[0]] <= self.last:
             self.refused += 1
             raise OSError(self.error, os.strerror(self.error))
+
+    def aim(self, operation: str) -> None:
+        self.refuses = operation.split("+")
 
     def mend(self) -> None:
         self.last = 0

@@ -1,14 +1,9 @@
-"""A disk that is full, read-only or broken: every rank learns it at once, nothing kept is lost, and the run goes on.
-
-The runs observe the same values, and each iteration's weights are filled with its number, so that what a ref must hold
-is known without asking the store.
-"""
+"""A disk that is full, read-only or broken: every rank learns it at once, nothing kept is lost, and the run goes on."""
 
 from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import resource
 import subprocess
@@ -19,76 +14,27 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch import nn
 
-from keepbest import BestKeeper, TrainingIteration, load
-from keepbest.decision import BestState, Observation, Policy, fold
+from keepbest.decision import Observation, fold
 from keepbest.errors import StorageError
-from keepbest.store.read import read_history
 from keepbest.store.verify import verify
 from tests.faults.broken_files import OPERATIONS, Fault, install
+from tests.faults.filled_run import (
+    BEST,
+    COMPLETE,
+    POLICY,
+    VALUES,
+    damage,
+    go_on,
+    keeper_of,
+    net,
+    observations,
+    recorded_state,
+    refs_hold,
+    refs_of,
+)
 from tests.ranks.child import pause
 from tests.ranks.pool import run_ranks, start_ranks
-
-BEST = "best_model.loss"
-# New bests at 1, 2, 5 and 8; tolerance 1 is exceeded at 4 and keeps 2, tolerance 5 never.
-VALUES = [5.0, 4.0, 4.5, 4.4, 3.0, 3.5, -math.inf, 2.0, 2.5]
-TOLERANCES = (1, 5)
-POLICY = Policy(higher_is_better=False, tolerances=TOLERANCES)
-COMPLETE = fold(POLICY, [Observation(TrainingIteration(epoch=n), value) for n, value in enumerate(VALUES, start=1)])
-
-
-def net(width: int = 4) -> nn.Module:
-    return nn.Linear(width, 4, bias=False)
-
-
-def keeper_of(directory: Path, model: nn.Module, **settings) -> BestKeeper:
-    return BestKeeper(
-        model, directory=directory, metric_key="loss", higher_is_better=False, tolerances=TOLERANCES, **settings
-    )
-
-
-def go_on(keeper: BestKeeper, model: nn.Module, values=VALUES) -> list[Observation]:
-    """Observes what the keeper has not seen yet, and returns what became of it."""
-    last = keeper.state.last_iteration
-    seen = []
-    for epoch in range(1 if last is None else last.epoch + 1, len(values) + 1):
-        nn.init.constant_(model.weight, float(epoch))
-        outcome = keeper.observe(values[epoch - 1], TrainingIteration(epoch=epoch))
-        seen.append(Observation(outcome.iteration, outcome.value, durable=not outcome.save_failed))
-    return seen
-
-
-def refs_hold(directory: Path, width: int = 4) -> dict[str, int]:
-    """For each ref the number of the iteration whose weights it holds."""
-    held = {}
-    for ref in read_history(directory).refs:
-        model = net(width)
-        load(directory, ref, model)
-        (number,) = set(model.weight.flatten().tolist())
-        held[ref] = int(number)
-    return held
-
-
-def refs_of(state: BestState) -> dict[str, int]:
-    """What the refs of a finished run with this state must hold, said without the store."""
-    bests = {BEST: state.best, **{f"{BEST}.tolerance={t}": state.exceeded.get(t, state.best) for t in TOLERANCES}}
-    return {ref: best.iteration.epoch for ref, best in bests.items() if best is not None}
-
-
-def recorded_state(directory: Path) -> BestState:
-    """What the ledger tells a resume; which takes the provisional refs back."""
-    keeper = keeper_of(directory, net(), resume="ledger")
-    keeper.start()
-    keeper.abandon()
-    return keeper.state
-
-
-def damage(directory: Path) -> list[str]:
-    ledger = directory / "checkpoints/ledger.jsonl"
-    if not ledger.exists() or not ledger.read_bytes():
-        return []  # the first line was refused
-    return [fault.message for fault in verify(directory) if fault.kind == "damage"]
 
 
 @pytest.fixture
@@ -117,14 +63,22 @@ def one_session(directory: Path, on_save_error: str) -> tuple[list[Observation],
     return seen, None
 
 
-@pytest.mark.parametrize("on_save_error", ["raise", "warn"])
+# Two at once: a line that can be neither written nor cut, and a refused save that cannot be tidied up.
+TWO_AT_ONCE = ("write+truncate", "sync+truncate", "create+remove", "rename+remove")
+CASES = [
+    *((operation, policy) for operation in OPERATIONS for policy in ("raise", "warn")),
+    *((operations, "raise") for operations in TWO_AT_ONCE),
+    ("write+truncate", "warn"),
+]
+
+
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_run_goes_on_right_after_any_call_was_refused(operation, lasting, on_save_error, memory_folder):
+@pytest.mark.parametrize(("operation", "on_save_error"), CASES)
+def test_run_goes_on_right_after_any_call_was_refused(operation, on_save_error, lasting, memory_folder):
     with pytest.MonkeyPatch.context() as patch:
         install(patch, counter := Fault())
         one_session(memory_folder / "whole", "raise")
-        calls = counter.calls[operation]
+        calls = counter.calls[operation.partition("+")[0]]
     assert calls > 0
     for number in range(1, calls + 1, 1 + calls // 30):  # one file alone takes dozens of writes
         directory = memory_folder / str(number)
@@ -140,10 +94,25 @@ def test_run_goes_on_right_after_any_call_was_refused(operation, lasting, on_sav
         assert error is None, where
         assert verify(directory) == [], where
         # What did not reach the disk in the first session was observed once more in the second.
-        state = fold(POLICY, {entry.iteration: entry for entry in [*seen, *seen_again]}.values())
-        assert on_save_error == "warn" or state == COMPLETE
+        told = fold(POLICY, {entry.iteration: entry for entry in [*seen, *seen_again]}.values())
+        state = told if on_save_error == "warn" else COMPLETE
         assert refs_hold(directory) == refs_of(state), where
         assert recorded_state(directory) == state, where
+
+
+def test_flush_writes_what_was_refused_before(memory_folder):
+    model = net()
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, fault := Fault("write"))
+        keeper = keeper_of(memory_folder, model, on_save_error="warn")
+        go_on(keeper, model, VALUES[:2])
+        fault.calls.clear()
+        fault.first = fault.last = 1
+        go_on(keeper, model, VALUES[:3])
+        assert fault.refused == 1
+        keeper.flush()
+        keeper.abandon()
+    assert recorded_state(memory_folder) == fold(POLICY, observations()[:3])
 
 
 # --- two ranks, each operation ----------------------------------------------------------------------------------------
@@ -164,7 +133,7 @@ def two_ranks_refused(folder: Path, operations: tuple[str, ...]) -> dict[str, st
                 keeper.abandon()
                 keeper = keeper_of(folder / operation, model, resume="ledger", rank_timeout=20.0)
             fault.first, fault.last = 1, 10**9
-            fault.operation = "sync" if operation == "truncate" else operation  # it is cut after a refusal alone
+            fault.aim("sync+truncate" if operation == "truncate" else operation)  # it is cut after a refusal alone
             try:
                 with keeper:
                     go_on(keeper, model)
