@@ -38,11 +38,7 @@ def improvements(policy, values):
         best = values[found[-1]][0] if found else None
         if not math.isfinite(value) or not durable:
             continue
-        if best is None:
-            found.append(number)
-        elif policy.higher_is_better and value - best > policy.min_delta:
-            found.append(number)
-        elif not policy.higher_is_better and best - value > policy.min_delta:
+        if best is None or (value - best if policy.higher_is_better else best - value) > policy.min_delta:
             found.append(number)
     return found
 

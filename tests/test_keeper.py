@@ -81,10 +81,16 @@ def test_tolerance_that_closes_before_there_is_a_best_has_no_ref(tmp_path):
 
 def test_exception_in_the_block_records_nothing_more(tmp_path):
     run = Run(tmp_path, tolerances=[3])
-    with pytest.raises(ZeroDivisionError), run.keeper:
-        run.observe(1.0, 2.0)
-        before = ledger(tmp_path)
-        raise ZeroDivisionError
+    before = []
+
+    def train():
+        with run.keeper:
+            run.observe(1.0, 2.0)
+            before.extend(ledger(tmp_path))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
     assert ledger(tmp_path) == before
     assert refs(tmp_path) == {BEST: "U1"}
     with pytest.raises(ConfigError, match="closed"):
@@ -229,7 +235,7 @@ def test_keepers_that_save_different_parts_have_snapshots_of_their_own(tmp_path)
 
 
 def start_twins(directory, ids):
-    keepers = [Run(directory, id=id).keeper for id in ids]
+    keepers = [Run(directory, id=name).keeper for name in ids]
     keepers[0].start()
     keepers[1].start()
     for keeper in keepers:

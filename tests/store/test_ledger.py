@@ -56,7 +56,7 @@ def test_newer_format_is_refused(run):
     lines = path_of(run).read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "format": 2})
     path_of(run).write_text("\n".join([*lines, ""]))
-    with pytest.raises(LedgerError, match="expected a ledger of format 1, found .*'format': 2"):
+    with pytest.raises(LedgerError, match=r"expected a ledger of format 1, found .*'format': 2"):
         Run(run.keeper.directory, resume="ledger").keeper.start()
 
 

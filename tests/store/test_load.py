@@ -95,7 +95,7 @@ def _sign(run, path):
 
 
 def test_unknown_ref_lists_those_that_exist(run, tmp_path):
-    with pytest.raises(SnapshotError, match="has no ref 'best'; there are: best_model.loss"):
+    with pytest.raises(SnapshotError, match=r"has no ref 'best'; there are: best_model.loss"):
         load(run.keeper.directory, "best", run.model)
     with pytest.raises(SnapshotError, match="missing or empty"):
         load(tmp_path / "nowhere", BEST, run.model)
