@@ -34,7 +34,7 @@ IMPURE_MODULES = {
 }  # fmt: skip
 
 # The one path runs from the top to the bottom of this list, and no step calls back up; the shells stand around it.
-PATH = ["keeper", "store", "snapshot", "metric", "ranks", "decision", "interval", "iteration", "errors"]
+PATH = ["keeper", "saving", "store", "snapshot", "metric", "ranks", "decision", "interval", "iteration", "errors"]
 SHELLS = ["callbacks", "cli", "data", "launch", "training"]
 
 COLLECTIVES_LIVE_IN = ("ranks/", "snapshot/", "data/")

@@ -158,7 +158,7 @@ def agree(per_rank, reduction):
     ranks = Ranks.connect()
     value, weight = per_rank[ranks.rank]
     try:
-        return agree_on_metric(ranks, "loss", lambda: read_value(value, weight), reduction).hex()
+        return agree_on_metric(ranks, "loss", lambda: read_value(value, weight), reduction).value.hex()
     except (MissingMetricError, InvalidMetricError, MetricMismatchError) as error:
         return type(error), str(error)
 

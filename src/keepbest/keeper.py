@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +20,14 @@ from keepbest.iteration import TrainingIteration
 from keepbest.metric import MetricReduction, Reading, agree_on_metric, check_reduction, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
-from keepbest.snapshot import select_parts, take_snapshot
+from keepbest.saving import DISK_REMEDY, Saver
+from keepbest.snapshot import Part, select_parts
 from keepbest.store import LoadedState, SharedRun, Store, best_ref
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.load import load_into
 from keepbest.store.read import ledger_exists
 
 _logger = logging.getLogger(__name__)
-_DISK_REMEDY = "Free or mend the storage of the run directory and resume: everything committed before is intact"
 
 
 class BestKeeper:
@@ -47,6 +48,8 @@ class BestKeeper:
         min_delta: a new best must beat the old one by more than this.
         metric_reduction: how the values of the ranks become one.
         on_nonfinite: whether NaN and infinities count as an interval without improvement, or raise.
+        async_save: whether `observe` returns when rank 0 has copied the weights, and a thread writes them; what it
+            fails at is told by the next call. `flush` and `close` wait for it.
         on_save_error: whether a save that fails raises, or training goes on with the last durable best to beat.
         id: tells two keepers of the same metric apart.
         resume: "ledger" goes on from what the run folder tells; `None` needs an empty folder, or `load_state_dict`.
@@ -72,6 +75,7 @@ class BestKeeper:
         min_delta: float = 0.0,
         metric_reduction: MetricReduction = "mean",
         on_nonfinite: Literal["ignore", "raise"] = "ignore",
+        async_save: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         id: str | None = None,  # noqa: A002  # the field's name in the config
         resume: Literal["ledger"] | None = None,
@@ -84,12 +88,11 @@ class BestKeeper:
         self.metric_key = metric_key
         self.directory = Path(directory)
         self._model = model
-        self._save_frozen_weights = save_frozen_weights
         self._on_nonfinite = on_nonfinite
         self._on_save_error = on_save_error
         self._resume = resume
 
-        def check() -> tuple[Policy, MetricReduction, str]:
+        def check() -> tuple[Policy, MetricReduction, str, tuple[Part, ...]]:
             for name, given, known in (
                 ("on_nonfinite", on_nonfinite, ("ignore", "raise")),
                 ("on_save_error", on_save_error, ("raise", "warn")),
@@ -100,20 +103,30 @@ class BestKeeper:
             provider = metric_property_provider or MetricPropertyProvider()
             direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
             policy = Policy(direction, min_delta, tuple(tolerances or ()))
-            self._parts = select_parts(model, model_names)
-            return policy, check_reduction(metric_reduction), best_ref(metric_key, id)
+            parts = select_parts(model, model_names)
+            return policy, check_reduction(metric_reduction), best_ref(metric_key, id), parts
 
         step = f"check the settings of the keeper of {metric_key}"
-        settings = self._ranks.agree(step, check, state=lambda checked: repr((checked, self._parts)).encode())
-        self.policy, self._reduction, self.name = settings
+        settings = self._ranks.agree(step, check, state=lambda checked: f"{checked} {async_save}".encode())
+        self.policy, self._reduction, self.name, parts = settings
         self._run = SharedRun.of(self.directory)
+        self._saver = Saver(
+            self.name,
+            metric_key,
+            self.policy,
+            self._run,
+            model,
+            parts,
+            save_frozen_weights=save_frozen_weights,
+            ranks=self._ranks,
+            background=async_save,
+            goes_on=on_save_error == "warn",
+        )
         self._run_id: str | None = None
         self._timeline: int | None = None
         self._loaded: LoadedState | None = None
         self._state = BestState()
-        self._best_snapshot: str | None = None
         self._phase: Literal["new", "started", "closed"] = "new"
-        self._pending: OSError | None = None
         self._has_joined = False
 
     def start(self, at: TrainingIteration | None = None) -> None:
@@ -137,13 +150,13 @@ class BestKeeper:
         step = f"take up {self.directory} for {self.name}"
         try:
             self._ranks.agree(step, self._join, state=lambda _: resumes)
-            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=_DISK_REMEDY)
+            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY)
         except BaseException:
             self._leave()
             raise
         self._run_id, self._timeline = facts["run"], facts["timeline"]
         self._state = BestState.from_json(facts["state"])
-        self._best_snapshot = facts["best"]
+        self._saver.best_snapshot = facts["best"]
         self._phase = "started"
 
     def observe(self, value: Any, iteration: TrainingIteration, *, weight: Any = None) -> Outcome:
@@ -170,9 +183,7 @@ class BestKeeper:
         """As `observe`, with a function that gets this rank's reading; what it raises reaches every rank."""
         self.start()
         self._refuse_if_closed()
-        seen = f"{self.name} at {iteration} after {self._state}".encode()
-        pending = self._take_pending()
-        value = agree_on_metric(self._ranks, self.metric_key, read, self._reduction, failure=pending, state=seen)
+        value = self._agree(read, iteration)
         if not math.isfinite(value) and self._on_nonfinite == "raise":
             raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
         observation = Observation(iteration, value)
@@ -180,7 +191,7 @@ class BestKeeper:
         if not decision.is_new_best:
             return self._record(observation, state, decision)
         try:
-            self._save(observation)
+            self._saver.save(observation)
         except StorageError as error:
             if self._on_save_error == "raise":
                 raise
@@ -222,18 +233,17 @@ class BestKeeper:
         self.start()
         self._refuse_if_closed()
 
-        def write(store: Store) -> None:
+        def write(store: Store, state: BestState) -> None:
             store.sync()
             if pin is not None:
-                store.pin(self.name, pin, self._state)
+                store.pin(self.name, pin, state)
 
-        self._ranks.agree(f"flush {self.name}", self._on_main(write), remedy=_DISK_REMEDY, saving=True)
+        self._settle(f"flush {self.name}", write)
 
     def release(self, pin: str) -> None:
         """Let go of what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
         self._refuse_if_closed()
-        write = self._on_main(lambda store: store.unpin(self.name, pin))
-        self._ranks.agree(f"release {pin} of {self.name}", write, remedy=_DISK_REMEDY, saving=True)
+        self._settle(f"release {pin} of {self.name}", lambda store, _: store.unpin(self.name, pin))
 
     def close(self) -> None:
         """End the run: tolerances that were never exceeded get a provisional ref on the best. **Collective**.
@@ -247,8 +257,7 @@ class BestKeeper:
         if phase != "started":
             return
         try:
-            write = self._on_main(lambda store: store.end(self.name, self._state, self.policy))
-            self._ranks.agree(f"close {self.name}", write, remedy=_DISK_REMEDY, saving=True)
+            self._settle(f"close {self.name}", lambda store, state: store.end(self.name, state, self.policy))
         finally:
             self._leave()
 
@@ -287,10 +296,13 @@ class BestKeeper:
 
     @property
     def best_path(self) -> Path | None:
-        """Folder of the best snapshot that the run ever saved; `None` before there is one. **Rank-local**."""
-        if self._best_snapshot is None:
+        """Folder of the best snapshot that the run ever saved; `None` before there is one. **Rank-local**.
+
+        With `async_save`, as it was at the last `flush` or `close`.
+        """
+        if self._saver.best_snapshot is None:
             return None
-        return self.directory / CHECKPOINTS / SNAPSHOTS / self._best_snapshot
+        return self.directory / CHECKPOINTS / SNAPSHOTS / self._saver.best_snapshot
 
     def restore_best(self) -> None:
         """Load the best that the run ever saved into the live model. **Collective**.
@@ -298,6 +310,8 @@ class BestKeeper:
         Raises:
             SnapshotError: on every rank, if there is none yet, or it is damaged; the model is then as it was.
         """
+        if self._phase == "started":
+            self.flush()
         load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
@@ -306,6 +320,7 @@ class BestKeeper:
         state = store.begin(
             self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
         )
+        self._saver.start()
         return {
             "run": store.history.run_id,
             "timeline": store.history.keepers[self.name].present.number,
@@ -323,14 +338,30 @@ class BestKeeper:
             self._has_joined = False
             self._run.leave(self.name)
 
+    def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
+        """The metric that all ranks agree on; before that, they hear what rank 0 could not write."""
+        failure = self._saver.take_failure()
+        revised = None if failure is not None else self._saver.take_revised_state()
+        value, news = agree_on_metric(
+            self._ranks,
+            self.metric_key,
+            read,
+            self._reduction,
+            failure=failure,
+            note="" if revised is None else json.dumps(revised.to_json()),
+            state=f"{self.name} at {iteration} after {self._state}".encode(),
+        )
+        if news:
+            self._revise(BestState.from_json(json.loads(news)))
+        return value
+
+    def _revise(self, state: BestState) -> None:
+        before, self._state = self._state.exceeded, state
+        exceeded = state.exceeded.items()
+        self._saver.correct({each: best for each, best in exceeded if each not in before or before[each] != best})
+
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
-        exceeded = {tolerance: state.exceeded[tolerance] for tolerance in decision.newly_exceeded}
-        if self._ranks.is_main:
-            try:
-                self._run.store().observe(self.name, observation, exceeded)
-            except OSError as error:
-                # The others are not waiting: it travels with the next exchange, at no cost to quiet intervals.
-                self._pending = error
+        self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
         self._state = state
         return Outcome(
             observation.iteration,
@@ -340,45 +371,21 @@ class BestKeeper:
             save_failed=not observation.durable,
         )
 
-    def _save(self, observation: Observation) -> None:
-        content = (id(self._model), self._parts, self._save_frozen_weights)
-        shared = self._run.snapshot_with(observation.iteration, content)
-        commit: Callable[[Store], str]
-        if shared is None:
-            weights = take_snapshot(
-                self._model, self._parts, save_frozen_weights=self._save_frozen_weights, ranks=self._ranks
-            )
-            selection = f"{self.name} {self._parts} {self._save_frozen_weights}"
-            commit = lambda store: store.save(self.name, observation, weights, selection)  # noqa: E731  # one of two
-        else:
-            commit = lambda store: store.share(self.name, observation, shared)  # noqa: E731  # the other
+    def _settle(self, step: str, write: Callable[[Store, BestState], None]) -> None:
+        """Wait for what is being written, and let rank 0 write something that all must know to be there."""
 
-        def names() -> dict[str, str | None]:
+        def work() -> dict[str, Any]:
             store = self._run.store()
-            return {"snapshot": commit(store), "best": store.best_snapshot(self.name)}
+            if (failure := self._saver.take_failure()) is not None:
+                raise failure
+            if (revised := self._saver.take_revised_state()) is not None:
+                self._revise(revised)
+                store = self._run.store()
+            write(store, self._state)
+            return {"state": self._state.to_json(), "best": store.best_snapshot(self.name)}
 
-        step = f"save the new best of {self.metric_key} at {observation.iteration}"
-        saved = self._ranks.broadcast(step, names, remedy=_DISK_REMEDY, saving=True)
-        self._run.remember(observation.iteration, content, saved["snapshot"])
-        self._best_snapshot = saved["best"]
-
-    def _on_main(self, write: Callable[[Store], None]) -> Callable[[], None]:
-        """`write` for rank 0, after what it could not write before; nothing for the others."""
-
-        def work() -> None:
-            if self._ranks.is_main:
-                if (error := self._take_pending()) is not None:
-                    raise error
-                write(self._run.store())
-
-        return work
-
-    def _take_pending(self) -> OSError | None:
-        error, self._pending = self._pending, None
-        if error is not None and self._on_save_error == "warn":
-            _logger.warning("%s: an observation is not on the disk yet: %s", self.name, error)
-            return None
-        return error
+        facts = self._ranks.broadcast(step, work, remedy=DISK_REMEDY, saving=True)
+        self._state, self._saver.best_snapshot = BestState.from_json(facts["state"]), facts["best"]
 
     def _refuse_if_closed(self) -> None:
         if self._phase == "closed":

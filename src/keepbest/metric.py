@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, SupportsFloat, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, cast, get_args
 
 import torch
 
@@ -80,6 +80,13 @@ def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteratio
     return read_value(entry.value, entry.weight)
 
 
+class AgreedMetric(NamedTuple):
+    """The value that all ranks decide by, and what rank 0 had to tell."""
+
+    value: float
+    note: str
+
+
 def agree_on_metric(
     ranks: Ranks,
     metric_key: str,
@@ -87,8 +94,9 @@ def agree_on_metric(
     reduction: MetricReduction,
     *,
     failure: BaseException | None = None,
+    note: str = "",
     state: bytes = b"",
-) -> float:
+) -> AgreedMetric:
     """One value from all ranks' readings, bit-equal on every rank. **Collective**: one exchange where all is well.
 
     Args:
@@ -97,6 +105,7 @@ def agree_on_metric(
         read: gets the reading of this rank; what it raises is raised on every rank.
         reduction: how the values become one. Weights count in `mean` and `sum`; a rank of weight 0 is ignored.
         failure: something that went wrong on this rank before; every rank raises it.
+        note: what rank 0 tells the others, at the cost of a second exchange.
         state: bytes that must be equal on all ranks.
 
     Raises:
@@ -111,7 +120,7 @@ def agree_on_metric(
         reading = read()
     except BaseException as error:  # noqa: BLE001  # raised again by exchange, on every rank
         failure = failure or error
-    numbers = ranks.exchange(step, Number(reading.value, reading.weight), failure=failure, state=state)
+    numbers = ranks.exchange(step, Number(reading.value, reading.weight, note), failure=failure, state=state)
     needed = numbers[:1] if reduction == "rank0" else numbers
     if any(number.value is None and number.weight != 0.0 for number in needed):
         reasons = ranks.gather_json(step, lambda: reading.absent)
@@ -125,7 +134,7 @@ def agree_on_metric(
             f"{lines}\nThe callback that logs it must run at every interval of this one, and before it: give it the "
             "same every_n_* and an earlier place in the list."
         )
-    return reduce_numbers(needed, reduction)
+    return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
 
 
 def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> float:

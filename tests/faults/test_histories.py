@@ -98,8 +98,14 @@ TOLERANCES = st.lists(st.integers(0, 4), unique=True, max_size=3)
 
 
 class Histories(RuleBasedStateMachine):
-    @initialize(higher=st.booleans(), min_delta=st.sampled_from([0.0, 0.0, 0.75]), tolerances=TOLERANCES)
-    def begin(self, higher: bool, min_delta: float, tolerances: list[int]):
+    @initialize(
+        higher=st.booleans(),
+        min_delta=st.sampled_from([0.0, 0.0, 0.75]),
+        tolerances=TOLERANCES,
+        async_save=st.booleans(),
+    )
+    def begin(self, higher: bool, min_delta: float, tolerances: list[int], async_save: bool):
+        self.async_save = async_save
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         self.model = nn.Linear(1, 1, bias=False)
         self.oracle = Oracle(higher, min_delta, tolerances)
@@ -116,6 +122,7 @@ class Histories(RuleBasedStateMachine):
             higher_is_better=oracle.higher,
             min_delta=oracle.min_delta,
             tolerances=oracle.tolerances,
+            async_save=self.async_save,
             resume=resume,
         )
 
@@ -199,7 +206,7 @@ class Histories(RuleBasedStateMachine):
         return int(torch.load(path, weights_only=True)["weight"].item()) if path.exists() else None
 
     @invariant()
-    def everything_is_as_the_rules_say(self):
+    def state_is_as_the_rules_say(self):
         if not self.stamp:
             return
         oracle, state = self.oracle, self.keeper.state
@@ -210,6 +217,17 @@ class Histories(RuleBasedStateMachine):
         assert {tolerance: None if kept is None else kept.value for tolerance, kept in state.exceeded.items()} == {
             tolerance: None if kept is None else kept[0] for tolerance, kept in exceeded.items()
         }
+        if not self.async_save:
+            self.refs_are_as_the_rules_say()
+
+    @precondition(lambda self: self.stamp)
+    @rule()
+    def wait_and_look(self):
+        self.keeper.flush()
+        self.refs_are_as_the_rules_say()
+
+    def refs_are_as_the_rules_say(self):
+        oracle, exceeded = self.oracle, self.oracle.exceeded()
         assert self.stamp_of(REF) == (None if oracle.ever_best is None else oracle.ever_best[1])
         for tolerance, kept in exceeded.items():
             assert self.stamp_of(f"{REF}.tolerance={tolerance}") == (None if kept is None else kept[1])
@@ -221,6 +239,8 @@ class Histories(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "folder"):
             if self.stamp:
+                self.keeper.flush()
+                self.refs_are_as_the_rules_say()
                 self.keeper.close()
                 assert verify(self.folder) == []
             else:

@@ -38,6 +38,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
         min_delta: a new best must be better by more than this, in units of the metric.
         metric_reduction: how the values of the ranks become one.
         on_nonfinite: whether NaN and infinities count as intervals without improvement, or end training.
+        async_save: whether training goes on as soon as rank 0 has copied the weights, while a thread writes them.
         on_save_error: whether a save that fails ends training, or only costs that best.
         id: tells two callbacks on the same metric apart.
         rank_timeout: seconds that ranks wait for each other.
@@ -54,6 +55,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
     min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     metric_reduction: MetricReduction = "mean"
     on_nonfinite: Literal["ignore", "raise"] = "ignore"
+    async_save: bool = False
     on_save_error: Literal["raise", "warn"] = "raise"
     id: str | None = None
     rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
@@ -92,6 +94,7 @@ class BestCheckpointCallback(PeriodicCallback):
             min_delta=config.min_delta,
             metric_reduction=config.metric_reduction,
             on_nonfinite=config.on_nonfinite,
+            async_save=config.async_save,
             on_save_error=config.on_save_error,
             id=config.id,
             metric_property_provider=self.metric_property_provider,

@@ -79,7 +79,7 @@ class MetricEarlyStopper(PeriodicCallback):
         if interval_type == "eval":
             return
         iteration = update_counter.iteration
-        value = agree_on_metric(
+        value, _ = agree_on_metric(
             self.ranks,
             self.metric_key,
             lambda: read_scalar(self.log_writer.log_cache, self.metric_key, iteration),

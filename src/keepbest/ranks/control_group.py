@@ -25,6 +25,7 @@ class ControlGroup:
         group: `None` where there is one rank.
         rank: of this process in it.
         world_size: number of its ranks.
+        members: their ranks in the default group.
         poison: why no collective may run any more, if so.
         round: number of collectives that were started.
     """
@@ -32,6 +33,7 @@ class ControlGroup:
     group: dist.ProcessGroup | None
     rank: int
     world_size: int
+    members: tuple[int, ...] = (0,)
     poison: str | None = None
     round: int = 0
 
@@ -52,11 +54,11 @@ class ControlGroup:
         control = _control_groups.get(parent)
         if control is None:
             group = None
-            if dist.get_world_size(parent) > 1:
-                members = dist.get_process_group_ranks(parent)
+            members = dist.get_process_group_ranks(parent)
+            if len(members) > 1:
                 apart = len(members) != dist.get_world_size()
                 group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=apart)
-            control = cls(group, dist.get_rank(parent), dist.get_world_size(parent))
+            control = cls(group, dist.get_rank(parent), len(members), tuple(members))
             _control_groups[parent] = control
         return control
 

@@ -29,10 +29,14 @@ _FRAME = struct.Struct("<16s?ddQ7x")
 
 
 class Number(NamedTuple):
-    """What one rank holds of a number: value and weight are float64; `None` where the rank has none."""
+    """What one rank holds of a number: value and weight are float64; `None` where the rank has none.
+
+    A `note` is for the other ranks to read; it costs a second exchange, where a rank has one.
+    """
 
     value: float | None
     weight: float | None
+    note: str = ""
 
 
 class _Frame(NamedTuple):
@@ -49,6 +53,7 @@ class Ranks:
     Attributes:
         rank: of this process within its process group; 0 without one.
         world_size: number of ranks in the process group; 1 without one.
+        members: their ranks in the default group, in order.
         process_group: the data-plane group that was passed to `connect`; `None` is the default group.
     """
 
@@ -66,6 +71,7 @@ class Ranks:
         self.process_group = process_group
         self.rank = control.rank
         self.world_size = control.world_size
+        self.members = list(control.members)
 
     @classmethod
     def connect(
@@ -162,7 +168,7 @@ class Ranks:
         state: bytes = b"",
         saving: bool = False,
     ) -> list[Number]:
-        """Show every rank everybody's number. **Collective**: exactly one all_gather where nobody failed.
+        """Show every rank everybody's number. **Collective**: one all_gather where nobody failed or has a note.
 
         Args:
             step: as in `agree`.
@@ -181,8 +187,13 @@ class Ranks:
             DesyncError: ranks are in different steps or hold a different `state`.
             PoisonedError: an earlier failure left the ranks in different places.
         """
-        frames = self._meet(step, number, failure=failure, remedy=remedy, state=state, saving=saving)
-        return [Number(_or_none(frame.value), _or_none(frame.weight)) for frame in frames]
+        note = number.note
+        frames = self._meet(step, number, failure=failure, remedy=remedy, state=state, text=note, saving=saving)
+        notes = self._texts(note, frames, saving=saving)
+        return [
+            Number(_or_none(frame.value), _or_none(frame.weight), note)
+            for frame, note in zip(frames, notes, strict=True)
+        ]
 
     def poison(self, reason: str) -> None:
         """Refuse all further collectives: this rank left the others in the middle of one. **Rank-local**."""
@@ -223,7 +234,7 @@ class Ranks:
     ) -> list[_Frame]:
         report = text if failure is None else _report(step, failure, remedy)
         key = hashlib.blake2b(step.encode(errors="surrogatepass") + b"\0" + state, digest_size=16).digest()
-        value, weight = (_NONE if part is None else part for part in number)
+        value, weight = (_NONE if part is None else part for part in number[:2])
         frame = _Frame(key, failure is not None, value, weight, len(report.encode()))
         frames = [_Frame(*_FRAME.unpack(raw)) for raw in self._all_gather(_FRAME.pack(*frame), step, saving=saving)]
         # A failure explains why steps differ, so it comes first.

@@ -16,7 +16,9 @@ from keepbest.errors import SnapshotError
 from keepbest.models.structure import plain_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.selection import Part
+from keepbest.snapshot.shards import ShardTransfer
 from keepbest.snapshot.source import Source, StateDict, full_fsdp1_state, list_sources, plain_state_dict
+from keepbest.snapshot.staging import Staging, StagingBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +27,38 @@ class Weights:
 
     Attributes:
         files: for each part name a state dict with plain keys and full tensors on the CPU; empty on ranks other than 0.
-            Tensors of an unsharded CPU model are the live ones, not copies.
+            Without a staging buffer, tensors of an unsharded CPU model are the live ones, not copies.
         parts: all that were selected, in order.
         left_out: for each part name the keys (relative to the part) that were left out because they were frozen. A
             part that is frozen as a whole has no file.
+        buffer: that holds the tensors, if they were staged.
     """
 
     parts: tuple[Part, ...]
     files: Mapping[str, StateDict]
     left_out: Mapping[str, list[str]]
+    buffer: StagingBuffer | None = None
 
 
-def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool, ranks: Ranks) -> Weights:
+def take_snapshot(
+    model: nn.Module,
+    parts: Sequence[Part],
+    *,
+    save_frozen_weights: bool,
+    ranks: Ranks,
+    staging: Staging | None = None,
+) -> Weights:
     """Bring the weights of `parts` to rank 0. **Collective**.
 
     Ranks other than 0 hold at most one whole parameter at a time (FSDP1: one unit).
+
+    Args:
+        model: plain or wrapped.
+        parts: of it.
+        save_frozen_weights: whether parameters that do not require grad are among the weights.
+        ranks: of the model.
+        staging: on all ranks, or on none: rank 0 copies everything into a buffer of it, so that the model may change
+            while the snapshot is written; the caller releases the buffer.
 
     Raises:
         KeepBestError: as `Ranks.agree`, before any weight moved: if a rank lists other weights than the others, or a
@@ -48,10 +67,20 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
             that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
     # Ranks that list different weights would wait for each other for ever; so they show each other their lists first.
+    buffer: StagingBuffer | None = None
+
+    def list_and_claim() -> list[Source]:
+        nonlocal buffer
+        listed = list_sources(model, parts, save_frozen_weights=save_frozen_weights)
+        if staging is not None and ranks.is_main:
+            buffer = staging.claim()
+        return listed
+
     sources = ranks.agree(
         "list the weights",
-        lambda: list_sources(model, parts, save_frozen_weights=save_frozen_weights),
+        list_and_claim,
         state=lambda sources: b"\n".join(map(_listing, sources)),
+        saving=staging is not None,  # rank 0 may have to wait for a write before it has a buffer
     )
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
@@ -60,7 +89,7 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
             state = fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
             for part in source.parts:
                 kept, left_out[part.name] = _cut(source, part, state)
-                full = _full_tensors(kept, keep=ranks.is_main)
+                full = _full_tensors(part.name, kept, ranks, buffer)
                 # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
                 if full or not (left_out[part.name] or part.apart):
                     files[part.name] = full
@@ -70,6 +99,7 @@ def take_snapshot(model: nn.Module, parts: Sequence[Part], *, save_frozen_weight
         parts=tuple(parts),
         files=files if ranks.is_main else {},
         left_out={name: keys for name, keys in left_out.items() if keys},
+        buffer=buffer,
     )
 
 
@@ -110,20 +140,30 @@ def _cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[
     return {name: state[key] for key, name in entries.items() if not source.is_frozen(key)}, frozen
 
 
-def _full_tensors(state: StateDict, *, keep: bool) -> StateDict:
-    """Full CPU tensors where `keep`, else nothing. **Collective** for sharded tensors; tied ones are moved once."""
+def _full_tensors(name: str, state: StateDict, ranks: Ranks, buffer: StagingBuffer | None) -> StateDict:
+    """Full CPU tensors on rank 0, else nothing. **Collective** for sharded tensors; tied ones are moved once."""
     moved: dict[int, torch.Tensor] = {}
     full: StateDict = {}
-    with torch.no_grad():
+    with torch.no_grad(), ShardTransfer(ranks) as transfer:
         for key, value in state.items():
             if not isinstance(value, torch.Tensor):
                 full[key] = value
             elif id(value) in moved:
                 full[key] = moved[id(value)]
+            elif isinstance(value, DTensor) and transfer.can_move(value):
+                full[key] = moved[id(value)] = transfer.move(
+                    value, None if buffer is None else buffer.tensor(f"{name}/{key}", value)
+                )
             else:
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
-                full[key] = moved[id(value)] = whole.detach().cpu() if keep else whole.new_empty(0)
-    return full if keep else {}
+                full[key] = moved[id(value)] = _on_main(whole.detach(), f"{name}/{key}", ranks, buffer)
+    return full if ranks.is_main else {}
+
+
+def _on_main(whole: torch.Tensor, key: str, ranks: Ranks, buffer: StagingBuffer | None) -> torch.Tensor:
+    if not ranks.is_main:
+        return whole.new_empty(0)
+    return whole.cpu() if buffer is None else buffer.fill(key, whole)
 
 
 def _is_plain_data(value: object) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from keepbest.errors import SnapshotError
 from keepbest.store.files import DurableFile, Files
@@ -60,7 +62,8 @@ def write_state_dict(files: Files, path: Path, state: Mapping[str, Any]) -> dict
     with files.create(path) as file:
         sink = _DigestingFile(file)
         try:
-            torch.save(compact, sink)  # type: ignore[arg-type]  # it needs write and flush only
+            with _without_crc32():
+                torch.save(compact, sink)  # type: ignore[arg-type]  # it needs write and flush only
         except RuntimeError as error:
             if sink.failure is not None:
                 raise sink.failure from error
@@ -111,6 +114,17 @@ def check_file(path: Path, expected: Mapping[str, Any]) -> None:
         raise SnapshotError(
             f"{path} is damaged: its {DIGEST_ALGORITHM} is {digest.hexdigest()}, {expected['digest']} was written"
         )
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    # torch's own checksum of each tensor took as long as half of the write; the digest of the file covers it.
+    before = get_crc32_options()
+    set_crc32_options(compute_crc32=False)
+    try:
+        yield
+    finally:
+        set_crc32_options(compute_crc32=before)
 
 
 def _compact(value: Any) -> Any:

@@ -161,7 +161,7 @@ class History:
             self.pins[line["keeper"], line["tag"]] = frozenset(line["snapshots"])
         elif event == "unpin":
             self.pins.pop((line["keeper"], line["tag"]), None)
-        elif event != "end":
+        elif event not in ("end", "refs"):
             raise ValueError(f"unknown event {event!r}")
         for name, snapshot in line.get("refs", {}).items():
             _check_safe(name, *([] if snapshot is None else [snapshot]))
@@ -190,9 +190,9 @@ class History:
     def _observe(self, line: Line) -> None:
         keeper = self.keepers[line["keeper"]]
         snapshot = line.get("snapshot")
-        observation = Observation(
-            TrainingIteration.parse(line["iteration"]), float(line["value"]), durable=line.get("durable", True)
-        )
+        # Without weights on the disk nothing was a best that counts, but for one that a better one made needless.
+        durable = snapshot is not None or line.get("superseded", False)
+        observation = Observation(TrainingIteration.parse(line["iteration"]), float(line["value"]), durable=durable)
         last = keeper.present.last_iteration
         if last is not None and not observation.iteration.follows(last):
             raise ValueError(f"{observation.iteration} does not come after {last}")

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.store.store import Store
+from keepbest.store.writer import Job, Writer
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A snapshot that is, or will be, on the disk.
+
+    Attributes:
+        snapshot: its name; `None` until it is durable, and on ranks other than 0.
+        is_named: whether something that was queued after it needs it.
+    """
+
+    snapshot: str | None = None
+    is_named: bool = False
 
 
 class SharedRun:
@@ -23,8 +38,9 @@ class SharedRun:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._store: Store | None = None
+        self._writer: Writer | None = None
         self._keepers: set[str] = set()
-        self._newest: tuple[TrainingIteration, Hashable, str] | None = None
+        self._newest: tuple[TrainingIteration, Hashable, Ticket] | None = None
 
     @classmethod
     def of(cls, directory: Path) -> SharedRun:
@@ -36,10 +52,44 @@ class SharedRun:
         return run
 
     def store(self) -> Store:
-        """The store, opened on first use. For rank 0 only. Raises as `Store` does."""
+        """The store, opened on first use, when nothing is queued for it any more. For rank 0 only.
+
+        Raises as `Store` does.
+        """
+        if self._writer is not None:
+            self._writer.drain()
         if self._store is None:
             self._store = Store(self.directory)
         return self._store
+
+    def write_in_the_background(self) -> None:
+        """From now on, do what is submitted on a thread. For rank 0 only."""
+        if self._writer is None:
+            self._writer = Writer()
+
+    def submit(self, work: Callable[[Store], None], failed: Callable[[Exception], None]) -> Job:
+        """Have something written: at once, or, with a writer, after all that was submitted before. For rank 0 only.
+
+        Args:
+            work: writes.
+            failed: is told if it could not.
+        """
+        store = self._store if self._writer is not None and self._store is not None else self.store()
+        job = Job(lambda: work(store), failed)
+        if self._writer is not None:
+            self._writer.submit(job)
+            return job
+        job.is_started = True
+        try:
+            job.work()
+        except Exception as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
+            job.failed(error)
+        return job
+
+    def replace(self, job: Job, work: Callable[[Store], None]) -> bool:
+        """Have `job` do something else, if it was not begun. Returns whether it will. For rank 0 only."""
+        store = self._store
+        return self._writer is not None and store is not None and self._writer.replace(job, lambda: work(store))
 
     def join(self, keeper: str) -> None:
         """`keeper` takes up its work. **Rank-local**, on every rank.
@@ -52,19 +102,23 @@ class SharedRun:
         self._keepers.add(keeper)
 
     def leave(self, keeper: str) -> None:
-        """`keeper` is done; with the last one the folder is given free. **Rank-local**, on every rank."""
+        """`keeper` is done; the last one waits for the writer and gives the folder free. **Rank-local**, every rank."""
         self._keepers.discard(keeper)
-        if not self._keepers:
-            self._newest = None
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+        if self._keepers:
+            return
+        self._newest = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
-    def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: str) -> None:
+    def remember(self, iteration: TrainingIteration, content: Hashable, ticket: Ticket) -> None:
         """Note which snapshot holds `content`, as it was at `iteration`."""
-        self._newest = (iteration, content, snapshot)
+        self._newest = (iteration, content, ticket)
 
-    def snapshot_with(self, iteration: TrainingIteration, content: Hashable) -> str | None:
+    def snapshot_with(self, iteration: TrainingIteration, content: Hashable) -> Ticket | None:
         """The snapshot that was just taken of the same content at the same iteration, if there is one."""
         if self._newest is not None and self._newest[:2] == (iteration, content):
             return self._newest[2]

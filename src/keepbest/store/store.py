@@ -174,6 +174,23 @@ class Store:
             raise
         return name
 
+    def supersede(self, keeper: str, observation: Observation) -> None:
+        """Record a new timeline best whose weights nobody needs any more, since a better one follows.
+
+        Raises:
+            OSError: whatever the file system answers; it then goes to the disk with the next line.
+        """
+        self._append({**observation_line(keeper, observation), "superseded": True}, durable=False)
+
+    def close_tolerances(self, keeper: str, exceeded: Mapping[int, Best | None]) -> None:
+        """Set the refs of tolerances that closed earlier than was known, since a save had failed.
+
+        Raises:
+            OSError: whatever the file system answers; it then goes to the disk with the next line.
+        """
+        refs = self._tolerance_refs(keeper, self.history.keepers[keeper].present, exceeded)
+        self._commit({"event": "refs", "keeper": keeper, "refs": refs})
+
     def share(self, keeper: str, observation: Observation, snapshot: str) -> str:
         """As `save`, where another keeper has just taken a `snapshot` of the same weights.
 

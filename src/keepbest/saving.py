@@ -1,0 +1,192 @@
+"""The writing half of a keeper: what rank 0 records and saves, at once or in the background, and what it could not."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+from keepbest.decision import Best, BestState, Observation, Policy
+from keepbest.ranks import Ranks
+from keepbest.snapshot import Part, Staging, StagingBuffer, Weights, take_snapshot
+from keepbest.store import SharedRun, Store
+from keepbest.store.shared import Ticket
+from keepbest.store.writer import Job
+
+_logger = logging.getLogger(__name__)
+
+DISK_REMEDY = "Free or mend the storage of the run directory and resume: everything committed before is intact"
+
+
+class Saver:
+    """Brings the observations and bests of one keeper into the run folder.
+
+    One path for both ways: what is written is submitted to the run, which writes it at once, or on a thread. In the
+    background a failure shows at the next exchange of the ranks; nobody waits for it.
+
+    Args:
+        name: of the keeper.
+        metric_key: that it monitors.
+        policy: of the keeper.
+        run: where to write.
+        model: whose weights are saved.
+        parts: of the model.
+        save_frozen_weights: whether parameters that do not require grad are saved.
+        ranks: of the model.
+        background: whether to write on a thread.
+        goes_on: whether training goes on after a failure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        metric_key: str,
+        policy: Policy,
+        run: SharedRun,
+        model: nn.Module,
+        parts: Sequence[Part],
+        *,
+        save_frozen_weights: bool,
+        ranks: Ranks,
+        background: bool,
+        goes_on: bool,
+    ) -> None:
+        self._name = name
+        self._metric_key = metric_key
+        self._policy = policy
+        self._run = run
+        self._model = model
+        self._parts = tuple(parts)
+        self._save_frozen_weights = save_frozen_weights
+        self._ranks = ranks
+        self._goes_on = goes_on
+        self._staging = Staging(self._give_up_the_queued) if background else None
+        self._failures: deque[Exception] = deque()
+        self._has_lost_a_best = False
+        self._queued: _Queued | None = None
+        self.best_snapshot: str | None = None
+
+    def start(self) -> None:
+        """Get ready to write. **Rank-local**, on rank 0, when the run folder is open."""
+        if self._staging is not None:
+            self._run.write_in_the_background()
+
+    def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
+        """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
+        if self._ranks.is_main:
+            self._submit(lambda store: store.observe(self._name, observation, exceeded), names_bests=bool(exceeded))
+
+    def correct(self, exceeded: Mapping[int, Best | None]) -> None:
+        """Record tolerances that turned out to be closed with another best. **Rank-local**."""
+        if self._ranks.is_main and exceeded:
+            self._submit(lambda store: store.close_tolerances(self._name, exceeded), names_bests=True)
+
+    def save(self, observation: Observation) -> None:
+        """Save the weights of a new best. **Collective**.
+
+        Raises:
+            StorageError: on every rank, if they cannot be written; in the background, only `take_failure` tells.
+            KeepBestError: as `take_snapshot`.
+        """
+        content = (id(self._model), self._parts, self._save_frozen_weights)
+        ticket = self._run.snapshot_with(observation.iteration, content)
+        weights: Weights | None = None
+        if ticket is None:
+            ticket = Ticket()
+            weights = take_snapshot(
+                self._model,
+                self._parts,
+                save_frozen_weights=self._save_frozen_weights,
+                ranks=self._ranks,
+                staging=self._staging,
+            )
+        else:
+            ticket.is_named = True
+        if self._staging is None:
+            step = f"save the new best of {self._metric_key} at {observation.iteration}"
+            commit = partial(self._commit, observation, ticket, weights)
+            self.best_snapshot = self._ranks.broadcast(step, commit, remedy=DISK_REMEDY, saving=True)
+        elif self._ranks.is_main:
+            job = self._run.submit(partial(self._commit_in_background, observation, ticket, weights), self._failed)
+            self._queued = None if weights is None else _Queued(job, ticket, observation, weights)
+        self._run.remember(observation.iteration, content, ticket)
+
+    def take_failure(self) -> Exception | None:
+        """What could not be written, for every rank to raise; told once. **Rank-local**."""
+        while self._failures:
+            failure = self._failures.popleft()
+            if not (self._goes_on and isinstance(failure, OSError)):
+                return failure
+            _logger.warning("%s: not written, training goes on: %s", self._name, failure)
+        return None
+
+    def take_revised_state(self) -> BestState | None:
+        """The state without the bests that were lost in the background, if there are any; told once. **Rank-local**."""
+        if not self._has_lost_a_best:
+            return None
+        timeline = self._run.store().history.keepers[self._name].present
+        self._has_lost_a_best = False
+        return timeline.state(self._policy, until=timeline.last_iteration)
+
+    def _submit(self, write: Callable[[Store], None], *, names_bests: bool) -> None:
+        if names_bests and self._queued is not None:
+            self._queued.ticket.is_named = True
+        self._run.submit(write, self._failed)
+
+    def _failed(self, error: Exception) -> None:
+        # The other ranks are not waiting: it travels with the next exchange, at no cost to quiet intervals.
+        self._failures.append(error)
+
+    def _commit(self, observation: Observation, ticket: Ticket, weights: Weights | None) -> str | None:
+        """Write a new best; returns the name of the best that the run ever saved."""
+        store = self._run.store()
+        self._write(store, observation, ticket, weights)
+        return store.best_snapshot(self._name)
+
+    def _commit_in_background(
+        self, observation: Observation, ticket: Ticket, weights: Weights | None, store: Store
+    ) -> None:
+        try:
+            if weights is not None and weights.buffer is not None:
+                weights.buffer.wait()
+            self._write(store, observation, ticket, weights)
+        except Exception:
+            self._has_lost_a_best = True
+            store.observe(self._name, replace(observation, durable=False), {})
+            raise
+        finally:
+            self._release(weights)
+
+    def _write(self, store: Store, observation: Observation, ticket: Ticket, weights: Weights | None) -> None:
+        if weights is not None:
+            selection = f"{self._name} {self._parts} {self._save_frozen_weights}"
+            ticket.snapshot = store.save(self._name, observation, weights, selection)
+        elif ticket.snapshot is not None:
+            store.share(self._name, observation, ticket.snapshot)
+        else:
+            raise OSError(f"the snapshot of {observation.iteration}, which another keeper took, could not be written")
+
+    def _give_up_the_queued(self) -> StagingBuffer | None:
+        queued, self._queued = self._queued, None
+        if queued is None or queued.ticket.is_named:
+            return None
+        supersede = partial(Store.supersede, keeper=self._name, observation=queued.observation)
+        return queued.weights.buffer if self._run.replace(queued.job, supersede) else None
+
+    def _release(self, weights: Weights | None) -> None:
+        if self._staging is not None and weights is not None and weights.buffer is not None:
+            self._staging.release(weights.buffer)
+
+
+class _Queued(NamedTuple):
+    """The newest save in the background, as long as a newer one may take its place."""
+
+    job: Job
+    ticket: Ticket
+    observation: Observation
+    weights: Weights

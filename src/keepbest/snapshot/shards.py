@@ -1,0 +1,77 @@
+"""Moves the shards of plainly sharded tensors straight to where rank 0 wants them, each once."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+from keepbest.ranks import Ranks
+
+
+class ShardTransfer:
+    """Point-to-point transfers to rank 0, all under way at once, all arrived when the block ends. **Collective**.
+
+    What `full_tensor()` does with an all-gather, which leaves the whole tensor on every rank, this does without: ranks
+    other than 0 send their shard from where it is and allocate nothing.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._under_way: list[dist.Work] = []
+        self._kept: list[torch.Tensor] = []  # what is being sent must live until it has arrived
+        self._moved = 0
+
+    def can_move(self, tensor: DTensor) -> bool:
+        """Whether `tensor` is sharded along its first dimension over exactly these ranks, and on the CPU.
+
+        The same on every rank. Others (tensor parallel, replicated, on an accelerator) go through `full_tensor()`.
+        """
+        mesh = tensor.device_mesh
+        return (
+            tensor.device.type == "cpu"
+            and mesh.ndim == 1
+            and tuple(tensor.placements) == (Shard(0),)
+            and mesh.mesh.tolist() == self._ranks.members
+            and self._ranks.world_size > 1
+        )
+
+    def move(self, tensor: DTensor, into: torch.Tensor | None) -> torch.Tensor:
+        """Start to bring `tensor` to rank 0: `into` a contiguous tensor of the global shape, or a new one.
+
+        Returns:
+            On rank 0 the full tensor, whose values are there when the block has ended; elsewhere an empty tensor.
+        """
+        group = tensor.device_mesh.get_group()
+        shard = tensor.to_local().detach()
+        self._moved += 1
+        if not self._ranks.is_main:
+            if shard.numel():
+                sent = shard.contiguous()
+                self._kept.append(sent)
+                self._add(dist.isend(sent, group=group, group_dst=0, tag=self._moved))
+            return shard.new_empty(0)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype) if into is None else into
+        rows = -(-tensor.shape[0] // self._ranks.world_size)
+        whole[: shard.shape[0]].copy_(shard)
+        for rank in range(1, self._ranks.world_size):
+            piece = whole[rank * rows : (rank + 1) * rows]
+            if piece.numel():
+                self._add(dist.irecv(piece, group=group, group_src=rank, tag=self._moved))
+        return whole
+
+    def __enter__(self) -> ShardTransfer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            for work in self._under_way:
+                work.wait()
+
+    def _add(self, work: dist.Work | None) -> None:
+        if work is not None:
+            self._under_way.append(work)
