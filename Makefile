@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCH_INSTALLED := .venv-bench/.installed
 
-.PHONY: demo test faults check clean
+.PHONY: demo test faults check clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -26,6 +27,19 @@ check: $(INSTALLED)
 	$(BIN)/pytest -q tests/test_architecture.py
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
+# Measures every figure of docs/performance.md on this machine and prints it beside its bar. Half an hour; a quiet disk.
+bench: $(BENCH_INSTALLED)
+	.venv-bench/bin/python -m benchmarks
+	.venv-bench/bin/python -m benchmarks.plots
+
+# The peers that are measured beside keepbest, in an environment of their own.
+bench-setup: $(BENCH_INSTALLED)
+
+$(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable .
+	touch $@
+
 # The stamp comes last, so that an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +47,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist runs
+	rm -rf .venv .venv-bench .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist runs
 	find src -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +

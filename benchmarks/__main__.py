@@ -1,0 +1,28 @@
+"""Runs every benchmark, each in a process of its own, and prints each figure beside its bar."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.measure import ROOT
+
+PROGRAMS = ("stall", "durable", "heartbeat", "gather", "memory", "quiet", "tolerance", "endurance", "scale")
+
+
+def main() -> int:
+    options = sys.argv[1:]
+    failed = []
+    for program in PROGRAMS:
+        print(f"\n## {program}", flush=True)
+        # The programs are named above; the options are those of the command line.
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{program}", *options], cwd=ROOT, check=False)
+        if done.returncode:
+            failed.append(program)
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

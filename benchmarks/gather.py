@@ -1,0 +1,85 @@
+"""How long do the shards of an FSDP2 model take to rank 0?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from benchmarks import measure
+from benchmarks.contestants import Action
+from benchmarks.measure import Line, Report, Samples, Size, shard
+from keepbest.ranks import Ranks
+from keepbest.snapshot import Staging, Weights, select_parts, take_snapshot
+
+FRESH, STAGED, REFERENCE = "keepbest", "keepbest into a staging buffer", "get_model_state_dict"
+
+
+class Gather(Action):
+    """Brings the weights to rank 0, and lets go of them after."""
+
+    def __init__(self, model: nn.Module, *, staged: bool) -> None:
+        self._model = model
+        self._parts = select_parts(model)
+        self._ranks = Ranks.connect()
+        self._staging = Staging(lambda: None) if staged else None
+        self.weights: Weights | None = None
+
+    def act(self) -> None:
+        self.weights = take_snapshot(
+            self._model, self._parts, save_frozen_weights=True, ranks=self._ranks, staging=self._staging
+        )
+
+    def settle(self) -> None:
+        if self._staging is not None and self.weights is not None and self.weights.buffer is not None:
+            self._staging.release(self.weights.buffer)
+        self.weights = None
+
+
+class Reference(Action):
+    """What `torch.distributed.checkpoint` offers for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.state: dict[str, torch.Tensor] = {}
+
+    def act(self) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        self.state = get_model_state_dict(self._model, options=options)
+
+    def settle(self) -> None:
+        self.state = {}
+
+
+def measure_on_rank(world_size: int, size: Size) -> Samples:
+    model = shard(measure.make_model(size.megabytes), world_size)
+    reference = Reference(model)
+    ours = {FRESH: Gather(model, staged=False), STAGED: Gather(model, staged=True)}
+    reference.act()
+    for gather in ours.values():
+        gather.act()
+        if gather.weights is not None and gather.weights.files:
+            same = [torch.equal(gather.weights.files["model"][key], value) for key, value in reference.state.items()]
+            if not (same and all(same)):
+                raise RuntimeError("the gathered weights differ from those of get_model_state_dict")
+        gather.settle()
+    reference.settle()
+    return measure.alternate({REFERENCE: reference, **ours}, size.repetitions)
+
+
+def run(quick: bool) -> Report:
+    size = Size(8, 3) if quick else Size(1000, 9)
+    report = Report()
+    for world_size in (2,) if quick else (2, 4):
+        samples = measure.on_ranks(world_size, measure_on_rank, world_size, size)[0]
+        report.samples[f"{world_size} ranks"] = samples
+        for name in (FRESH, STAGED):
+            told = measure.told(samples, name, REFERENCE)
+            half = measure.ratio(samples, name, REFERENCE)
+            what = f"FSDP2 gather, {name}, {world_size} ranks"
+            report.add(Line(what, half, "at most 0.5 x get_model_state_dict", 0.5, detail=told))
+    return report
+
+
+if __name__ == "__main__":
+    measure.main("gather", run)
