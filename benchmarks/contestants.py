@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -152,7 +153,14 @@ class Lightning(Action):
 
     def __init__(self, model: nn.Module, folder: Path, *, is_async: bool) -> None:
         import pytorch_lightning as pl
-        from pytorch_lightning.plugins.io import AsyncCheckpointIO
+        from pytorch_lightning.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+        self._saved = saved = threading.Event()
+
+        class NotingIO(TorchCheckpointIO):
+            def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+                super().save_checkpoint(*args, **kwargs)
+                saved.set()
 
         class Module(pl.LightningModule):
             def __init__(self) -> None:
@@ -171,7 +179,7 @@ class Lightning(Action):
             accelerator="cpu",
             devices=world_size,
             strategy="ddp" if world_size > 1 else "auto",
-            plugins=[AsyncCheckpointIO()] if is_async else None,
+            plugins=[AsyncCheckpointIO(NotingIO())] if is_async else None,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -185,6 +193,7 @@ class Lightning(Action):
         self._last: Path | None = None
 
     def act(self) -> None:
+        self._saved.clear()
         before, self._last = self._last, next(self._paths)
         self._trainer.save_checkpoint(self._last, weights_only=True)
         if before is not None:
@@ -195,9 +204,8 @@ class Lightning(Action):
             self._io.teardown()  # waits; the next save starts a new thread
 
     def is_done(self) -> bool:
-        """Whether the thread that writes has nothing to do."""
-        # Its executor has one worker, which counts itself idle when it waits for work.
-        return bool(self._io._executor._idle_semaphore.acquire(blocking=False))
+        """Whether the thread has written what was saved last."""
+        return self._saved.is_set()
 
     def end(self) -> None:
         if self._last is not None:
@@ -224,7 +232,7 @@ class Ignite(Action):
 
 
 class Dcp(Action):
-    """`torch.distributed.checkpoint`: `save`, or `async_save` with its own stager, or with one that keeps its buffers."""
+    """`torch.distributed.checkpoint`: `save`, `async_save` as it comes, or with a stager that keeps its buffers."""
 
     def __init__(self, model: nn.Module, folder: Path, kind: str) -> None:
         self._model = plain(model)

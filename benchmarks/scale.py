@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ MEGABYTES = 8
 
 def sockets() -> int:
     links = Path("/proc/self/fd").iterdir()
-    return sum(str(os.readlink(link)).startswith("socket:") for link in links if link.is_symlink())
+    return sum(str(link.readlink()).startswith("socket:") for link in links if link.is_symlink())
 
 
 def measure_on_rank(folder: Path, calls: int) -> dict[str, Any]:
