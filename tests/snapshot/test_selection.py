@@ -219,3 +219,15 @@ def test_view_is_saved_without_the_storage_that_it_looks_into(tmp_path):
     with BestKeeper(model, directory=tmp_path, metric_key="loss") as keeper:
         keeper.observe(1.0, update(1))
     assert (keeper.best_path / "model.pt").stat().st_size < 10_000
+
+
+def save_tied_weights(wrap, directory):
+    with BestKeeper(WRAPS[wrap](odd(0)), directory=directory, metric_key="loss") as keeper:
+        keeper.observe(1.0, update(1))
+    state = torch.load(keeper.best_path / "model.pt", weights_only=True)
+    return state["tied.first.weight"].data_ptr() == state["tied.second.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2", "tensor_parallel"])
+def test_tied_weights_are_moved_and_written_once(wrap, tmp_path):
+    assert run_ranks(save_tied_weights, 2, wrap, tmp_path) == [True, True]
