@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from keepbest import BestKeeper, TrainingIteration
 
 PAYLOAD = 48
 MEGABYTES = 8
+RANKS = (2, 4, 8, 16, 32)
 
 
 def sockets() -> int:
@@ -24,11 +26,12 @@ def sockets() -> int:
     return sum(str(link.readlink()).startswith("socket:") for link in links if link.is_symlink())
 
 
-def measure_on_rank(folder: Path, calls: int) -> dict[str, Any]:
+def measure_on_rank(folder: Path, calls: int, is_lazy: bool) -> dict[str, Any]:
     """Costs as this rank sees them: seconds, bytes, numbers."""
     world_size = dist.get_world_size()
     model = DistributedDataParallel(measure.make_model(MEGABYTES))
     measure.meet()
+    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(is_lazy))  # from here on: for the group of the control plane
     before = sockets(), resident()
     started = time.perf_counter()
     keeper = BestKeeper(model, directory=folder / "run", metric_key="loss/val")
@@ -66,14 +69,16 @@ def measure_on_rank(folder: Path, calls: int) -> dict[str, Any]:
 
 def run(quick: bool) -> Report:
     report = Report()
-    for world_size in (2, 4) if quick else (2, 4, 8, 16, 32):
+    settings = [(2, False), (4, False)] if quick else [(ranks, lazy) for lazy in (False, True) for ranks in RANKS]
+    for world_size, is_lazy in settings:
         with measure.scratch() as folder:
-            ranks = measure.on_ranks(world_size, measure_on_rank, folder, 20 if quick else 300)
+            ranks = measure.on_ranks(world_size, measure_on_rank, folder, 20 if quick else 300, is_lazy)
         largest = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
-        report.samples[f"{world_size} ranks"] = {name: [float(rank[name]) for rank in ranks] for name in largest}
+        where = f"{world_size} ranks" + (", lazy connections" if is_lazy else "")
+        report.samples[where] = {name: [float(rank[name]) for rank in ranks] for name in largest}
         for name, value in largest.items():
             unit, scale = ("MB", 1e-6) if "bytes" in name else ("", 1) if name == "connections" else ("ms", 1e3)
-            report.add(Line(f"{name}, {world_size} ranks, on the slowest", value * scale, unit=unit))
+            report.add(Line(f"{name}, {where}, on the slowest", value * scale, unit=unit))
     return report
 
 
