@@ -33,11 +33,12 @@ METRIC = "loss/val/total"
 TOLERANCES = [0, 1, 3, 20]  # all but the last are exceeded, each before a later improvement
 DROUGHTS = {4, 9, 10, 16, 17, 18, 19, 27, 34, 35}
 UPDATES = 41  # more than the last resume checkpoint, so that a run that dies at its very end trains again
+EVERY_UPDATE = {"every_n_updates": 1}
 CALLBACKS = [
     {"name": "CheckpointCallback", "every_n_updates": 3},
-    {"name": "LossWithDroughts", "dataset_key": "val", "every_n_updates": 1},
-    {"name": "BestCheckpointCallback", "metric_key": METRIC, "every_n_updates": 1, "tolerances": TOLERANCES},
+    {"name": "LossWithDroughts", "dataset_key": "val", **EVERY_UPDATE},
 ]
+BEST_CHECKPOINT = {"name": "BestCheckpointCallback", "metric_key": METRIC, "tolerances": TOLERANCES, **EVERY_UPDATE}
 
 # What is called of the store, and the operations of the file layer that it comes to, with how many it takes about.
 COMMITS = {
@@ -76,6 +77,7 @@ class Session:
     directory: Path
     notes: Path
     strategy: str
+    async_save: bool = False
     death: Death | None = None
     records_weights: bool = False
 
@@ -257,7 +259,11 @@ def train(session: Session) -> dict[str, Any]:
     trainer = toys.make_trainer(
         session.directory,
         model=toys.auto_encoder(dropout=0.1),
-        callbacks=[*CALLBACKS, {"kind": f"{__name__}.Witness", "every_n_updates": 1, "session": session}],
+        callbacks=[
+            *CALLBACKS,
+            {**BEST_CHECKPOINT, "async_save": session.async_save},
+            {"kind": f"{__name__}.Witness", "session": session, **EVERY_UPDATE},
+        ],
         strategy=session.strategy,
         resume="auto",
         epochs=None,
