@@ -74,6 +74,7 @@ def test_infinities_and_overflow_do_not_raise():
     assert math.isnan(reduce_numbers(numbers([math.inf, -math.inf]), "mean"))
     assert reduce_numbers(numbers([1.7e308, 1.7e308]), "sum") == math.inf
     assert reduce_numbers(numbers([-1.7e308, -1.6e308]), "sum") == -math.inf
+    assert reduce_numbers(numbers([1.5e308, 1.7e308]), "mean") == pytest.approx(1.6e308)
 
 
 @given(st.lists(st.tuples(st.floats(-1e300, 1e300), WEIGHTS), min_size=2, max_size=5))

@@ -161,8 +161,11 @@ def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> flo
         return _sum([value * weight for value, weight in zip(values, weights, strict=True)])
     if _all_same(values):
         return values[0]
+    whole = math.fsum(weights)
     total = _sum([value * weight for value, weight in zip(values, weights, strict=True)])
-    return total / math.fsum(weights)
+    if math.isinf(total) and all(map(math.isfinite, values)):
+        return math.fsum(value * (weight / whole) for value, weight in zip(values, weights, strict=True))
+    return total / whole
 
 
 def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
