@@ -7,6 +7,7 @@ What the ranks do is in `kills`; here is who kills them, and what must hold afte
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -208,7 +209,8 @@ def attempt(session: Session, kill: Death | Timed | None) -> list[Outcome]:
             time.sleep(kill.delay)  # decides what the kill hits, not whether the test is right
             # Before the ranks are all connected nothing tells the others that one is gone: their launcher ends them.
             for rank in (kill.rank,) if kill.said == "training" else (kill.rank, 1 - kill.rank):
-                ranks.signal(rank, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself in the meantime
+                    ranks.signal(rank, signal.SIGKILL)
                 ranks.processes[rank].join(SESSION_LIMIT)
         return ranks.collect(SESSION_LIMIT)
 
