@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import shutil
@@ -167,7 +168,7 @@ def make_model(megabytes: int) -> nn.Sequential:
     torch.manual_seed(0)
     blocks = [
         nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width))
-        for _ in range(max(1, round(megabytes / block_megabytes)))
+        for _ in range(math.ceil(megabytes / block_megabytes))
     ]
     return nn.Sequential(*blocks)
 
