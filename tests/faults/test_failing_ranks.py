@@ -212,8 +212,10 @@ def complaints(world_size: int, kind: str, step: str, victim: int, outcome) -> l
     must_time_out = kind == "stop" or (kind == "raise" and step in OUTSIDE)
     if must_time_out and not in_gather and type(error) is not RankTimeoutError:
         found.append(f"no timeout: {error!r}")
-    # Of ranks that died, the first to notice leaves too, and the next one waits for both.
-    if type(error) is RankTimeoutError and kind != "exit" and f"did not arrive: {victim}." not in str(error):
+    # Of ranks that died, the first to notice leaves too, and the next one waits for both; so it is after a gather.
+    absent = f"did not arrive: {victim}."
+    waits_for_all = kind == "exit" or in_gather
+    if type(error) is RankTimeoutError and not waits_for_all and absent not in str(error):
         found.append(f"the timeout does not name the rank: {error!r}")
     if agreed:
         # Everybody knows, nobody is lost: the ranks could go on. Nothing may hang.
