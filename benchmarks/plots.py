@@ -44,6 +44,7 @@ def draw_scale(samples: dict[str, Samples]) -> None:
         axes.plot(ranks, [max(samples[f"{count} ranks"][name]) * 1e3 for count in ranks], "o-", color=color, label=name)
     axes.set(xscale="log", yscale="log", xlabel="ranks (on two cores)", ylabel="ms", title="one interval")
     axes.set_xticks(ranks, [str(count) for count in ranks])
+    axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save("scale")
