@@ -35,8 +35,8 @@ def read_ledger(path: Path) -> tuple[list[Line], int]:
             break
         lines.append(_parsed(path, len(lines) + 1, raw))
         whole += len(raw)
-    torn = data[whole:].splitlines(keepends=True)[1:]
-    if any(_was_synced(raw) for raw in torn):
+    # What follows a line that is waited for was written when that was safe, and all before it.
+    if any(_is_waited_for(raw) for raw in data[whole:].splitlines(keepends=True)[1:-1]):
         raise LedgerError(f"{path}, line {len(lines) + 1} is damaged, and later lines were committed: it cannot be cut")
     if lines and (lines[0].get("event") != "run" or lines[0].get("format") != FORMAT):
         raise LedgerError(
@@ -46,8 +46,8 @@ def read_ledger(path: Path) -> tuple[list[Line], int]:
     return lines, whole
 
 
-def _was_synced(raw: bytes) -> bool:
-    """Whether a line is one that is waited for: it could not be there if a line before it were not."""
+def _is_waited_for(raw: bytes) -> bool:
+    """Whether nothing is written after this line before it is on the disk."""
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError):
