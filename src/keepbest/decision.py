@@ -76,6 +76,9 @@ class Best:
     value: float
     iteration: TrainingIteration
 
+    def __str__(self) -> str:
+        return f"{self.value!r} at {self.iteration}"
+
 
 @dataclass(frozen=True, slots=True)
 class BestState:
@@ -92,6 +95,13 @@ class BestState:
     tolerance_counter: int = 0
     exceeded: Mapping[int, Best | None] = field(default_factory=dict)
     last_iteration: TrainingIteration | None = None
+
+    def __str__(self) -> str:
+        """All of it in one line; equal for equal states only."""
+        exceeded = {tolerance: str(best) for tolerance, best in sorted(self.exceeded.items())} if self.exceeded else ""
+        return (
+            f"best {self.best}, {self.tolerance_counter} intervals ago, exceeded {exceeded}, at {self.last_iteration}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only; `from_json` is the inverse."""

@@ -42,14 +42,19 @@ class TrainingIteration:
         Raises:
             IterationError: if the two do not name the same parts.
         """
-        pairs = list(zip(self.parts, earlier.parts, strict=True))
-        if any((mine is None) != (theirs is None) for mine, theirs in pairs):
-            raise IterationError(
-                f"iteration {self} does not name the same parts as {earlier}; "
-                "give the same of epoch, update and sample at every interval"
-            )
-        known = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
-        return all(mine >= theirs for mine, theirs in known) and any(mine > theirs for mine, theirs in known)
+        goes_on = False
+        goes_back = False
+        for mine, theirs in zip(self.parts, earlier.parts, strict=True):
+            if mine is None and theirs is None:
+                continue
+            if mine is None or theirs is None:
+                raise IterationError(
+                    f"iteration {self} does not name the same parts as {earlier}; "
+                    "give the same of epoch, update and sample at every interval"
+                )
+            goes_on = goes_on or mine > theirs
+            goes_back = goes_back or mine < theirs
+        return goes_on and not goes_back
 
     def __str__(self) -> str:
         return "_".join(f"{letter}{part}" for letter, part in zip("EUS", self.parts, strict=True) if part is not None)

@@ -200,6 +200,8 @@ def _sum(terms: Sequence[float]) -> float:
 
 
 def _real(value: Any, what: str) -> float:
+    if type(value) is float:  # the usual case, in the quiet interval that is to cost nothing
+        return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             got = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
