@@ -139,14 +139,28 @@ def fast_folder():
     shutil.rmtree(path)
 
 
-def test_every_crash_point_recovers_to_a_committed_state(fast_folder: Path, request: pytest.FixtureRequest):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # In pieces, each of which is through well within the time that one test may take.
+    pieces = 16 if metafunc.config.getoption("--crash-points") == "all" else 2
+    metafunc.parametrize(("piece", "pieces"), [(piece, pieces) for piece in range(pieces)])
+
+
+@pytest.fixture(scope="module")
+def explored():
+    counts: list[int] = []
+    yield counts
+    print(f"\ncrash points: {sum(counts)} states explored, all recovered")
+
+
+def test_every_crash_point_recovers_to_a_committed_state(piece, pieces, explored, fast_folder, request):
     everything = request.config.getoption("--crash-points") == "all"
-    chance = random.Random(request.config.getoption("--fault-seed"))
+    chance = random.Random(f"{request.config.getoption('--fault-seed')} {piece}")
     (fast_folder / "recorded").mkdir()
     files = record(fast_folder / "recorded")
     lines = ledger_lines(files)
+    lengths = range(len(files.log) + 1)[len(files.log) * piece // pieces : len(files.log) * (piece + 1) // pieces + 1]
     seen: set[int] = set()
-    for length in range(len(files.log) + 1):
+    for length in lengths:
         issued = [text for written, _, text in lines if written < length]
         committed = sum(synced < length for _, synced, _ in lines)
         for fates in files.fates(length, chance, most=None if everything else 2):
@@ -165,5 +179,6 @@ def test_every_crash_point_recovers_to_a_committed_state(fast_folder: Path, requ
                 print(f"\nafter {length} of {len(files.log)} operations, with {fates}:")
                 raise
             shutil.rmtree(place)
-    print(f"\ncrash points: {len(files.log)} operations, {len(seen)} states explored, all recovered")
-    assert len(seen) > len(files.log)
+    print(f"\noperations {lengths[0]} to {lengths[-1]} of {len(files.log)}: {len(seen)} states")
+    explored.append(len(seen))
+    assert len(seen) > len(lengths)
