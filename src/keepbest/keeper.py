@@ -341,7 +341,7 @@ class BestKeeper:
     def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
         """The metric that all ranks agree on; before that, they hear what rank 0 could not write."""
         failure = self._saver.take_failure()
-        revised = None if failure is not None else self._saver.take_revised_state()
+        revised = None if failure is not None else self._saver.revised_state()
         value, news = agree_on_metric(
             self._ranks,
             self.metric_key,
@@ -356,8 +356,10 @@ class BestKeeper:
         return value
 
     def _revise(self, state: BestState) -> None:
+        """Take over the state without bests that could not be written; closes the tolerances that this closes."""
         before, self._state = self._state.exceeded, state
         exceeded = state.exceeded.items()
+        self._saver.all_know_the_revised_state()
         self._saver.correct({each: best for each, best in exceeded if each not in before or before[each] != best})
 
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
@@ -374,18 +376,22 @@ class BestKeeper:
     def _settle(self, step: str, write: Callable[[Store, BestState], None]) -> None:
         """Wait for what is being written, and let rank 0 write something that all must know to be there."""
 
-        def work() -> dict[str, Any]:
-            store = self._run.store()
+        def wait() -> dict[str, Any]:
+            self._run.store()
             if (failure := self._saver.take_failure()) is not None:
                 raise failure
-            if (revised := self._saver.take_revised_state()) is not None:
-                self._revise(revised)
-                store = self._run.store()
-            write(store, self._state)
-            return {"state": self._state.to_json(), "best": store.best_snapshot(self.name)}
+            revised = self._saver.revised_state()
+            return {"state": None if revised is None else revised.to_json()}
 
-        facts = self._ranks.broadcast(step, work, remedy=DISK_REMEDY, saving=True)
-        self._state, self._saver.best_snapshot = BestState.from_json(facts["state"]), facts["best"]
+        def write_now() -> str | None:
+            store = self._run.store()
+            write(store, self._state)
+            return store.best_snapshot(self.name)
+
+        news = self._ranks.broadcast(step, wait, remedy=DISK_REMEDY, saving=True)["state"]
+        if news is not None:
+            self._revise(BestState.from_json(news))
+        self._saver.best_snapshot = self._ranks.broadcast(step, write_now, remedy=DISK_REMEDY, saving=True)
 
     def _refuse_if_closed(self) -> None:
         if self._phase == "closed":

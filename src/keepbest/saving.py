@@ -67,7 +67,8 @@ class Saver:
         self._goes_on = goes_on
         self._staging = Staging(self._give_up_the_queued) if background else None
         self._failures: deque[Exception] = deque()
-        self._has_lost_a_best = False
+        self._lost_bests = 0
+        self._known_lost_bests = 0
         self._queued: _Queued | None = None
         self.best_snapshot: str | None = None
 
@@ -125,13 +126,18 @@ class Saver:
             _logger.warning("%s: not written, training goes on: %s", self._name, failure)
         return None
 
-    def take_revised_state(self) -> BestState | None:
-        """The state without the bests that were lost in the background, if there are any; told once. **Rank-local**."""
-        if not self._has_lost_a_best:
+    def revised_state(self) -> BestState | None:
+        """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
+        if not self._lost_bests:
             return None
         timeline = self._run.store().history.keepers[self._name].present
-        self._has_lost_a_best = False
+        self._known_lost_bests = self._lost_bests
         return timeline.state(self._policy, until=timeline.last_iteration)
+
+    def all_know_the_revised_state(self) -> None:
+        """Every rank has taken over what `revised_state` gave. **Rank-local**."""
+        self._lost_bests -= self._known_lost_bests
+        self._known_lost_bests = 0
 
     def _submit(self, write: Callable[[Store], None], *, names_bests: bool) -> None:
         if names_bests and self._queued is not None:
@@ -156,7 +162,7 @@ class Saver:
                 weights.buffer.wait()
             self._write(store, observation, ticket, weights)
         except Exception:
-            self._has_lost_a_best = True
+            self._lost_bests += 1
             store.observe(self._name, replace(observation, durable=False), {})
             raise
         finally:
