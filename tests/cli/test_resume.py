@@ -20,7 +20,7 @@ def test_run_that_is_resumed_equals_one_that_went_through(world_size, strategy, 
     runs.succeeded(runs.train_on_ranks(world_size, path, parts, f"trainer.epochs={EPOCHS // 2}"))
     half = runs.checkpoints(tmp_path / "parts")
     provisional = [ref for ref, checkpoint in half.items() if checkpoint.exceeded is False]
-    runs.succeeded(runs.train_on_ranks(world_size, path, parts, "resume=auto"))
+    runs.succeeded(runs.train_on_ranks(world_size, path, parts, "trainer.resume=auto"))
 
     whole, resumed = runs.checkpoints(tmp_path / "whole"), runs.checkpoints(tmp_path / "parts")
     assert resumed.keys() == whole.keys() == {runs.BEST, *(f"{runs.BEST}.tolerance={n}" for n in (0, 1, 3))}
@@ -37,4 +37,4 @@ def test_run_that_is_resumed_equals_one_that_went_through(world_size, strategy, 
         assert mine.keys() == theirs.keys() != set()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     saved = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
-    assert (saved["trainer"]["epochs"], saved["resume"]) == (EPOCHS, "auto")
+    assert (saved["trainer"]["epochs"], saved["trainer"]["resume"]) == (EPOCHS, "auto")

@@ -33,6 +33,7 @@ class TrainerConfig(BaseModel):
         train_dataset: key of the dataset to train on.
         tracker: where logged scalars go, in the folder of the run.
         callbacks: their configs, in the order in which they are called.
+        resume: a resume checkpoint to go on from; "auto" is the newest complete one of this run, if there is any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +48,7 @@ class TrainerConfig(BaseModel):
     train_dataset: str = "train"
     tracker: TrackerName = "jsonl"
     callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] = []
+    resume: str | None = None
 
     @model_validator(mode="after")
     def _check_end(self) -> Self:
@@ -113,7 +115,6 @@ class RunConfig(BaseModel):
         optimizer: of all submodels; give either this or `optimizers`.
         optimizers: of each submodel, by its dotted name.
         trainer: how to train.
-        resume: a resume checkpoint; "auto" is the newest one of this run, if there is any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -126,7 +127,6 @@ class RunConfig(BaseModel):
     optimizer: Component | None = None
     optimizers: dict[str, Component] | None = None
     trainer: TrainerConfig
-    resume: str | None = None
 
     @model_validator(mode="after")
     def _check_optimizers(self) -> Self:

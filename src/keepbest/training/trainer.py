@@ -253,7 +253,7 @@ def build_trainer(config: RunConfig, ranks: Ranks) -> Trainer:
         ranks,
         optimizers=config.optimizer_factories(),
         seed=config.seed,
-        resume=config.resume,
+        resume=config.trainer.resume,
     )
 
 
