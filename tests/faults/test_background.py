@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration
-from keepbest.errors import StorageError
+from keepbest.errors import SnapshotError, StorageError
 from keepbest.store import store as store_module
 from keepbest.store.files import DurableFile, Files
 from keepbest.store.verify import verify
@@ -202,6 +202,19 @@ def test_keepers_share_a_snapshot_that_is_still_queued(tmp_path):
         keeper.close()
     assert [stamp(tmp_path, keeper.name) for keeper in keepers] == [2, 2]
     assert len(list((tmp_path / "checkpoints/snapshots").iterdir())) == 1
+
+
+def test_refused_snapshots_keep_no_buffer(tmp_path):
+    keeper, model = keep(tmp_path)
+    weight = model.weight
+    with keeper:
+        for _ in range(3):
+            model.weight = nn.Parameter(torch.empty(1, 1, device="meta"))
+            with pytest.raises(SnapshotError, match="meta device"):
+                keeper.observe(1.0, TrainingIteration(epoch=1))
+        model.weight = weight
+        assert observe(keeper, model, 1, 1.0).is_new_best
+    assert stamp(tmp_path) == 1
 
 
 PROGRAM = """

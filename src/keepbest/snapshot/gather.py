@@ -76,12 +76,18 @@ def take_snapshot(
             buffer = staging.claim()
         return listed
 
-    sources = ranks.agree(
-        "list the weights",
-        list_and_claim,
-        state=lambda sources: b"\n".join(map(_listing, sources)),
-        saving=staging is not None,  # rank 0 may have to wait for a write before it has a buffer
-    )
+    try:
+        sources = ranks.agree(
+            "list the weights",
+            list_and_claim,
+            state=lambda sources: b"\n".join(map(_listing, sources)),
+            saving=staging is not None,  # rank 0 may have to wait for a write before it has a buffer
+        )
+    except BaseException:
+        # Nothing moved, and the ranks may go on: a buffer that is not given back would be waited for in vain.
+        if staging is not None and buffer is not None:
+            staging.release(buffer)
+        raise
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
     try:
