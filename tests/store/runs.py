@@ -48,7 +48,8 @@ def refs(directory: Path) -> dict[str, str]:
 
 
 def snapshots(directory: Path) -> set[str]:
-    return {path.name for path in (directory / "checkpoints" / "snapshots").iterdir()}
+    """Those that have a name; the space of others may still be on its way back."""
+    return {path.name for path in (directory / "checkpoints" / "snapshots").glob("[!.]*")}
 
 
 def saved_at(directory: Path, ref: str) -> int:

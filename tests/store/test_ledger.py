@@ -72,6 +72,7 @@ def test_refs_and_snapshots_follow_the_ledger_after_a_crash(run):
     with Run(run.keeper.directory, tolerances=[0], resume="ledger").keeper:
         assert refs(run.keeper.directory) == wanted
         assert snapshots(run.keeper.directory) == {"U2"}
+    assert [path.name for path in (folder / "snapshots").iterdir()] == ["U2"]
 
 
 def test_quiet_intervals_are_on_the_disk_after_a_flush_and_values_keep_their_bits(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from keepbest.errors import LedgerError
 from keepbest.store.files import DurableFile, Files
 
 FORMAT = 1
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 Line = dict[str, Any]
 
 
@@ -74,7 +74,7 @@ class LedgerFile:
             self._file.close()
             raise
 
-    def append(self, line: Mapping[str, Any], *, durable: bool, withdraw: bool = False) -> None:
+    def append(self, line: Line, *, durable: bool, withdraw: bool = False) -> None:
         """Add one line.
 
         Args:
@@ -86,7 +86,7 @@ class LedgerFile:
             OSError: whatever the file system answers; the file then ends as it did before, or does so before anything
                 else is written (`is_torn`).
         """
-        text = json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        text = _encode(line).encode() + b"\n"
         data = self._unwritten + text
         try:
             self._write(data, durable=durable)

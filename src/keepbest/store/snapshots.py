@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from keepbest.store.files import Files
 from keepbest.store.format import DIGEST_ALGORITHM, ENDING, write_state_dict
 from keepbest.store.layout import MANIFEST, TEMPORARY
 from keepbest.store.names import part_name
+
+_logger = logging.getLogger(__name__)
+_REMOVED = f"{TEMPORARY}removed-"
 
 
 def manifest_digest(text: bytes) -> str:
@@ -29,6 +34,7 @@ class SnapshotFolder:
     def __init__(self, files: Files, path: Path) -> None:
         self._files = files
         self._path = path
+        self._removal: threading.Thread | None = None
 
     def holds(self, name: str) -> bool:
         """Whether there is a snapshot of this name."""
@@ -65,6 +71,7 @@ class SnapshotFolder:
         Raises:
             OSError: whatever the file system answers; nothing of the snapshot is left then, if it can be removed.
         """
+        self.finish_removal()  # it may be the space that this needs
         files, temporary = self._files, self._path / f"{TEMPORARY}{name}"
         files.remove(temporary)
         try:
@@ -99,7 +106,37 @@ class SnapshotFolder:
         self._files.remove(self._path / name)
 
     def remove_all_but(self, kept: Collection[str]) -> None:
-        """Remove whatever is not in `kept`, what a crash left half written included."""
-        for path in self._path.iterdir():
-            if path.name not in kept:
+        """Remove whatever is not in `kept`, what a crash left half written included.
+
+        All of it loses its name at once. A thread gives back the space: for large files that takes as long as a part of
+        the write, and nothing needs to wait for it but the next write.
+
+        Raises:
+            OSError: whatever the file system answers.
+        """
+        self.finish_removal()
+        doomed = [path for path in self._path.iterdir() if path.name not in kept]
+        removed = [self._without_name(path) for path in doomed]
+        if removed:
+            self._removal = threading.Thread(target=self._remove, args=(removed,), name="keepbest-removal", daemon=True)
+            self._removal.start()
+
+    def finish_removal(self) -> None:
+        """Wait until the space of all that was removed is free."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
+
+    def _without_name(self, path: Path) -> Path:
+        if path.name.startswith(TEMPORARY):
+            return path
+        nameless = path.with_name(f"{_REMOVED}{path.name}")
+        self._files.rename(path, nameless)
+        return nameless
+
+    def _remove(self, paths: list[Path]) -> None:
+        try:
+            for path in paths:
                 self._files.remove(path)
+        except OSError as error:
+            _logger.warning("what is no longer needed stays until the next save: %s", error)

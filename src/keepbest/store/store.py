@@ -221,7 +221,8 @@ class Store:
         self._commit({"event": "end", "keeper": keeper, "refs": refs})
 
     def sync(self) -> None:
-        """Make all observations durable."""
+        """Make all observations durable, and wait until the space of what was removed is free."""
+        self._snapshots.finish_removal()
         if self._ledger is not None:
             self._ledger.sync()
 
@@ -234,6 +235,7 @@ class Store:
             # Who waits for a line syncs it; what was not synced may be lost, as it may be in a crash.
             _logger.warning("%s: the newest observations may be lost: %s", self._folder, error)
         finally:
+            self._snapshots.finish_removal()
             self._lock.release()
 
     def best_snapshot(self, keeper: str) -> str | None:
@@ -286,6 +288,7 @@ class Store:
         LedgerFile(self._files, self._folder / LEDGER, self._ledger_size).close()
         self._refs.restore(self.history.refs)
         self._snapshots.remove_all_but(self.history.kept())
+        self._snapshots.finish_removal()
 
     def _resumed(
         self, keeper: str, before: Policy, policy: Policy, branch: Timeline, at: TrainingIteration | None
