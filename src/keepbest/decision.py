@@ -97,11 +97,9 @@ class BestState:
     last_iteration: TrainingIteration | None = None
 
     def __str__(self) -> str:
-        """All of it in one line; equal for equal states only."""
-        exceeded = {tolerance: str(best) for tolerance, best in sorted(self.exceeded.items())} if self.exceeded else ""
-        return (
-            f"best {self.best}, {self.tolerance_counter} intervals ago, exceeded {exceeded}, at {self.last_iteration}"
-        )
+        """One line of a length that does not depend on the number of tolerances."""
+        closed = len(self.exceeded)
+        return f"best {self.best}, {self.tolerance_counter} intervals ago, {closed} closed, at {self.last_iteration}"
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only; `from_json` is the inverse."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from keepbest.errors import IterationError
 
-_PATTERN = re.compile(r"(?:E(?P<epoch>\d+))?(?:_?U(?P<update>\d+))?(?:_?S(?P<sample>\d+))?")
+_COUNT = "(0|[1-9][0-9]*)"
+_PATTERN = re.compile(f"(?:E{_COUNT})?(?:(?:^|(?<=[0-9])_)U{_COUNT})?(?:(?:^|(?<=[0-9])_)S{_COUNT})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class TrainingIteration:
     sample: int | None = None
 
     def __post_init__(self) -> None:
-        if all(part is None for part in self.parts):
+        if self.parts == (None, None, None):
             raise IterationError("TrainingIteration needs at least one of epoch, update and sample")
         for name, part in zip(("epoch", "update", "sample"), self.parts, strict=True):
             if part is not None and (type(part) is not int or part < 0):
@@ -57,7 +58,7 @@ class TrainingIteration:
         return goes_on and not goes_back
 
     def __str__(self) -> str:
-        return "_".join(f"{letter}{part}" for letter, part in zip("EUS", self.parts, strict=True) if part is not None)
+        return "_".join([f"{letter}{part}" for letter, part in zip("EUS", self.parts, strict=True) if part is not None])
 
     @classmethod
     def parse(cls, text: str) -> TrainingIteration:
@@ -67,7 +68,6 @@ class TrainingIteration:
             IterationError: if `text` is not of the form `E7_U140_S8960`.
         """
         match = _PATTERN.fullmatch(text)
-        parts = {} if match is None else {name: int(part) for name, part in match.groupdict().items() if part}
-        if not parts or str(iteration := cls(**parts)) != text:
+        if match is None or not text:
             raise IterationError(f"not a training iteration: {text!r}; expected a form like E7_U140_S8960")
-        return iteration
+        return cls(*(None if part is None else int(part) for part in match.groups()))

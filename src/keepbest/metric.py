@@ -151,7 +151,7 @@ def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> flo
             lines = "\n".join(f"  rank {rank}: {number.value!r}" for rank, number in enumerate(numbers))
             raise MetricMismatchError(f"metric_reduction is 'identical', but the ranks hold different values:\n{lines}")
         return values[0]
-    if any(math.isnan(value) for value in values):
+    if any(map(math.isnan, values)):
         return math.nan
     if reduction == "min":
         return min(values)

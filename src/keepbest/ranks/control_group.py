@@ -17,6 +17,19 @@ _PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
 _GRACE_FOR_SIGN_INS = 3.0
 
 
+class _Frames:
+    """Memory of one all_gather: what this rank sends, and what all of them sent."""
+
+    def __init__(self, size: int, world_size: int) -> None:
+        self.sent = bytearray(size)
+        self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
+        self._gathered = [bytearray(size) for _ in range(world_size)]
+        self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._gathered]
+
+    def received(self) -> list[bytes]:
+        return [bytes(row) for row in self._gathered]
+
+
 @dataclass(slots=True)
 class ControlGroup:
     """One gloo group for each process group, shared by everybody who agrees on something in it.
@@ -36,6 +49,7 @@ class ControlGroup:
     members: tuple[int, ...] = (0,)
     poison: str | None = None
     round: int = 0
+    _frames: _Frames | None = None
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | None, timeout: timedelta) -> ControlGroup:
@@ -74,13 +88,13 @@ class ControlGroup:
         if self.group is None:
             return [mine]
         self.round += 1
-        gathered = bytearray(self.world_size * len(mine))
-        rows = _as_tensor(gathered).view(self.world_size, len(mine))
+        frames = self._frames_of(len(mine))
+        frames.sent[:] = mine
         options = AllgatherOptions()
         options.timeout = timeout
         started = time.monotonic()
         try:
-            work = self.group.allgather([list(rows.unbind(0))], [_as_tensor(bytearray(mine))], options)
+            work = self.group.allgather([frames.rows], [frames.row], options)
             if not _finished_within(work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
                 self._sign_in(self.group)
                 work.wait()
@@ -92,7 +106,13 @@ class ControlGroup:
                 f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
                 "A process has probably died: look for the first error in the other ranks' output."
             ) from error
-        return [bytes(gathered[start : start + len(mine)]) for start in range(0, len(gathered), len(mine))]
+        return frames.received()
+
+    def _frames_of(self, size: int) -> _Frames:
+        # Those of the last size are used again: nearly all exchanges have the same.
+        if self._frames is None or len(self._frames.sent) != size:
+            self._frames = _Frames(size, self.world_size)
+        return self._frames
 
     def refuse_if_poisoned(self) -> None:
         """Raise `PoisonedError` if no collective may run any more."""
@@ -134,10 +154,6 @@ class ControlGroup:
 
 # One control group per process group: a second one would cost a mesh of connections and bring no separation.
 _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlGroup] = weakref.WeakKeyDictionary()
-
-
-def _as_tensor(buffer: bytearray) -> torch.Tensor:
-    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def _finished_within(work: dist.Work, timeout: timedelta) -> bool:

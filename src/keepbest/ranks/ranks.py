@@ -25,7 +25,7 @@ from keepbest.ranks.control_group import ControlGroup
 
 T = TypeVar("T")
 
-_FRAME = struct.Struct("<16s?ddQ7x")
+_FRAME = struct.Struct("<16s?Q?d?d5x")
 
 
 class Number(NamedTuple):
@@ -42,9 +42,11 @@ class Number(NamedTuple):
 class _Frame(NamedTuple):
     step: bytes
     failed: bool
-    value: float
-    weight: float
     text_bytes: int
+    has_value: bool
+    value: float
+    has_weight: bool
+    weight: float
 
 
 class Ranks:
@@ -191,7 +193,7 @@ class Ranks:
         frames = self._meet(step, number, failure=failure, remedy=remedy, state=state, text=note, saving=saving)
         notes = self._texts(note, frames, saving=saving)
         return [
-            Number(_or_none(frame.value), _or_none(frame.weight), note)
+            Number(frame.value if frame.has_value else None, frame.weight if frame.has_weight else None, note)
             for frame, note in zip(frames, notes, strict=True)
         ]
 
@@ -234,9 +236,17 @@ class Ranks:
     ) -> list[_Frame]:
         report = text if failure is None else _report(step, failure, remedy)
         key = hashlib.blake2b(step.encode(errors="surrogatepass") + b"\0" + state, digest_size=16).digest()
-        value, weight = (_NONE if part is None else part for part in number[:2])
-        frame = _Frame(key, failure is not None, value, weight, len(report.encode()))
-        frames = [_Frame(*_FRAME.unpack(raw)) for raw in self._all_gather(_FRAME.pack(*frame), step, saving=saving)]
+        value, weight, _ = number
+        mine = _FRAME.pack(
+            key,
+            failure is not None,
+            len(report.encode()),
+            value is not None,
+            0.0 if value is None else value,
+            weight is not None,
+            0.0 if weight is None else weight,
+        )
+        frames = [_Frame._make(_FRAME.unpack(raw)) for raw in self._all_gather(mine, step, saving=saving)]
         # A failure explains why steps differ, so it comes first.
         if any(other.failed for other in frames):
             self._raise_failures(failure, self._texts(report, frames, saving=saving), frames)
@@ -245,9 +255,11 @@ class Ranks:
         return frames
 
     def _texts(self, mine: str, frames: list[_Frame], *, saving: bool) -> list[str]:
-        longest = max(frame.text_bytes for frame in frames)
+        longest = max([frame.text_bytes for frame in frames])
+        if not longest:
+            return [""] * self.world_size
         padded = mine.encode().ljust(longest, b"\0")
-        texts = self._all_gather(padded, "exchange texts", saving=saving) if longest else [b""] * self.world_size
+        texts = self._all_gather(padded, "exchange texts", saving=saving)
         return [text[: frame.text_bytes].decode() for text, frame in zip(texts, frames, strict=True)]
 
     def _raise_failures(self, mine: BaseException | None, texts: list[str], frames: list[_Frame]) -> None:
@@ -281,13 +293,6 @@ class Ranks:
 
     def _all_gather(self, mine: bytes, step: str, *, saving: bool) -> list[bytes]:
         return self._control.all_gather(mine, step, self._save_timeout if saving else self._rank_timeout)
-
-
-_NONE = struct.unpack("<d", struct.pack("<Q", 0x7FF8_6B65_6570_6273))[0]  # a NaN with a payload of our own
-
-
-def _or_none(number: float) -> float | None:
-    return None if struct.pack("<d", number) == struct.pack("<d", _NONE) else number
 
 
 def _report(step: str, failure: BaseException, remedy: str) -> str:
