@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from keepbest.errors import SnapshotError
 from keepbest.models.structure import plain_key
 from keepbest.ranks import Ranks
+from keepbest.snapshot.fsdp1 import fsdp1_state_dict
 from keepbest.snapshot.selection import Part
 from keepbest.snapshot.shards import ShardTransfer
-from keepbest.snapshot.source import Source, StateDict, full_fsdp1_state, list_sources, plain_state_dict
+from keepbest.snapshot.source import Source, StateDict, list_sources, plain_state_dict
 from keepbest.snapshot.staging import Staging, StagingBuffer
 
 
@@ -50,7 +51,8 @@ def take_snapshot(
 ) -> Weights:
     """Bring the weights of `parts` to rank 0. **Collective**.
 
-    Ranks other than 0 hold at most one whole parameter at a time (FSDP1: one unit).
+    No rank holds more than one whole parameter at a time beside what rank 0 keeps (FSDP1: one unit, which gloo has
+    twice while it gathers it).
 
     Args:
         model: plain or wrapped.
@@ -92,10 +94,14 @@ def take_snapshot(
     left_out: dict[str, list[str]] = {}
     try:
         for source in sources:
-            state = fsdp1_state_dict(source.module) if source.holds_fsdp1 else plain_state_dict(source.module)
+            receiver = _Receiver(source, ranks, buffer)
+            if source.holds_fsdp1:
+                state = fsdp1_state_dict(source.module, receiver.take)
+            else:
+                state = plain_state_dict(source.module)
             for part in source.parts:
                 kept, left_out[part.name] = _cut(source, part, state)
-                full = _full_tensors(part.name, kept, ranks, buffer)
+                full = receiver.receive(part, kept)
                 # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
                 if full or not (left_out[part.name] or part.apart):
                     files[part.name] = full
@@ -128,14 +134,6 @@ def _listing(source: Source) -> bytes:
     return " ".join(lines).encode()
 
 
-def fsdp1_state_dict(module: nn.Module) -> StateDict:
-    """Full state dict on rank 0 of a module that is, or contains, FSDP1 units. **Collective**."""
-    # Offloading fails for units on the CPU ("setStorage ... out of bounds"), and has nothing to do there.
-    on_accelerator = any(parameter.device.type != "cpu" for parameter in module.parameters())
-    with full_fsdp1_state(module, offload_to_cpu=on_accelerator, rank0_only=True):
-        return {plain_key(module, key): value for key, value in module.state_dict().items()}
-
-
 def _cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
     """The entries of `part`, and the keys that are left out since they are frozen."""
     entries = {key: name for key in state if (name := source.key_in(part, key)) is not None}
@@ -146,30 +144,45 @@ def _cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[
     return {name: state[key] for key, name in entries.items() if not source.is_frozen(key)}, frozen
 
 
-def _full_tensors(name: str, state: StateDict, ranks: Ranks, buffer: StagingBuffer | None) -> StateDict:
-    """Full CPU tensors on rank 0, else nothing. **Collective** for sharded tensors; tied ones are moved once."""
-    moved: dict[int, torch.Tensor] = {}
-    full: StateDict = {}
-    with torch.no_grad(), ShardTransfer(ranks) as transfer:
-        for key, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                full[key] = value
-            elif id(value) in moved:
-                full[key] = moved[id(value)]
-            elif isinstance(value, DTensor) and transfer.can_move(value):
-                full[key] = moved[id(value)] = transfer.move(
-                    value, None if buffer is None else buffer.tensor(f"{name}/{key}", value)
-                )
-            else:
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                full[key] = moved[id(value)] = _on_main(whole.detach(), f"{name}/{key}", ranks, buffer)
-    return full if ranks.is_main else {}
+class _Receiver:
+    """Brings the tensors of one source to where they stay: on rank 0, full, on the CPU, each once; else nowhere."""
 
+    def __init__(self, source: Source, ranks: Ranks, buffer: StagingBuffer | None) -> None:
+        self._source = source
+        self._ranks = ranks
+        self._buffer = buffer
+        self._moved: dict[int, torch.Tensor] = {}  # what stays, by the id of itself and of what it was made from
 
-def _on_main(whole: torch.Tensor, key: str, ranks: Ranks, buffer: StagingBuffer | None) -> torch.Tensor:
-    if not ranks.is_main:
-        return whole.new_empty(0)
-    return whole.cpu() if buffer is None else buffer.fill(key, whole)
+    def take(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
+        """A copy on rank 0 of a full parameter that is about to be gone, if it is to be kept. **Rank-local**."""
+        is_in_a_part = any(self._source.key_in(part, key) is not None for part in self._source.parts)
+        if not self._ranks.is_main or not is_in_a_part or self._source.is_frozen(key):
+            return None
+        copy = value.to("cpu", copy=True) if self._buffer is None else self._buffer.fill(self._name(key), value)
+        self._moved[id(copy)] = copy
+        return copy
+
+    def receive(self, part: Part, state: StateDict) -> StateDict:
+        """What of `state` stays on rank 0. **Collective** for sharded tensors; tied ones are moved once."""
+        full: StateDict = {}
+        with torch.no_grad(), ShardTransfer(self._ranks) as transfer:
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and id(value) not in self._moved:
+                    self._moved[id(value)] = self._move(self._source.path_of(part) + key, value, transfer)
+                full[key] = self._moved[id(value)] if isinstance(value, torch.Tensor) else value
+        return full if self._ranks.is_main else {}
+
+    def _move(self, key: str, value: torch.Tensor, transfer: ShardTransfer) -> torch.Tensor:
+        if isinstance(value, DTensor) and transfer.can_move(value):
+            into = None if self._buffer is None else self._buffer.tensor(self._name(key), value)
+            return transfer.move(value, into)
+        whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        if not self._ranks.is_main:
+            return whole.new_empty(0)
+        return whole.cpu() if self._buffer is None else self._buffer.fill(self._name(key), whole)
+
+    def _name(self, key: str) -> str:
+        return f"{self._source.path}/{key}"
 
 
 def _is_plain_data(value: object) -> bool:

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from keepbest.errors import SnapshotError
 from keepbest.models.structure import state_dict_key
 from keepbest.ranks import Ranks
-from keepbest.snapshot.gather import fsdp1_state_dict
+from keepbest.snapshot.fsdp1 import fsdp1_state_dict, full_fsdp1_state
 from keepbest.snapshot.selection import Part
-from keepbest.snapshot.source import Source, StateDict, full_fsdp1_state, list_sources, plain_state_dict
+from keepbest.snapshot.source import Source, StateDict, list_sources, plain_state_dict
 
 _LISTED_KEYS = 6
 
@@ -55,8 +55,8 @@ def place_weights(
 
     sources, present = ranks.agree("find the saved parts in the model", find)
     try:
-        # Of FSDP1 only a gathered state dict tells the names and shapes; it is there on rank 0, which compares.
-        present |= {source.path: fsdp1_state_dict(source.module) for source in sources if source.holds_fsdp1}
+        # Of FSDP1 only a gathered state dict tells the names and shapes; they are there on rank 0, which compares.
+        present |= {source.path: fsdp1_state_dict(source.module, _layout) for source in sources if source.holds_fsdp1}
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose("find the saved parts in the model", error)
     layout = ranks.broadcast(
@@ -78,6 +78,10 @@ def place_weights(
         if not source.holds_fsdp1:
             place = partial(source.module.load_state_dict, state, strict=False)
             ranks.agree("load the weights", place)
+
+
+def _layout(_: str, value: torch.Tensor) -> torch.Tensor:
+    return value.to("meta")
 
 
 def _by_source_key(source: Source, files: Mapping[str, StateDict]) -> StateDict:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 from keepbest.errors import SnapshotError
 from keepbest.models.structure import is_fsdp1, modules_along, plain_key
@@ -72,17 +69,6 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
             sources[path] = Source(path, module, [], test)
         sources[path].parts.append(part)
     return list(sources.values())
-
-
-@contextlib.contextmanager
-def full_fsdp1_state(module: nn.Module, *, offload_to_cpu: bool = False, rank0_only: bool) -> Iterator[None]:
-    """State dicts of `module` hold full tensors in this block, also of the FSDP1 units in it."""
-    config = FullStateDictConfig(offload_to_cpu=offload_to_cpu, rank0_only=rank0_only)
-    with warnings.catch_warnings():
-        # Deprecated, but what is to replace it leaves the full weights on every rank.
-        warnings.filterwarnings("ignore", r"FSDP\.state_dict_type", FutureWarning)
-        with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
-            yield
 
 
 def plain_state_dict(module: nn.Module) -> StateDict:
