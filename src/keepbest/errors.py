@@ -14,6 +14,7 @@
     │   ├── RankTimeoutError               ranks that did not arrive in time
     │   ├── DesyncError                    ranks that hold different states or run different steps
     │   └── PoisonedError                  an earlier failure left the ranks in different places
+    ├── PreemptedError                     training was asked to stop, and what it needs to go on is durable
     ├── RunExistsError (FileExistsError)   the folder holds another run, or a live process owns it
     ├── LedgerError                        a ledger that is damaged or of another format
     └── SnapshotError                      a snapshot that is missing, damaged, or of another model
@@ -82,6 +83,10 @@ class DesyncError(RanksError):
 
 class PoisonedError(RanksError):
     """An earlier failure left the ranks in different places; no collective may run any more."""
+
+
+class PreemptedError(KeepBestError):
+    """Training was asked to stop, by a signal to one of the ranks; all that is needed to go on later is durable."""
 
 
 class RunExistsError(KeepBestError, FileExistsError):

@@ -131,6 +131,9 @@ class CallbackBase:
     ) -> None:
         """Called outside of training, to evaluate the model as it is now."""
 
+    def before_preemption(self, *, update_counter: UpdateCounter, batch_size: int, **kwargs: Any) -> None:
+        """Called when training ends before its time, to go on later from a resume checkpoint. **Collective**."""
+
     def before_checkpoint(self, *, name: str) -> None:
         """Called before a resume checkpoint is written, to make durable what `state_dict` will name. **Collective**."""
 

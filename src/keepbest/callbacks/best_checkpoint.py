@@ -206,6 +206,10 @@ class BestCheckpointCallback(PeriodicCallback):
         for child in self.eval_callbacks:
             child.after_training(**kwargs)
 
+    def before_preemption(self, **_kwargs: Any) -> None:
+        """Make everything durable that was observed. **Collective**."""
+        self.keeper.flush()
+
     def before_checkpoint(self, *, name: str) -> None:
         """Make what the present state names durable, and keep it while the checkpoint is there. **Collective**."""
         self.keeper.flush(pin=name)

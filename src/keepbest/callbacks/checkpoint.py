@@ -66,6 +66,7 @@ class CheckpointCallback(PeriodicCallback):
         super().__init__(callback_config, **kwargs)
         self._keep_last = callback_config.keep_last
         self._folder = ResumeFolder(self.directory)
+        self._newest: str | None = None
 
     @property
     def state_key(self) -> str:
@@ -75,7 +76,14 @@ class CheckpointCallback(PeriodicCallback):
     def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
         if interval_type == "eval":
             return
-        name = str(update_counter.iteration)
+        self._save(str(update_counter.iteration))
+
+    def before_preemption(self, *, update_counter: UpdateCounter, **_kwargs: Any) -> None:
+        """Save a resume checkpoint now, unless there is one of this iteration. **Collective**."""
+        if self._newest != (name := str(update_counter.iteration)):
+            self._save(name)
+
+    def _save(self, name: str) -> None:
         for callback in self.trainer.callbacks:
             callback.before_checkpoint(name=name)
         self._write(name)
@@ -88,6 +96,7 @@ class CheckpointCallback(PeriodicCallback):
         for old in removed:
             for callback in self.trainer.callbacks:
                 callback.after_checkpoint_removed(name=old)
+        self._newest = name
 
     def _write(self, name: str) -> None:
         step = f"write the resume checkpoint {name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,7 +15,7 @@ from keepbest.cli.history import print_history
 from keepbest.cli.run_file import describe
 from keepbest.cli.table import print_json, print_table
 from keepbest.cli.work import evaluate, train
-from keepbest.errors import KeepBestError, PoisonedError, RankLostError, RankTimeoutError
+from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.launch import Process, distributed
 from keepbest.store.verify import repair, verify
 
@@ -50,7 +51,11 @@ def train_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train as CONFIG says, and show the checkpoints that were kept."""
+    """Train as CONFIG says, and show the checkpoints that were kept.
+
+    The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training before its time: start it again with
+    trainer.resume=auto to go on.
+    """
     _run(lambda: train(config, overrides or []), launches=True, debug=context.obj)
 
 
@@ -126,6 +131,10 @@ def _run(command: Callable[[], None], *, launches: bool, debug: bool) -> None:
             level = logging.INFO if process.rank == 0 else logging.WARNING
             logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
             command()
+    except PreemptedError as error:
+        if process.rank == 0:
+            typer.echo(str(error), err=True)
+        raise typer.Exit(os.EX_TEMPFAIL) from error
     except (KeepBestError, NotImplementedError, ValidationError) as error:
         if debug:
             raise

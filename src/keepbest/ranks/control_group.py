@@ -17,8 +17,13 @@ _PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
 _GRACE_FOR_SIGN_INS = 3.0
 
 
-class _Frames:
-    """Memory of one all_gather: what this rank sends, and what all of them sent."""
+class Frames:
+    """Memory of one all_gather: what this rank sends, and what all of them sent.
+
+    Args:
+        size: bytes that each rank sends.
+        world_size: number of ranks.
+    """
 
     def __init__(self, size: int, world_size: int) -> None:
         self.sent = bytearray(size)
@@ -27,7 +32,23 @@ class _Frames:
         self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._gathered]
 
     def received(self) -> list[bytes]:
+        """What the ranks sent, by rank."""
         return [bytes(row) for row in self._gathered]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An all_gather that is under way.
+
+    Attributes:
+        work: of torch; `None` where there is one rank.
+        round: its number among those of the group.
+        time: when it was started, in seconds.
+    """
+
+    work: dist.Work | None
+    round: int
+    time: float
 
 
 @dataclass(slots=True)
@@ -49,7 +70,7 @@ class ControlGroup:
     members: tuple[int, ...] = (0,)
     poison: str | None = None
     round: int = 0
-    _frames: _Frames | None = None
+    _frames: Frames | None = None
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | None, timeout: timedelta) -> ControlGroup:
@@ -84,35 +105,43 @@ class ControlGroup:
             RankLostError: if a rank is gone.
             PoisonedError: if an earlier failure left the ranks in different places.
         """
+        if self._frames is None or len(self._frames.sent) != len(mine):
+            self._frames = Frames(len(mine), self.world_size)  # kept, since nearly all exchanges have the same size
+        self._frames.sent[:] = mine
+        self.finish(self.start(self._frames, step, timeout), step, timeout)
+        return self._frames.received()
+
+    def start(self, frames: Frames, step: str, timeout: timedelta) -> Started:
+        """Start an all_gather of `frames`. **Collective**; to be finished, and the frames left alone until then.
+
+        Raises:
+            RankLostError, PoisonedError: as `all_gather`.
+        """
         self.refuse_if_poisoned()
         if self.group is None:
-            return [mine]
+            frames.rows[0].copy_(frames.row)
+            return Started(None, 0, time.monotonic())
         self.round += 1
-        frames = self._frames_of(len(mine))
-        frames.sent[:] = mine
         options = AllgatherOptions()
         options.timeout = timeout
-        started = time.monotonic()
         try:
             work = self.group.allgather([frames.rows], [frames.row], options)
-            if not _finished_within(work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
-                self._sign_in(self.group)
-                work.wait()
         except RuntimeError as error:
-            self.poison = f"contact with the other ranks was lost in step '{step}'"
-            if time.monotonic() - started >= timeout.total_seconds():
-                raise self._timed_out(self.group, step, timeout) from error
-            raise RankLostError(
-                f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
-                "A process has probably died: look for the first error in the other ranks' output."
-            ) from error
-        return frames.received()
+            raise self._lost(step, error) from error
+        return Started(work, self.round, time.monotonic())
 
-    def _frames_of(self, size: int) -> _Frames:
-        # Those of the last size are used again: nearly all exchanges have the same.
-        if self._frames is None or len(self._frames.sent) != size:
-            self._frames = _Frames(size, self.world_size)
-        return self._frames
+    def finish(self, started: Started, step: str, timeout: timedelta) -> None:
+        """Wait until what was started has arrived from all ranks. Raises as `all_gather`."""
+        if self.group is None or started.work is None:
+            return
+        try:
+            if not _finished_within(started.work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
+                self._sign_in(self.group)
+                started.work.wait()
+        except RuntimeError as error:
+            if time.monotonic() - started.time >= timeout.total_seconds():
+                raise self._timed_out(self.group, started.round, step, timeout) from error
+            raise self._lost(step, error) from error
 
     def refuse_if_poisoned(self) -> None:
         """Raise `PoisonedError` if no collective may run any more."""
@@ -122,8 +151,16 @@ class ControlGroup:
                 "Restart the job; what was committed is safe."
             )
 
-    def _timed_out(self, group: dist.ProcessGroup, step: str, timeout: timedelta) -> RankTimeoutError:
-        absent = self._ranks_that_did_not_sign_in(group)
+    def _lost(self, step: str, error: RuntimeError) -> RankLostError:
+        self._poison_by_lost_contact(step)
+        return RankLostError(
+            f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
+            "A process has probably died: look for the first error in the other ranks' output."
+        )
+
+    def _timed_out(self, group: dist.ProcessGroup, number: int, step: str, timeout: timedelta) -> RankTimeoutError:
+        self._poison_by_lost_contact(step)
+        absent = self._ranks_that_did_not_sign_in(group, number)
         names = ", ".join(map(str, absent)) if absent else "unknown (all of them reached the step in the end)"
         return RankTimeoutError(
             f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s in step '{step}'; "
@@ -131,11 +168,14 @@ class ControlGroup:
             "raise rank_timeout (or save_timeout for slow storage) if they only need more time."
         )
 
+    def _poison_by_lost_contact(self, step: str) -> None:
+        self.poison = f"contact with the other ranks was lost in step '{step}'"
+
     def _sign_in(self, group: dist.ProcessGroup) -> None:
         # Only who has to wait does this, so that a quiet interval costs no talk with the store.
         group.get_group_store().set(f"keepbest/arrived/{self.rank}", str(self.round))
 
-    def _ranks_that_did_not_sign_in(self, group: dist.ProcessGroup) -> list[int]:
+    def _ranks_that_did_not_sign_in(self, group: dist.ProcessGroup, number: int) -> list[int]:
         store = group.get_group_store()
         deadline = time.monotonic() + _GRACE_FOR_SIGN_INS
         absent = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -143,9 +183,7 @@ class ControlGroup:
             self._sign_in(group)
             while absent and time.monotonic() < deadline:
                 keys = {rank: f"keepbest/arrived/{rank}" for rank in absent}
-                absent = [
-                    rank for rank, key in keys.items() if not store.check([key]) or int(store.get(key)) < self.round
-                ]
+                absent = [rank for rank, key in keys.items() if not store.check([key]) or int(store.get(key)) < number]
                 time.sleep(0.05)
         except RuntimeError:  # the host of the rendezvous store is gone: nothing more can be known
             return absent

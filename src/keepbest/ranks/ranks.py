@@ -22,6 +22,7 @@ import torch.distributed as dist
 from keepbest import errors
 from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError, StorageError
 from keepbest.ranks.control_group import ControlGroup
+from keepbest.ranks.flag import SharedFlag
 
 T = TypeVar("T")
 
@@ -196,6 +197,10 @@ class Ranks:
             Number(frame.value if frame.has_value else None, frame.weight if frame.has_weight else None, note)
             for frame, note in zip(frames, notes, strict=True)
         ]
+
+    def flag(self) -> SharedFlag:
+        """A new flag, that is not raised. **Rank-local**; every rank makes one, and polls it as often as the others."""
+        return SharedFlag(self._control, self._save_timeout)
 
     def poison(self, reason: str) -> None:
         """Refuse all further collectives: this rank left the others in the middle of one. **Rank-local**."""

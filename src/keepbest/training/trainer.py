@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
 
 from keepbest.callbacks.assemble import assemble_callbacks
 from keepbest.callbacks.base import CallbackBase
-from keepbest.callbacks.checkpoint import find_resume_checkpoint, load_resume_checkpoint
+from keepbest.callbacks.checkpoint import CheckpointCallback, find_resume_checkpoint, load_resume_checkpoint
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.data.container import DataContainer
 from keepbest.data.device import move_to_device
@@ -26,6 +26,7 @@ from keepbest.ranks import Ranks
 from keepbest.training.config import RunConfig, TrainerConfig
 from keepbest.training.counter import UpdateCounter
 from keepbest.training.log_writer import LogWriter
+from keepbest.training.preemption import Preemption
 from keepbest.training.progress import Progress
 from keepbest.training.strategy import (
     OptimizerFactory,
@@ -117,7 +118,10 @@ class Trainer:
         self._stop_reason: str | None = None
 
     def train(self, *, on_start: Callable[[], None] = lambda: None) -> None:
-        """Train to the end, or until a callback stops it. **Collective**.
+        """Train to the end, or until a callback or a signal stops it. **Collective**.
+
+        SIGTERM, SIGUSR1 or SIGINT on any rank ends training on all of them after the next update or the one after it,
+        when the callbacks have made durable what a resumed run needs.
 
         Args:
             on_start: called on every rank before the first update, when nothing speaks against the run any more.
@@ -125,8 +129,9 @@ class Trainer:
         Raises:
             ConfigError: if there is no complete checkpoint at `resume`, or it is of another kind of run.
             SnapshotError: if the checkpoint to resume from does not fit the model or the optimizers.
+            PreemptedError: on every rank, if a signal stopped it.
         """
-        with closing(self.tracker):
+        with Preemption(self.ranks) as preemption, closing(self.tracker):
             random_state = self._load_resume_checkpoint()
             self._call(self.callbacks, "before_training")
             on_start()
@@ -138,10 +143,12 @@ class Trainer:
             else:
                 restore_random_state(random_state)
             with Progress(self.update_counter, is_main=self.ranks.is_main) as progress:
-                while not self.update_counter.is_finished and self._stop_reason is None:
+                while not self._is_done():
                     self._update(data_iter)
                     self._after_update(data_iter)
                     progress.advance()
+                    if preemption.is_agreed() and not self._is_done():
+                        self._preempt(preemption)
             if self._stop_reason is not None and self.ranks.is_main:
                 logger.info("training stopped at %s: %s", self.update_counter.iteration, self._stop_reason)
             self._call(self.callbacks, "after_training")
@@ -166,6 +173,9 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """End training after the callbacks of this update. Must be called on every rank. **Rank-local**."""
         self._stop_reason = reason
+
+    def _is_done(self) -> bool:
+        return self.update_counter.is_finished or self._stop_reason is not None
 
     def _load_resume_checkpoint(self) -> dict[str, Any] | None:
         if self.resume is None:
@@ -226,6 +236,15 @@ class Trainer:
                     batches = data_iter if _takes_batches(callback) else None
                     self._call([callback], hook, batch_size=self.batch_size, data_iter=batches)
         self.log_writer.flush()
+
+    def _preempt(self, preemption: Preemption) -> NoReturn:
+        in_order = sorted(self.callbacks, key=lambda callback: callback.runs_last)
+        self._call(in_order, "before_preemption", batch_size=self.batch_size)
+        if self.ranks.is_main and not any(isinstance(callback, CheckpointCallback) for callback in self.callbacks):
+            logger.warning(
+                "there is no CheckpointCallback: when this run is started again, it trains from the beginning"
+            )
+        preemption.stop(self.update_counter.iteration)
 
     def _tracking(self) -> list[CallbackBase]:
         return [each for callback in self.callbacks for each in (callback, *callback.get_children())]

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from keepbest.errors import RankLostError
+from keepbest.ranks import Ranks
+from tests.ranks.child import announce, pause
+from tests.ranks.pool import run_ranks, start_ranks
+
+
+def polls(raised_before: dict[int, int], count: int) -> list[bool]:
+    ranks = Ranks.connect()
+    flag = ranks.flag()
+    seen = []
+    for number in range(count):
+        if raised_before.get(ranks.rank) == number:
+            flag.raise_it()
+        seen.append(flag.poll())
+        ranks.agree("do something else meanwhile", lambda: None)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("world_size", "raised_before", "seen"),
+    [
+        (1, {0: 1}, [False, False, True, True]),
+        (2, {}, [False] * 4),
+        (2, {1: 0}, [False, True, True, True]),
+        (3, {2: 1, 1: 2}, [False, False, True, True]),
+        (3, {0: 3}, [False] * 4),
+    ],
+)
+def test_all_ranks_see_a_flag_at_the_poll_after_the_one_that_sent_it(world_size, raised_before, seen):
+    assert run_ranks(polls, world_size, raised_before, 4) == [seen] * world_size
+
+
+def poll_while_the_other_is_away() -> list[bool]:
+    flag = Ranks.connect().flag()
+    if dist.get_rank() == 1:
+        pause("away")
+    first = flag.poll()
+    announce("polled")
+    return [first, flag.poll()]
+
+
+def test_first_poll_waits_for_nobody_and_the_next_for_its_news():
+    with start_ranks(poll_while_the_other_is_away, 2) as ranks:
+        ranks.wait_for(1, "away", timeout=30)
+        ranks.wait_for(0, "polled", timeout=30)
+        ranks.resume(1)
+        assert [outcome.result for outcome in ranks.collect(timeout=30)] == [[False, False]] * 2
+
+
+def poll_until_the_other_is_gone() -> None:
+    flag = Ranks.connect().flag()
+    flag.poll()
+    flag.poll()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(3):
+        flag.poll()
+
+
+def test_rank_that_died_is_noticed_by_the_next_polls():
+    with start_ranks(poll_until_the_other_is_gone, 2) as ranks:
+        outcomes = ranks.collect(timeout=60)
+    assert outcomes[1].exit_code == -signal.SIGKILL
+    assert isinstance(outcomes[0].exception, RankLostError)
+    assert "lost contact with another rank in step 'ask whether a rank" in str(outcomes[0].exception)
