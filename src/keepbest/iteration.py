@@ -58,7 +58,10 @@ class TrainingIteration:
         return goes_on and not goes_back
 
     def __str__(self) -> str:
-        return "_".join([f"{letter}{part}" for letter, part in zip("EUS", self.parts, strict=True) if part is not None])
+        epoch = "" if self.epoch is None else f"_E{self.epoch}"
+        update = "" if self.update is None else f"_U{self.update}"
+        sample = "" if self.sample is None else f"_S{self.sample}"
+        return f"{epoch}{update}{sample}"[1:]
 
     @classmethod
     def parse(cls, text: str) -> TrainingIteration:

@@ -170,7 +170,7 @@ def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> flo
 
 def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
     given = [number.weight is not None for number in numbers]
-    if any(given) and not all(given):
+    if True in given and False in given:
         without = [rank for rank, has_weight in enumerate(given) if not has_weight]
         raise InvalidMetricError(
             f"the metric has a weight on some ranks only, not on ranks {without}; give weight= on every rank or on none"
@@ -186,8 +186,8 @@ def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[flo
     return [value for value, _ in pairs], [weight for _, weight in pairs]
 
 
-def _all_same(values: Sequence[float]) -> bool:
-    return all(value == values[0] or (math.isnan(value) and math.isnan(values[0])) for value in values)
+def _all_same(values: list[float]) -> bool:
+    return values.count(values[0]) == len(values) or all(map(math.isnan, values))
 
 
 def _sum(terms: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ import time
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,7 @@ class Frames:
         return [bytes(row) for row in self._gathered]
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """An all_gather that is under way.
 
     Attributes:

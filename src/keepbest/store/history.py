@@ -192,7 +192,7 @@ class History:
         snapshot = line.get("snapshot")
         # Without weights on the disk nothing was a best that counts, but for one that a better one made needless.
         durable = snapshot is not None or line.get("superseded", False)
-        observation = Observation(TrainingIteration.parse(line["iteration"]), float(line["value"]), durable=durable)
+        observation = Observation(_iteration(line["iteration"]), float(line["value"]), durable=durable)
         last = keeper.present.last_iteration
         if last is not None and not observation.iteration.follows(last):
             raise ValueError(f"{observation.iteration} does not come after {last}")
@@ -202,6 +202,10 @@ class History:
             self.manifests.setdefault(snapshot, line["manifest"])
             if line.get("refs", {}).get(line["keeper"]) == snapshot:
                 keeper.kept_best = observation.value
+
+
+def _iteration(given: str | TrainingIteration) -> TrainingIteration:
+    return given if isinstance(given, TrainingIteration) else TrainingIteration.parse(given)
 
 
 def _check_safe(*names: str) -> None:
@@ -244,7 +248,7 @@ def observation_line(keeper: str, observation: Observation, refs: dict[str, str 
     line: dict[str, Any] = {
         "event": "observation",
         "keeper": keeper,
-        "iteration": str(observation.iteration),
+        "iteration": observation.iteration,
         "value": value,
     }
     if not observation.durable:

@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.errors import LedgerError
+from keepbest.iteration import TrainingIteration
 from keepbest.store.files import DurableFile, Files
 
 FORMAT = 1
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 Line = dict[str, Any]
+"""JSON values, but for a `TrainingIteration`, which is written as its text."""
+
+
+def _text(value: object) -> str:
+    if isinstance(value, TrainingIteration):
+        return str(value)
+    raise TypeError(f"a ledger line cannot hold a {type(value).__name__}")
+
+
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=_text).encode
 
 
 def read_ledger(path: Path) -> tuple[list[Line], int]:
@@ -78,7 +88,7 @@ class LedgerFile:
         """Add one line.
 
         Args:
-            line: JSON values only.
+            line: what to record.
             durable: wait until it, and all lines before it, are on the disk.
             withdraw: if it cannot be written, forget it; else it is written before the next one.
 
