@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.measure import ROOT
 
-PROGRAMS = ("stall", "durable", "heartbeat", "gather", "memory", "quiet", "tolerance", "endurance", "scale")
+PROGRAMS = ("stall", "durable", "heartbeat", "gather", "memory", "quiet", "tolerance", "endurance", "sharded", "scale")
 
 
 def main() -> int:

@@ -34,7 +34,19 @@ IMPURE_MODULES = {
 }  # fmt: skip
 
 # The one path runs from the top to the bottom of this list, and no step calls back up; the shells stand around it.
-PATH = ["keeper", "saving", "store", "snapshot", "metric", "ranks", "decision", "interval", "iteration", "errors"]
+PATH = [
+    "keeper",
+    "saving",
+    "settings",
+    "store",
+    "snapshot",
+    "metric",
+    "ranks",
+    "decision",
+    "interval",
+    "iteration",
+    "errors",
+]
 SHELLS = ["callbacks", "cli", "data", "launch", "training"]
 
 COLLECTIVES_LIVE_IN = ("ranks/", "snapshot/", "data/")
@@ -42,7 +54,7 @@ SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "callbacks/checkpoint.py",
     "models/structure.py",  # unwraps models, so it knows the wrappers
-    "store/load.py",
+    "store/sharded.py",  # torch's distributed checkpoints
     "training/strategy.py",
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)

@@ -14,18 +14,18 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.decision import BestState, Decision, Observation, Outcome, Policy, decide
+from keepbest.decision import BestState, Decision, Observation, Outcome, decide
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
 from keepbest.iteration import TrainingIteration
-from keepbest.metric import MetricReduction, Reading, agree_on_metric, check_reduction, read_value
+from keepbest.metric import MetricReduction, Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
 from keepbest.saving import DISK_REMEDY, Saver
-from keepbest.snapshot import Part, select_parts
+from keepbest.settings import Settings, check_settings
 from keepbest.store import LoadedState, SharedRun, Store, best_ref
+from keepbest.store.formats import Format
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.load import load_into
-from keepbest.store.read import ledger_exists
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class BestKeeper:
         min_delta: a new best must beat the old one by more than this.
         metric_reduction: how the values of the ranks become one.
         on_nonfinite: whether NaN and infinities count as an interval without improvement, or raise.
+        format: of snapshots: one file for each part, of `torch.save` or `safetensors`, or `dcp`: a folder of torch's
+            distributed checkpoints, to which every rank writes its share, for models that are larger than a host.
         async_save: whether `observe` returns when rank 0 has copied the weights, and a thread writes them; what it
             fails at is told by the next call. `flush` and `close` wait for it.
         on_save_error: whether a save that fails raises, or training goes on with the last durable best to beat.
@@ -75,6 +77,7 @@ class BestKeeper:
         min_delta: float = 0.0,
         metric_reduction: MetricReduction = "mean",
         on_nonfinite: Literal["ignore", "raise"] = "ignore",
+        format: Format = "torch",  # noqa: A002  # as above
         async_save: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         id: str | None = None,  # noqa: A002  # the field's name in the config
@@ -92,23 +95,27 @@ class BestKeeper:
         self._on_save_error = on_save_error
         self._resume = resume
 
-        def check() -> tuple[Policy, MetricReduction, str, tuple[Part, ...]]:
-            for name, given, known in (
-                ("on_nonfinite", on_nonfinite, ("ignore", "raise")),
-                ("on_save_error", on_save_error, ("raise", "warn")),
-                ("resume", resume, (None, "ledger")),
-            ):
-                if given not in known:
-                    raise ConfigError(f"{name} must be one of {known}, got {given!r}")
-            provider = metric_property_provider or MetricPropertyProvider()
-            direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
-            policy = Policy(direction, min_delta, tuple(tolerances or ()))
-            parts = select_parts(model, model_names)
-            return policy, check_reduction(metric_reduction), best_ref(metric_key, id), parts
-
-        step = f"check the settings of the keeper of {metric_key}"
-        settings = self._ranks.agree(step, check, state=lambda checked: f"{checked} {async_save}".encode())
-        self.policy, self._reduction, self.name, parts = settings
+        settings: Settings = self._ranks.agree(
+            f"check the settings of the keeper of {metric_key}",
+            lambda: check_settings(
+                model,
+                name=best_ref(metric_key, id),
+                metric_key=metric_key,
+                tolerances=tolerances,
+                model_names=model_names,
+                higher_is_better=higher_is_better,
+                min_delta=min_delta,
+                metric_reduction=metric_reduction,
+                on_nonfinite=on_nonfinite,
+                file_format=format,
+                async_save=async_save,
+                on_save_error=on_save_error,
+                resume=resume,
+                metric_property_provider=metric_property_provider,
+            ),
+            state=lambda checked: str(checked).encode(),
+        )
+        self.name, self.policy, self._reduction = settings.name, settings.policy, settings.reduction
         self._run = SharedRun.of(self.directory)
         self._saver = Saver(
             self.name,
@@ -116,9 +123,10 @@ class BestKeeper:
             self.policy,
             self._run,
             model,
-            parts,
+            settings.parts,
             save_frozen_weights=save_frozen_weights,
             ranks=self._ranks,
+            file_format=settings.file_format,
             background=async_save,
             goes_on=on_save_error == "warn",
         )
@@ -203,7 +211,7 @@ class BestKeeper:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here; the same on every rank. **Rank-local**."""
-        return {"run_id": self._run_id, "timeline": self._timeline, "state": self._state.to_json()}
+        return LoadedState(self._run_id, self._timeline, self._state).to_json()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that `state_dict` gave. **Rank-local**: call it on every rank, before `start`.
@@ -213,12 +221,8 @@ class BestKeeper:
         """
         if self._phase != "new":
             raise ConfigError("load_state_dict comes too late: load the state before start(), with or observe()")
-        try:
-            state = BestState.from_json(state_dict["state"])
-            self._loaded = LoadedState(state_dict["run_id"], state_dict["timeline"], state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"this is not the state of a keeper ({error!r}): {state_dict!r}") from error
-        self._run_id, self._timeline, self._state = self._loaded.run_id, self._loaded.timeline, state
+        self._loaded = loaded = LoadedState.from_json(state_dict)
+        self._run_id, self._timeline, self._state = loaded.run_id, loaded.timeline, loaded.state
 
     def flush(self, *, pin: str | None = None) -> None:
         """Make everything observed so far durable. **Collective**.
@@ -265,10 +269,6 @@ class BestKeeper:
         """Leave the run as it is, for another process to resume. **Rank-local**; for use when training failed."""
         self._phase = "closed"
         self._leave()
-
-    def ledger_exists(self) -> bool:
-        """Whether the run folder holds a run already. **Collective**."""
-        return bool(self._ranks.broadcast(f"look into {self.directory}", lambda: ledger_exists(self.directory)))
 
     def __enter__(self) -> BestKeeper:
         self.start()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from keepbest.decision import Best, BestState, Observation, Policy
+from keepbest.errors import KeepBestError
 from keepbest.ranks import Ranks
-from keepbest.snapshot import Part, Staging, StagingBuffer, Weights, take_snapshot
+from keepbest.snapshot import Part, Staging, StagingBuffer, Weights, take_shards, take_snapshot
 from keepbest.store import SharedRun, Store
+from keepbest.store.formats import Format
+from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.store.sharded import write_shards
 from keepbest.store.shared import Ticket
+from keepbest.store.store import ShardFolder
 from keepbest.store.writer import Job
 
 _logger = logging.getLogger(__name__)
@@ -38,6 +44,7 @@ class Saver:
         parts: of the model.
         save_frozen_weights: whether parameters that do not require grad are saved.
         ranks: of the model.
+        file_format: of the snapshots.
         background: whether to write on a thread.
         goes_on: whether training goes on after a failure.
     """
@@ -53,6 +60,7 @@ class Saver:
         *,
         save_frozen_weights: bool,
         ranks: Ranks,
+        file_format: Format,
         background: bool,
         goes_on: bool,
     ) -> None:
@@ -64,6 +72,7 @@ class Saver:
         self._parts = tuple(parts)
         self._save_frozen_weights = save_frozen_weights
         self._ranks = ranks
+        self._format = file_format
         self._goes_on = goes_on
         self._staging = Staging(self._give_up_the_queued) if background else None
         self._failures: deque[Exception] = deque()
@@ -94,9 +103,13 @@ class Saver:
             StorageError: on every rank, if they cannot be written; in the background, only `take_failure` tells.
             KeepBestError: as `take_snapshot`.
         """
-        content = (id(self._model), self._parts, self._save_frozen_weights)
+        content = (id(self._model), self._parts, self._save_frozen_weights, self._format)
         ticket = self._run.snapshot_with(observation.iteration, content)
         weights: Weights | None = None
+        if ticket is None and self._format == "dcp":
+            ticket = self._save_shards(observation)
+            self._run.remember(observation.iteration, content, ticket)
+            return
         if ticket is None:
             ticket = Ticket()
             weights = take_snapshot(
@@ -109,13 +122,50 @@ class Saver:
         else:
             ticket.is_named = True
         if self._staging is None:
-            step = f"save the new best of {self._metric_key} at {observation.iteration}"
             commit = partial(self._commit, observation, ticket, weights)
-            self.best_snapshot = self._ranks.broadcast(step, commit, remedy=DISK_REMEDY, saving=True)
+            self.best_snapshot = self._on_main(self._step(observation), commit)
         elif self._ranks.is_main:
             job = self._run.submit(partial(self._commit_in_background, observation, ticket, weights), self._failed)
             self._queued = None if weights is None else _Queued(job, ticket, observation, weights)
         self._run.remember(observation.iteration, content, ticket)
+
+    def _save_shards(self, observation: Observation) -> Ticket:
+        step = self._step(observation)
+        weights = take_shards(
+            self._model, self._parts, save_frozen_weights=self._save_frozen_weights, ranks=self._ranks
+        )
+
+        def begin() -> tuple[str, str, str]:
+            return self._run.store().begin_shards(observation, weights, self._selection)
+
+        folder = ShardFolder(*self._on_main(step, begin))
+        ticket = Ticket()
+
+        def commit() -> str | None:
+            store = self._run.store()
+            ticket.snapshot = store.save_shards(self._name, observation, weights, folder, written)
+            return store.best_snapshot(self._name)
+
+        try:
+            path = self._run.directory / CHECKPOINTS / SNAPSHOTS / folder.temporary
+            written = write_shards(path, folder.token, weights, self._ranks, step)
+        except KeepBestError:
+            if self._ranks.is_main:
+                with contextlib.suppress(OSError):  # the first refusal is the cause; the next commit removes it
+                    self._run.store().drop_shards(folder)
+            raise
+        self.best_snapshot = self._on_main(step, commit)
+        return ticket
+
+    def _step(self, observation: Observation) -> str:
+        return f"save the new best of {self._metric_key} at {observation.iteration}"
+
+    def _on_main(self, step: str, work: Callable[[], Any]) -> Any:
+        return self._ranks.broadcast(step, work, remedy=DISK_REMEDY, saving=True)
+
+    @property
+    def _selection(self) -> str:
+        return f"{self._name} {self._parts} {self._save_frozen_weights}"
 
     def take_failure(self) -> Exception | None:
         """What could not be written, for every rank to raise; told once. **Rank-local**."""
@@ -170,8 +220,7 @@ class Saver:
 
     def _write(self, store: Store, observation: Observation, ticket: Ticket, weights: Weights | None) -> None:
         if weights is not None:
-            selection = f"{self._name} {self._parts} {self._save_frozen_weights}"
-            ticket.snapshot = store.save(self._name, observation, weights, selection)
+            ticket.snapshot = store.save(self._name, observation, weights, self._selection, file_format=self._format)
         elif ticket.snapshot is not None:
             store.share(self._name, observation, ticket.snapshot)
         else:

@@ -78,6 +78,7 @@ class Session:
     notes: Path
     strategy: str
     async_save: bool = False
+    file_format: str = "torch"
     death: Death | None = None
     records_weights: bool = False
 
@@ -197,8 +198,14 @@ class FatalStore(Store):
         place = "tolerance" if newly_exceeded else "between"
         self._while(place, lambda: super(FatalStore, self).observe(keeper, observation, newly_exceeded))
 
-    def save(self, *arguments: Any) -> str:
-        return self._while("save", lambda: super(FatalStore, self).save(*arguments))
+    def save(self, *arguments: Any, **settings: Any) -> str:
+        return self._while("save", lambda: super(FatalStore, self).save(*arguments, **settings))
+
+    def begin_shards(self, *arguments: Any) -> Any:
+        return self._while("save", lambda: super(FatalStore, self).begin_shards(*arguments))
+
+    def save_shards(self, *arguments: Any) -> str:
+        return self._while("save", lambda: super(FatalStore, self).save_shards(*arguments))
 
     def pin(self, *arguments: Any) -> None:
         self._while("pin", lambda: super(FatalStore, self).pin(*arguments))
@@ -261,7 +268,7 @@ def train(session: Session) -> dict[str, Any]:
         model=toys.auto_encoder(dropout=0.1),
         callbacks=[
             *CALLBACKS,
-            {**BEST_CHECKPOINT, "async_save": session.async_save},
+            {**BEST_CHECKPOINT, "async_save": session.async_save, "format": session.file_format},
             {"kind": f"{__name__}.Witness", "session": session, **EVERY_UPDATE},
         ],
         strategy=session.strategy,

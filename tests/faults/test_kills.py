@@ -13,6 +13,7 @@ import math
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from keepbest.callbacks.resume_folder import STATE_FILE
 from keepbest.errors import SnapshotError, StorageError
@@ -34,7 +37,14 @@ from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Dea
 from tests.ranks.pool import Outcome, run_ranks, start_ranks
 
 KILLS_OF_A_RUN = 20
-KINDS = (("ddp", False), ("fsdp2", True), ("ddp", True), ("fsdp2", False))  # strategy, saves in the background
+# strategy, whether it saves in the background, format of the snapshots
+KINDS = (
+    ("ddp", False, "torch"),
+    ("fsdp2", True, "torch"),
+    ("ddp", True, "safetensors"),
+    ("fsdp2", False, "torch"),
+    ("fsdp2", False, "dcp"),
+)
 BEST = best_ref(METRIC)
 SESSION_LIMIT = 60.0  # seconds; one takes about one
 
@@ -47,6 +57,7 @@ class Share(NamedTuple):
 
     strategy: str
     async_save: bool
+    file_format: str
     number: int
     kills: int
 
@@ -97,7 +108,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     count = max(len(KINDS), math.ceil(kills / KILLS_OF_A_RUN))
     shares = [kills * (number + 1) // count - kills * number // count for number in range(count)]
     runs = [Share(*KINDS[number % len(KINDS)], number, share) for number, share in enumerate(shares)]
-    names = [f"{run.strategy}-{'async' if run.async_save else 'sync'}-{run.number}" for run in runs]
+    names = [f"{run.strategy}-{'async' if run.async_save else 'sync'}-{run.file_format}-{run.number}" for run in runs]
     metafunc.parametrize("share", runs, ids=names)
 
 
@@ -151,10 +162,10 @@ def table_by_hand(losses: dict[str, float]) -> Table:
     return {BEST: best, **{tolerance_ref(BEST, tolerance): best for tolerance in TOLERANCES}, **table}
 
 
-def new_session(folder: Path, strategy: str, *, async_save: bool = False) -> Session:
+def new_session(folder: Path, strategy: str, *, async_save: bool = False, file_format: str = "torch") -> Session:
     notes = folder / "notes"
     notes.mkdir(parents=True)
-    return Session(folder / "run", notes, strategy, async_save)
+    return Session(folder / "run", notes, strategy, async_save, file_format)
 
 
 def witnessed(session: Session) -> list[list[Any]]:
@@ -171,11 +182,19 @@ def refs(session: Session) -> Table:
 
 
 def stored_weights(folder: Path, manifest: dict[str, Any]) -> Weights:
-    return {
-        f"{entry['part']}.{name}": tensor
-        for file, entry in manifest["files"].items()
-        for name, tensor in torch.load(folder / file, weights_only=True).items()
-    }
+    """By nothing but the libraries that the formats come from."""
+    weights: Weights = {}
+    for part in {entry["part"] for entry in manifest["files"].values()}:
+        if (path := folder / f"{part}.pt").exists():
+            state = torch.load(path, weights_only=True)
+        elif (path := folder / f"{part}.safetensors").exists():
+            state = safetensors.torch.load_file(path)
+        else:
+            with tempfile.NamedTemporaryFile() as file:
+                dcp_to_torch_save(folder / f"{part}.dcp", file.name)
+                state = torch.load(file.name, weights_only=True)
+        weights |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+    return weights
 
 
 def assert_same(weights: Weights, expected: Weights) -> None:
@@ -305,9 +324,8 @@ def test_killed_and_resumed_run_ends_like_one_that_was_never_interrupted(share, 
         # A run that is complete before it was killed often enough is followed by another one.
         folder = tmp_path / str(seen.counts["runs"])
         deck = deal(random_, left, expected.ending)
-        run_with_kills(
-            new_session(folder, share.strategy, async_save=share.async_save), deck, expected, [seen, killings]
-        )
+        session = new_session(folder, share.strategy, async_save=share.async_save, file_format=share.file_format)
+        run_with_kills(session, deck, expected, [seen, killings])
         shutil.rmtree(folder)
     print(f"in {time.monotonic() - started:.1f} s: {seen}")
     assert seen.counts["kills inside a commit"] >= 0.3 * share.kills

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from itertools import chain
 
 import pytest
+import safetensors.torch
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import SnapshotError
@@ -57,16 +61,37 @@ def test_snapshot_equals_the_single_process_model(family, world_size):
     assert run_ranks(for_each_wrap, world_size, family, compare_snapshots) == [[]] * world_size
 
 
-def compare_what_is_kept(wrap, directory):
+def read_files(folder, file_format):
+    """What the libraries of others find in a snapshot."""
+    if file_format == "torch":
+        return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    if file_format == "safetensors":
+        return {path.stem: read_safetensors(path) for path in folder.glob("*.safetensors")}
+    files = {}
+    for path in folder.glob("*.dcp"):
+        with tempfile.NamedTemporaryFile() as file:
+            dcp_to_torch_save(path, file.name)
+            files[path.stem] = torch.load(file.name, weights_only=True)
+    return files
+
+
+def read_safetensors(path):
+    state = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        tied = json.loads(file.metadata().get("tied", "{}"))
+    return {**state, **{name: state[first] for name, first in tied.items()}}
+
+
+def compare_what_is_kept(wrap, directory, file_format):
     """What differs on the disk, and in models of the same and another strategy that it is loaded into."""
     ranks = Ranks.connect()
     for make in models_for(wrap):
         run = directory / wrap / make.__name__
-        with BestKeeper(WRAPS[wrap](make(0)), directory=run, metric_key="loss") as keeper:
+        with BestKeeper(WRAPS[wrap](make(0)), directory=run, metric_key="loss", format=file_format) as keeper:
             keeper.observe(1.0, TrainingIteration(update=1))
         if ranks.is_main:
             expected = expected_files(make(0))
-            files = {path.stem: torch.load(path, weights_only=True) for path in (keeper.best_path).glob("*.pt")}
+            files = read_files(keeper.best_path, file_format)
             if files.keys() != expected.keys() or not all(same(files[name], expected[name]) for name in files):
                 yield make.__name__, "on disk", {name: list(state) for name, state in files.items()}
         wanted = whole_weights(make(0))
@@ -92,14 +117,22 @@ def are_same(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("family", "world_size"), [(family, size) for family in FAMILIES for size in (1, 3)] + [("mesh", 4)]
+    ("family", "world_size", "file_format"),
+    [
+        *((family, size, "torch") for family in FAMILIES for size in (1, 3)),
+        ("mesh", 4, "torch"),
+        *((family, size, "dcp") for family in FAMILIES for size in (1, 3)),
+        ("mesh", 4, "dcp"),
+        *((family, 2, "safetensors") for family in FAMILIES),
+    ],
 )
-def test_kept_snapshot_loads_into_the_same_and_another_strategy(family, world_size, tmp_path):
-    assert run_ranks(for_each_wrap, world_size, family, compare_what_is_kept, tmp_path) == [[]] * world_size
+def test_kept_snapshot_loads_into_the_same_and_another_strategy(family, world_size, file_format, tmp_path):
+    faults = run_ranks(for_each_wrap, world_size, family, compare_what_is_kept, tmp_path, file_format)
+    assert faults == [[]] * world_size
 
 
-def load_what_does_not_fit(wrap, directory):
-    with BestKeeper(filled(Odd(), 0), directory=directory / wrap, metric_key="loss") as keeper:
+def load_what_does_not_fit(wrap, directory, file_format):
+    with BestKeeper(filled(Odd(), 0), directory=directory / wrap, metric_key="loss", format=file_format) as keeper:
         keeper.observe(1.0, TrainingIteration(update=1))
     model = WRAPS[wrap](filled(Odd(width=4), 1))
     before = whole_weights(model)
@@ -111,14 +144,17 @@ def load_what_does_not_fit(wrap, directory):
         yield ("changed",)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "file_format"), [(1, "torch"), (2, "torch"), (2, "dcp")])
 @EVERY_FAMILY
-def test_snapshot_of_another_model_is_refused_on_every_rank_with_nothing_changed(family, world_size, tmp_path):
-    assert run_ranks(for_each_wrap, world_size, family, load_what_does_not_fit, tmp_path) == [[]] * world_size
+def test_snapshot_of_another_model_is_refused_on_every_rank_with_nothing_changed(
+    family, world_size, file_format, tmp_path
+):
+    faults = run_ranks(for_each_wrap, world_size, family, load_what_does_not_fit, tmp_path, file_format)
+    assert faults == [[]] * world_size
 
 
-def write_with(wrap, directory, make):
-    with BestKeeper(WRAPS[wrap](make(0)), directory=directory, metric_key="loss") as keeper:
+def write_with(wrap, directory, make, file_format):
+    with BestKeeper(WRAPS[wrap](make(0)), directory=directory, metric_key="loss", format=file_format) as keeper:
         keeper.observe(1.0, TrainingIteration(update=1))
 
 
@@ -139,7 +175,10 @@ def read_with(wrap, directory, make):
         ("ddp", 2, "tensor_parallel_fsdp2", 4),
     ],
 )
-def test_snapshot_loads_on_another_number_of_ranks(saved_by, ranks_before, loaded_by, ranks_after, tmp_path):
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_snapshot_loads_on_another_number_of_ranks(
+    saved_by, ranks_before, loaded_by, ranks_after, file_format, tmp_path
+):
     make = next(make for make in models_for(loaded_by)[::-1] if make in models_for(saved_by))
-    run_ranks(write_with, ranks_before, saved_by, tmp_path, make)
+    run_ranks(write_with, ranks_before, saved_by, tmp_path, make, file_format)
     assert run_ranks(read_with, ranks_after, loaded_by, tmp_path, make) == [True] * ranks_after

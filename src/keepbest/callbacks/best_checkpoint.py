@@ -16,6 +16,8 @@ from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import MetricReduction, read_scalar
+from keepbest.store.formats import Format
+from keepbest.store.read import ledger_exists
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -38,6 +40,8 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
         min_delta: a new best must be better by more than this, in units of the metric.
         metric_reduction: how the values of the ranks become one.
         on_nonfinite: whether NaN and infinities count as intervals without improvement, or end training.
+        format: of the checkpoints: one file for each submodel, `torch` or `safetensors`, or `dcp`, to which every rank
+            writes its share.
         async_save: whether training goes on as soon as rank 0 has copied the weights, while a thread writes them.
         on_save_error: whether a save that fails ends training, or only costs that best.
         id: tells two callbacks on the same metric apart.
@@ -55,6 +59,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
     min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     metric_reduction: MetricReduction = "mean"
     on_nonfinite: Literal["ignore", "raise"] = "ignore"
+    format: Format = "torch"
     async_save: bool = False
     on_save_error: Literal["raise", "warn"] = "raise"
     id: str | None = None
@@ -94,6 +99,7 @@ class BestCheckpointCallback(PeriodicCallback):
             min_delta=config.min_delta,
             metric_reduction=config.metric_reduction,
             on_nonfinite=config.on_nonfinite,
+            format=config.format,
             async_save=config.async_save,
             on_save_error=config.on_save_error,
             id=config.id,
@@ -157,7 +163,7 @@ class BestCheckpointCallback(PeriodicCallback):
             KeepBestError: as `BestKeeper.start`.
         """
         goes_on = update_counter.update > 0
-        if goes_on and not self._is_resumed and self.keeper.policy.tolerances and not self.keeper.ledger_exists():
+        if goes_on and not self._is_resumed and self.keeper.policy.tolerances and not self._ledger_exists():
             raise NotImplementedError(
                 f"cannot go on at {update_counter.iteration} with tolerances: there is neither a saved state of this "
                 f"callback nor a ledger in {self.directory} that tells for how long {self.metric_key} did not improve. "
@@ -168,6 +174,10 @@ class BestCheckpointCallback(PeriodicCallback):
         self.keeper.start(at=update_counter.iteration if may_resume else None)
         for child in self.eval_callbacks:
             child.before_training(update_counter=update_counter, **kwargs)
+
+    def _ledger_exists(self) -> bool:
+        step = f"look into {self.directory}"
+        return bool(self.ranks.broadcast(step, lambda: ledger_exists(self.directory)))
 
     def periodic_callback(
         self, *, interval_type: IntervalType, update_counter: UpdateCounter, batch_size: int, **_kwargs: Any

@@ -9,15 +9,11 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -31,6 +27,7 @@ from keepbest.interval import IntervalType
 from keepbest.models.structure import plain_key
 from keepbest.random_state import read_random_state
 from keepbest.ranks import Ranks
+from keepbest.store.sharded import one_error
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -101,7 +98,7 @@ class CheckpointCallback(PeriodicCallback):
     def _write(self, name: str) -> None:
         step = f"write the resume checkpoint {name}"
         self.ranks.agree(step, lambda: self._folder.begin(name) if self.ranks.is_main else None)
-        with _one_error(step, RankFailedError):
+        with one_error(step, self.ranks, RankFailedError):
             model, optimizers = get_state_dict(self.model, list(self.trainer.optimizers.values()), options=_OPTIONS)
             state = {_MODEL: model, _OPTIMIZERS: optimizers}
             save(state, checkpoint_id=self._folder.temporary(name), no_dist=self.ranks.world_size == 1)
@@ -161,7 +158,7 @@ def load_resume_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any] | Non
     ranks, step = trainer.ranks, f"resume from {path}"
     saved = ranks.agree(step, lambda: _read(path, ranks), remedy="every rank must be able to read this folder")
     ranks.agree(step, lambda: trainer.update_counter.load_state_dict(saved.state["update_counter"]))
-    with _one_error(step, SnapshotError):
+    with one_error(step, ranks, SnapshotError):
         _load_weights(path, trainer, saved.keys)
     states = saved.state["callbacks"]
 
@@ -216,16 +213,3 @@ def _serialized(state: dict[str, Any]) -> bytes:
     # What only unpickling arbitrary objects could read back is refused now, not when the run has to be resumed.
     torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     return buffer.getvalue()
-
-
-@contextmanager
-def _one_error(step: str, error_class: type[RankFailedError | SnapshotError]) -> Iterator[None]:
-    """Turns what torch raises on every rank, which is not even an `Exception`, into an error of ours."""
-    try:
-        with warnings.catch_warnings():
-            # It is meant to be alone where there is one rank.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield
-    except CheckpointException as error:
-        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
-        raise error_class(f"could not {step}: {causes}") from error

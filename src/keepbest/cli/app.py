@@ -17,6 +17,7 @@ from keepbest.cli.table import print_json, print_table
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.launch import Process, distributed
+from keepbest.store.export import export
 from keepbest.store.verify import repair, verify
 
 # Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
@@ -102,6 +103,28 @@ def verify_command(context: typer.Context, run: Run) -> None:
             raise typer.Exit(1)
 
     _run(report, launches=False, debug=context.obj)
+
+
+@app.command("export")
+def export_command(
+    context: typer.Context,
+    run: Run,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="Which checkpoint, as show names it.")],
+    to: Annotated[
+        Path, typer.Option(help="A file that ends in .pt or .safetensors; anything else is a folder of safetensors.")
+    ],
+    part: Annotated[
+        Optional[str],  # noqa: UP045  # as above
+        typer.Option(help="One submodel alone, with keys of its own."),
+    ] = None,
+) -> None:
+    """Write a checkpoint of RUN, of any format, to a file or a folder that others read, with little memory."""
+
+    def write() -> None:
+        for path in export(run, ref, to, part=part):
+            typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+    _run(write, launches=False, debug=context.obj)
 
 
 @app.command("repair")

@@ -82,7 +82,7 @@ def take_snapshot(
         sources = ranks.agree(
             "list the weights",
             list_and_claim,
-            state=lambda sources: b"\n".join(map(_listing, sources)),
+            state=lambda sources: b"\n".join(map(listing, sources)),
             saving=staging is not None,  # rank 0 may have to wait for a write before it has a buffer
         )
     except BaseException:
@@ -100,7 +100,7 @@ def take_snapshot(
             else:
                 state = plain_state_dict(source.module)
             for part in source.parts:
-                kept, left_out[part.name] = _cut(source, part, state)
+                kept, left_out[part.name] = cut(source, part, state)
                 full = receiver.receive(part, kept)
                 # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
                 if full or not (left_out[part.name] or part.apart):
@@ -115,7 +115,12 @@ def take_snapshot(
     )
 
 
-def _listing(source: Source) -> bytes:
+def listing(source: Source) -> bytes:
+    """What the ranks compare before weights move: the names, shapes and kinds of what `source` holds.
+
+    Raises:
+        SnapshotError: if something in it cannot be saved.
+    """
     if source.holds_fsdp1:
         names = {plain_key(source.module, key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
         return f"{source.path}: {sorted(names)}".encode()
@@ -134,7 +139,7 @@ def _listing(source: Source) -> bytes:
     return " ".join(lines).encode()
 
 
-def _cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
+def cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
     """The entries of `part`, and the keys that are left out since they are frozen."""
     entries = {key: name for key in state if (name := source.key_in(part, key)) is not None}
     frozen = sorted(name for key, name in entries.items() if source.is_frozen(key))

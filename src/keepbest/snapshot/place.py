@@ -61,7 +61,7 @@ def place_weights(
         ranks.lose("find the saved parts in the model", error)
     layout = ranks.broadcast(
         "compare the saved weights with the model",
-        lambda: [_compared(source, present[source.path], files, left_out) for source in sources],
+        lambda: [compare(source, present[source.path], files, left_out) for source in sources],
     )
     for source, keys in zip(sources, layout, strict=True):
         try:
@@ -92,10 +92,20 @@ def _by_source_key(source: Source, files: Mapping[str, StateDict]) -> StateDict:
     }
 
 
-def _compared(
+def compare(
     source: Source, present: StateDict, files: Mapping[str, StateDict], left_out: Mapping[str, Sequence[str]]
 ) -> list[tuple[str, Any]]:
-    """Keys and kinds of what is sent for `source`, after all of it was found to fit."""
+    """Names and kinds of what `files` hold for `source`, after all of it was found to fit. **Rank-local**.
+
+    Args:
+        source: of the model.
+        present: its state dict, with plain keys.
+        files: the state dict of each part by name.
+        left_out: the keys of each part that may be missing.
+
+    Raises:
+        SnapshotError: if keys, shapes or kinds of tensors differ.
+    """
     saved = _by_source_key(source, files)
     may_lack = {f"{source.path_of(part)}{key}" for part in source.parts for key in left_out.get(part.name, ())}
     wanted = {key for part in source.parts for key in present if source.key_in(part, key) is not None}
@@ -124,7 +134,7 @@ def _is_like(value: object, target: object) -> bool:
     if not isinstance(value, torch.Tensor) or not isinstance(target, torch.Tensor):
         return True
     is_dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    return is_dense and value.is_complex() == target.is_complex()
+    return is_dense and value.dtype.is_complex == target.dtype.is_complex
 
 
 def _shape(value: object) -> list[int] | None:

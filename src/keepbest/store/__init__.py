@@ -2,6 +2,7 @@
 
 from keepbest.store.names import best_ref, tolerance_ref
 from keepbest.store.shared import SharedRun
-from keepbest.store.store import LoadedState, Store
+from keepbest.store.store import Store
+from keepbest.store.takeover import LoadedState
 
 __all__ = ["LoadedState", "SharedRun", "Store", "best_ref", "tolerance_ref"]

@@ -14,6 +14,7 @@ from keepbest.ranks import Ranks
 from keepbest.snapshot import Part, StateDict, place_weights
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.read import read_history, read_manifest, read_weights
+from keepbest.store.sharded import is_sharded, load_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ def load(
 ) -> LoadedSnapshot:
     """Load the snapshot that `ref` names into `model`, after every file of it was verified. **Collective**.
 
-    Rank 0 reads, the others receive; the model may be wrapped in another way, and on another number of ranks, than when
-    it was saved.
+    Rank 0 reads, the others receive; of a snapshot of format `dcp` every rank reads its share. The model may be wrapped
+    in another way, and on another number of ranks, than when it was saved.
 
     Args:
         run: directory of the run.
@@ -69,24 +70,26 @@ def load(
 def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> LoadedSnapshot:
     """As `load`, for ranks that are connected already. **Collective**."""
     files: dict[str, StateDict] = {}
-    left_out: dict[str, list[str]] = {}
 
     def read() -> dict[str, Any]:
         directory = Path(run)
         history = read_history(directory)
         folder, manifest = read_manifest(directory, history, ref)
         files.update(read_weights(folder, manifest))
-        left_out.update(manifest["left_out"])
         return {**manifest, "folder": folder.name}
 
     manifest = ranks.broadcast(f"read {ref} of {run}", read, saving=True)
-    saved = {entry["part"] for entry in manifest["files"].values()}
+    saved, left_out = {entry["part"] for entry in manifest["files"].values()}, manifest["left_out"]
     parts = tuple(Part(name, path, tuple(apart)) for name, path, apart in manifest["parts"] if name in saved)
-    place_weights(model, parts, files, left_out, ranks=ranks)
+    folder = Path(run) / CHECKPOINTS / SNAPSHOTS / manifest["folder"]
+    if is_sharded(manifest["files"]):
+        load_shards(folder, model, parts, manifest["files"], left_out, ranks=ranks)
+    else:
+        place_weights(model, parts, files, left_out, ranks=ranks)
     return LoadedSnapshot(
         iteration=TrainingIteration.parse(manifest["iteration"]),
         metric_key=manifest["metric_key"],
         value=manifest["value"],
         parts=tuple(part.name for part in parts),
-        path=Path(run) / CHECKPOINTS / SNAPSHOTS / manifest["folder"],
+        path=folder,
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 from keepbest.errors import SnapshotError
 from keepbest.iteration import TrainingIteration
-from keepbest.store.format import read_state_dict
+from keepbest.store.digest import check_file
+from keepbest.store.formats import SHARDED_ENDING, SHARDED_METADATA, read_state_dict
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.store.ledger import read_ledger
@@ -64,7 +65,7 @@ def read_snapshot_manifest(directory: Path, history: History, snapshot: str) -> 
 
 def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
     """`manifest`, after everything that readers ask of it was found in it."""
-    if outside := [name for name in manifest["files"] if not is_safe(name)]:
+    if outside := [name for name in manifest["files"] if not _is_inside(name)]:
         raise ValueError(f"it names files outside of its folder: {', '.join(outside)}")
     parts = set()
     for name, path, apart in manifest["parts"]:
@@ -83,10 +84,22 @@ def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def _is_inside(name: str) -> bool:
+    # Either a file, or one of torch's in the folder of a part.
+    folder, slash, file = name.rpartition("/")
+    if not slash:
+        return is_safe(name)
+    return is_safe(folder) and folder.endswith(SHARDED_ENDING) and (is_safe(file) or file == SHARDED_METADATA)
+
+
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The state dict of each part of a snapshot, every file verified before it is opened.
+    """What rank 0 wrote of each part of a snapshot, every file verified before it is opened.
 
     Raises:
         SnapshotError: if a file is missing, damaged, or holds anything but weights.
+        ConfigError: if a package that reads them is not installed.
     """
-    return {entry["part"]: read_state_dict(folder / name, entry) for name, entry in manifest["files"].items()}
+    files = {name: entry for name, entry in manifest["files"].items() if "/" not in name}
+    for name, entry in files.items():
+        check_file(folder / name, entry)
+    return {entry["part"]: read_state_dict(folder / name) for name, entry in files.items()}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from keepbest.errors import SnapshotError
 from keepbest.iteration import TrainingIteration
 from keepbest.snapshot import Weights
 from keepbest.store.files import Files
-from keepbest.store.format import DIGEST_ALGORITHM, ENDING, write_state_dict
+from keepbest.store.formats import FILE_FORMATS
 from keepbest.store.layout import MANIFEST, TEMPORARY
 from keepbest.store.names import part_name
 
@@ -57,12 +57,48 @@ class SnapshotFolder:
             raise SnapshotError(f"{self._path / name} exists already; a snapshot is never written to again")
         return name
 
-    def write(self, name: str, weights: Weights, about: Mapping[str, Any]) -> str:
+    def write(self, name: str, weights: Weights, about: Mapping[str, Any], *, file_format: str) -> str:
         """Write a snapshot durably.
 
         Args:
             name: of the snapshot.
             weights: one file for each part.
+            about: what else the manifest says.
+            file_format: of the files, one of `FILE_FORMATS`.
+
+        Returns:
+            The digest of the manifest.
+
+        Raises:
+            OSError: whatever the file system answers; nothing of the snapshot is left then, if it can be removed.
+        """
+        ending, write, _ = FILE_FORMATS[file_format]
+        with self._undone_if_refused(name):
+            temporary = self.begin(name)
+            written = {
+                f"{part_name(part)}{ending}": {
+                    "part": part,
+                    **write(self._files, temporary / f"{part_name(part)}{ending}", state),
+                }
+                for part, state in weights.files.items()
+            }
+            return self.publish(name, weights, written, about)
+
+    def begin(self, name: str) -> Path:
+        """An empty folder for the files of a snapshot, until `publish` gives it its name. Raises `OSError`."""
+        self.finish_removal()  # it may be the space that this needs
+        temporary = self._temporary(name)
+        self._files.remove(temporary)
+        self._files.make_folder(temporary)
+        return temporary
+
+    def publish(self, name: str, weights: Weights, written: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+        """Complete a snapshot whose files are on the disk: write its manifest and give it its name, durably.
+
+        Args:
+            name: of the snapshot.
+            weights: that were written.
+            written: for the name of each file in the folder what is recorded of it.
             about: what else the manifest says.
 
         Returns:
@@ -71,19 +107,8 @@ class SnapshotFolder:
         Raises:
             OSError: whatever the file system answers; nothing of the snapshot is left then, if it can be removed.
         """
-        self.finish_removal()  # it may be the space that this needs
-        files, temporary = self._files, self._path / f"{TEMPORARY}{name}"
-        files.remove(temporary)
-        try:
-            files.make_folder(temporary)
-            written = {
-                f"{part_name(part)}{ENDING}": {
-                    "part": part,
-                    **write_state_dict(files, temporary / f"{part_name(part)}{ENDING}", state),
-                    "algorithm": DIGEST_ALGORITHM,
-                }
-                for part, state in weights.files.items()
-            }
+        files, temporary = self._files, self._temporary(name)
+        with self._undone_if_refused(name):
             size = sum(entry["bytes"] for entry in written.values())
             parts = [(part.name, part.path, part.apart) for part in weights.parts]
             manifest = {**about, "bytes": size, "parts": parts, "files": written, "left_out": weights.left_out}
@@ -94,12 +119,20 @@ class SnapshotFolder:
             files.sync_folder(temporary)
             files.rename(temporary, self._path / name)
             files.sync_folder(self._path)
+        return manifest_digest(text)
+
+    @contextlib.contextmanager
+    def _undone_if_refused(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except OSError:
             with contextlib.suppress(OSError):  # the first refusal is the cause; the next commit removes the rest
-                files.remove(temporary)
-                files.remove(self._path / name)
+                self._files.remove(self._temporary(name))
+                self._files.remove(self._path / name)
             raise
-        return manifest_digest(text)
+
+    def _temporary(self, name: str) -> Path:
+        return self._path / f"{TEMPORARY}{name}"
 
     def remove(self, name: str) -> None:
         """Remove one snapshot."""

@@ -10,8 +10,9 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.errors import ConfigError, LedgerError, RunExistsError
@@ -25,23 +26,23 @@ from keepbest.store.lock import RunLock
 from keepbest.store.names import tolerance_ref
 from keepbest.store.refs import RefFolder
 from keepbest.store.snapshots import SnapshotFolder
+from keepbest.store.takeover import LoadedState, check_takeover
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedState:
-    """A state that a user brings back, and where it is from.
+class ShardFolder(NamedTuple):
+    """A folder that all ranks write a snapshot into.
 
     Attributes:
-        run_id: of its run; `None` if the keeper had not started.
-        timeline: number of its timeline among those of the keeper in the run.
-        state: the bookkeeping.
+        snapshot: name that it will have.
+        temporary: name that it has until it is complete.
+        token: name of an empty file in it, which shows a rank that it sees the same folder as rank 0.
     """
 
-    run_id: str | None
-    timeline: int | None
-    state: BestState
+    snapshot: str
+    temporary: str
+    token: str
 
 
 class Store:
@@ -96,7 +97,12 @@ class Store:
             RunExistsError: if the folder holds a run that is not resumed, or another one than `loaded` is of.
             ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
         """
-        self._check_begin(keeper, policy, loaded, from_ledger)
+        if self._is_taken_up and loaded is None and not from_ledger:
+            raise RunExistsError(
+                f"{self._folder} holds run {self.history.run_id}; resume it (load_state_dict(), or resume='ledger'), "
+                "or choose another directory"
+            )
+        check_takeover(self._folder, self.history, keeper, policy, loaded)
         self._check_ledger_is_whole()
         past = self.history.keepers.get(keeper)
         branch = None if past is None else past.timeline(None if loaded is None else loaded.timeline)
@@ -135,7 +141,9 @@ class Store:
         else:
             self._append(line, durable=False)
 
-    def save(self, keeper: str, observation: Observation, weights: Weights, selection: str) -> str:
+    def save(
+        self, keeper: str, observation: Observation, weights: Weights, selection: str, *, file_format: str = "torch"
+    ) -> str:
         """Make the weights of a new timeline best durable, and move the ref on the best if it is better than that.
 
         Args:
@@ -143,6 +151,7 @@ class Store:
             observation: the value, and the iteration that the snapshot is named by.
             weights: what is written.
             selection: what was selected to be saved; tells snapshots of one iteration apart.
+            file_format: of the files, one of `FILE_FORMATS`.
 
         Returns:
             The name of the snapshot.
@@ -151,19 +160,60 @@ class Store:
             ConfigError: if there is nothing to save.
             OSError: whatever the file system answers; nothing was saved or recorded then.
         """
+        name = self._free_name(observation, weights, selection)
+        manifest = self._snapshots.write(name, weights, self._about(keeper, observation), file_format=file_format)
+        return self._save(keeper, observation, name, manifest)
+
+    def begin_shards(self, observation: Observation, weights: Weights, selection: str) -> ShardFolder:
+        """Make a folder for every rank to write its share of a new best into, before `save_shards`.
+
+        Raises:
+            ConfigError: if there is nothing to save.
+            OSError: whatever the file system answers.
+        """
+        name = self._free_name(observation, weights, selection)
+        folder = self._snapshots.begin(name)
+        token = f"made-by-rank-0-{uuid.uuid4().hex}"
+        self._files.create(folder / token).close()
+        return ShardFolder(name, folder.name, token)
+
+    def save_shards(
+        self, keeper: str, observation: Observation, weights: Weights, folder: ShardFolder, written: Mapping[str, Any]
+    ) -> str:
+        """As `save`, for weights that all ranks have written.
+
+        Args:
+            keeper: as in `save`.
+            observation: as in `save`.
+            weights: that were written.
+            folder: from `begin_shards`.
+            written: what is recorded of each file.
+        """
+        self._files.remove(self._folder / SNAPSHOTS / folder.temporary / folder.token)
+        manifest = self._snapshots.publish(folder.snapshot, weights, written, self._about(keeper, observation))
+        return self._save(keeper, observation, folder.snapshot, manifest)
+
+    def drop_shards(self, folder: ShardFolder) -> None:
+        """Give up what `begin_shards` began. Raises `OSError`."""
+        self._snapshots.remove(folder.temporary)
+
+    def _free_name(self, observation: Observation, weights: Weights, selection: str) -> str:
         if not weights.files:
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )
-        name = self._snapshots.free_name(observation.iteration, self.history.restarts, selection)
-        about = {
+        return self._snapshots.free_name(observation.iteration, self.history.restarts, selection)
+
+    def _about(self, keeper: str, observation: Observation) -> dict[str, Any]:
+        return {
             "run": self.history.run_id,
             "iteration": str(observation.iteration),
             "keeper": keeper,
             "metric_key": self.history.keepers[keeper].metric_key,
             "value": observation.value,
         }
-        manifest = self._snapshots.write(name, weights, about)
+
+    def _save(self, keeper: str, observation: Observation, name: str, manifest: str) -> str:
         try:
             self._commit_best(keeper, observation, name, manifest)
         except OSError:
@@ -241,28 +291,6 @@ class Store:
     def best_snapshot(self, keeper: str) -> str | None:
         """Name of the snapshot that the keeper's ref on the best points at."""
         return self.history.refs.get(keeper)
-
-    def _check_begin(self, keeper: str, policy: Policy, loaded: LoadedState | None, from_ledger: bool) -> None:
-        twins = [name for name in self.history.keepers if name != keeper and name.casefold() == keeper.casefold()]
-        if twins:
-            raise ConfigError(f"{keeper!r} differs from {twins[0]!r} only in upper and lower case; give it another id")
-        if self._is_taken_up and loaded is None and not from_ledger:
-            raise RunExistsError(
-                f"{self._folder} holds run {self.history.run_id}; resume it (load_state_dict(), or resume='ledger'), "
-                "or choose another directory"
-            )
-        run_ids = {self.history.run_id, loaded.run_id if loaded is not None else None} - {None}
-        if loaded is not None and len(run_ids) > 1:
-            raise RunExistsError(
-                f"{self._folder} holds run {self.history.run_id}, but the state that was loaded is of run "
-                f"{loaded.run_id}; choose the directory of that run, or a new one"
-            )
-        past = self.history.keepers.get(keeper)
-        if past is not None and past.policy.higher_is_better != policy.higher_is_better:
-            direction = "higher" if past.policy.higher_is_better else "lower"
-            raise ConfigError(
-                f"{keeper}: this run was kept with '{direction} is better'; higher_is_better cannot change"
-            )
 
     def _check_ledger_is_whole(self) -> None:
         # The ledger knows every snapshot before anything points at it, so what it does not know is not garbage here: it

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from keepbest.errors import SnapshotError
-from keepbest.store.format import check_file
+from keepbest.store.digest import check_file
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, REFS, SNAPSHOTS, TEMPORARY
 from keepbest.store.ledger import read_ledger
@@ -98,7 +98,8 @@ def _snapshot_faults(directory: Path, history: History, name: str) -> list[Fault
             check_file(folder / file, expected)
         except SnapshotError as error:
             faults.append(Fault("damage", str(error)))
-    extra = sorted({path.name for path in folder.iterdir()} - {*manifest["files"], MANIFEST})
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    extra = sorted(present - {*manifest["files"], MANIFEST})
     return [*faults, *(Fault("damage", f"{folder / file} was put there by somebody else") for file in extra)]
 
 

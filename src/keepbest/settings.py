@@ -1,0 +1,80 @@
+"""The settings of a keeper, checked as a whole before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from keepbest.decision import Policy
+from keepbest.errors import ConfigError
+from keepbest.metric import MetricReduction, check_reduction
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.snapshot import Part, select_parts
+from keepbest.store.formats import Format, check_format
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `BestKeeper` was given, as far as all ranks must have been given the same.
+
+    Attributes:
+        name: of the keeper, which is that of its ref on the best.
+        policy: by which it decides.
+        reduction: how the values of the ranks become one.
+        parts: of the model, that are saved.
+        file_format: of the snapshots.
+        async_save: whether they are written in the background.
+    """
+
+    name: str
+    policy: Policy
+    reduction: MetricReduction
+    parts: tuple[Part, ...]
+    file_format: Format
+    async_save: bool
+
+
+def check_settings(
+    model: nn.Module,
+    *,
+    name: str,
+    metric_key: str,
+    tolerances: Sequence[int] | None,
+    model_names: Sequence[str] | None,
+    higher_is_better: bool | None,
+    min_delta: float,
+    metric_reduction: str,
+    on_nonfinite: str,
+    file_format: str,
+    async_save: bool,
+    on_save_error: str,
+    resume: str | None,
+    metric_property_provider: MetricPropertyProvider | None,
+) -> Settings:
+    """The settings of `BestKeeper`, which describes them. **Rank-local**.
+
+    Raises:
+        ConfigError: if one of them, or two together, cannot be right.
+    """
+    for setting, given, known in (
+        ("on_nonfinite", on_nonfinite, ("ignore", "raise")),
+        ("on_save_error", on_save_error, ("raise", "warn")),
+        ("resume", resume, (None, "ledger")),
+    ):
+        if given not in known:
+            raise ConfigError(f"{setting} must be one of {known}, got {given!r}")
+    provider = metric_property_provider or MetricPropertyProvider()
+    direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
+    policy = Policy(direction, min_delta, tuple(tolerances or ()))
+    parts = select_parts(model, model_names)
+    settings = Settings(
+        name, policy, check_reduction(metric_reduction), parts, check_format(file_format, model, parts), async_save
+    )
+    if async_save and settings.file_format == "dcp":
+        raise ConfigError(
+            "format 'dcp' is written by all ranks, which wait for each other; async_save goes with 'torch' and "
+            "'safetensors' only"
+        )
+    return settings

@@ -1,0 +1,73 @@
+"""The formats that weights are written in.
+
+`torch` and `safetensors` are one file for each part of the model, written by rank 0. `dcp` is a folder for each part,
+of torch's distributed checkpoints, to which every rank writes what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from torch import nn
+
+from keepbest.errors import ConfigError, SnapshotError
+from keepbest.models.structure import modules_along
+from keepbest.snapshot import Part
+from keepbest.store.files import Files
+from keepbest.store.formats import safetensors_file, torch_file
+
+Format = Literal["torch", "safetensors", "dcp"]
+SHARDED_ENDING = ".dcp"
+SHARDED_METADATA = ".metadata"
+
+
+class FileFormat(NamedTuple):
+    """How a state dict becomes a file, and back; see the modules of the formats."""
+
+    ending: str
+    write: Callable[[Files, Path, Mapping[str, Any]], dict[str, Any]]
+    read: Callable[[Path], dict[str, Any]]
+
+
+FILE_FORMATS = {
+    "torch": FileFormat(torch_file.ENDING, torch_file.write_state_dict, torch_file.read_state_dict),
+    "safetensors": FileFormat(
+        safetensors_file.ENDING, safetensors_file.write_state_dict, safetensors_file.read_state_dict
+    ),
+}
+
+
+def read_state_dict(path: Path) -> dict[str, Any]:
+    """The state dict in a file of any of `FILE_FORMATS`. **Rank-local**.
+
+    Raises:
+        SnapshotError: if it holds anything but plain weights, or is of no known format.
+        ConfigError: if a package that reads it is not installed.
+    """
+    for file_format in FILE_FORMATS.values():
+        if path.suffix == file_format.ending:
+            return file_format.read(path)
+    raise SnapshotError(f"{path} is of no known format")
+
+
+def check_format(name: str, model: nn.Module, parts: Sequence[Part]) -> Format:
+    """`name`, after it was found to be able to hold the weights of `parts`. **Rank-local**.
+
+    Raises:
+        ConfigError: if it is no format, or cannot hold them, or what reads it is not installed.
+    """
+    if name not in get_args(Format):
+        raise ConfigError(f"format must be one of {', '.join(get_args(Format))}, got {name!r}")
+    if name == "safetensors":
+        safetensors_file.require_safetensors()
+        for part in parts:
+            along = modules_along(model, part.path) or []
+            for path, module in along[-1][1].named_modules() if along else []:
+                if type(module).get_extra_state is not nn.Module.get_extra_state:
+                    raise ConfigError(
+                        f"format 'safetensors' holds tensors only, but {path or 'the model'} in {part.name!r} has an "
+                        "extra state; use format 'torch' or 'dcp'"
+                    )
+    return cast("Format", name)
