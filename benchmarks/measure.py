@@ -254,13 +254,21 @@ def main(program: str, measure: Callable[[bool], Report]) -> None:
         "took_seconds": round(time.time() - started),
         "machine": machine(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": _commit(),
         "lines": [{**asdict(line), "verdict": line.verdict} for line in report.lines],
         "samples": report.samples,
     }
     (RESULTS / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The code that was measured; results that were just written do not make it another one."""
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> dict[str, Any]:
