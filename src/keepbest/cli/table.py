@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,17 @@ def print_table(directory: Path) -> None:
             "?" if each.value is None else f"{each.value:.9g}",
             each.iteration or "?",
             "" if each.tolerance is None else "exceeded" if each.exceeded else "not exceeded (provisional)",
-            ", ".join(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
+            _told(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
             "?" if each.bytes is None else f"{each.bytes:,}",
             each.digest[:_DIGITS_SHOWN],
         )
     console().print(table)
+
+
+def _told(files: Collection[str]) -> str:
+    """The names of files; of those that all ranks wrote, only the folder and how many there are."""
+    counts = Counter(name.partition("/")[0] for name in files)
+    return ", ".join(name if name in files else f"{name} ({count} files)" for name, count in counts.items())
 
 
 def print_json(directory: Path) -> None:
