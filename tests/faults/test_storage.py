@@ -191,10 +191,11 @@ def fill(disk: Path) -> None:
     (disk / "ballast").write_bytes(bytes(room.f_bavail * room.f_frsize))
 
 
-def run_until(directory: Path, on_save_error: str, epochs: int):
+def run_until(directory: Path, on_save_error: str, epochs: int, file_format: str):
     """Observes `epochs`, lets the test break the storage, and observes the rest or ends with the error."""
     model = net(WIDTH)
-    keeper = keeper_of(directory, model, on_save_error=on_save_error, rank_timeout=20.0)
+    settings = {"on_save_error": on_save_error, "rank_timeout": 20.0, "format": file_format}
+    keeper = keeper_of(directory, model, **settings)
     seen = go_on(keeper, model, VALUES[:epochs])
     state = keeper.state_dict()
     pause("break it")
@@ -218,9 +219,9 @@ def resume(directory: Path, state) -> None:
         go_on(keeper, model)
 
 
-def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, mend_it):
+def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, mend_it, file_format: str = "torch"):
     """(what both ranks saw, the state before, the error) of two ranks whose storage breaks after `epochs`."""
-    with start_ranks(run_until, 2, directory, on_save_error, epochs) as ranks:
+    with start_ranks(run_until, 2, directory, on_save_error, epochs, file_format) as ranks:
         for rank in range(2):
             ranks.wait_for(rank, "break it")
         break_it()
@@ -240,11 +241,21 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
     return outcomes[0][:3]
 
 
-@pytest.mark.parametrize("resume_from", ["state", "ledger"])
-def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(small_disk, resume_from):
+@pytest.mark.parametrize(
+    ("resume_from", "file_format", "told"),
+    [
+        ("state", "torch", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
+        ("ledger", "torch", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
+        ("state", "safetensors", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
+        ("state", "dcp", "at E5: rank 0: "),
+    ],
+)
+def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(
+    small_disk, resume_from, file_format, told
+):
     directory = small_disk / "run"
-    _, state, error = break_and_mend(directory, "raise", 4, lambda: fill(small_disk), None)
-    assert "on rank 0 of 2: OSError: [Errno 28] No space left on device" in error
+    _, state, error = break_and_mend(directory, "raise", 4, lambda: fill(small_disk), None, file_format)
+    assert told in error
     assert "save the new best of loss at E5" in error
     assert verify(directory) == []  # not even a half-written file is left to take up the little room
     assert refs_hold(directory, WIDTH) == {BEST: 2, f"{BEST}.tolerance=1": 2}
@@ -255,9 +266,11 @@ def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(sma
     assert recorded_state(directory) == COMPLETE
 
 
-def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk):
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk, file_format):
     directory = small_disk / "run"
-    seen, _, error = break_and_mend(directory, "warn", 4, lambda: fill(small_disk), (small_disk / "ballast").unlink)
+    mend = (small_disk / "ballast").unlink
+    seen, _, error = break_and_mend(directory, "warn", 4, lambda: fill(small_disk), mend, file_format)
     assert error is None
     assert [entry.iteration.epoch for entry in seen if not entry.durable] == [5]
     # 3.5 at 6 is worse than the 3.0 that was lost, and better than the best on the disk: 4.0.
