@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv-bench/.installed
 
-.PHONY: demo test faults check clean bench bench-setup
+.PHONY: demo test faults test-slurm soak check clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -19,6 +19,15 @@ test: $(INSTALLED)
 # Kills runs two hundred times, and cuts the power at every point of a commit. Minutes.
 faults: $(INSTALLED)
 	$(BIN)/pytest -q -s tests/faults --kills 200 --crash-points all
+
+# Starts a SLURM cluster of two nodes on this machine, and submits the scripts of launch/. As root, it installs SLURM.
+test-slurm: $(INSTALLED)
+	$(BIN)/pytest -q --slurm --override-ini faulthandler_timeout=600 tests/slurm
+
+# Interrupts jobs five times in each way: by a signal, by their return to the queue, and by time limits, which SLURM keeps
+# to the minute.
+soak: $(INSTALLED)
+	$(BIN)/pytest -q --slurm --rounds 5 --override-ini faulthandler_timeout=1800 tests/slurm/test_requeue.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -43,7 +52,7 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
 # The stamp comes last, so that an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples,tensorboard,test,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples,safetensors,tensorboard,test,dev]'
 	touch $@
 
 clean:

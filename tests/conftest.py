@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Test processes and their ranks share few cores. Set before torch is imported, so that forked ranks have it too.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,3 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--crash-points", choices=["some", "all"], default="some", help="how many of the states after a power cut"
     )
+    group = parser.getgroup("slurm")
+    group.addoption("--slurm", action="store_true", help="also the tests that start a SLURM cluster, and install it")
+    group.addoption("--rounds", type=int, default=1, help="how often a job of a SLURM cluster is interrupted")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    needs_cluster = collection_path == Path(__file__).parent / "slurm"
+    return True if needs_cluster and not config.getoption("slurm") else None
