@@ -34,6 +34,25 @@ with distributed() as process:
 path.write_text(f"{report}, initialised after: {dist.is_initialized()}")
 """
 
+# Rank 0 is late at the second attempt, so that rank 1 finds in torchrun's store what the first one left there.
+SECOND_ATTEMPT = """
+import os, pathlib, sys, time, torch, torch.distributed as dist
+from datetime import timedelta
+from keepbest.launch import distributed
+is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+if not is_first and os.environ["RANK"] == "0":
+    time.sleep(1)
+with distributed(timeout=timedelta(seconds=20)) as process:
+    total = torch.tensor(process.rank)
+    dist.all_reduce(total)
+    if is_first and process.rank == 1:
+        os._exit(1)
+    dist.barrier()
+    report = f"rank {process.rank} of {process.world_size}: sum {total.item()}, {dist.get_backend()}"
+    path = pathlib.Path(sys.argv[1], f"{process.rank}.txt")
+path.write_text(f"{report}, initialised after: {dist.is_initialized()}")
+"""
+
 EXPECTED_REPORTS = [f"rank {rank} of 2: sum 1, gloo, initialised after: False" for rank in range(2)]
 
 
@@ -138,6 +157,16 @@ def test_under_torchrun(tmp_path: Path):
     script = tmp_path / "ranks.py"
     script.write_text(SUM_OF_RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert reports(tmp_path) == EXPECTED_REPORTS
+
+
+def test_under_torchrun_that_restarts(tmp_path: Path):
+    script = tmp_path / "ranks.py"
+    script.write_text(SECOND_ATTEMPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command = [*torchrun, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,16 +14,20 @@ from __future__ import annotations
 import gc
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, RankTimeoutError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _FIRST_PORT = 16384  # SLURM jobs get a port in [16384, 32768): not reserved, and below Linux' ephemeral ones
@@ -64,15 +68,16 @@ def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Proce
 
     Raises:
         ConfigError: if variables are missing or no numbers, naming them, or the host has no device for the local rank.
+        RankTimeoutError: if torchrun has started this process, but not all others in time.
     """
     process = read_environment(os.environ)
-    if process.master_addr is None:
+    if process.master_addr is None or process.master_port is None:
         yield process
         return
     device = _claim_device(process)
     dist.init_process_group(
         "gloo" if device is None else "nccl",
-        init_method=f"tcp://{_bracketed(process.master_addr)}:{process.master_port}",
+        **_rendezvous(process, process.master_addr, process.master_port, timeout),
         rank=process.rank,
         world_size=process.world_size,
         timeout=timeout,
@@ -182,6 +187,47 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"the environment variable {name} must be an integer >= 0, found {text!r}")
     return int(text)
+
+
+def _rendezvous(process: Process, address: str, port: int, timeout: timedelta) -> dict[str, Any]:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {"init_method": f"tcp://{_bracketed(address)}:{port}"}
+    # torchrun keeps one store for all attempts. Who starts again would find the addresses of processes that have ended.
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    return {"store": PrefixStore(_agree_on_attempt(store, process, timeout), store)}
+
+
+def _agree_on_attempt(store: Store, process: Process, timeout: timedelta) -> str:
+    """A word that these processes share, and none before them had. **Collective**.
+
+    Whatever is in the store may be from processes that have ended. So every rank asks with a word of its own, and
+    rank 0 answers whatever it finds, until all have confirmed what only it can have told them.
+
+    Raises:
+        RankTimeoutError: on rank 0, if a rank does not start in time.
+        RuntimeError: of torch, on the others, if rank 0 does not.
+    """
+    word = uuid.uuid4().hex
+    if process.rank > 0:
+        store.set(f"keepbest/question/{process.rank}", word)
+        attempt: str = store.get(f"keepbest/answer/{word}").decode()
+        store.set(f"keepbest/{attempt}/{process.rank}", "")
+        return attempt
+    deadline = time.monotonic() + timeout.total_seconds()
+    waiting = set(range(1, process.world_size))
+    while waiting:
+        if time.monotonic() > deadline:
+            raise RankTimeoutError(
+                f"rank 0 of {process.world_size} waited {timeout.total_seconds():g} s for ranks "
+                f"{', '.join(map(str, sorted(waiting)))} to start; see whether they have ended with an error"
+            )
+        for rank in waiting:
+            question = f"keepbest/question/{rank}"
+            if store.check([question]):
+                store.set(f"keepbest/answer/{store.get(question).decode()}", word)
+        waiting = {rank for rank in waiting if not store.check([f"keepbest/{word}/{rank}"])}
+        time.sleep(0.01)
+    return word
 
 
 def _claim_device(process: Process) -> torch.device | None:
