@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv-bench/.installed
 
-.PHONY: demo test faults test-slurm soak check clean bench bench-setup
+.PHONY: demo test faults test-slurm test-hosts soak check clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -23,6 +23,10 @@ faults: $(INSTALLED)
 # Starts a SLURM cluster of two nodes on this machine, and submits the scripts of launch/. As root, it installs SLURM.
 test-slurm: $(INSTALLED)
 	$(BIN)/pytest -q --slurm --override-ini faulthandler_timeout=600 tests/slurm
+
+# Trains on two hosts, which are network namespaces of this machine, and cuts the network between them. As root.
+test-hosts: $(INSTALLED)
+	$(BIN)/pytest -q tests/hosts
 
 # Interrupts jobs five times in each way: by a signal, by their return to the queue, and by time limits, which SLURM keeps
 # to the minute.
