@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pwd import getpwuid
 
 ROOT = Path(__file__).resolve().parents[2]
 # A node's name is where the ranks meet, so each is a name that leads to this machine wherever Linux runs.
@@ -25,9 +26,11 @@ NODES = ("127.0.0.2", "127.0.0.3")
 PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
-# cred_expire: a job that is requeued waits for as long, or two minutes.
+# cred_expire: a job that is requeued waits for as long, or two minutes. FirstJobId: the port that ranks meet at follows
+# from the job's number, and clusters of two test runs are one machine.
 _CONFIG = """
 ClusterName=keepbest
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser={user}
@@ -156,7 +159,12 @@ class Cluster:
             for node, port in zip(NODES, ports[1:], strict=True)
         ]
         config = _CONFIG.format(
-            host=host, controller_port=ports[0], user=Path.home().owner(), folder=self.folder, nodes="\n".join(nodes)
+            first_job=os.getpid(),
+            host=host,
+            controller_port=ports[0],
+            user=_user(),
+            folder=self.folder,
+            nodes="\n".join(nodes),
         )
         self._config_file.write_text(config)
 
@@ -193,8 +201,7 @@ class Cluster:
                     daemon.kill()
 
     def _cancel_all(self) -> None:
-        self.run("scancel", "--signal=KILL", "--full", "--user", Path.home().owner())
-        self.run("scancel", "--user", Path.home().owner())
+        self.run("scancel", "--user", _user())
         _wait_until("all jobs have ended", lambda: not self.run("squeue", "-h"))
 
     def _environment(self) -> dict[str, str]:
@@ -204,6 +211,10 @@ class Cluster:
 
     def _logs(self) -> str:
         return "".join(f"\n{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
+
+
+def _user() -> str:
+    return getpwuid(os.geteuid()).pw_name
 
 
 def _install_packages() -> None:

@@ -17,7 +17,7 @@ import torch
 from keepbest.store.read import read_history
 from keepbest.store.verify import verify
 from tests.cli import runs
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import NODES, Cluster, Job
 from tests.slurm.scripts import edited
 
 PART = 50  # updates that are seen between two interruptions
@@ -113,6 +113,18 @@ def test_job_that_is_signalled_goes_on_from_where_it_was(cluster, rounds, update
 def test_job_that_is_sent_back_to_the_queue_goes_on(cluster, rounds, updates, whole, tmp_path):
     job = submit(cluster, tmp_path, "run", updates)
     interrupt(job, tmp_path / "run", rounds, lambda: cluster.run("scontrol", "requeue", str(job.number)))
+    assert job.wait() == "COMPLETED", job.printed()
+    assert (job.exit_status, job.restarts) == (0, rounds)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_job_returns_when_one_of_its_nodes_goes_down(cluster, rounds, updates, whole, tmp_path):
+    if rounds == 1:
+        pytest.skip("the same as above, but for what SLURM does; make soak has the time")
+    down = ("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
+    job = submit(cluster, tmp_path, "run", updates)
+    # The node is up again as soon as SLURM hears of it.
+    interrupt(job, tmp_path / "run", rounds, lambda: cluster.run(*down))
     assert job.wait() == "COMPLETED", job.printed()
     assert (job.exit_status, job.restarts) == (0, rounds)
     assert_same_run(tmp_path / "run", whole)
