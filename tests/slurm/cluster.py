@@ -27,7 +27,7 @@ PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wl
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 # cred_expire: a job that is requeued waits for as long, or two minutes. FirstJobId: the port that ranks meet at follows
-# from the job's number, and clusters of two test runs are one machine.
+# from the job's number, and clusters of two test runs are on one machine.
 _CONFIG = """
 ClusterName=keepbest
 FirstJobId={first_job}
