@@ -9,7 +9,9 @@ from tests.cli import runs
 EPOCHS = 12
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp1"), (2, "fsdp2")])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(1, "single"), (2, "ddp"), (4, "ddp"), (2, "fsdp1"), (2, "fsdp2")]
+)
 def test_run_that_is_resumed_equals_one_that_went_through(world_size, strategy, tmp_path):
     content = runs.describe_run(tmp_path / "whole", epochs=EPOCHS, strategy=strategy)
     content["trainer"]["callbacks"] += [{"name": "CheckpointCallback", "every_n_epochs": 2}]

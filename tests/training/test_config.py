@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from keepbest.callbacks.offline_loss import OfflineLossCallback
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel
-from keepbest.ranks import Ranks
 from keepbest.training.config import RunConfig
 from keepbest.training.trainer import build_trainer
 from tests.ranks.pool import run_ranks
@@ -45,7 +44,7 @@ class Nested(toys.AutoEncoder):
 
 
 def test_run_from_yaml(tmp_path):
-    trainer = build_trainer(RunConfig.model_validate(settings(tmp_path)), Ranks.connect())
+    trainer = build_trainer(RunConfig.model_validate(settings(tmp_path)))
     trainer.train()
     assert trainer.model.encoder[0].out_features == 6
     assert isinstance(trainer.callbacks[0], OfflineLossCallback)
@@ -100,7 +99,7 @@ def test_config_that_cannot_be_right(changes, message, tmp_path):
 def test_what_cannot_be_built(changes, message, tmp_path):
     config = RunConfig.model_validate(settings(tmp_path, **changes))
     with pytest.raises(ConfigError, match=message):
-        build_trainer(config, Ranks.connect())
+        build_trainer(config)
 
 
 class OnRank0Only(toys.Waves):
@@ -114,7 +113,7 @@ def missing_data(directory: Path) -> str:
     data = {"train": {"kind": f"{__name__}.OnRank0Only"}}
     config = RunConfig.model_validate(settings(directory, data=data))
     with pytest.raises(ConfigError) as caught:
-        build_trainer(config, Ranks.connect())
+        build_trainer(config)
     return str(caught.value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -35,6 +36,9 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this on Python 3.10
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file: trainer.epochs=3"),
 ]
+Timeout = Annotated[
+    float, typer.Option(min=1.0, help="Seconds that a rank waits for the others in a collective of torch's own.")
+]
 
 
 @app.callback()
@@ -51,13 +55,14 @@ def train_command(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")],
     overrides: Overrides = None,
+    timeout: Timeout = 600.0,
 ) -> None:
     """Train as CONFIG says, and show the checkpoints that were kept.
 
     The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training before its time: start it again with
     trainer.resume=auto to go on.
     """
-    _run(lambda: train(config, overrides or []), launches=True, debug=context.obj)
+    _run(lambda: train(config, overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("eval")
@@ -69,9 +74,10 @@ def eval_command(
         Optional[str],  # noqa: UP045  # as above
         typer.Option(help="Which checkpoint; without it, the best of a run that monitors one metric."),
     ] = None,
+    timeout: Timeout = 600.0,
 ) -> None:
     """Evaluate a checkpoint of RUN with the callbacks of its config, and print the metrics."""
-    _run(lambda: evaluate(run, ref, overrides or []), launches=True, debug=context.obj)
+    _run(lambda: evaluate(run, ref, overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -83,7 +89,7 @@ def show_command(
 ) -> None:
     """Show the checkpoints that RUN keeps."""
     show = print_history if history else print_json if as_json else print_table
-    _run(lambda: show(run), launches=False, debug=context.obj)
+    _run(lambda: show(run), debug=context.obj)
 
 
 @app.command("verify")
@@ -102,7 +108,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
         if faults:
             raise typer.Exit(1)
 
-    _run(report, launches=False, debug=context.obj)
+    _run(report, debug=context.obj)
 
 
 @app.command("export")
@@ -124,7 +130,7 @@ def export_command(
         for path in export(run, ref, to, part=part):
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
-    _run(write, launches=False, debug=context.obj)
+    _run(write, debug=context.obj)
 
 
 @app.command("repair")
@@ -141,16 +147,17 @@ def repair_command(context: typer.Context, run: Run) -> None:
         if after:
             raise typer.Exit(1)
 
-    _run(mend, launches=False, debug=context.obj)
+    _run(mend, debug=context.obj)
 
 
-def _run(command: Callable[[], None], *, launches: bool, debug: bool) -> None:
+def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:
+    """Run a command, on all ranks if it has a `timeout`, and turn its errors into an exit status."""
     process = Process()
     try:
-        if not launches:
+        if timeout is None:
             command()
             return
-        with distributed() as process:
+        with distributed(timeout=timedelta(seconds=timeout)) as process:
             level = logging.INFO if process.rank == 0 else logging.WARNING
             logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
             command()

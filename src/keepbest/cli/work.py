@@ -31,7 +31,7 @@ def train(config: Path, arguments: Sequence[str]) -> None:
     """
     ranks = Ranks.connect()
     run = _read(ranks, config, lambda: parse_settings(arguments))
-    trainer = build_trainer(run.config, ranks)
+    trainer = build_trainer(run.config)
 
     def keep_config() -> None:
         save = run.save if ranks.is_main else lambda: None
@@ -65,7 +65,7 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
 
     run = _read(ranks, directory / CONFIG_FILE, settings)
     name = ranks.broadcast(f"look into {directory}", lambda: ref or _only_best(directory))
-    trainer = build_trainer(run.config, ranks)
+    trainer = build_trainer(run.config)
     loaded = load(directory, name, trainer.model)
     metrics = trainer.eval(update=loaded.iteration.update or 0)
     if not ranks.is_main:

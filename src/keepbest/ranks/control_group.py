@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import weakref
 from dataclasses import dataclass
@@ -124,11 +126,12 @@ class ControlGroup:
         self.round += 1
         options = AllgatherOptions()
         options.timeout = timeout
+        started = time.monotonic()  # before gloo begins to count
         try:
             work = self.group.allgather([frames.rows], [frames.row], options)
         except RuntimeError as error:
             raise self._lost(step, error) from error
-        return Started(work, self.round, time.monotonic())
+        return Started(work, self.round, started)
 
     def finish(self, started: Started, step: str, timeout: timedelta) -> None:
         """Wait until what was started has arrived from all ranks. Raises as `all_gather`."""
@@ -179,15 +182,23 @@ class ControlGroup:
         store = group.get_group_store()
         deadline = time.monotonic() + _GRACE_FOR_SIGN_INS
         absent = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
-            self._sign_in(group)
-            while absent and time.monotonic() < deadline:
-                keys = {rank: f"keepbest/arrived/{rank}" for rank in absent}
-                absent = [rank for rank, key in keys.items() if not store.check([key]) or int(store.get(key)) < number]
-                time.sleep(0.05)
-        except RuntimeError:  # the host of the rendezvous store is gone: nothing more can be known
-            return absent
-        return absent
+
+        def look() -> None:
+            # Where the host of the store is gone nothing more can be known.
+            with contextlib.suppress(RuntimeError):
+                self._sign_in(group)
+                while absent and time.monotonic() < deadline:
+                    for rank in list(absent):
+                        key = f"keepbest/arrived/{rank}"
+                        if store.check([key]) and int(store.get(key)) >= number:
+                            absent.remove(rank)
+                    time.sleep(0.05)
+
+        # On a thread, since the store waits for its host for ever where the network has swallowed it.
+        looking = threading.Thread(target=look, name="keepbest-sign-in", daemon=True)
+        looking.start()
+        looking.join(_GRACE_FOR_SIGN_INS + 1.0)
+        return list(absent)
 
 
 # One control group per process group: a second one would cost a mesh of connections and bring no separation.

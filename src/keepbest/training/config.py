@@ -34,6 +34,8 @@ class TrainerConfig(BaseModel):
         tracker: where logged scalars go, in the folder of the run.
         callbacks: their configs, in the order in which they are called.
         resume: a resume checkpoint to go on from; "auto" is the newest complete one of this run, if there is any.
+        rank_timeout: seconds that ranks wait for each other where they agree on something.
+        save_timeout: seconds that they wait for a rank that writes, or is busy with an update.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +51,8 @@ class TrainerConfig(BaseModel):
     tracker: TrackerName = "jsonl"
     callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] = []
     resume: str | None = None
+    rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+    save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
 
     @model_validator(mode="after")
     def _check_end(self) -> Self:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,9 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
     if strategy == "single":
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model)
+        # Without it DDP orders its buckets anew after its first backward pass, and with them its sums: a resumed run,
+        # which has a first pass of its own, would differ in the last bit from one that went through.
+        return DistributedDataParallel(model, find_unused_parameters=True)
     # FSDP shards the weights that each rank has, and FSDP1 can only synchronise them itself on accelerators.
     mine = model.state_dict() if torch.distributed.get_rank() == 0 else {}
     set_model_state_dict(model, mine, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -81,6 +84,14 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Without the warnings of the strategies about what `place` does on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+        yield
 
 
 def build_optimizers(

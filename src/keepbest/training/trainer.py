@@ -33,6 +33,7 @@ from keepbest.training.strategy import (
     autocast,
     build_optimizers,
     check_strategy,
+    expected_warnings,
     place,
     training_device,
     without_gradient_sync,
@@ -131,7 +132,7 @@ class Trainer:
             SnapshotError: if the checkpoint to resume from does not fit the model or the optimizers.
             PreemptedError: on every rank, if a signal stopped it.
         """
-        with Preemption(self.ranks) as preemption, closing(self.tracker):
+        with Preemption(self.ranks) as preemption, closing(self.tracker), expected_warnings():
             random_state = self._load_resume_checkpoint()
             self._call(self.callbacks, "before_training")
             on_start()
@@ -256,12 +257,13 @@ class Trainer:
                 getattr(callback, hook)(update_counter=self.update_counter, **arguments)
 
 
-def build_trainer(config: RunConfig, ranks: Ranks) -> Trainer:
+def build_trainer(config: RunConfig) -> Trainer:
     """The trainer of a run. **Collective**: what fails on one rank, such as a dataset that is not there, fails on all.
 
     Raises:
         ConfigError: if something cannot be built as the config says.
     """
+    ranks = Ranks.connect(rank_timeout=config.trainer.rank_timeout, save_timeout=config.trainer.save_timeout)
     model = ranks.agree("build the model", config.build_model)
     data_container = ranks.agree("open the datasets", config.build_data)
     return Trainer(
