@@ -177,8 +177,8 @@ class BestKeeper:
         Costs one small all_gather where there is no new best.
 
         Args:
-            value: this rank's value: a number, or a tensor with one element. Ranks that `metric_reduction` does not ask
-                may pass `None`.
+            value: this rank's value: a number, a tensor with one element, a metric of torchmetrics (its own sync of the
+                ranks is the only one) or a function that gives it. Ranks that are not asked may pass `None`.
             iteration: what was completed; increases from call to call and always names the same parts.
             weight: what this rank counts in the reduction, for example its number of samples; on all ranks or on none.
 
@@ -189,7 +189,7 @@ class BestKeeper:
             StorageError: on every rank, if the new best, or an earlier record, could not be written.
             RanksError: if the ranks could not agree (see `Ranks.exchange`).
         """
-        return self.observe_reading(lambda: read_value(value, weight), iteration)
+        return self.observe_reading(lambda: read_value(value, weight, metric_key=self.metric_key), iteration)
 
     def observe_reading(self, read: Callable[[], Reading], iteration: TrainingIteration) -> Outcome:
         """As `observe`, with a function that gets this rank's reading; what it raises reaches every rank."""
