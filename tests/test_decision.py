@@ -20,6 +20,7 @@ POLICIES = st.builds(
     st.booleans(),
     st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     st.lists(st.integers(0, 6), unique=True, max_size=4).map(tuple),
+    st.integers(1, 4),
 )
 
 
@@ -58,6 +59,14 @@ def oracle(policy, values):
     return (droughts or [0])[-1], (bests or [None])[-1], exceeded
 
 
+def top(policy, values):
+    """Where the best values are: finite and saved, the better first, and of equal ones the older."""
+    counted = [number for number, (value, durable) in enumerate(values) if durable and math.isfinite(value)]
+    sign = -1 if policy.higher_is_better else 1
+    best = sorted(counted, key=lambda number: (sign * values[number][0], number))[: policy.top_k]
+    return best if policy.top_k > 1 else []
+
+
 @given(POLICIES, TIMELINES)
 def test_state_follows_from_the_whole_past(policy, values):
     state = fold(policy, timeline(values))
@@ -69,6 +78,7 @@ def test_state_follows_from_the_whole_past(policy, values):
     assert state.tolerance_counter == counter
     assert state.best == named(best)
     assert state.exceeded == {tolerance: named(number) for tolerance, number in exceeded.items()}
+    assert state.top == tuple(map(named, top(policy, values)))
     assert state.last_iteration == (at(len(values) - 1) if values else None)
 
 

@@ -6,7 +6,7 @@ A state is the fold of `decide` over a timeline, so whoever has the observations
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,20 +16,23 @@ from keepbest.iteration import TrainingIteration
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When a metric counts as better, and after how long a drought a tolerance is exceeded.
+    """When a metric counts as better, after how long a drought a tolerance is exceeded, and how many bests are kept.
 
     Attributes:
         higher_is_better: the direction of the metric.
         min_delta: a new best must beat the old one by more than this, in units of the metric.
         tolerances: unique integers >= 0, in intervals, ascending.
+        top_k: how many of the best values of a timeline are kept; 1 is the best alone.
 
     Raises:
-        ConfigError: if `min_delta` is negative or not finite, or a tolerance is negative, no integer or given twice.
+        ConfigError: if `min_delta` is negative or not finite, a tolerance is negative, no integer or given twice, or
+            `top_k` is no integer >= 1.
     """
 
     higher_is_better: bool
     min_delta: float = 0.0
     tolerances: tuple[int, ...] = ()
+    top_k: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_delta < math.inf:
@@ -40,6 +43,18 @@ class Policy:
         if len(set(self.tolerances)) != len(self.tolerances):
             raise ConfigError(f"tolerances must differ from each other, got {list(self.tolerances)}")
         object.__setattr__(self, "tolerances", tuple(sorted(self.tolerances)))
+        if type(self.top_k) is not int or self.top_k < 1:
+            raise ConfigError(f"keep_top_k must be an integer >= 1, got {self.top_k!r}")
+
+    def entering(self, value: float, top: Sequence[Best]) -> int | None:
+        """The place, from 0, that `value` takes among the best `top`; `None` if it is not among the `top_k` best.
+
+        Of equal values the older one is the better; `min_delta` does not count.
+        """
+        if self.top_k == 1 or not math.isfinite(value):
+            return None
+        place = next((i for i, best in enumerate(top) if self.is_better(value, best.value, min_delta=0.0)), len(top))
+        return place if place < self.top_k else None
 
     def is_better(self, value: float, best: float | None, *, min_delta: float | None = None) -> bool:
         """Whether `value` beats `best` strictly, by more than `min_delta` (by default the policy's).
@@ -89,12 +104,14 @@ class BestState:
         tolerance_counter: intervals since the last improvement.
         exceeded: for each tolerance that was exceeded, the best at that moment (`None` if there was none yet).
         last_iteration: of the newest observation.
+        top: the best values that were kept, the best first; empty where only the best is.
     """
 
     best: Best | None = None
     tolerance_counter: int = 0
     exceeded: Mapping[int, Best | None] = field(default_factory=dict)
     last_iteration: TrainingIteration | None = None
+    top: tuple[Best, ...] = ()
 
     def __str__(self) -> str:
         """One line of a length that does not depend on the number of tolerances."""
@@ -108,6 +125,7 @@ class BestState:
             "tolerance_counter": self.tolerance_counter,
             "exceeded": {str(tolerance): _best_to_json(best) for tolerance, best in sorted(self.exceeded.items())},
             "last_iteration": None if self.last_iteration is None else str(self.last_iteration),
+            "top": [_best_to_json(best) for best in self.top],
         }
 
     @classmethod
@@ -119,6 +137,7 @@ class BestState:
             tolerance_counter=state["tolerance_counter"],
             exceeded={int(tolerance): _best_from_json(best) for tolerance, best in state["exceeded"].items()},
             last_iteration=None if last is None else TrainingIteration.parse(last),
+            top=tuple(Best(best["value"], TrainingIteration.parse(best["iteration"])) for best in state.get("top", ())),
         )
 
 
@@ -127,12 +146,19 @@ class Decision:
     """What follows from one observation.
 
     Attributes:
-        is_new_best: the weights of this iteration must be saved.
+        is_new_best: the value is the new best of the timeline.
         newly_exceeded: tolerances that are closed by this observation, ascending.
+        enters_top: the value is among the `top_k` best.
     """
 
     is_new_best: bool
     newly_exceeded: tuple[int, ...] = ()
+    enters_top: bool = False
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the weights of this iteration must be saved."""
+        return self.is_new_best or self.enters_top
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +170,7 @@ class Outcome:
         value: the metric that all ranks agreed on.
         is_new_best: whether it is the new best of the timeline; its weights are durable then.
         newly_exceeded: tolerances that it closed, ascending.
+        enters_top: whether it is among the `keep_top_k` best; its weights are durable then too.
         save_failed: whether a new best was lost because it could not be written (only with `on_save_error="warn"`).
     """
 
@@ -151,6 +178,7 @@ class Outcome:
     value: float
     is_new_best: bool
     newly_exceeded: tuple[int, ...] = ()
+    enters_top: bool = False
     save_failed: bool = False
 
 
@@ -168,10 +196,15 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
             f"iteration {observation.iteration} does not come after {state.last_iteration}, the last one observed; "
             "iterations must increase (to go back to an earlier one, resume from its state)"
         )
+    top, enters_top = state.top, False
+    if observation.durable and (place := policy.entering(observation.value, top)) is not None:
+        entered = Best(observation.value, observation.iteration)
+        top, enters_top = (*top[:place], entered, *top[place:])[: policy.top_k], True
     best_value = None if state.best is None else state.best.value
     if observation.durable and policy.is_better(observation.value, best_value):
         best = Best(observation.value, observation.iteration)
-        return replace(state, best=best, tolerance_counter=0, last_iteration=observation.iteration), Decision(True)
+        after = replace(state, best=best, tolerance_counter=0, last_iteration=observation.iteration, top=top)
+        return after, Decision(True, enters_top=enters_top)
     counter = state.tolerance_counter + 1
     newly_exceeded = tuple(
         tolerance for tolerance in policy.tolerances if counter > tolerance and tolerance not in state.exceeded
@@ -181,8 +214,9 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
         tolerance_counter=counter,
         exceeded={**state.exceeded, **dict.fromkeys(newly_exceeded, state.best)} if newly_exceeded else state.exceeded,
         last_iteration=observation.iteration,
+        top=top,
     )
-    return after, Decision(False, newly_exceeded)
+    return after, Decision(False, newly_exceeded, enters_top)
 
 
 def fold(policy: Policy, observations: Iterable[Observation], *, start: BestState | None = None) -> BestState:

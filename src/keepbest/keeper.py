@@ -26,6 +26,7 @@ from keepbest.store import LoadedState, SharedRun, Store, best_ref
 from keepbest.store.formats import Format
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.load import load_into
+from keepbest.store.moves import Kept
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class BestKeeper:
         save_frozen_weights: whether to save parameters that do not require grad at that moment.
         higher_is_better: direction of the metric; `None` asks `metric_property_provider`.
         min_delta: a new best must beat the old one by more than this.
+        keep_top_k: how many of the best values keep their weights, each with a ref; 1 is the best alone.
         metric_reduction: how the values of the ranks become one.
         on_nonfinite: whether NaN and infinities count as an interval without improvement, or raise.
         format: of snapshots: one file for each part, of `torch.save` or `safetensors`, or `dcp`: a folder of torch's
@@ -75,6 +77,7 @@ class BestKeeper:
         save_frozen_weights: bool = True,
         higher_is_better: bool | None = None,
         min_delta: float = 0.0,
+        keep_top_k: int = 1,
         metric_reduction: MetricReduction = "mean",
         on_nonfinite: Literal["ignore", "raise"] = "ignore",
         format: Format = "torch",  # noqa: A002  # as above
@@ -106,6 +109,7 @@ class BestKeeper:
                 higher_is_better=higher_is_better,
                 min_delta=min_delta,
                 metric_reduction=metric_reduction,
+                keep_top_k=keep_top_k,
                 on_nonfinite=on_nonfinite,
                 file_format=format,
                 async_save=async_save,
@@ -173,8 +177,8 @@ class BestKeeper:
         Costs one small all_gather where there is no new best.
 
         Args:
-            value: this rank's value: a number, or a tensor with one element. Ranks that `metric_reduction` does not ask
-                may pass `None`.
+            value: this rank's value: a number, a tensor with one element, a metric of torchmetrics (its own sync of the
+                ranks is the only one) or a function that gives it. Ranks that are not asked may pass `None`.
             iteration: what was completed; increases from call to call and always names the same parts.
             weight: what this rank counts in the reduction, for example its number of samples; on all ranks or on none.
 
@@ -185,7 +189,7 @@ class BestKeeper:
             StorageError: on every rank, if the new best, or an earlier record, could not be written.
             RanksError: if the ranks could not agree (see `Ranks.exchange`).
         """
-        return self.observe_reading(lambda: read_value(value, weight), iteration)
+        return self.observe_reading(lambda: read_value(value, weight, metric_key=self.metric_key), iteration)
 
     def observe_reading(self, read: Callable[[], Reading], iteration: TrainingIteration) -> Outcome:
         """As `observe`, with a function that gets this rank's reading; what it raises reaches every rank."""
@@ -196,10 +200,11 @@ class BestKeeper:
             raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
         observation = Observation(iteration, value)
         state, decision = decide(self.policy, self._state, observation)
-        if not decision.is_new_best:
+        if not decision.is_saved:
             return self._record(observation, state, decision)
+        exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
         try:
-            self._saver.save(observation)
+            self._saver.save(Kept(observation, decision.is_new_best, exceeded))
         except StorageError as error:
             if self._on_save_error == "raise":
                 raise
@@ -207,7 +212,7 @@ class BestKeeper:
             lost = replace(observation, durable=False)
             return self._record(lost, *decide(self.policy, self._state, lost))
         self._state = state
-        return Outcome(iteration, value, is_new_best=True)
+        return Outcome(iteration, value, decision.is_new_best, decision.newly_exceeded, decision.enters_top)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here; the same on every rank. **Rank-local**."""
@@ -365,13 +370,8 @@ class BestKeeper:
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
         self._state = state
-        return Outcome(
-            observation.iteration,
-            observation.value,
-            is_new_best=False,
-            newly_exceeded=decision.newly_exceeded,
-            save_failed=not observation.durable,
-        )
+        failed = not observation.durable
+        return Outcome(observation.iteration, observation.value, False, decision.newly_exceeded, save_failed=failed)
 
     def _settle(self, step: str, write: Callable[[Store, BestState], None]) -> None:
         """Wait for what is being written, and let rank 0 write something that all must know to be there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, cast, get_args, runtime_checkable
 
 import torch
 
@@ -14,6 +14,14 @@ from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 
 MetricReduction = Literal["mean", "sum", "min", "max", "rank0", "identical"]
+
+
+@runtime_checkable
+class Computable(Protocol):
+    """A metric that was updated with batches and gives its value when it is asked: that of torchmetrics."""
+
+    def compute(self) -> Any: ...
+    def reset(self) -> None: ...
 
 
 class LoggedScalar(Protocol):
@@ -29,11 +37,15 @@ class LoggedScalar(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What this rank holds of the metric: a number, or the reason why there is none (`absent`)."""
+    """What this rank holds of the metric: a number, or the reason why there is none (`absent`).
+
+    A number that `is_reduced` is that of all ranks already.
+    """
 
     value: float | None = None
     weight: float | None = None
     absent: str = ""
+    is_reduced: bool = False
 
 
 def check_reduction(reduction: str) -> MetricReduction:
@@ -47,22 +59,44 @@ def check_reduction(reduction: str) -> MetricReduction:
     return cast("MetricReduction", reduction)
 
 
-def read_value(value: Any, weight: Any = None) -> Reading:
+def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Reading:
     """A reading from a number of any kind: Python, numpy, or a tensor with one element. **Rank-local**.
+
+    From a `torchmetrics.Metric` or `MetricCollection` too, whose `compute` synchronizes the ranks, unless it was told
+    not to; it is then **collective**. And from a function without arguments that gives any of these.
 
     Args:
         value: `None` where this rank has no value.
+        metric_key: which metric of a collection is asked for.
         weight: how much this rank counts in a mean or sum, for example its number of samples; `None` where all count
             the same.
 
     Raises:
-        InvalidMetricError: if `value` or `weight` is not a real number, or the weight is negative or not finite.
+        InvalidMetricError: if `value` or `weight` is not a real number, or the weight is negative or not finite, or a
+            collection has no metric of this name.
     """
+    is_reduced = False
+    if callable(value) and not isinstance(value, torch.Tensor):
+        if not isinstance(value, Computable):
+            return read_value(value(), weight, metric_key=metric_key)
+        is_reduced = bool(getattr(value, "sync_on_compute", True))
+        value = _computed(value, metric_key)
     number = None if value is None else _real(value, "metric")
     weighed = None if weight is None else _real(weight, "weight of the metric")
     if weighed is not None and not 0.0 <= weighed < math.inf:
         raise InvalidMetricError(f"the weight of the metric must be finite and >= 0, got {weighed!r}")
-    return Reading(number, weighed, absent="" if number is not None else "observe() was given None")
+    return Reading(number, weighed, "" if number is not None else "observe() was given None", is_reduced)
+
+
+def _computed(metric: Computable, metric_key: str) -> Any:
+    """The value of a metric; of a collection, that of the metric of this name, or of the last part of it."""
+    value = metric.compute()
+    if not isinstance(value, Mapping):
+        return value
+    for name in (metric_key, metric_key.rpartition("/")[2]):
+        if name in value:
+            return value[name]
+    raise InvalidMetricError(f"the collection has no metric {metric_key!r}; it has: {', '.join(map(str, value))}")
 
 
 def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteration: TrainingIteration) -> Reading:
@@ -134,7 +168,9 @@ def agree_on_metric(
             f"{lines}\nThe callback that logs it must run at every interval of this one, and before it: give it the "
             "same every_n_* and an earlier place in the list."
         )
-    return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
+    # A sum over ranks must not be taken of what is the sum already.
+    how = "identical" if reading.is_reduced and reduction == "sum" else reduction
+    return AgreedMetric(reduce_numbers(needed, how), numbers[0].note)
 
 
 def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> float:

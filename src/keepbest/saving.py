@@ -19,9 +19,10 @@ from keepbest.snapshot import Part, Staging, StagingBuffer, Weights, take_shards
 from keepbest.store import SharedRun, Store
 from keepbest.store.formats import Format
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.store.moves import Kept
 from keepbest.store.sharded import write_shards
 from keepbest.store.shared import Ticket
-from keepbest.store.store import ShardFolder
+from keepbest.store.snapshots import ShardFolder
 from keepbest.store.writer import Job
 
 _logger = logging.getLogger(__name__)
@@ -96,18 +97,19 @@ class Saver:
         if self._ranks.is_main and exceeded:
             self._submit(lambda store: store.close_tolerances(self._name, exceeded), names_bests=True)
 
-    def save(self, observation: Observation) -> None:
-        """Save the weights of a new best. **Collective**.
+    def save(self, kept: Kept) -> None:
+        """Save the weights of a new best, or of one of the `top_k`. **Collective**.
 
         Raises:
             StorageError: on every rank, if they cannot be written; in the background, only `take_failure` tells.
             KeepBestError: as `take_snapshot`.
         """
+        observation = kept.observation
         content = (id(self._model), self._parts, self._save_frozen_weights, self._format)
         ticket = self._run.snapshot_with(observation.iteration, content)
         weights: Weights | None = None
         if ticket is None and self._format == "dcp":
-            ticket = self._save_shards(observation)
+            ticket = self._save_shards(kept)
             self._run.remember(observation.iteration, content, ticket)
             return
         if ticket is None:
@@ -122,28 +124,29 @@ class Saver:
         else:
             ticket.is_named = True
         if self._staging is None:
-            commit = partial(self._commit, observation, ticket, weights)
-            self.best_snapshot = self._on_main(self._step(observation), commit)
+            commit = partial(self._commit, kept, ticket, weights)
+            self.best_snapshot = self._on_main(self._step(kept), commit)
         elif self._ranks.is_main:
-            job = self._run.submit(partial(self._commit_in_background, observation, ticket, weights), self._failed)
+            names_bests = bool(kept.exceeded)
+            job = self._submit(partial(self._commit_in_background, kept, ticket, weights), names_bests=names_bests)
             self._queued = None if weights is None else _Queued(job, ticket, observation, weights)
         self._run.remember(observation.iteration, content, ticket)
 
-    def _save_shards(self, observation: Observation) -> Ticket:
-        step = self._step(observation)
+    def _save_shards(self, kept: Kept) -> Ticket:
+        step = self._step(kept)
         weights = take_shards(
             self._model, self._parts, save_frozen_weights=self._save_frozen_weights, ranks=self._ranks
         )
 
         def begin() -> tuple[str, str, str]:
-            return self._run.store().begin_shards(observation, weights, self._selection)
+            return self._run.store().begin_shards(kept.observation, weights, self._selection)
 
         folder = ShardFolder(*self._on_main(step, begin))
         ticket = Ticket()
 
         def commit() -> str | None:
             store = self._run.store()
-            ticket.snapshot = store.save_shards(self._name, observation, weights, folder, written)
+            ticket.snapshot = store.save_shards(self._name, kept, weights, folder, written)
             return store.best_snapshot(self._name)
 
         try:
@@ -157,8 +160,9 @@ class Saver:
         self.best_snapshot = self._on_main(step, commit)
         return ticket
 
-    def _step(self, observation: Observation) -> str:
-        return f"save the new best of {self._metric_key} at {observation.iteration}"
+    def _step(self, kept: Kept) -> str:
+        what = "the new best" if kept.is_new_best else "one of the best"
+        return f"save {what} of {self._metric_key} at {kept.observation.iteration}"
 
     def _on_main(self, step: str, work: Callable[[], Any]) -> Any:
         return self._ranks.broadcast(step, work, remedy=DISK_REMEDY, saving=True)
@@ -189,46 +193,46 @@ class Saver:
         self._lost_bests -= self._known_lost_bests
         self._known_lost_bests = 0
 
-    def _submit(self, write: Callable[[Store], None], *, names_bests: bool) -> None:
+    def _submit(self, write: Callable[[Store], None], *, names_bests: bool) -> Job:
         if names_bests and self._queued is not None:
             self._queued.ticket.is_named = True
-        self._run.submit(write, self._failed)
+        return self._run.submit(write, self._failed)
 
     def _failed(self, error: Exception) -> None:
         # The other ranks are not waiting: it travels with the next exchange, at no cost to quiet intervals.
         self._failures.append(error)
 
-    def _commit(self, observation: Observation, ticket: Ticket, weights: Weights | None) -> str | None:
-        """Write a new best; returns the name of the best that the run ever saved."""
+    def _commit(self, kept: Kept, ticket: Ticket, weights: Weights | None) -> str | None:
+        """Write what is kept; returns the name of the best that the run ever saved."""
         store = self._run.store()
-        self._write(store, observation, ticket, weights)
+        self._write(store, kept, ticket, weights)
         return store.best_snapshot(self._name)
 
-    def _commit_in_background(
-        self, observation: Observation, ticket: Ticket, weights: Weights | None, store: Store
-    ) -> None:
+    def _commit_in_background(self, kept: Kept, ticket: Ticket, weights: Weights | None, store: Store) -> None:
         try:
             if weights is not None and weights.buffer is not None:
                 weights.buffer.wait()
-            self._write(store, observation, ticket, weights)
+            self._write(store, kept, ticket, weights)
         except Exception:
             self._lost_bests += 1
-            store.observe(self._name, replace(observation, durable=False), {})
+            store.observe(self._name, replace(kept.observation, durable=False), kept.exceeded)
             raise
         finally:
             self._release(weights)
 
-    def _write(self, store: Store, observation: Observation, ticket: Ticket, weights: Weights | None) -> None:
+    def _write(self, store: Store, kept: Kept, ticket: Ticket, weights: Weights | None) -> None:
         if weights is not None:
-            ticket.snapshot = store.save(self._name, observation, weights, self._selection, file_format=self._format)
+            ticket.snapshot = store.save(self._name, kept, weights, self._selection, file_format=self._format)
         elif ticket.snapshot is not None:
-            store.share(self._name, observation, ticket.snapshot)
+            store.share(self._name, kept, ticket.snapshot)
         else:
-            raise OSError(f"the snapshot of {observation.iteration}, which another keeper took, could not be written")
+            iteration = kept.observation.iteration
+            raise OSError(f"the snapshot of {iteration}, which another keeper took, could not be written")
 
     def _give_up_the_queued(self) -> StagingBuffer | None:
         queued, self._queued = self._queued, None
-        if queued is None or queued.ticket.is_named:
+        # Where several bests are kept, a better one does not make the queued one needless.
+        if queued is None or queued.ticket.is_named or self._policy.top_k > 1:
             return None
         supersede = partial(Store.supersede, keeper=self._name, observation=queued.observation)
         return queued.weights.buffer if self._run.replace(queued.job, supersede) else None

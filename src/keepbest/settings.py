@@ -46,6 +46,7 @@ def check_settings(
     higher_is_better: bool | None,
     min_delta: float,
     metric_reduction: str,
+    keep_top_k: int,
     on_nonfinite: str,
     file_format: str,
     async_save: bool,
@@ -67,7 +68,7 @@ def check_settings(
             raise ConfigError(f"{setting} must be one of {known}, got {given!r}")
     provider = metric_property_provider or MetricPropertyProvider()
     direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
-    policy = Policy(direction, min_delta, tuple(tolerances or ()))
+    policy = Policy(direction, min_delta, tuple(tolerances or ()), keep_top_k)
     parts = select_parts(model, model_names)
     settings = Settings(
         name, policy, check_reduction(metric_reduction), parts, check_format(file_format, model, parts), async_save

@@ -37,6 +37,7 @@ class Oracle:
     higher: bool
     min_delta: float
     tolerances: list[int]
+    top_k: int = 1
     timeline: list[Seen] = field(default_factory=list)
     ever_best: Seen | None = None
 
@@ -68,6 +69,12 @@ class Oracle:
 
     def drought(self) -> int:
         return self.history()[-1][1] if self.timeline else 0
+
+    def top(self) -> list[Seen]:
+        if self.top_k == 1:
+            return []
+        finite = [seen for seen in self.timeline if math.isfinite(seen[0])]
+        return sorted(finite, key=lambda seen: -seen[0] if self.higher else seen[0])[: self.top_k]  # stable: by age
 
     def exceeded(self) -> dict[int, Seen | None]:
         return {
@@ -102,13 +109,14 @@ class Histories(RuleBasedStateMachine):
         higher=st.booleans(),
         min_delta=st.sampled_from([0.0, 0.0, 0.75]),
         tolerances=TOLERANCES,
+        top_k=st.sampled_from([1, 1, 2, 3]),
         async_save=st.booleans(),
     )
-    def begin(self, higher: bool, min_delta: float, tolerances: list[int], async_save: bool):
+    def begin(self, higher: bool, min_delta: float, tolerances: list[int], top_k: int, async_save: bool):
         self.async_save = async_save
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         self.model = nn.Linear(1, 1, bias=False)
-        self.oracle = Oracle(higher, min_delta, tolerances)
+        self.oracle = Oracle(higher, min_delta, tolerances, top_k)
         self.stamp = 0
         self.checkpoints: dict[str, tuple[dict, list[Seen]]] = {}
         self.keeper = self.make_keeper()
@@ -122,6 +130,7 @@ class Histories(RuleBasedStateMachine):
             higher_is_better=oracle.higher,
             min_delta=oracle.min_delta,
             tolerances=oracle.tolerances,
+            keep_top_k=oracle.top_k,
             async_save=self.async_save,
             resume=resume,
         )
@@ -213,6 +222,7 @@ class Histories(RuleBasedStateMachine):
         best = oracle.best()
         assert (None if state.best is None else state.best.value) == (None if best is None else best[0])
         assert state.tolerance_counter == oracle.drought()
+        assert [best.value for best in state.top] == [value for value, _ in oracle.top()]
         exceeded = oracle.exceeded()
         assert {tolerance: None if kept is None else kept.value for tolerance, kept in state.exceeded.items()} == {
             tolerance: None if kept is None else kept[0] for tolerance, kept in exceeded.items()
@@ -233,6 +243,9 @@ class Histories(RuleBasedStateMachine):
             assert self.stamp_of(f"{REF}.tolerance={tolerance}") == (None if kept is None else kept[1])
         refs = {path.name for path in (self.folder / "checkpoints").glob("best_model.*")}
         named = {f"{REF}.tolerance={tolerance}" for tolerance, kept in exceeded.items() if kept is not None}
+        top = {f"{REF}.top={place}": stamp for place, (_, stamp) in enumerate(oracle.top(), start=1)}
+        assert {ref: self.stamp_of(ref) for ref in refs if ".top=" in ref} == top
+        refs -= top.keys()
         assert refs - {REF} - {f"{REF}.tolerance={tolerance}" for tolerance in range(5)} == set()
         assert named <= refs
 

@@ -38,6 +38,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
             their keys start with `best=<metric key, with dots for slashes>/`.
         higher_is_better: direction of the metric; `None` if its name tells.
         min_delta: a new best must be better by more than this, in units of the metric.
+        keep_top_k: how many of the best values keep a checkpoint; 1 is the best alone.
         metric_reduction: how the values of the ranks become one.
         on_nonfinite: whether NaN and infinities count as intervals without improvement, or end training.
         format: of the checkpoints: one file for each submodel, `torch` or `safetensors`, or `dcp`, to which every rank
@@ -57,6 +58,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
     eval_callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] | None = None
     higher_is_better: bool | None = None
     min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    keep_top_k: Annotated[int, Field(gt=0, strict=True)] = 1
     metric_reduction: MetricReduction = "mean"
     on_nonfinite: Literal["ignore", "raise"] = "ignore"
     format: Format = "torch"
@@ -97,6 +99,7 @@ class BestCheckpointCallback(PeriodicCallback):
             save_frozen_weights=config.save_frozen_weights,
             higher_is_better=config.higher_is_better,
             min_delta=config.min_delta,
+            keep_top_k=config.keep_top_k,
             metric_reduction=config.metric_reduction,
             on_nonfinite=config.on_nonfinite,
             format=config.format,

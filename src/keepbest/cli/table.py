@@ -17,7 +17,7 @@ from rich.table import Table
 from keepbest.cli.console import console
 from keepbest.errors import SnapshotError
 from keepbest.store.history import History, KeeperHistory
-from keepbest.store.names import tolerance_ref
+from keepbest.store.names import tolerance_ref, top_ref
 from keepbest.store.read import read_history, read_manifest
 
 _DIGITS_SHOWN = 12
@@ -56,7 +56,7 @@ class Checkpoint:
 
 
 def read_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Every ref of the run in `directory`: for each metric the best, then the tolerances from low to high.
+    """Every ref of the run in `directory`: for each metric the best, the tolerances from low to high, then the top k.
 
     Raises:
         SnapshotError: if there is no ledger.
@@ -106,6 +106,9 @@ def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[
     for tolerance in keeper.policy.tolerances:
         if (ref := tolerance_ref(name, tolerance)) in history.refs:
             yield ref, tolerance
+    for place in range(1, keeper.policy.top_k + 1):
+        if (ref := top_ref(name, place)) in history.refs:
+            yield ref, None
 
 
 def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tolerance: int | None) -> Checkpoint:

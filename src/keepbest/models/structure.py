@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 # torch.compile, FSDP1 and activation checkpointing keep the module that they wrap under these names.
 _NAMES_LEFT_OUT_OF_STATE_DICTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -19,10 +20,16 @@ _WRAPPED_CHILD_NAMES = ("_orig_mod", *_NAMES_LEFT_OUT_OF_STATE_DICTS)
 
 def wrapped_child(module: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of what `module` wraps; `None` if it is no wrapper."""
-    if isinstance(module, DistributedDataParallel | DataParallel):
+    if isinstance(module, DistributedDataParallel | DataParallel | AveragedModel):
         return "module", module.module
     children = dict(module.named_children())
     return next(((name, children[name]) for name in _WRAPPED_CHILD_NAMES if name in children), None)
+
+
+def keys_of_wrappers(module: nn.Module) -> set[str]:
+    """The keys of `module.state_dict()` that belong to a wrapper: how many models were averaged is none of a weight."""
+    averaged = (name for name, inner in module.named_modules() if isinstance(inner, AveragedModel))
+    return {f"{name}.n_averaged" if name else "n_averaged" for name in averaged}
 
 
 def unwrap(module: nn.Module) -> nn.Module:

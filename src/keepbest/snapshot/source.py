@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from keepbest.errors import SnapshotError
-from keepbest.models.structure import is_fsdp1, modules_along, plain_key
+from keepbest.models.structure import is_fsdp1, keys_of_wrappers, modules_along, plain_key
 from keepbest.snapshot.selection import Part
 
 StateDict = dict[str, Any]
@@ -73,7 +73,9 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
 
 def plain_state_dict(module: nn.Module) -> StateDict:
     """The state dict of `module` with plain keys; its tensors are the parameters themselves. **Rank-local**."""
-    return {plain_key(module, key): value for key, value in module.state_dict(keep_vars=True).items()}
+    wrapping = keys_of_wrappers(module)
+    state = module.state_dict(keep_vars=True).items()
+    return {plain_key(module, key): value for key, value in state if key not in wrapping}
 
 
 def _frozen_test(module: nn.Module) -> Callable[[str], bool]:

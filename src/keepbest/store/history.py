@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from keepbest.decision import BestState, Observation, Policy, fold
+from keepbest.decision import Best, BestState, Observation, Policy, fold
 from keepbest.errors import LedgerError
 from keepbest.iteration import TrainingIteration
 from keepbest.store.ledger import FORMAT, Line
@@ -16,10 +16,11 @@ from keepbest.store.names import is_safe
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An observation of a timeline, and the snapshot that was taken of it."""
+    """An observation of a timeline, the snapshot that was taken of it, and whether it was a new best."""
 
     observation: Observation
     snapshot: str | None
+    is_best: bool = True
 
 
 @dataclass(slots=True)
@@ -31,12 +32,14 @@ class Timeline:
         base: the state that it starts from; empty unless a state was loaded that the ledger did not know.
         entries: what was observed, in order.
         saved: the iterations that a snapshot was taken of, and its name, in order.
+        best_snapshot: the newest one that was taken of a new best.
     """
 
     number: int
     base: BestState = field(default_factory=BestState)
     entries: list[Entry] = field(default_factory=list)
     saved: dict[TrainingIteration, str] = field(default_factory=dict)
+    best_snapshot: str | None = None
 
     def state(self, policy: Policy, *, until: TrainingIteration | None) -> BestState:
         """The state at `until`, as `policy` sees it."""
@@ -53,21 +56,30 @@ class Timeline:
         start = self.base.last_iteration
         return start is None or (iteration is not None and not start.follows(iteration))
 
+    def top(self, policy: Policy, after: Best, holds: Callable[[str], bool]) -> tuple[Best, ...]:
+        """The best values of snapshots that are there, the best first; as if `after` had been one more."""
+        if policy.top_k == 1:
+            return ()
+        values = {entry.observation.iteration: entry.observation.value for entry in self.entries if entry.snapshot}
+        held = [Best(values[iteration], iteration) for iteration, name in self.saved.items() if holds(name)]
+        top: list[Best] = []
+        for best in [*held, after]:
+            if (place := policy.entering(best.value, top)) is not None:
+                top.insert(place, best)
+        return tuple(top[: policy.top_k])
+
     def extend(self, entry: Entry) -> None:
         """Add the next entry."""
         self.entries.append(entry)
         if entry.snapshot is not None:
             self.saved[entry.observation.iteration] = entry.snapshot
+            if entry.is_best:
+                self.best_snapshot = entry.snapshot
 
     @property
     def last_iteration(self) -> TrainingIteration | None:
         """Of the newest observation."""
         return self.entries[-1].observation.iteration if self.entries else self.base.last_iteration
-
-    @property
-    def best_snapshot(self) -> str | None:
-        """The newest snapshot: within a timeline every new best is better than the one before."""
-        return next(reversed(self.saved.values()), None)
 
 
 @dataclass(slots=True)
@@ -100,6 +112,9 @@ class KeeperHistory:
         timeline = Timeline(len(self.timelines), base)
         for entry in entries:
             timeline.extend(entry)
+        # With another `min_delta` than before, another one of those that were saved may be the best.
+        best = timeline.state(self.policy, until=timeline.last_iteration).best
+        timeline.best_snapshot = None if best is None else timeline.saved.get(best.iteration)
         self.timelines.append(timeline)
 
 
@@ -196,7 +211,7 @@ class History:
         last = keeper.present.last_iteration
         if last is not None and not observation.iteration.follows(last):
             raise ValueError(f"{observation.iteration} does not come after {last}")
-        keeper.present.extend(Entry(observation, snapshot))
+        keeper.present.extend(Entry(observation, snapshot, line.get("best", True)))
         if snapshot is not None:
             _check_safe(snapshot)
             self.manifests.setdefault(snapshot, line["manifest"])
@@ -264,9 +279,10 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
         "higher_is_better": policy.higher_is_better,
         "min_delta": policy.min_delta,
         "tolerances": list(policy.tolerances),
+        "top_k": policy.top_k,
     }
 
 
 def policy_from_json(policy: dict[str, Any]) -> Policy:
     """The inverse of `policy_to_json`."""
-    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]))
+    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]), policy.get("top_k", 1))

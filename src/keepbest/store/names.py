@@ -37,6 +37,11 @@ def tolerance_ref(best: str, tolerance: int) -> str:
     return f"{best}.tolerance={tolerance}"
 
 
+def top_ref(best: str, place: int) -> str:
+    """Name of the ref on the `place`-th best value, from 1."""
+    return f"{best}.top={place}"
+
+
 def is_safe(name: str) -> bool:
     """Whether `name`, read from a file that anybody may have written, is one entry of a folder and not hidden."""
     return bool(_SAFE.fullmatch(name))

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keepbest.errors import SnapshotError
 from keepbest.iteration import TrainingIteration
@@ -26,6 +26,20 @@ _REMOVED = f"{TEMPORARY}removed-"
 def manifest_digest(text: bytes) -> str:
     """Digest of a manifest, as the ledger records it."""
     return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+class ShardFolder(NamedTuple):
+    """A folder that all ranks write a snapshot into.
+
+    Attributes:
+        snapshot: name that it will have.
+        temporary: name that it has until it is complete.
+        token: name of an empty file in it, which shows a rank that it sees the same folder as rank 0.
+    """
+
+    snapshot: str
+    temporary: str
+    token: str
 
 
 class SnapshotFolder:

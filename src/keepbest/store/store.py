@@ -10,39 +10,24 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.errors import ConfigError, LedgerError, RunExistsError
 from keepbest.iteration import TrainingIteration
 from keepbest.snapshot import Weights
 from keepbest.store.files import Files
-from keepbest.store.history import History, Timeline, begin_line, observation_line, run_line
+from keepbest.store.history import History, begin_line, observation_line, run_line
 from keepbest.store.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.store.ledger import LedgerFile, Line, read_ledger
 from keepbest.store.lock import RunLock
-from keepbest.store.names import tolerance_ref
+from keepbest.store.moves import Kept, Moves, moves_of, resumed, tolerance_moves
 from keepbest.store.refs import RefFolder
-from keepbest.store.snapshots import SnapshotFolder
+from keepbest.store.snapshots import ShardFolder, SnapshotFolder
 from keepbest.store.takeover import LoadedState, check_takeover
 
 _logger = logging.getLogger(__name__)
-
-
-class ShardFolder(NamedTuple):
-    """A folder that all ranks write a snapshot into.
-
-    Attributes:
-        snapshot: name that it will have.
-        temporary: name that it has until it is complete.
-        token: name of an empty file in it, which shows a rank that it sees the same folder as rank 0.
-    """
-
-    snapshot: str
-    temporary: str
-    token: str
 
 
 class Store:
@@ -111,9 +96,9 @@ class Store:
         elif at is None and branch is not None:
             at = branch.last_iteration
         base: BestState | None = None
-        refs: dict[str, str | None] = {}
+        refs: Moves = {}
         if past is not None and branch is not None and branch.reaches(at):
-            state, refs = self._resumed(keeper, past.policy, policy, branch, at)
+            state, refs = resumed(keeper, self.history, policy, branch, at, self._snapshots.holds)
         else:
             state = base = BestState() if loaded is None else loaded.state
         if loaded is not None and state != loaded.state:
@@ -134,7 +119,7 @@ class Store:
         Raises:
             OSError: whatever the file system answers; the observation then goes to the disk with the next line.
         """
-        refs = self._tolerance_refs(keeper, self.history.keepers[keeper].present, newly_exceeded)
+        refs = self._tolerance_moves(keeper, newly_exceeded)
         line = observation_line(keeper, observation, refs)
         if refs:
             self._commit(line)
@@ -142,13 +127,19 @@ class Store:
             self._append(line, durable=False)
 
     def save(
-        self, keeper: str, observation: Observation, weights: Weights, selection: str, *, file_format: str = "torch"
+        self,
+        keeper: str,
+        kept: Kept,
+        weights: Weights,
+        selection: str,
+        *,
+        file_format: str = "torch",
     ) -> str:
-        """Make the weights of a new timeline best durable, and move the ref on the best if it is better than that.
+        """Make the weights of a new timeline best, or of one of the `top_k`, durable, and move the refs.
 
         Args:
             keeper: whose best it is.
-            observation: the value, and the iteration that the snapshot is named by.
+            kept: the observation, whose iteration names the snapshot, and what follows from it.
             weights: what is written.
             selection: what was selected to be saved; tells snapshots of one iteration apart.
             file_format: of the files, one of `FILE_FORMATS`.
@@ -160,9 +151,9 @@ class Store:
             ConfigError: if there is nothing to save.
             OSError: whatever the file system answers; nothing was saved or recorded then.
         """
-        name = self._free_name(observation, weights, selection)
-        manifest = self._snapshots.write(name, weights, self._about(keeper, observation), file_format=file_format)
-        return self._save(keeper, observation, name, manifest)
+        name = self._free_name(kept.observation, weights, selection)
+        about = self._about(keeper, kept.observation)
+        return self._save(keeper, kept, name, self._snapshots.write(name, weights, about, file_format=file_format))
 
     def begin_shards(self, observation: Observation, weights: Weights, selection: str) -> ShardFolder:
         """Make a folder for every rank to write its share of a new best into, before `save_shards`.
@@ -178,20 +169,22 @@ class Store:
         return ShardFolder(name, folder.name, token)
 
     def save_shards(
-        self, keeper: str, observation: Observation, weights: Weights, folder: ShardFolder, written: Mapping[str, Any]
+        self, keeper: str, kept: Kept, weights: Weights, folder: ShardFolder, written: Mapping[str, Any]
     ) -> str:
         """As `save`, for weights that all ranks have written.
 
         Args:
             keeper: as in `save`.
-            observation: as in `save`.
+            kept: as in `save`.
             weights: that were written.
             folder: from `begin_shards`.
             written: what is recorded of each file.
         """
         self._files.remove(self._folder / SNAPSHOTS / folder.temporary / folder.token)
-        manifest = self._snapshots.publish(folder.snapshot, weights, written, self._about(keeper, observation))
-        return self._save(keeper, observation, folder.snapshot, manifest)
+        about = self._about(keeper, kept.observation)
+        return self._save(
+            keeper, kept, folder.snapshot, self._snapshots.publish(folder.snapshot, weights, written, about)
+        )
 
     def drop_shards(self, folder: ShardFolder) -> None:
         """Give up what `begin_shards` began. Raises `OSError`."""
@@ -213,9 +206,9 @@ class Store:
             "value": observation.value,
         }
 
-    def _save(self, keeper: str, observation: Observation, name: str, manifest: str) -> str:
+    def _save(self, keeper: str, kept: Kept, name: str, manifest: str) -> str:
         try:
-            self._commit_best(keeper, observation, name, manifest)
+            self._commit_kept(keeper, kept, name, manifest)
         except OSError:
             # A line that could not be taken back may be read as committed, and then needs its snapshot.
             if self._ledger is not None and not self._ledger.is_torn:
@@ -238,22 +231,22 @@ class Store:
         Raises:
             OSError: whatever the file system answers; it then goes to the disk with the next line.
         """
-        refs = self._tolerance_refs(keeper, self.history.keepers[keeper].present, exceeded)
+        refs = self._tolerance_moves(keeper, exceeded)
         self._commit({"event": "refs", "keeper": keeper, "refs": refs})
 
-    def share(self, keeper: str, observation: Observation, snapshot: str) -> str:
+    def share(self, keeper: str, kept: Kept, snapshot: str) -> str:
         """As `save`, where another keeper has just taken a `snapshot` of the same weights.
 
         Raises:
             OSError: whatever the file system answers.
         """
-        self._commit_best(keeper, observation, snapshot, self.history.manifests[snapshot])
+        self._commit_kept(keeper, kept, snapshot, self.history.manifests[snapshot])
         return snapshot
 
     def pin(self, keeper: str, tag: str, state: BestState) -> None:
         """Keep the snapshots that `state` names until `tag` is pinned anew or released."""
         present = self.history.keepers[keeper].present
-        bests = [state.best, *state.exceeded.values()]
+        bests = [state.best, *state.exceeded.values(), *state.top]
         names = {present.saved.get(best.iteration) for best in bests if best is not None}
         held = sorted(name for name in names if name is not None and self._snapshots.holds(name))
         self._commit({"event": "pin", "keeper": keeper, "tag": tag, "snapshots": held})
@@ -265,9 +258,7 @@ class Store:
     def end(self, keeper: str, state: BestState, policy: Policy) -> None:
         """Record that training is over: tolerances that were not exceeded get a provisional ref on the best."""
         open_tolerances = [tolerance for tolerance in policy.tolerances if tolerance not in state.exceeded]
-        refs = self._tolerance_refs(
-            keeper, self.history.keepers[keeper].present, dict.fromkeys(open_tolerances, state.best)
-        )
+        refs = self._tolerance_moves(keeper, dict.fromkeys(open_tolerances, state.best))
         self._commit({"event": "end", "keeper": keeper, "refs": refs})
 
     def sync(self) -> None:
@@ -318,41 +309,13 @@ class Store:
         self._snapshots.remove_all_but(self.history.kept())
         self._snapshots.finish_removal()
 
-    def _resumed(
-        self, keeper: str, before: Policy, policy: Policy, branch: Timeline, at: TrainingIteration | None
-    ) -> tuple[BestState, dict[str, str | None]]:
-        """State of `branch` at `at`, and the refs to move: tolerances that are not exceeded there lose theirs."""
-        tolerances = sorted({*before.tolerances, *policy.tolerances})
-        state = branch.state(replace(policy, tolerances=tuple(tolerances)), until=at)
-        wanted = self._tolerance_refs(keeper, branch, state.exceeded)
-        present = {name: self.history.refs.get(name) for name in (tolerance_ref(keeper, each) for each in tolerances)}
-        refs = {name: wanted.get(name) for name, snapshot in present.items() if wanted.get(name) != snapshot}
-        exceeded = {tolerance: best for tolerance, best in state.exceeded.items() if tolerance in policy.tolerances}
-        return replace(state, exceeded=exceeded), refs
+    def _tolerance_moves(self, keeper: str, bests: Mapping[int, Best | None]) -> Moves:
+        return tolerance_moves(keeper, self.history.keepers[keeper].present, bests, self._snapshots.holds)
 
-    def _tolerance_refs(self, keeper: str, branch: Timeline, bests: Mapping[int, Best | None]) -> dict[str, str | None]:
-        refs: dict[str, str | None] = {}
-        for tolerance, best in bests.items():
-            snapshot = None if best is None else branch.saved.get(best.iteration)
-            if snapshot is not None and self._snapshots.holds(snapshot):
-                refs[tolerance_ref(keeper, tolerance)] = snapshot
-            elif best is not None:
-                _logger.warning(
-                    "%s: tolerance=%d would have kept %s (%r), but its weights are no longer there",
-                    keeper,
-                    tolerance,
-                    best.iteration,
-                    best.value,
-                )
-        return refs
-
-    def _commit_best(self, keeper: str, observation: Observation, snapshot: str, manifest: str) -> None:
-        past = self.history.keepers[keeper]
-        # After a resume from before the best, a worse model must not take its place.
-        moves = past.policy.is_better(observation.value, past.kept_best, min_delta=0.0)
-        refs: dict[str, str | None] = {keeper: snapshot} if moves else {}
-        line = {**observation_line(keeper, observation, refs), "snapshot": snapshot, "manifest": manifest}
-        self._commit(line, withdraw=True)
+    def _commit_kept(self, keeper: str, kept: Kept, snapshot: str, manifest: str) -> None:
+        refs = moves_of(kept, keeper, self.history, snapshot, self._snapshots.holds)
+        line = {**observation_line(keeper, kept.observation, refs), "snapshot": snapshot, "manifest": manifest}
+        self._commit(line if kept.is_new_best else {**line, "best": False}, withdraw=True)
 
     def _open_ledger(self, run_id: str | None) -> None:
         if self._ledger is not None:

@@ -1,0 +1,108 @@
+"""The k best of a run keep their weights, whether or not they were ever the best."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from keepbest import BestKeeper, load
+from keepbest.cli.table import read_checkpoints
+from keepbest.errors import ConfigError
+from keepbest.store.verify import verify
+from tests.ranks.pool import run_ranks
+from tests.store.runs import refs, set_weights, snapshots, update
+
+BEST = "best_model.loss"
+VALUES = [5.0, 3.0, 4.0, 6.0, 3.0, 3.5]  # the fifth ties with the second, and is younger
+
+
+def train(directory, values, first, **settings):
+    model = nn.Linear(1, 1, bias=False)
+    settings = {"tolerances": [1], "keep_top_k": 3, **settings}
+    outcomes = []
+    with BestKeeper(model, directory=directory, metric_key="loss", **settings) as keeper:
+        for number, value in enumerate(values, start=first):
+            set_weights(model, number)
+            outcomes.append(keeper.observe(value, update(number)))
+        state = keeper.state_dict()
+    return [(each.is_new_best, each.enters_top, each.newly_exceeded) for each in outcomes], state
+
+
+def stamps(directory):
+    found = {}
+    for ref in refs(directory):
+        model = nn.Linear(1, 1, bias=False)
+        load(directory, ref, model)
+        found[ref.removeprefix(BEST)] = int(model.weight.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"async_save": True}, {"format": "dcp"}, {"format": "safetensors", "async_save": True}]
+)
+def test_each_of_the_best_has_a_ref_of_its_own_on_all_ranks(settings, tmp_path):
+    results = run_ranks(run_train, 2, tmp_path, settings)
+    assert results[0] == results[1]
+    assert results[0] == [
+        (True, True, ()),
+        (True, True, ()),
+        (False, True, ()),
+        (False, False, (1,)),
+        (False, True, ()),
+        (False, True, ()),
+    ]
+    assert stamps(tmp_path) == {"": 2, ".tolerance=1": 2, ".top=1": 2, ".top=2": 5, ".top=3": 6}
+    assert snapshots(tmp_path) == {"U2", "U5", "U6"}
+    assert verify(tmp_path) == []
+    assert [each.ref for each in read_checkpoints(tmp_path)] == [
+        BEST,
+        f"{BEST}.tolerance=1",
+        f"{BEST}.top=1",
+        f"{BEST}.top=2",
+        f"{BEST}.top=3",
+    ]
+
+
+def run_train(directory, settings):
+    return train(directory, VALUES, 1, **settings)[0]
+
+
+def test_value_that_enters_the_best_may_close_a_tolerance_too(tmp_path):
+    outcomes, _ = train(tmp_path, [3.0, 4.0, 3.5], 1)
+    assert outcomes[-1] == (False, True, (1,))
+    assert stamps(tmp_path) == {"": 1, ".tolerance=1": 1, ".top=1": 1, ".top=2": 3, ".top=3": 2}
+
+
+def test_min_delta_holds_for_the_best_alone(tmp_path):
+    outcomes, _ = train(tmp_path, [3.0, 2.9, 2.4], 1, min_delta=0.5)
+    assert [outcome[:2] for outcome in outcomes] == [(True, True), (False, True), (True, True)]
+    assert stamps(tmp_path) == {"": 3, ".tolerance=1": 3, ".top=1": 3, ".top=2": 2, ".top=3": 1}
+
+
+def test_resumed_run_goes_on_with_the_best_it_had_and_another_k_moves_the_refs(tmp_path):
+    _, state = train(tmp_path, VALUES[:4], 1)
+    assert [best["value"] for best in state["state"]["top"]] == [3.0, 4.0, 5.0]
+    train(tmp_path, VALUES[4:], 5, resume="ledger")
+    assert {ref: stamp for ref, stamp in stamps(tmp_path).items() if "top" in ref} == {
+        ".top=1": 2,
+        ".top=2": 5,
+        ".top=3": 6,
+    }
+    train(tmp_path, [7.0], 7, resume="ledger", keep_top_k=2)
+    assert stamps(tmp_path) == {"": 2, ".tolerance=1": 2, ".top=1": 2, ".top=2": 5}
+    assert snapshots(tmp_path) == {"U2", "U5.r1"}
+    train(tmp_path, [8.0], 8, resume="ledger", keep_top_k=1)
+    assert stamps(tmp_path) == {"": 2, ".tolerance=1": 2}
+
+
+def test_values_that_are_no_numbers_are_never_among_the_best(tmp_path):
+    outcomes, _ = train(tmp_path, [float("nan"), float("inf"), 1.0], 1)
+    assert [outcome[1] for outcome in outcomes] == [False, False, True]
+    assert stamps(tmp_path) == {"": 3, ".top=1": 3}
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True])
+def test_k_is_a_number_of_at_least_one(k, tmp_path):
+    with pytest.raises(ConfigError, match="keep_top_k must be an integer >= 1"):
+        BestKeeper(torch.nn.Linear(1, 1), directory=tmp_path, metric_key="loss", keep_top_k=k)
