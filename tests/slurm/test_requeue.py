@@ -24,17 +24,14 @@ PART = 50  # updates that are seen between two interruptions
 
 
 def submit(cluster: Cluster, folder: Path, name: str, updates: int, *, seconds: float = 0.02, **lines: Any) -> Job:
-    """Four ranks on two nodes, and resume checkpoints that are due after the half and at the end.
-
-    Not DDP, whose first update adds up the gradients in another order than all later ones, also after a resume.
-    """
+    """Four ranks on two nodes, and resume checkpoints that are due after the half and at the end."""
     callbacks = [
         runs.evaluation(),
         runs.best(tolerances=[0, 1, 3]),
         {"name": "CheckpointCallback", "every_n_updates": updates // 2},
         {"kind": "tests.slurm.pause.Pause", "every_n_updates": 1, "seconds": seconds},
     ]
-    content = runs.describe_run(folder / name, updates=updates, strategy="fsdp2", callbacks=callbacks)
+    content = runs.describe_run(folder / name, updates=updates, strategy="ddp", callbacks=callbacks)
     config = runs.write_config(folder / f"{name}.yaml", content)
     size = {"nodes": 2, "ntasks_per_node": 2, "gpus_per_node": None, "cpus_per_task": 1}
     script = edited("slurm_requeue.sbatch", folder, CONFIG=config, ENVIRONMENT=sys.prefix, **{**size, **lines})
