@@ -56,7 +56,7 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
 # The stamp comes last, so that an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples,safetensors,tensorboard,test,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples,plot,safetensors,tensorboard,test,dev]'
 	touch $@
 
 clean:

@@ -13,8 +13,11 @@ import typer
 from pydantic import ValidationError
 
 from keepbest.cli.history import print_history
+from keepbest.cli.plot import plot
+from keepbest.cli.report import report
 from keepbest.cli.run_file import describe
 from keepbest.cli.table import print_json, print_table
+from keepbest.cli.tolerance import parse_tolerances, print_tolerances
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.launch import Process, distributed
@@ -92,6 +95,36 @@ def show_command(
     _run(lambda: show(run), debug=context.obj)
 
 
+@app.command("plot")
+def plot_command(
+    context: typer.Context,
+    run: Run,
+    to: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
+) -> None:
+    """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
+    _run(lambda: plot(run, to), debug=context.obj)
+
+
+@app.command("report")
+def report_command(
+    context: typer.Context,
+    run: Run,
+    to: Annotated[Path, typer.Option("--output", "-o", help="The report, an HTML file.")],
+) -> None:
+    """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
+    _run(lambda: report(run, to), debug=context.obj)
+
+
+@app.command("tolerance")
+def tolerance_command(
+    context: typer.Context,
+    run: Run,
+    tolerances: Annotated[str, typer.Argument(metavar="TOLERANCES", help="Like 0..20, or 1,2,5.")] = "0..20",
+) -> None:
+    """Show what any tolerance would have kept in RUN, and whether its weights are there."""
+    _run(lambda: print_tolerances(run, parse_tolerances(tolerances)), debug=context.obj)
+
+
 @app.command("verify")
 def verify_command(context: typer.Context, run: Run) -> None:
     """Compare every file that RUN needs with what was written, and its refs with the ledger.
@@ -100,7 +133,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
     left from a crash, and the next resume, or repair, mends it.
     """
 
-    def report() -> None:
+    def tell() -> None:
         faults = verify(run)
         for fault in faults:
             typer.echo(f"{fault.kind}: {fault.message}")
@@ -108,7 +141,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
         if faults:
             raise typer.Exit(1)
 
-    _run(report, debug=context.obj)
+    _run(tell, debug=context.obj)
 
 
 @app.command("export")

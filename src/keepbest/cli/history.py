@@ -47,7 +47,7 @@ def _rows(lines: list[Line]) -> Iterator[tuple[str, str, str, str]]:
 
 def _consequences(line: Line) -> Iterator[str]:
     if "snapshot" in line:
-        yield f"new best, saved as {line['snapshot']}"
+        yield f"{'new best' if line.get('best', True) else 'one of the best'}, saved as {line['snapshot']}"
     if not line.get("durable", True):
         yield "new best that could not be saved"
     yield from _moves(line)

@@ -1,0 +1,56 @@
+"""A report on a run: one HTML file with its picture and its table, which needs no other file and no network."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from keepbest.cli.curve import curves
+from keepbest.cli.plot import draw
+from keepbest.cli.table import Checkpoint, read_checkpoints
+from keepbest.store.read import read_history
+
+_STYLE = (
+    "body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
+    "h1{font-size:1.3rem}svg{width:100%;height:auto}table{border-collapse:collapse;width:100%}"
+    "th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}td.number{text-align:right}"
+    "code{font-size:.9em}.damaged{color:#a00}"
+)
+
+
+def report(directory: Path, to: Path) -> None:
+    """Write the report on the run in `directory` to the file `to`. **Rank-local**.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+        SnapshotError: if there is no ledger, or nothing was observed yet.
+        LedgerError: if the ledger is damaged or of another format.
+    """
+    history = read_history(directory)
+    picture = draw(curves(history), "svg").decode()
+    rows = "\n".join(map(_row, read_checkpoints(directory)))
+    name = html.escape(str(directory))
+    text = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>
+<body><h1>{name}</h1>
+<p>Run <code>{html.escape(str(history.run_id))}</code>, taken up again {history.restarts} times.</p>
+{picture[picture.index("<svg") :]}
+<table><thead><tr><th>ref</th><th>value</th><th>iteration</th><th>tolerance</th><th>bytes</th></tr></thead>
+<tbody>
+{rows}
+</tbody></table></body></html>
+"""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(text, encoding="utf-8")
+
+
+def _row(checkpoint: Checkpoint) -> str:
+    state = "" if checkpoint.tolerance is None else "exceeded" if checkpoint.exceeded else "not exceeded"
+    if checkpoint.damage is not None:
+        state = f'<span class="damaged">{html.escape(checkpoint.damage)}</span>'
+    value = "?" if checkpoint.value is None else f"{checkpoint.value:.9g}"
+    size = "?" if checkpoint.bytes is None else f"{checkpoint.bytes:,}"
+    return (
+        f"<tr><td><code>{html.escape(checkpoint.ref)}</code></td><td class=number>{value}</td>"
+        f"<td>{html.escape(checkpoint.iteration or '?')}</td><td>{state}</td><td class=number>{size}</td></tr>"
+    )

@@ -1,0 +1,61 @@
+"""What any patience would have kept, whether the run was asked for it or not. From the ledger alone. **Rank-local**."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from keepbest.cli.console import console
+from keepbest.cli.curve import patiences
+from keepbest.errors import ConfigError, SnapshotError
+from keepbest.store.read import read_history
+
+_MOST = 1000
+
+
+def parse_tolerances(text: str) -> list[int]:
+    """`0..20`, or `1,2,5`, as numbers.
+
+    Raises:
+        ConfigError: if it is neither, or there are too many.
+    """
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        found = list(range(int(bounds[1]), int(bounds[2]) + 1))
+    elif re.fullmatch(r"\d+(,\d+)*", text):
+        found = sorted({int(number) for number in text.split(",")})
+    else:
+        raise ConfigError(f"tolerances must be like 0..20 or 1,2,5, got {text!r}")
+    if not 0 < len(found) <= _MOST:
+        raise ConfigError(f"expected 1 to {_MOST} tolerances, got {len(found)}: {text!r}")
+    return found
+
+
+def print_tolerances(directory: Path, tolerances: list[int]) -> None:
+    """Print for each metric and tolerance the best that it keeps, and whether its weights are on the disk.
+
+    Raises:
+        SnapshotError: if there is no ledger, or nothing was observed yet.
+        LedgerError: if it is damaged or of another format.
+    """
+    history = read_history(directory)
+    if history.is_empty:
+        raise SnapshotError("nothing was observed in this run yet")
+    kept = history.kept()
+    table = Table(title=f"what tolerances keep in {directory}", title_justify="left", box=box.SIMPLE)
+    for heading in ("keeper", "tolerance", "value", "iteration", "exceeded at", "weights"):
+        table.add_column(heading, justify="right" if heading in ("tolerance", "value") else "left")
+    for name, keeper in history.keepers.items():
+        for patience in patiences(keeper, tolerances):
+            snapshot = None if patience.kept is None else keeper.present.saved.get(patience.kept.iteration)
+            table.add_row(
+                name,
+                str(patience.tolerance),
+                "" if patience.kept is None else f"{patience.kept.value:.9g}",
+                "none yet" if patience.kept is None else str(patience.kept.iteration),
+                str(patience.exceeded_at or "not exceeded"),
+                f"snapshots/{snapshot}" if snapshot in kept else "removed",
+            )
+    console().print(table)
