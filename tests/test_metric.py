@@ -124,7 +124,7 @@ def test_integers_zero_and_non_finite_values_are_read():
 
 @pytest.mark.parametrize(
     "value",
-    ["0.5", b"0.5", True, 1j, [0.5], {}, len, np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]),
+    ["0.5", b"0.5", True, 1j, [0.5], {}, range(3), np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]),
      torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True)],
     ids=repr,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.snapshot import Part, Weights
 from keepbest.store import Store, best_ref
 from keepbest.store.ledger import read_ledger
+from keepbest.store.moves import Kept
 from keepbest.store.verify import repair, verify
 from tests.faults.power_cut import Enter, RecordingFiles, Sync, Write
 
@@ -39,8 +40,8 @@ def observe(store: Store, keeper: str, states: dict[str, BestState], epoch: int,
         store.observe(keeper, observation, {name: states[keeper].exceeded[name] for name in decision.newly_exceeded})
         return None
     if shared is not None:
-        return store.share(keeper, observation, shared)
-    return store.save(keeper, observation, stamped(epoch), selection=keeper)
+        return store.share(keeper, Kept(observation), shared)
+    return store.save(keeper, Kept(observation), stamped(epoch), selection=keeper)
 
 
 def train(store: Store, states: dict[str, BestState], epochs: range) -> None:
@@ -125,7 +126,7 @@ def check_resume(run: Path) -> None:
     for keeper in (LOSS, ACCURACY):
         store.begin(keeper, keeper, POLICIES[keeper], from_ledger=not is_new)
     better = Observation(TrainingIteration(epoch=99), -1.0)
-    store.save(LOSS, better, stamped(99), selection="later")
+    store.save(LOSS, Kept(better), stamped(99), selection="later")
     store.close()
     assert verify(run) == []
     assert torch.load(run / "checkpoints" / LOSS / "model.pt", weights_only=True)["stamp"].item() == 99.0

@@ -133,6 +133,15 @@ def test_without_resume_checkpoints_the_run_says_that_it_will_start_over(tmp_pat
     assert best.value == runs.checkpoints(tmp_path / "whole")[runs.BEST].value
 
 
+@pytest.fixture
+def heeds_the_keyboard():
+    """As in a terminal; a job that a shell runs in the background ignores the keyboard."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("heeds_the_keyboard")
 def test_second_interrupt_from_the_keyboard_is_obeyed_at_once_and_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     preemption = Preemption(Ranks.connect())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ StrategyName = Literal["single", "ddp", "fsdp1", "fsdp2"]
 Precision = Literal["float32", "float64", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
+_ORDERLESS = 2  # ranks whose gradients add up to the same in any order
 _MODEL = "model"  # the name of the one optimizer of a model that is no composite
 
 
@@ -67,9 +67,10 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
     if strategy == "single":
         return model
     if strategy == "ddp":
-        # Without it DDP orders its buckets anew after its first backward pass, and with them its sums: a resumed run,
-        # which has a first pass of its own, would differ in the last bit from one that went through.
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        # DDP orders its buckets anew after its first backward pass, and with them its sums: a resumed run, which has a
+        # first pass of its own, would differ in the last bit from one that went through. Not so with this, which torch
+        # warns is seldom needed; and the sum of two has one order only.
+        return DistributedDataParallel(model, find_unused_parameters=torch.distributed.get_world_size() > _ORDERLESS)
     # FSDP shards the weights that each rank has, and FSDP1 can only synchronise them itself on accelerators.
     mine = model.state_dict() if torch.distributed.get_rank() == 0 else {}
     set_model_state_dict(model, mine, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -84,14 +85,6 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
-
-
-@contextmanager
-def expected_warnings() -> Iterator[None]:
-    """Without the warnings of the strategies about what `place` does on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
-        yield
 
 
 def build_optimizers(

@@ -33,7 +33,6 @@ from keepbest.training.strategy import (
     autocast,
     build_optimizers,
     check_strategy,
-    expected_warnings,
     place,
     training_device,
     without_gradient_sync,
@@ -132,7 +131,7 @@ class Trainer:
             SnapshotError: if the checkpoint to resume from does not fit the model or the optimizers.
             PreemptedError: on every rank, if a signal stopped it.
         """
-        with Preemption(self.ranks) as preemption, closing(self.tracker), expected_warnings():
+        with Preemption(self.ranks) as preemption, closing(self.tracker):
             random_state = self._load_resume_checkpoint()
             self._call(self.callbacks, "before_training")
             on_start()
