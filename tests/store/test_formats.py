@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,25 @@ def test_rank_that_cannot_write_fails_on_all_and_the_best_before_stays(tmp_path)
         assert refs(directory)[BEST] == "U3"
         assert verify(directory) == []
         assert snapshots(directory) == {"U3"}
+
+
+def keep_on_a_disk_that_is_slow_for_one_rank(directory):
+    settings = {"format": "dcp", "rank_timeout": 1.0, "save_timeout": 60.0}
+    with keeper_of(WRAPS["fsdp2"](odd(0)), directory, **settings) as keeper:
+        keeper.observe(2.0, update(1))
+        save, slow = torch.save, dist.get_rank() == 1
+        torch.save = lambda *arguments: (
+            time.sleep(3.0 if slow else 0.0),
+            setattr(torch, "save", save),
+            save(*arguments),
+        )
+        outcome = keeper.observe(1.0, update(2))
+    return outcome.is_new_best
+
+
+def test_slow_disk_of_one_rank_trips_no_timeout(tmp_path):
+    assert run_ranks(keep_on_a_disk_that_is_slow_for_one_rank, 2, tmp_path) == [True, True]
+    assert refs(tmp_path) == {BEST: "U2"}
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])

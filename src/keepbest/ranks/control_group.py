@@ -73,6 +73,7 @@ class ControlGroup:
     poison: str | None = None
     round: int = 0
     _frames: Frames | None = None
+    _patient: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | None, timeout: timedelta) -> ControlGroup:
@@ -90,14 +91,17 @@ class ControlGroup:
             raise ConfigError(f"global rank {dist.get_rank()} is not a member of the process_group that it passed")
         control = _control_groups.get(parent)
         if control is None:
-            group = None
             members = dist.get_process_group_ranks(parent)
-            if len(members) > 1:
-                apart = len(members) != dist.get_world_size()
-                group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=apart)
+            group = _new_group(members, timeout) if len(members) > 1 else None
             control = cls(group, dist.get_rank(parent), len(members), tuple(members))
             _control_groups[parent] = control
         return control
+
+    def patient_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
+        """A second gloo group, whose own timeout is that of the first call. **Collective** then."""
+        if self.group is not None and self._patient is None:
+            self._patient = _new_group(list(self.members), timeout)
+        return self._patient
 
     def all_gather(self, mine: bytes, step: str, timeout: timedelta) -> list[bytes]:
         """Every rank's bytes, by rank; all of them give equally many. **Collective**, one all_gather.
@@ -203,6 +207,12 @@ class ControlGroup:
 
 # One control group per process group: a second one would cost a mesh of connections and bring no separation.
 _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlGroup] = weakref.WeakKeyDictionary()
+
+
+def _new_group(members: list[int], timeout: timedelta) -> dist.ProcessGroup:
+    apart = len(members) != dist.get_world_size()
+    group: dist.ProcessGroup = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=apart)
+    return group
 
 
 def _finished_within(work: dist.Work, timeout: timedelta) -> bool:

@@ -115,6 +115,13 @@ class Ranks:
         """The gloo group of the control plane; `None` where there is one rank."""
         return self._control.group
 
+    def patient_group(self) -> dist.ProcessGroup | None:
+        """A gloo group for collectives of others, in which ranks wait for `save_timeout`. **Collective** at first.
+
+        `None` where there is one rank.
+        """
+        return self._control.patient_group(self._save_timeout)
+
     def agree(
         self,
         step: str,

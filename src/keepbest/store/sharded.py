@@ -77,7 +77,7 @@ def write_shards(folder: Path, token: str, weights: Weights, ranks: Ranks, step:
         StorageError: on every rank, if a rank does not see the folder, or cannot write into it.
         RankFailedError: on every rank, if something else went wrong on one.
     """
-    files = Files()
+    files, group = Files(), ranks.patient_group()
     ranks.agree(step, lambda: _see(folder, token), remedy=_NOT_SHARED)
     written: dict[str, Any] = {}
     for part, state in weights.files.items():
@@ -91,8 +91,7 @@ def write_shards(folder: Path, token: str, weights: Weights, ranks: Ranks, step:
         others = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
         ranks.agree(step, lambda inside=inside: files.make_folder(inside) if ranks.is_main else None)  # type: ignore[misc]
         with one_error(step, ranks, StorageError), without_crc32():
-            writer = FileSystemWriter(inside)
-            save(tensors, storage_writer=writer, process_group=ranks.control_group, no_dist=ranks.world_size == 1)
+            save(tensors, storage_writer=FileSystemWriter(inside), process_group=group, no_dist=group is None)
 
         def record(part: str = part, inside: Path = inside, others: StateDict = others) -> dict[str, Any]:
             files.sync_folder(inside)
@@ -148,7 +147,7 @@ def load_shards(
             model is then as it was.
         RankFailedError: on every rank, if reading fails later; parts may be loaded then.
     """
-    step = f"load {folder}"
+    step, group = f"load {folder}", ranks.patient_group()
 
     def verify() -> None:
         for name in sorted(files)[ranks.rank :: ranks.world_size]:
@@ -172,7 +171,7 @@ def load_shards(
             }
             reader = FileSystemReader(folder / f"{part_name(part.name)}{SHARDED_ENDING}")
             with one_error(step, ranks, SnapshotError):
-                load(wanted, storage_reader=reader, process_group=ranks.control_group, no_dist=ranks.world_size == 1)
+                load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
         _place(source, present, saved, ranks, step)
 
 
