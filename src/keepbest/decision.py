@@ -196,15 +196,17 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
             f"iteration {observation.iteration} does not come after {state.last_iteration}, the last one observed; "
             "iterations must increase (to go back to an earlier one, resume from its state)"
         )
-    top, enters_top = state.top, False
-    if observation.durable and (place := policy.entering(observation.value, top)) is not None:
+    top, place = state.top, None
+    if policy.top_k > 1 and observation.durable:
+        place = policy.entering(observation.value, top)
+    if place is not None:
         entered = Best(observation.value, observation.iteration)
-        top, enters_top = (*top[:place], entered, *top[place:])[: policy.top_k], True
+        top = (*top[:place], entered, *top[place:])[: policy.top_k]
     best_value = None if state.best is None else state.best.value
     if observation.durable and policy.is_better(observation.value, best_value):
         best = Best(observation.value, observation.iteration)
         after = replace(state, best=best, tolerance_counter=0, last_iteration=observation.iteration, top=top)
-        return after, Decision(True, enters_top=enters_top)
+        return after, Decision(True, enters_top=place is not None)
     counter = state.tolerance_counter + 1
     newly_exceeded = tuple(
         tolerance for tolerance in policy.tolerances if counter > tolerance and tolerance not in state.exceeded
@@ -216,7 +218,7 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
         last_iteration=observation.iteration,
         top=top,
     )
-    return after, Decision(False, newly_exceeded, enters_top)
+    return after, Decision(False, newly_exceeded, place is not None)
 
 
 def fold(policy: Policy, observations: Iterable[Observation], *, start: BestState | None = None) -> BestState:
