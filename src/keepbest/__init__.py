@@ -1,5 +1,7 @@
 """Keep the best checkpoints of a distributed PyTorch run."""
 
+from importlib.metadata import version
+
 from keepbest.decision import Outcome
 from keepbest.errors import KeepBestError
 from keepbest.iteration import TrainingIteration
@@ -16,3 +18,5 @@ __all__ = [
     "TrainingIteration",
     "load",
 ]
+
+__version__ = version("keepbest")
