@@ -47,7 +47,7 @@ PATH = [
     "iteration",
     "errors",
 ]
-SHELLS = ["callbacks", "cli", "data", "launch", "training"]
+SHELLS = ["callbacks", "cli", "data", "integrations", "launch", "training"]
 
 COLLECTIVES_LIVE_IN = ("ranks/", "snapshot/", "data/")
 SHARDED_APIS_LIVE_IN = (

@@ -1,0 +1,168 @@
+"""`BestCheckpoint`: a callback of PyTorch Lightning that keeps the best of a run with a `BestKeeper`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
+
+from keepbest.errors import ConfigError
+from keepbest.iteration import TrainingIteration
+from keepbest.keeper import BestKeeper
+from keepbest.metric import MetricReduction, Reading, read_value
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.store.formats import Format
+
+# What the newest checkpoint of Lightning names is kept under one tag: no hook tells which of them are removed.
+_PIN = "lightning"
+# Lightning has it since 2.6.
+_WEIGHT_AVERAGING: type | tuple[()] = getattr(callbacks, "WeightAveraging", ())
+
+
+class BestCheckpoint(Callback):
+    """Observes a metric of `trainer.callback_metrics` after each validation of `fit`, but for the sanity check.
+
+    Its state is in the checkpoints that Lightning writes; `fit(ckpt_path=...)` goes on from there. Everything that is
+    not listed here is as in `BestKeeper`.
+
+    Args:
+        metric_key: name under which the LightningModule logs the metric in validation.
+        directory: of the run; `None` is the trainer's `default_root_dir`, which stays the same when a run is resumed,
+            while each start of a logger has a folder of its own.
+        metric_reduction: what Lightning has reduced already (`sync_dist=True`) is the same on all ranks, and `mean`
+            gives exactly this value; `identical` refuses values that were not reduced; `sum` would add it up again.
+        resume: "ledger" also takes up a folder that holds a run where Lightning has no checkpoint to go on from, or one
+            without this callback: at the iteration that training starts from, be it the first.
+
+    Attributes:
+        keeper: of the present or last `fit` in this process; `None` before.
+    """
+
+    def __init__(
+        self,
+        metric_key: str,
+        *,
+        directory: str | Path | None = None,
+        tolerances: Sequence[int] | None = None,
+        model_names: Sequence[str] | None = None,
+        save_frozen_weights: bool = True,
+        higher_is_better: bool | None = None,
+        min_delta: float = 0.0,
+        keep_top_k: int = 1,
+        metric_reduction: MetricReduction = "mean",
+        on_nonfinite: Literal["ignore", "raise"] = "ignore",
+        format: Format = "torch",  # noqa: A002  # as in BestKeeper
+        async_save: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        id: str | None = None,  # noqa: A002  # as above
+        resume: Literal["ledger"] | None = None,
+        metric_property_provider: MetricPropertyProvider | None = None,
+        rank_timeout: float = 120.0,
+        save_timeout: float = 1800.0,
+    ) -> None:
+        self.metric_key = metric_key
+        self.keeper: BestKeeper | None = None
+        self._directory = directory
+        self._id = id
+        self._resume = resume
+        self._make_keeper = partial(
+            BestKeeper,
+            metric_key=metric_key,
+            tolerances=tolerances,
+            model_names=model_names,
+            save_frozen_weights=save_frozen_weights,
+            higher_is_better=higher_is_better,
+            min_delta=min_delta,
+            keep_top_k=keep_top_k,
+            metric_reduction=metric_reduction,
+            on_nonfinite=on_nonfinite,
+            format=format,
+            async_save=async_save,
+            on_save_error=on_save_error,
+            id=id,
+            resume=resume,
+            metric_property_provider=metric_property_provider,
+            rank_timeout=rank_timeout,
+            save_timeout=save_timeout,
+        )
+        self._loaded: dict[str, Any] = {}
+        self._open: BestKeeper | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(metric_key=self.metric_key, id=self._id)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the keeper; before there is one, what was loaded. **Rank-local**."""
+        return self._loaded if self.keeper is None else self.keeper.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from this state when training starts. **Rank-local**."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the run folder, unless this is a `fast_dev_run`. **Collective**.
+
+        By now the strategy has wrapped the model and restored what is resumed from, and the sanity check is over.
+
+        Raises:
+            ConfigError: on every rank, if a `WeightAveraging` callback is there too.
+            KeepBestError: on every rank, as `BestKeeper` and its `start`.
+        """
+        # Lightning's Trainer sets both in a helper, where type checkers do not see them.
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if any(isinstance(callback, _WEIGHT_AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "WeightAveraging validates averaged weights, and puts those in training back before they could be "
+                f"saved as what reached {self.metric_key}: use one of WeightAveraging and BestCheckpoint"
+            )
+        model = pl_module if trainer.model is None else trainer.model
+        self.keeper = self._make_keeper(model, directory=self._directory or trainer.default_root_dir)
+        if self._loaded:
+            self.keeper.load_state_dict(self._loaded)
+            self._loaded = {}  # another fit of this callback loads its own, or starts anew
+        begun = TrainingIteration(epoch=trainer.current_epoch, update=trainer.global_step)
+        self.keeper.start(at=begun if self._resume == "ledger" else None)
+        self._open = self.keeper
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
+
+        Raises:
+            KeepBestError: on every rank, as `BestKeeper.observe`.
+        """
+        if self._open is not None:
+            iteration = TrainingIteration(epoch=trainer.current_epoch + 1, update=trainer.global_step)
+            self._open.observe_reading(lambda: self._read(trainer.callback_metrics), iteration)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make durable what the checkpoint names, and keep it until there is a newer one. **Collective**.
+
+        Lightning calls this on every rank before any of them writes. Raises as `BestKeeper.flush`.
+        """
+        if self._open is not None:
+            self._open.flush(pin=_PIN)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the keeper: the last checkpoint is written by now. **Collective**. Raises as `BestKeeper.close`."""
+        if (keeper := self._let_go()) is not None:
+            keeper.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the run as it is, for another `fit` to resume. **Rank-local**."""
+        if (keeper := self._let_go()) is not None:
+            keeper.abandon()
+
+    def _let_go(self) -> BestKeeper | None:
+        keeper, self._open = self._open, None
+        return keeper
+
+    def _read(self, metrics: Mapping[str, Any]) -> Reading:
+        if self.metric_key not in metrics:
+            logged = ", ".join(sorted(metrics)) or "nothing"
+            return Reading(absent=f"{self.metric_key!r} was not logged by the end of validation; logged: {logged}")
+        return read_value(metrics[self.metric_key])
