@@ -242,7 +242,10 @@ def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank_that_tells_the_key
     assert outcomes == [outcomes[0]] * 2
     assert "the monitored metric 'loss/val' is missing on 1 of 2 ranks:\n  rank 1:" in outcomes[0]
     assert "logged keys: accuracy, loss/train" in outcomes[0]
-    assert "must run at every interval of this one, and before it" in outcomes[0]
+    assert (
+        "at this iteration and before it is looked at: a callback of the trainer that logs it needs the same every_n_*"
+        in outcomes[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,8 @@ def agree_on_metric(
         )
         raise MissingMetricError(
             f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
-            f"{lines}\nThe callback that logs it must run at every interval of this one, and before it: give it the "
-            "same every_n_* and an earlier place in the list."
+            f"{lines}\nIt must be there on each of them, at this iteration and before it is looked at: a callback of the "
+            "trainer that logs it needs the same every_n_* and an earlier place in the list."
         )
     # A sum over ranks must not be taken of what is the sum already.
     how = "identical" if reading.is_reduced and reduction == "sum" else reduction
