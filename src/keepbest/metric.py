@@ -165,7 +165,7 @@ def agree_on_metric(
         )
         raise MissingMetricError(
             f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
-            f"{lines}\nIt must be there on each of them, at this iteration and before it is looked at: a callback of the "
+            f"{lines}\nIt must be there on each, at this iteration and before it is looked at: a callback of the "
             "trainer that logs it needs the same every_n_* and an earlier place in the list."
         )
     # A sum over ranks must not be taken of what is the sum already.
