@@ -157,6 +157,8 @@ def test_subgroups_keep_runs_of_their_own(tmp_path):
 def be_in_another_place(directory, difference):
     rank = dist.get_rank()
     settings = {"tolerances": [1 + rank]} if difference == "settings" else {}
+    if difference == "what to do on failures":
+        settings = {"on_save_error": ("raise", "warn")[rank]}
     other = BestKeeper(nn.Linear(1, 1), directory=directory / "other", metric_key="loss")
     other.observe(1.0, update(1))
 
@@ -183,6 +185,7 @@ def be_in_another_place(directory, difference):
     [
         ("iteration", ["observe loss best_model.loss at U2", "observe loss best_model.loss at U3"]),
         ("settings", ["tolerances=(1,)", "tolerances=(2,)"]),
+        ("what to do on failures", ["on_save_error='raise'", "on_save_error='warn'"]),
         ("state", ["for best_model.loss None", "for best_model.loss LoadedState(run_id="]),
         ("close", ["observe loss", "close best_model.loss"]),
     ],

@@ -9,7 +9,7 @@ import torchmetrics
 from torch import nn
 
 from keepbest import BestKeeper
-from keepbest.errors import InvalidMetricError, RankFailedError
+from keepbest.errors import DesyncError, InvalidMetricError, RankFailedError
 from tests.ranks.pool import run_ranks
 from tests.store.runs import update
 
@@ -55,6 +55,24 @@ def test_metric_that_does_not_synchronize_is_reduced_by_the_keeper(reduction, ex
 
 def test_one_process_needs_no_ranks(tmp_path):
     assert observed(tmp_path, mean, "mean") == (3.0, 3.0)
+
+
+def observed_by_one_as_a_metric_only(directory):
+    metric = total()
+    metric.update(torch.tensor(VALUES[dist.get_rank()]))
+    keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", metric_reduction="sum")
+    # Both take part in the sync of the metric; only one of them shows what it is.
+    value = metric if dist.get_rank() == 0 else metric.compute
+    with pytest.raises(DesyncError) as caught:
+        keeper.observe(value, update(1))
+    return str(caught.value)
+
+
+def test_ranks_that_disagree_on_who_takes_the_sum_are_told_so(tmp_path):
+    messages = run_ranks(observed_by_one_as_a_metric_only, 2, tmp_path)
+    assert len(set(messages)) == 1
+    assert "summed by the metric itself" in messages[0].splitlines()[1]
+    assert "summed by the metric itself" not in messages[0].splitlines()[2]
 
 
 def test_collection_without_the_metric_lists_those_it_has(tmp_path):

@@ -106,6 +106,7 @@ class BestKeeper:
                 metric_key=metric_key,
                 tolerances=tolerances,
                 model_names=model_names,
+                save_frozen_weights=save_frozen_weights,
                 higher_is_better=higher_is_better,
                 min_delta=min_delta,
                 metric_reduction=metric_reduction,

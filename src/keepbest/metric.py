@@ -154,6 +154,9 @@ def agree_on_metric(
         reading = read()
     except BaseException as error:  # noqa: BLE001  # raised again by exchange, on every rank
         failure = failure or error
+    # A sum over ranks must not be taken of what is the sum already; and all of them must see it so.
+    if reading.is_reduced and reduction == "sum":
+        reduction, state = "identical", state + b", summed by the metric itself"
     numbers = ranks.exchange(step, Number(reading.value, reading.weight, note), failure=failure, state=state)
     needed = numbers[:1] if reduction == "rank0" else numbers
     if any(number.value is None and number.weight != 0.0 for number in needed):
@@ -168,9 +171,7 @@ def agree_on_metric(
             f"{lines}\nIt must be there on each, at this iteration and before it is looked at: a callback of the "
             "trainer that logs it needs the same every_n_* and an earlier place in the list."
         )
-    # A sum over ranks must not be taken of what is the sum already.
-    how = "identical" if reading.is_reduced and reduction == "sum" else reduction
-    return AgreedMetric(reduce_numbers(needed, how), numbers[0].note)
+    return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
 
 
 def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> float:

@@ -24,6 +24,9 @@ class Settings:
         policy: by which it decides.
         reduction: how the values of the ranks become one.
         parts: of the model, that are saved.
+        save_frozen_weights: whether parameters that do not require grad are saved.
+        on_nonfinite: whether NaN and infinities are no improvement, or an error.
+        on_save_error: whether a save that fails is an error, or training goes on.
         file_format: of the snapshots.
         async_save: whether they are written in the background.
     """
@@ -32,6 +35,9 @@ class Settings:
     policy: Policy
     reduction: MetricReduction
     parts: tuple[Part, ...]
+    save_frozen_weights: bool
+    on_nonfinite: str
+    on_save_error: str
     file_format: Format
     async_save: bool
 
@@ -43,6 +49,7 @@ def check_settings(
     metric_key: str,
     tolerances: Sequence[int] | None,
     model_names: Sequence[str] | None,
+    save_frozen_weights: bool,
     higher_is_better: bool | None,
     min_delta: float,
     metric_reduction: str,
@@ -71,7 +78,15 @@ def check_settings(
     policy = Policy(direction, min_delta, tuple(tolerances or ()), keep_top_k)
     parts = select_parts(model, model_names)
     settings = Settings(
-        name, policy, check_reduction(metric_reduction), parts, check_format(file_format, model, parts), async_save
+        name=name,
+        policy=policy,
+        reduction=check_reduction(metric_reduction),
+        parts=parts,
+        save_frozen_weights=save_frozen_weights,
+        on_nonfinite=on_nonfinite,
+        on_save_error=on_save_error,
+        file_format=check_format(file_format, model, parts),
+        async_save=async_save,
     )
     if async_save and settings.file_format == "dcp":
         raise ConfigError(
