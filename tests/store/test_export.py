@@ -12,6 +12,7 @@ from torch import nn
 from keepbest import BestKeeper, TrainingIteration
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.store.export import export
+from keepbest.store.files import Files
 from tests.ranks.pool import run_ranks
 from tests.snapshot.strategies import WRAPS, clone, nested, odd, same
 
@@ -117,3 +118,21 @@ def test_nothing_is_overwritten_and_damage_is_not_passed_on(to, tmp_path):
     with pytest.raises(SnapshotError, match="is damaged"):
         export(tmp_path / "run", BEST, tmp_path / "other" / to)
     assert not (tmp_path / "other").exists()
+
+
+def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch):
+    keep(tmp_path / "run", "torch", wrap="single")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    create, created = Files.create, []
+
+    def refuse_the_third(files, path):
+        created.append(path)
+        if len(created) == 3:
+            raise OSError(28, "No space left on device")
+        return create(files, path)
+
+    monkeypatch.setattr(Files, "create", refuse_the_third)
+    with pytest.raises(OSError, match="No space left"):
+        export(tmp_path / "run", BEST, tmp_path / "out", largest_file=200)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

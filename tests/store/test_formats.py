@@ -49,6 +49,13 @@ def test_format_that_cannot_be_is_refused_before_anything_is_done(settings, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_dtype_that_a_safetensors_file_cannot_hold_is_refused_before_anything_is_done(tmp_path):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(2, 2, dtype=torch.complex128))
+    with pytest.raises(ConfigError, match=r"cannot hold 'weight' of 1 in 'model', which is torch\.complex128"):
+        keeper_of(model, tmp_path / "run", format="safetensors")
+    assert not (tmp_path / "run").exists()
+
+
 def test_tied_tensors_are_one_in_a_safetensors_file_and_in_what_is_loaded_of_it(tmp_path):
     with keeper_of(odd(0), tmp_path, format="safetensors") as keeper:
         keeper.observe(1.0, update(1))
@@ -148,7 +155,7 @@ def keep_on_a_disk_that_is_slow_for_one_rank(directory):
         keeper.observe(2.0, update(1))
         save, slow = torch.save, dist.get_rank() == 1
         torch.save = lambda *arguments: (
-            time.sleep(3.0 if slow else 0.0),
+            time.sleep(3.0 if slow else 0.0),  # is the slow disk
             setattr(torch, "save", save),
             save(*arguments),
         )

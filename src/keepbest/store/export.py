@@ -139,21 +139,34 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
     names = [f"{_FOLDER_FILE}-{number:05}-of-{len(groups):05}{ending}" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
         names = [f"{_FOLDER_FILE}{ending}"]
-    to.mkdir(parents=True, exist_ok=True)
-    for name, group in zip(names, groups, strict=True):
-        here = {key: first for key, first in contents.tied.items() if first in {entry.key for entry in group}}
-        with _appearing(to / name) as path:
-            write_entries(Files(), path, group, here)
-    if len(groups) == 1:
-        return [to / names[0]]
+    written: list[Path] = []
+    try:
+        for name, group in zip(names, groups, strict=True):
+            keys = {entry.key for entry in group}
+            with _appearing(to / name) as path:
+                write_entries(
+                    Files(), path, group, {key: first for key, first in contents.tied.items() if first in keys}
+                )
+            written.append(to / name)
+        if len(groups) > 1:
+            written.append(_write_index(to, contents, names, groups))
+    except BaseException:
+        for path in written:
+            Files().remove(path)
+        raise
+    return written
+
+
+def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Sequence[Sequence[Entry]]) -> Path:
     index = {
         "metadata": {"total_size": sum(entry.bytes for entry in contents.entries)},
         "weight_map": {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group},
     }
-    with _appearing(to / f"{_FOLDER_FILE}{ending}.index.json") as path, Files().create(path) as file:
+    found = to / f"{_FOLDER_FILE}{FILE_FORMATS['safetensors'].ending}.index.json"
+    with _appearing(found) as path, Files().create(path) as file:
         file.write(json.dumps(index, indent=2, sort_keys=True).encode())
         file.sync()
-    return [*(to / name for name in names), to / f"{_FOLDER_FILE}{ending}.index.json"]
+    return found
 
 
 def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:

@@ -75,7 +75,8 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
         directory = Path(run)
         history = read_history(directory)
         folder, manifest = read_manifest(directory, history, ref)
-        files.update(read_weights(folder, manifest))
+        if not is_sharded(manifest["files"]):
+            files.update(read_weights(folder, manifest))
         return {**manifest, "folder": folder.name}
 
     manifest = ranks.broadcast(f"read {ref} of {run}", read, saving=True)

@@ -93,13 +93,12 @@ def _is_inside(name: str) -> bool:
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What rank 0 wrote of each part of a snapshot, every file verified before it is opened.
+    """The state dict of each part of a snapshot that rank 0 wrote, every file verified before it is opened.
 
     Raises:
         SnapshotError: if a file is missing, damaged, or holds anything but weights.
         ConfigError: if a package that reads them is not installed.
     """
-    files = {name: entry for name, entry in manifest["files"].items() if "/" not in name}
-    for name, entry in files.items():
+    for name, entry in manifest["files"].items():
         check_file(folder / name, entry)
-    return {entry["part"]: read_state_dict(folder / name) for name, entry in files.items()}
+    return {entry["part"]: read_state_dict(folder / name) for name, entry in manifest["files"].items()}

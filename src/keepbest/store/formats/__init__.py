@@ -63,11 +63,22 @@ def check_format(name: str, model: nn.Module, parts: Sequence[Part]) -> Format:
     if name == "safetensors":
         safetensors_file.require_safetensors()
         for part in parts:
-            along = modules_along(model, part.path) or []
-            for path, module in along[-1][1].named_modules() if along else []:
-                if type(module).get_extra_state is not nn.Module.get_extra_state:
-                    raise ConfigError(
-                        f"format 'safetensors' holds tensors only, but {path or 'the model'} in {part.name!r} has an "
-                        "extra state; use format 'torch' or 'dcp'"
-                    )
+            along = modules_along(model, part.path)
+            if along is not None:
+                _check_holds_plain_tensors(along[-1][1], part.name)
     return cast("Format", name)
+
+
+def _check_holds_plain_tensors(whole: nn.Module, part: str) -> None:
+    for path, module in whole.named_modules():
+        where = f"{path or 'the model'} in {part!r}"
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ConfigError(
+                f"format 'safetensors' holds tensors only, but {where} has an extra state; use format 'torch' or 'dcp'"
+            )
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype not in safetensors_file.DTYPES:
+                raise ConfigError(
+                    f"format 'safetensors' cannot hold {key!r} of {where}, which is {parameter.dtype}; "
+                    "use format 'torch' or 'dcp'"
+                )

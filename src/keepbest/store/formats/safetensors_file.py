@@ -22,7 +22,7 @@ from keepbest.store.files import Files
 ENDING = ".safetensors"
 _TIED = "tied"  # key of the header's metadata: {name: name of the tensor that it is one with}, as JSON
 _ALIGNMENT = 8
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -152,10 +152,10 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for entry in entries:
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is {entry.dtype}")
         start, end = end, end + entry.bytes
-        header[entry.key] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+        header[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
