@@ -226,7 +226,7 @@ def _agree_on_attempt(store: Store, process: Process, timeout: timedelta) -> str
             if store.check([question]):
                 store.set(f"keepbest/answer/{store.get(question).decode()}", word)
         waiting = {rank for rank in waiting if not store.check([f"keepbest/{word}/{rank}"])}
-        time.sleep(0.01)
+        time.sleep(0.01)  # the store cannot wait for any of several keys
     return word
 
 

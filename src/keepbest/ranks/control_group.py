@@ -98,9 +98,18 @@ class ControlGroup:
         return control
 
     def patient_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
-        """A second gloo group, whose own timeout is that of the first call. **Collective** then."""
+        """A second gloo group, whose own timeout is that of the first call. **Collective** then.
+
+        Raises:
+            RankLostError: if the ranks cannot be connected.
+            PoisonedError: as `all_gather`.
+        """
         if self.group is not None and self._patient is None:
-            self._patient = _new_group(list(self.members), timeout)
+            self.refuse_if_poisoned()
+            try:
+                self._patient = _new_group(list(self.members), timeout)
+            except RuntimeError as error:
+                raise self._lost("connect the ranks", error) from error
         return self._patient
 
     def all_gather(self, mine: bytes, step: str, timeout: timedelta) -> list[bytes]:
@@ -196,7 +205,7 @@ class ControlGroup:
                         key = f"keepbest/arrived/{rank}"
                         if store.check([key]) and int(store.get(key)) >= number:
                             absent.remove(rank)
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # the store cannot wait for any of several keys
 
         # On a thread, since the store waits for its host for ever where the network has swallowed it.
         looking = threading.Thread(target=look, name="keepbest-sign-in", daemon=True)

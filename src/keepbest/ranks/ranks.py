@@ -119,6 +119,10 @@ class Ranks:
         """A gloo group for collectives of others, in which ranks wait for `save_timeout`. **Collective** at first.
 
         `None` where there is one rank.
+
+        Raises:
+            RankLostError: if the ranks cannot be connected.
+            PoisonedError: see `exchange`.
         """
         return self._control.patient_group(self._save_timeout)
 
