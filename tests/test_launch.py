@@ -41,7 +41,7 @@ from datetime import timedelta
 from keepbest.launch import distributed
 is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 if not is_first and os.environ["RANK"] == "0":
-    time.sleep(1)
+    time.sleep(1)  # is the late rank
 with distributed(timeout=timedelta(seconds=20)) as process:
     total = torch.tensor(process.rank)
     dist.all_reduce(total)

@@ -94,6 +94,18 @@ def weights(directory: Path, ref: str) -> dict[str, torch.Tensor]:
     return found
 
 
+def assert_same_run(directory: Path, whole: Path) -> None:
+    """The same refs at the same iterations, with the same values and, bit for bit, the same weights."""
+    found, expected = checkpoints(directory), checkpoints(whole)
+    assert found.keys() == expected.keys() != set()
+    for ref, theirs in expected.items():
+        mine = found[ref]
+        assert (mine.value, mine.iteration, mine.exceeded) == (theirs.value, theirs.iteration, theirs.exceeded)
+        held, wanted = weights(directory, ref), weights(whole, ref)
+        assert held.keys() == wanted.keys() != set()
+        assert [name for name in wanted if not torch.equal(held[name], wanted[name])] == []
+
+
 def tree(directory: Path) -> dict[str, bytes | None]:
     """Every path below `directory`, and what is in the files."""
     return {

@@ -145,15 +145,5 @@ def test_torchrun_restarts_the_workers_after_a_kill_and_the_run_goes_on(rank, tm
     updates = [json.loads(line)["update"] for line in (restarted / "metrics.jsonl").read_text().splitlines()]
     assert [updates.count(update) for update in (12, 13)] == [1, 2], "it must have gone on after update 12"
 
-    found, expected = runs.checkpoints(restarted), runs.checkpoints(whole)
-    assert found.keys() == expected.keys()
-    for ref, checkpoint in expected.items():
-        assert (found[ref].value, found[ref].iteration, found[ref].exceeded) == (
-            checkpoint.value,
-            checkpoint.iteration,
-            checkpoint.exceeded,
-        )
-        mine, theirs = runs.weights(restarted, ref), runs.weights(whole, ref)
-        assert mine.keys() == theirs.keys() != set()
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    runs.assert_same_run(restarted, whole)
     assert verify(restarted) == []

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import yaml
 
 from tests.cli import runs
@@ -28,15 +27,6 @@ def test_run_that_is_resumed_equals_one_that_went_through(world_size, strategy, 
     assert resumed.keys() == whole.keys() == {runs.BEST, *(f"{runs.BEST}.tolerance={n}" for n in (0, 1, 3))}
     assert provisional, "a tolerance must be open at the half for this to tell anything"
     assert half[runs.BEST].value != whole[runs.BEST].value, "the best must come in the second half"
-    for ref, expected in whole.items():
-        found = resumed[ref]
-        assert (found.value, found.iteration, found.exceeded) == (
-            expected.value,
-            expected.iteration,
-            expected.exceeded,
-        )
-        mine, theirs = runs.weights(tmp_path / "parts", ref), runs.weights(tmp_path / "whole", ref)
-        assert mine.keys() == theirs.keys() != set()
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    runs.assert_same_run(tmp_path / "parts", tmp_path / "whole")
     saved = yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())
     assert (saved["trainer"]["epochs"], saved["trainer"]["resume"]) == (EPOCHS, "auto")

@@ -232,7 +232,7 @@ def slow_write(folder: Path):
     def before(operation: str) -> None:
         if operation == "create" and not slept:
             slept.append(operation)
-            time.sleep(3.0)
+            time.sleep(3.0)  # is the slow disk
 
     model = nn.Linear(2, 2)
     with pytest.MonkeyPatch.context() as patch:

@@ -27,4 +27,4 @@ class WaitForCut(PeriodicCallback):
             return
         (folder / f"rank{self.ranks.rank}").touch()
         while not (folder / "cut").exists():
-            time.sleep(0.01)
+            time.sleep(0.01)  # the test makes it, in another process

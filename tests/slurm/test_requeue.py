@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from keepbest.store.read import read_history
 from keepbest.store.verify import verify
@@ -23,7 +22,16 @@ from tests.slurm.scripts import edited
 PART = 50  # updates that are seen between two interruptions
 
 
-def submit(cluster: Cluster, folder: Path, name: str, updates: int, *, seconds: float = 0.02, **lines: Any) -> Job:
+def submit(
+    cluster: Cluster,
+    folder: Path,
+    name: str,
+    updates: int,
+    *,
+    seconds: float = 0.02,
+    model: dict[str, Any] | None = None,
+    **lines: Any,
+) -> Job:
     """Four ranks on two nodes, and resume checkpoints that are due after the half and at the end."""
     callbacks = [
         runs.evaluation(),
@@ -32,6 +40,7 @@ def submit(cluster: Cluster, folder: Path, name: str, updates: int, *, seconds: 
         {"kind": "tests.slurm.pause.Pause", "every_n_updates": 1, "seconds": seconds},
     ]
     content = runs.describe_run(folder / name, updates=updates, strategy="ddp", callbacks=callbacks)
+    content["model"] = {**content["model"], **(model or {})}
     config = runs.write_config(folder / f"{name}.yaml", content)
     size = {"nodes": 2, "ntasks_per_node": 2, "gpus_per_node": None, "cpus_per_task": 1}
     script = edited("slurm_requeue.sbatch", folder, CONFIG=config, ENVIRONMENT=sys.prefix, **{**size, **lines})
@@ -46,15 +55,8 @@ def observed(directory: Path) -> int:
 
 def assert_same_run(directory: Path, whole: Path) -> None:
     assert verify(directory) == []
-    found, expected = runs.checkpoints(directory), runs.checkpoints(whole)
-    assert found.keys() == expected.keys()
-    assert len(expected) == 4
-    for ref, checkpoint in expected.items():
-        mine, theirs = found[ref], checkpoint
-        assert (mine.value, mine.iteration, mine.exceeded) == (theirs.value, theirs.iteration, theirs.exceeded)
-        mine, theirs = runs.weights(directory, ref), runs.weights(whole, ref)
-        assert mine.keys() == theirs.keys() != set()
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    runs.assert_same_run(directory, whole)
+    assert len(runs.checkpoints(whole)) == 4
     # The weights of every update were the same, or a loss would differ.
     assert curve(directory) == curve(whole)
 
@@ -104,6 +106,18 @@ def test_job_that_is_signalled_goes_on_from_where_it_was(cluster, rounds, update
     assert all(earlier < later for earlier, later in pairwise([0, *stops, updates]))
     # No update was done twice: each start went on from the update that the one before it had stopped at.
     assert observed(tmp_path / "run") == updates
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_job_that_is_signalled_before_it_trains_returns_to_the_queue_too(cluster, updates, whole, tmp_path):
+    late = {"kind": "tests.slurm.pause.LateAutoEncoder", "folder": str(tmp_path)}
+    job = submit(cluster, tmp_path, "run", updates, model=late)
+    job.wait_until("builds its model", lambda: len(list(tmp_path.glob("rank*"))) == 4)
+    cluster.run("scancel", "--signal=USR1", str(job.number))
+    job.wait_until("returned to the queue", lambda: job.restarts == 1)
+    (tmp_path / "go").touch()
+    assert job.wait() == "COMPLETED", job.printed()
+    assert (job.exit_status, job.restarts, preemptions(job)) == (0, 1, [])
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
-import torch
 
 from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
@@ -88,18 +87,7 @@ def test_all_ranks_stop_together_and_the_resumed_run_equals_one_that_went_throug
     assert not any(checkpoint.exceeded is False for checkpoint in runs.checkpoints(tmp_path / "parts").values())
 
     runs.succeeded(runs.train_on_ranks(world_size, runs.write_config(path, content), "trainer.resume=auto"))
-    whole, resumed = runs.checkpoints(tmp_path / "whole"), runs.checkpoints(tmp_path / "parts")
-    assert resumed.keys() == whole.keys()
-    for ref, expected in whole.items():
-        found = resumed[ref]
-        assert (found.value, found.iteration, found.exceeded) == (
-            expected.value,
-            expected.iteration,
-            expected.exceeded,
-        )
-        mine, theirs = runs.weights(tmp_path / "parts", ref), runs.weights(tmp_path / "whole", ref)
-        assert mine.keys() == theirs.keys() != set()
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    runs.assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("update", [2 * EPOCHS - 1, 2 * EPOCHS])
