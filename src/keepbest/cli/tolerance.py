@@ -56,6 +56,6 @@ def print_tolerances(directory: Path, tolerances: list[int]) -> None:
                 "" if patience.kept is None else f"{patience.kept.value:.9g}",
                 "none yet" if patience.kept is None else str(patience.kept.iteration),
                 str(patience.exceeded_at or "not exceeded"),
-                f"snapshots/{snapshot}" if snapshot in kept else "removed",
+                f"snapshots/{snapshot}" if snapshot in kept else "" if patience.kept is None else "removed",
             )
     console().print(table)

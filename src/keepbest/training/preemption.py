@@ -64,10 +64,15 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        for number in self._handlers:
+            self._put_back(number)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         self._flag.raise_it()
         if number == signal.SIGINT:
-            signal.signal(number, self._handlers[number])
+            self._put_back(number)
+
+    def _put_back(self, number: int) -> None:
+        # Python does not know a handler that was not installed from Python, and cannot put it back.
+        handler = self._handlers[number]
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
