@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
 .PHONY: demo test faults test-slurm test-hosts soak check clean bench bench-setup
@@ -56,7 +57,7 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
 # The stamp comes last, so that an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,examples,plot,safetensors,tensorboard,test,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
