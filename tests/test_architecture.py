@@ -53,7 +53,7 @@ COLLECTIVES_LIVE_IN = ("ranks/", "snapshot/", "data/")
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "callbacks/checkpoint.py",
-    "models/structure.py",  # unwraps models, so it knows the wrappers
+    "models/sharding.py",  # tells what is sharded
     "store/sharded.py",  # torch's distributed checkpoints
     "training/strategy.py",
 )

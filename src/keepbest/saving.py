@@ -20,7 +20,6 @@ from keepbest.store import SharedRun, Store
 from keepbest.store.formats import Format
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.moves import Kept
-from keepbest.store.sharded import write_shards
 from keepbest.store.shared import Ticket
 from keepbest.store.snapshots import ShardFolder
 from keepbest.store.writer import Job
@@ -133,6 +132,8 @@ class Saver:
         self._run.remember(observation.iteration, content, ticket)
 
     def _save_shards(self, kept: Kept) -> Ticket:
+        from keepbest.store.sharded import write_shards  # torch's distributed checkpoints take half a second to import
+
         step = self._step(kept)
         weights = take_shards(
             self._model, self._parts, save_frozen_weights=self._save_frozen_weights, ranks=self._ranks

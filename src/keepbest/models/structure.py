@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -99,8 +98,3 @@ def modules_along(module: nn.Module, path: str) -> list[tuple[str, nn.Module]] |
         module = child
         found.append((here, module))
     return found
-
-
-def is_fsdp1(module: nn.Module) -> bool:
-    """Whether `module` is wrapped by `FullyShardedDataParallel`."""
-    return isinstance(module, FullyShardedDataParallel)

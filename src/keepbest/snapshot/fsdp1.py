@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-from torch.distributed.tensor import DTensor
 
+from keepbest.models.sharding import is_dtensor, is_fsdp1
 from keepbest.models.structure import plain_key, state_dict_key
 from keepbest.snapshot.source import StateDict
 
@@ -35,7 +34,7 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
             key = prefix + state_dict_key(inside, plain_key(inside, name))
             plain = plain_key(module, key)
             # Those of units in this one are taken already; DTensors are none of FSDP1's, and stay.
-            if plain not in taken and key in state and not isinstance(parameter, DTensor):
+            if plain not in taken and key in state and not is_dtensor(parameter):
                 if tied.get(id(parameter)) is None:
                     tied[id(parameter)] = take(plain, state[key])
                 taken[plain] = tied[id(parameter)]
@@ -43,7 +42,7 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
 
     with full_fsdp1_state(module, rank0_only=True), contextlib.ExitStack() as hooks:
         for unit in module.modules():
-            if isinstance(unit, FullyShardedDataParallel):
+            if is_fsdp1(unit):
                 # On the module inside: a hook on the unit would run after FSDP1's own, which clones the parameters.
                 hook = unit.module.register_state_dict_post_hook(take_unit)  # type: ignore[no-untyped-call]
                 hooks.callback(hook.remove)
@@ -55,6 +54,8 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
 @contextlib.contextmanager
 def full_fsdp1_state(module: nn.Module, *, rank0_only: bool) -> Iterator[None]:
     """State dicts of `module` hold full tensors in this block, also of the FSDP1 units in it."""
+    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+
     config = FullStateDictConfig(rank0_only=rank0_only)
     with warnings.catch_warnings():
         # Deprecated, but what is to replace it leaves the full weights on every rank.

@@ -10,9 +10,9 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from keepbest.errors import SnapshotError
+from keepbest.models.sharding import is_dtensor
 from keepbest.models.structure import plain_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.fsdp1 import fsdp1_state_dict
@@ -129,7 +129,7 @@ def listing(source: Source) -> bytes:
         if isinstance(value, torch.Tensor):
             if value.is_meta:
                 raise SnapshotError(f"{key!r} is on the meta device: it has no values that could be saved")
-            placements = f" {value.placements}" if isinstance(value, DTensor) else ""
+            placements = f" {value.placements}" if is_dtensor(value) else ""
             lines.append(f"{key} {tuple(value.shape)} {value.dtype}{placements}")
         elif not _is_plain_data(value):
             raise SnapshotError(
@@ -178,10 +178,10 @@ class _Receiver:
         return full if self._ranks.is_main else {}
 
     def _move(self, key: str, value: torch.Tensor, transfer: ShardTransfer) -> torch.Tensor:
-        if isinstance(value, DTensor) and transfer.can_move(value):
+        if is_dtensor(value) and transfer.can_move(value):
             into = None if self._buffer is None else self._buffer.tensor(self._name(key), value)
             return transfer.move(value, into)
-        whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        whole = (value.full_tensor() if is_dtensor(value) else value).detach()
         if not self._ranks.is_main:
             return whole.new_empty(0)
         return whole.cpu() if self._buffer is None else self._buffer.fill(self._name(key), whole)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from keepbest.errors import SnapshotError
+from keepbest.models.sharding import is_dtensor
 from keepbest.models.structure import state_dict_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.fsdp1 import fsdp1_state_dict, full_fsdp1_state
@@ -164,8 +164,10 @@ def _sent(value: Any, kind: Mapping[str, Any], ranks: Ranks) -> Any:
 
 def _localized(value: Any, target: Any) -> Any:
     """This rank's shard of `value`, where `target` is sharded. No communication."""
-    if not isinstance(target, DTensor):
+    if not is_dtensor(target):
         return value
+    from torch.distributed.tensor import DTensor, Replicate
+
     mesh = target.device_mesh
     whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=target.placements)

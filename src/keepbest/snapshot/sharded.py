@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
 
 from keepbest.errors import ConfigError
+from keepbest.models.sharding import is_fsdp1
 from keepbest.models.structure import plain_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.gather import Weights, cut, listing
@@ -67,6 +67,8 @@ def sharded_state_dict(source: Source) -> StateDict:
 @contextlib.contextmanager
 def sharded_fsdp1_state(module: nn.Module) -> Iterator[None]:
     """State dicts of `module` hold shards in this block, also of the FSDP1 units in it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
+
     with quiet():
         config = ShardedStateDictConfig(offload_to_cpu=False)
         with FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT, config):
@@ -88,7 +90,7 @@ def quiet() -> Iterator[None]:
 
 def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
     for unit in module.modules():
-        if isinstance(unit, FullyShardedDataParallel) and isinstance(unit.process_group, dist.ProcessGroup):
+        if is_fsdp1(unit) and isinstance(unit.process_group, dist.ProcessGroup):
             members = dist.get_process_group_ranks(unit.process_group)
             if members != ranks.members:
                 raise ConfigError(

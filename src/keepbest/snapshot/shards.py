@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
 
 from keepbest.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class ShardTransfer:
@@ -29,6 +32,8 @@ class ShardTransfer:
 
         The same on every rank. Others (tensor parallel, replicated, on an accelerator) go through `full_tensor()`.
         """
+        from torch.distributed.tensor import Shard
+
         mesh = tensor.device_mesh
         return (
             tensor.device.type == "cpu"

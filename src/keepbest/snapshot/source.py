@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from keepbest.errors import SnapshotError
-from keepbest.models.structure import is_fsdp1, keys_of_wrappers, modules_along, plain_key
+from keepbest.models.sharding import is_fsdp1
+from keepbest.models.structure import keys_of_wrappers, modules_along, plain_key
 from keepbest.snapshot.selection import Part
 
 StateDict = dict[str, Any]

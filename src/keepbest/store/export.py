@@ -15,11 +15,11 @@ import torch
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.store.digest import check_file
 from keepbest.store.files import Files
-from keepbest.store.formats import FILE_FORMATS, read_state_dict, torch_file
+from keepbest.store.formats import FILE_FORMATS, is_sharded, read_state_dict, torch_file
 from keepbest.store.formats.safetensors_file import Entry, entries_of, write_entries
 from keepbest.store.layout import TEMPORARY
 from keepbest.store.read import read_history, read_manifest
-from keepbest.store.sharded import is_sharded, read_layout, read_others, read_tensor
+from keepbest.store.sharded import read_layout, read_others, read_tensor
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
 _FOLDER_FILE = "model"

@@ -12,9 +12,9 @@ from torch import nn
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Ranks
 from keepbest.snapshot import Part, StateDict, place_weights
+from keepbest.store.formats import is_sharded
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.read import read_history, read_manifest, read_weights
-from keepbest.store.sharded import is_sharded, load_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
     parts = tuple(Part(name, path, tuple(apart)) for name, path, apart in manifest["parts"] if name in saved)
     folder = Path(run) / CHECKPOINTS / SNAPSHOTS / manifest["folder"]
     if is_sharded(manifest["files"]):
+        from keepbest.store.sharded import load_shards  # torch's distributed checkpoints take half a second to import
+
         load_shards(folder, model, parts, manifest["files"], left_out, ranks=ranks)
     else:
         place_weights(model, parts, files, left_out, ranks=ranks)

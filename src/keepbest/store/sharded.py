@@ -7,7 +7,7 @@ What is no tensor lies in a file beside the folder, which torch would unpickle w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from keepbest.errors import RankFailedError, SnapshotError, StorageError
+from keepbest.models.sharding import is_dtensor
 from keepbest.models.structure import state_dict_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot import (
@@ -109,7 +109,7 @@ def write_shards(folder: Path, token: str, weights: Weights, ranks: Ranks, step:
 
 
 def _is_sharded(value: torch.Tensor) -> bool:
-    return isinstance(value, DTensor) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those
+    return is_dtensor(value) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those
 
 
 _NOT_SHARED = "Format 'dcp' needs a run directory on a file system that all hosts share and may write to"
@@ -226,11 +226,6 @@ def read_tensor(folder: Path, part: str, key: str, into: torch.Tensor) -> torch.
     with quiet():
         load({key: into}, storage_reader=FileSystemReader(folder / f"{part_name(part)}{SHARDED_ENDING}"), no_dist=True)
     return into
-
-
-def is_sharded(files: Iterable[str]) -> bool:
-    """Whether files of these names were written by `write_shards`."""
-    return any("/" in name for name in files)
 
 
 def read_others(folder: Path, part: str) -> StateDict:

@@ -6,7 +6,7 @@ of torch's distributed checkpoints, to which every rank writes what it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -21,6 +21,11 @@ from keepbest.store.formats import safetensors_file, torch_file
 Format = Literal["torch", "safetensors", "dcp"]
 SHARDED_ENDING = ".dcp"
 SHARDED_METADATA = ".metadata"
+
+
+def is_sharded(files: Iterable[str]) -> bool:
+    """Whether a snapshot with files of these names is of format `dcp`."""
+    return any("/" in name for name in files)
 
 
 class FileFormat(NamedTuple):

@@ -1,0 +1,25 @@
+"""Tells torch's sharded modules and tensors without importing what defines them, which takes half a second.
+
+Where nobody has imported it there can be none.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+
+def is_fsdp1(module: object) -> TypeGuard[FullyShardedDataParallel]:
+    """Whether `module` is wrapped by `FullyShardedDataParallel`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether `value` is a `DTensor`, as FSDP2 and tensor parallelism have them."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(value, tensor.DTensor)
