@@ -56,6 +56,8 @@ class BestKeeper:
             fails at is told by the next call. `flush` and `close` wait for it.
         on_save_error: whether a save that fails raises, or training goes on with the last durable best to beat.
         id: tells two keepers of the same metric apart.
+        remote: URL of fsspec, like s3://bucket/runs/a, where a copy of the run follows each commit in the background;
+            `close` waits for it. A resume in an empty `directory` brings the run back from there.
         resume: "ledger" goes on from what the run folder tells; `None` needs an empty folder, or `load_state_dict`.
         metric_property_provider: knows the direction of metrics by their name.
         process_group: the ranks that keep the run together; `None` is the default group, or one process.
@@ -84,6 +86,7 @@ class BestKeeper:
         async_save: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         id: str | None = None,  # noqa: A002  # the field's name in the config
+        remote: str | None = None,
         resume: Literal["ledger"] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -96,6 +99,7 @@ class BestKeeper:
         self._model = model
         self._on_nonfinite = on_nonfinite
         self._on_save_error = on_save_error
+        self._remote = remote
         self._resume = resume
 
         settings: Settings = self._ranks.agree(
@@ -103,6 +107,7 @@ class BestKeeper:
             lambda: check_settings(
                 model,
                 name=best_ref(metric_key, id),
+                directory=directory,
                 metric_key=metric_key,
                 tolerances=tolerances,
                 model_names=model_names,
@@ -115,6 +120,7 @@ class BestKeeper:
                 file_format=format,
                 async_save=async_save,
                 on_save_error=on_save_error,
+                remote=remote,
                 resume=resume,
                 metric_property_provider=metric_property_provider,
             ),
@@ -163,7 +169,7 @@ class BestKeeper:
         step = f"take up {self.directory} for {self.name}"
         try:
             self._ranks.agree(step, self._join, state=lambda _: resumes)
-            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY)
+            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=True)
         except BaseException:
             self._leave()
             raise
@@ -243,17 +249,17 @@ class BestKeeper:
         self.start()
         self._refuse_if_closed()
 
-        def write(store: Store, state: BestState) -> None:
+        def write(store: Store) -> None:
             store.sync()
             if pin is not None:
-                store.pin(self.name, pin, state)
+                store.pin(self.name, pin, self._state)
 
         self._settle(f"flush {self.name}", write)
 
     def release(self, pin: str) -> None:
         """Let go of what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
         self._refuse_if_closed()
-        self._settle(f"release {pin} of {self.name}", lambda store, _: store.unpin(self.name, pin))
+        self._settle(f"release {pin} of {self.name}", lambda store: store.unpin(self.name, pin))
 
     def close(self) -> None:
         """End the run: tolerances that were never exceeded get a provisional ref on the best. **Collective**.
@@ -267,7 +273,8 @@ class BestKeeper:
         if phase != "started":
             return
         try:
-            self._settle(f"close {self.name}", lambda store, state: store.end(self.name, state, self.policy))
+            self._settle(f"close {self.name}", lambda store: store.end(self.name, self._state, self.policy))
+            self._saver.arrive(f"bring {self.name} to {self._remote}")
         finally:
             self._leave()
 
@@ -335,7 +342,7 @@ class BestKeeper:
         }
 
     def _join(self) -> None:
-        self._run.join(self.name)
+        self._run.join(self.name, self._remote)
         self._has_joined = True
 
     def _leave(self) -> None:
@@ -374,25 +381,11 @@ class BestKeeper:
         failed = not observation.durable
         return Outcome(observation.iteration, observation.value, False, decision.newly_exceeded, save_failed=failed)
 
-    def _settle(self, step: str, write: Callable[[Store, BestState], None]) -> None:
+    def _settle(self, step: str, write: Callable[[Store], None]) -> None:
         """Wait for what is being written, and let rank 0 write something that all must know to be there."""
-
-        def wait() -> dict[str, Any]:
-            self._run.store()
-            if (failure := self._saver.take_failure()) is not None:
-                raise failure
-            revised = self._saver.revised_state()
-            return {"state": None if revised is None else revised.to_json()}
-
-        def write_now() -> str | None:
-            store = self._run.store()
-            write(store, self._state)
-            return store.best_snapshot(self.name)
-
-        news = self._ranks.broadcast(step, wait, remedy=DISK_REMEDY, saving=True)["state"]
-        if news is not None:
-            self._revise(BestState.from_json(news))
-        self._saver.best_snapshot = self._ranks.broadcast(step, write_now, remedy=DISK_REMEDY, saving=True)
+        if (revised := self._saver.settle(step)) is not None:
+            self._revise(revised)
+        self._saver.write(step, write)
 
     def _refuse_if_closed(self) -> None:
         if self._phase == "closed":

@@ -174,6 +174,8 @@ class Saver:
 
     def take_failure(self) -> Exception | None:
         """What could not be written, for every rank to raise; told once. **Rank-local**."""
+        if (behind := self._run.take_upload_failure()) is not None:
+            self._failures.append(behind)
         while self._failures:
             failure = self._failures.popleft()
             if not (self._goes_on and isinstance(failure, OSError)):
@@ -193,6 +195,50 @@ class Saver:
         """Every rank has taken over what `revised_state` gave. **Rank-local**."""
         self._lost_bests -= self._known_lost_bests
         self._known_lost_bests = 0
+
+    def settle(self, step: str) -> BestState | None:
+        """Wait for what is being written; the state without bests that were lost, if there are any. **Collective**.
+
+        Raises:
+            StorageError: on every rank, if something could not be written.
+        """
+
+        def wait() -> dict[str, Any]:
+            self._run.store()
+            if (failure := self.take_failure()) is not None:
+                raise failure
+            revised = self.revised_state()
+            return {"state": None if revised is None else revised.to_json()}
+
+        news = self._on_main(step, wait)["state"]
+        return None if news is None else BestState.from_json(news)
+
+    def write(self, step: str, write: Callable[[Store], None]) -> None:
+        """Let rank 0 write something that all must know to be there. **Collective**. Raises as `settle`."""
+
+        def write_now() -> str | None:
+            store = self._run.store()
+            write(store)
+            return store.best_snapshot(self._name)
+
+        self.best_snapshot = self._on_main(step, write_now)
+
+    def arrive(self, step: str) -> None:
+        """Wait until the remote copy, if there is one, has all that was committed. **Collective**. Raises as `settle`.
+
+        Where training goes on after a failure, it ends after one, too.
+        """
+
+        def wait() -> None:
+            try:
+                self._run.store().arrive()
+            except OSError as error:
+                if not self._goes_on:
+                    raise
+                _logger.warning("%s: %s", self._name, error)
+
+        if self._run.remote is not None:
+            self._on_main(step, wait)
 
     def _submit(self, write: Callable[[Store], None], *, names_bests: bool) -> Job:
         if names_bests and self._queued is not None:

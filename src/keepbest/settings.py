@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from keepbest.metric import MetricReduction, check_reduction
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.snapshot import Part, select_parts
 from keepbest.store.formats import Format, check_format
+from keepbest.store.remote import check_local, check_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Settings:
         on_save_error: whether a save that fails is an error, or training goes on.
         file_format: of the snapshots.
         async_save: whether they are written in the background.
+        remote: URL of a copy of the run.
     """
 
     name: str
@@ -40,12 +43,14 @@ class Settings:
     on_save_error: str
     file_format: Format
     async_save: bool
+    remote: str | None
 
 
 def check_settings(
     model: nn.Module,
     *,
     name: str,
+    directory: str | Path,
     metric_key: str,
     tolerances: Sequence[int] | None,
     model_names: Sequence[str] | None,
@@ -58,6 +63,7 @@ def check_settings(
     file_format: str,
     async_save: bool,
     on_save_error: str,
+    remote: str | None,
     resume: str | None,
     metric_property_provider: MetricPropertyProvider | None,
 ) -> Settings:
@@ -73,6 +79,7 @@ def check_settings(
     ):
         if given not in known:
             raise ConfigError(f"{setting} must be one of {known}, got {given!r}")
+    check_local(directory)
     provider = metric_property_provider or MetricPropertyProvider()
     direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
     policy = Policy(direction, min_delta, tuple(tolerances or ()), keep_top_k)
@@ -87,6 +94,7 @@ def check_settings(
         on_save_error=on_save_error,
         file_format=check_format(file_format, model, parts),
         async_save=async_save,
+        remote=check_remote(remote),
     )
     if async_save and settings.file_format == "dcp":
         raise ConfigError(

@@ -261,7 +261,7 @@ def train(session: Session) -> dict[str, Any]:
     logging.getLogger("keepbest").addHandler(logging.FileHandler(session.complaints, delay=True))
     rank = torch.distributed.get_rank()
     reaper = Reaper(session.death if rank == 0 else None, session.killed_at)
-    shared.Store = lambda directory: FatalStore(directory, reaper)
+    shared.Store = lambda directory, remote: FatalStore(directory, reaper)
     resume_folder.Files = lambda: FatalFiles(reaper, "resume checkpoint")
     trainer = toys.make_trainer(
         session.directory,

@@ -45,6 +45,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
             writes its share.
         async_save: whether training goes on as soon as rank 0 has copied the weights, while a thread writes them.
         on_save_error: whether a save that fails ends training, or only costs that best.
+        remote: URL of fsspec, like s3://bucket/runs/a, where a copy of the run's checkpoints follows in the background.
         id: tells two callbacks on the same metric apart.
         rank_timeout: seconds that ranks wait for each other.
         save_timeout: seconds that ranks wait for rank 0 to write.
@@ -64,6 +65,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
     format: Format = "torch"
     async_save: bool = False
     on_save_error: Literal["raise", "warn"] = "raise"
+    remote: str | None = None
     id: str | None = None
     rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
     save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
@@ -105,6 +107,7 @@ class BestCheckpointCallback(PeriodicCallback):
             format=config.format,
             async_save=config.async_save,
             on_save_error=config.on_save_error,
+            remote=config.remote,
             id=config.id,
             metric_property_provider=self.metric_property_provider,
             process_group=self.ranks.process_group,

@@ -22,7 +22,8 @@ from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.launch import Process, distributed
 from keepbest.store.export import export
-from keepbest.store.verify import repair, verify
+from keepbest.store.remote import check_local
+from keepbest.store.verify import repair, upload, verify
 
 # Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
 _OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
@@ -34,7 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or the URL of its remote copy.")]
+LocalRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this on Python 3.10
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file: trainer.epochs=3"),
@@ -71,7 +73,7 @@ def train_command(
 @app.command("eval")
 def eval_command(
     context: typer.Context,
-    run: Run,
+    run: LocalRun,
     overrides: Overrides = None,
     ref: Annotated[
         Optional[str],  # noqa: UP045  # as above
@@ -80,7 +82,7 @@ def eval_command(
     timeout: Timeout = 600.0,
 ) -> None:
     """Evaluate a checkpoint of RUN with the callbacks of its config, and print the metrics."""
-    _run(lambda: evaluate(run, ref, overrides or []), timeout=timeout, debug=context.obj)
+    _run(lambda: evaluate(check_local(run), ref, overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -167,12 +169,13 @@ def export_command(
 
 
 @app.command("repair")
-def repair_command(context: typer.Context, run: Run) -> None:
+def repair_command(context: typer.Context, run: LocalRun) -> None:
     """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
 
     def mend() -> None:
+        directory = check_local(run)
         before = verify(run)
-        repair(run)
+        repair(directory)
         after = verify(run)
         for fault in before:
             typer.echo(f"{'left' if fault in after else 'mended'}: {fault.message}")
@@ -181,6 +184,24 @@ def repair_command(context: typer.Context, run: Run) -> None:
             raise typer.Exit(1)
 
     _run(mend, debug=context.obj)
+
+
+@app.command("upload")
+def upload_command(
+    context: typer.Context,
+    run: LocalRun,
+    to: Annotated[str, typer.Argument(metavar="URL", help="Where the remote copy of the run is, or shall be.")],
+) -> None:
+    """Bring what RUN keeps to its remote copy, where a storage that could not be reached has left that behind."""
+
+    def bring() -> None:
+        try:
+            upload(check_local(run), to)
+        except OSError as error:
+            raise KeepBestError(str(error)) from error
+        typer.echo(f"{to}: everything that {run} keeps is there")
+
+    _run(bring, debug=context.obj)
 
 
 def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:

@@ -9,21 +9,23 @@ from rich import box
 from rich.table import Table
 
 from keepbest.cli.console import console
+from keepbest.store.fetch import local_copy
 from keepbest.store.layout import CHECKPOINTS, LEDGER
 from keepbest.store.ledger import Line, read_ledger
 from keepbest.store.read import read_history
 
 
-def print_history(directory: Path) -> None:
-    """Print every observation of the run, what it led to, and where the run was taken up again.
+def print_history(run: Path | str) -> None:
+    """Print every observation of a run, what it led to, and where the run was taken up again.
 
     Raises:
         SnapshotError: if there is no ledger.
         LedgerError: if it is damaged or of another format.
     """
-    read_history(directory)
-    lines, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
-    table = Table(title=f"history of {directory}", title_justify="left", box=box.SIMPLE)
+    with local_copy(run) as directory:
+        read_history(directory)
+        lines, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
+    table = Table(title=f"history of {run}", title_justify="left", box=box.SIMPLE)
     for heading in ("keeper", "iteration", "value", "what followed"):
         table.add_column(heading, justify="right" if heading == "value" else "left", no_wrap=heading == "keeper")
     for row in _rows(lines):

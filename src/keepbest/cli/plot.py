@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from keepbest.cli.curve import Curve, Point, curves
 from keepbest.errors import ConfigError
+from keepbest.store.fetch import local_copy
 from keepbest.store.read import read_history
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ _LINE, _BEST, _ABANDONED, _RESTART = "#1b6ca8", "#d1495b", "#b8b8b8", "#8a6d3b"
 _TOLERANCES = ("#5f8f5f", "#8e5ea2", "#e08e45", "#3c8dad", "#a0522d")
 
 
-def plot(directory: Path, to: Path) -> None:
-    """Draw the run in `directory`, as its ledger tells it, into the file `to`. **Rank-local**.
+def plot(run: Path | str, to: Path) -> None:
+    """Draw a run, as its ledger tells it, into the file `to`. **Rank-local**.
 
     Raises:
         ConfigError: if `to` is neither .png nor .svg, or matplotlib is not installed.
@@ -30,7 +31,9 @@ def plot(directory: Path, to: Path) -> None:
     """
     if to.suffix not in _FORMATS:
         raise ConfigError(f"a picture ends in {' or '.join(_FORMATS)}, got {to}")
-    picture = draw(curves(read_history(directory)), to.suffix[1:])
+    with local_copy(run) as directory:
+        history = read_history(directory)
+    picture = draw(curves(history), to.suffix[1:])
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(picture)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from keepbest.cli.curve import curves
 from keepbest.cli.plot import draw
 from keepbest.cli.table import Checkpoint, read_checkpoints
+from keepbest.store.fetch import local_copy
 from keepbest.store.read import read_history
 
 _STYLE = (
@@ -18,18 +19,19 @@ _STYLE = (
 )
 
 
-def report(directory: Path, to: Path) -> None:
-    """Write the report on the run in `directory` to the file `to`. **Rank-local**.
+def report(run: Path | str, to: Path) -> None:
+    """Write the report on a run to the file `to`. **Rank-local**.
 
     Raises:
         ConfigError: if matplotlib is not installed.
         SnapshotError: if there is no ledger, or nothing was observed yet.
         LedgerError: if the ledger is damaged or of another format.
     """
-    history = read_history(directory)
+    with local_copy(run) as directory:
+        history = read_history(directory)
     picture = draw(curves(history), "svg").decode()
-    rows = "\n".join(map(_row, read_checkpoints(directory)))
-    name = html.escape(str(directory))
+    rows = "\n".join(map(_row, read_checkpoints(run)))
+    name = html.escape(str(run))
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>
 <body><h1>{name}</h1>

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from keepbest.cli.console import console
 from keepbest.errors import SnapshotError
+from keepbest.store.fetch import local_copy
 from keepbest.store.history import History, KeeperHistory
 from keepbest.store.names import tolerance_ref, top_ref
 from keepbest.store.read import read_history, read_manifest
@@ -55,28 +56,29 @@ class Checkpoint:
     damage: str | None = None
 
 
-def read_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Every ref of the run in `directory`: for each metric the best, the tolerances from low to high, then the top k.
+def read_checkpoints(run: Path | str) -> list[Checkpoint]:
+    """Every ref of a run, by directory or URL: for each metric the best, the tolerances from low to high, the top k.
 
     Raises:
         SnapshotError: if there is no ledger.
         LedgerError: if it is damaged or of another format.
     """
-    history = read_history(directory)
-    return [
-        _read_checkpoint(directory, history, ref, name, tolerance)
-        for name, keeper in history.keepers.items()
-        for ref, tolerance in _refs(history, name, keeper)
-    ]
+    with local_copy(run, lambda history: set(history.refs.values()), only_manifests=True) as directory:
+        history = read_history(directory)
+        return [
+            _read_checkpoint(directory, history, ref, name, tolerance)
+            for name, keeper in history.keepers.items()
+            for ref, tolerance in _refs(history, name, keeper)
+        ]
 
 
-def print_table(directory: Path) -> None:
+def print_table(run: Path | str) -> None:
     """Print the checkpoints for people. Raises as `read_checkpoints`."""
-    table = Table(title=f"checkpoints of {directory}", title_justify="left", box=box.SIMPLE)
+    table = Table(title=f"checkpoints of {run}", title_justify="left", box=box.SIMPLE)
     for heading in ("ref", "value", "iteration", "tolerance", "files", "bytes", "digest"):
         is_number = heading in ("value", "bytes")
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading == "ref")
-    for each in read_checkpoints(directory):
+    for each in read_checkpoints(run):
         table.add_row(
             each.ref,
             "?" if each.value is None else f"{each.value:.9g}",
@@ -95,9 +97,9 @@ def _told(files: Collection[str]) -> str:
     return ", ".join(name if name in files else f"{name} ({count} files)" for name, count in counts.items())
 
 
-def print_json(directory: Path) -> None:
+def print_json(run: Path | str) -> None:
     """Print the checkpoints for programs: a list with one object for each ref. Raises as `read_checkpoints`."""
-    typer.echo(json.dumps([dataclasses.asdict(each) for each in read_checkpoints(directory)], indent=1))
+    typer.echo(json.dumps([dataclasses.asdict(each) for each in read_checkpoints(run)], indent=1))
 
 
 def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[str, int | None]]:

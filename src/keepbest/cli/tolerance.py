@@ -11,6 +11,7 @@ from rich.table import Table
 from keepbest.cli.console import console
 from keepbest.cli.curve import patiences
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.store.fetch import local_copy
 from keepbest.store.read import read_history
 
 _MOST = 1000
@@ -33,18 +34,19 @@ def parse_tolerances(text: str) -> list[int]:
     return found
 
 
-def print_tolerances(directory: Path, tolerances: list[int]) -> None:
+def print_tolerances(run: Path | str, tolerances: list[int]) -> None:
     """Print for each metric and tolerance the best that it keeps, and whether its weights are on the disk.
 
     Raises:
         SnapshotError: if there is no ledger, or nothing was observed yet.
         LedgerError: if it is damaged or of another format.
     """
-    history = read_history(directory)
+    with local_copy(run) as directory:
+        history = read_history(directory)
     if history.is_empty:
         raise SnapshotError("nothing was observed in this run yet")
     kept = history.kept()
-    table = Table(title=f"what tolerances keep in {directory}", title_justify="left", box=box.SIMPLE)
+    table = Table(title=f"what tolerances keep in {run}", title_justify="left", box=box.SIMPLE)
     for heading in ("keeper", "tolerance", "value", "iteration", "exceeded at", "weights"):
         table.add_column(heading, justify="right" if heading in ("tolerance", "value") else "left")
     for name, keeper in history.keepers.items():

@@ -58,6 +58,7 @@ class BestCheckpoint(Callback):
         async_save: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         id: str | None = None,  # noqa: A002  # as above
+        remote: str | None = None,
         resume: Literal["ledger"] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         rank_timeout: float = 120.0,
@@ -83,6 +84,7 @@ class BestCheckpoint(Callback):
             async_save=async_save,
             on_save_error=on_save_error,
             id=id,
+            remote=remote,
             resume=resume,
             metric_property_provider=metric_property_provider,
             rank_timeout=rank_timeout,

@@ -318,6 +318,6 @@ def _report(step: str, failure: BaseException, remedy: str) -> str:
             "type": type(failure).__name__,
             "message": str(failure),
             "remedy": remedy,
-            "refused": isinstance(failure, OSError),
+            "refused": isinstance(failure, OSError) and not isinstance(failure, KeepBestError),
         }
     )

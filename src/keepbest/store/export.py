@@ -14,6 +14,7 @@ import torch
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.store.digest import check_file
+from keepbest.store.fetch import local_copy, snapshot_of
 from keepbest.store.files import Files
 from keepbest.store.formats import FILE_FORMATS, is_sharded, read_state_dict, torch_file
 from keepbest.store.formats.safetensors_file import Entry, entries_of, write_entries
@@ -33,13 +34,15 @@ class Contents(NamedTuple):
     others: dict[str, Any]
 
 
-def export(run: Path, ref: str, to: Path, *, part: str | None = None, largest_file: int = _LARGEST_FILE) -> list[Path]:
+def export(
+    run: Path | str, ref: str, to: Path, *, part: str | None = None, largest_file: int = _LARGEST_FILE
+) -> list[Path]:
     """Write the weights that `ref` names to `to`, after every file was verified.
 
     Keys are those of the whole model; those of the part, if it is the only one or is named by `part`.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, or the URL of its remote copy.
         ref: for example `best_model.loss.val.total`.
         to: a file that ends in `.pt` or `.safetensors`; any other path is a folder of safetensors files with an index,
             as `from_pretrained` reads them.
@@ -54,7 +57,12 @@ def export(run: Path, ref: str, to: Path, *, part: str | None = None, largest_fi
         SnapshotError: if there is no such run or ref, or a file is missing or damaged.
         OSError: whatever the file system answers; nothing is left at `to` then.
     """
-    folder, manifest = read_manifest(run, read_history(run), ref)
+    with local_copy(run, snapshot_of(ref)) as directory:
+        return _export(directory, ref, to, part, largest_file)
+
+
+def _export(directory: Path, ref: str, to: Path, part: str | None, largest_file: int) -> list[Path]:
+    folder, manifest = read_manifest(directory, read_history(directory), ref)
     if to.suffix in (FILE_FORMATS["torch"].ending, FILE_FORMATS["safetensors"].ending) and to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     parts = _parts(manifest, part)

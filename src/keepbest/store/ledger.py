@@ -111,6 +111,11 @@ class LedgerFile:
         self._unwritten = b""
 
     @property
+    def size(self) -> int:
+        """The bytes of all lines that were written."""
+        return self._size
+
+    @property
     def is_torn(self) -> bool:
         """Whether a line that was refused may still be in the file, since it could not be cut either."""
         return self._is_torn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from torch import nn
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Ranks
 from keepbest.snapshot import Part, StateDict, place_weights
+from keepbest.store.fetch import local_copy, snapshot_of
 from keepbest.store.formats import is_sharded
 from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.read import read_history, read_manifest, read_weights
+from keepbest.store.remote import is_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,14 @@ class LoadedSnapshot:
         metric_key: of the keeper that took the snapshot.
         value: of that metric at the iteration.
         parts: names of the parts that were loaded; what else the model has was left as it was.
-        path: folder of the snapshot.
+        path: folder of the snapshot; `None` if it was read from a remote storage.
     """
 
     iteration: TrainingIteration
     metric_key: str
     value: float
     parts: tuple[str, ...]
-    path: Path
+    path: Path | None
 
 
 def load(
@@ -51,7 +54,7 @@ def load(
     in another way, and on another number of ranks, than when it was saved.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, or the URL of its remote copy.
         ref: for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
         model: receives the parts that were saved.
         process_group: the ranks that hold the model; `None` is the default group, or one process.
@@ -72,21 +75,24 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
     files: dict[str, StateDict] = {}
 
     def read() -> dict[str, Any]:
-        directory = Path(run)
-        history = read_history(directory)
-        folder, manifest = read_manifest(directory, history, ref)
-        if not is_sharded(manifest["files"]):
-            files.update(read_weights(folder, manifest))
-        return {**manifest, "folder": folder.name}
+        with local_copy(run, snapshot_of(ref)) as directory:
+            folder, manifest = read_manifest(directory, read_history(directory), ref)
+            if not is_sharded(manifest["files"]):
+                files.update(read_weights(folder, manifest))
+            return {**manifest, "folder": folder.name}
 
-    manifest = ranks.broadcast(f"read {ref} of {run}", read, saving=True)
+    step = f"read {ref} of {run}"
+    manifest = ranks.broadcast(step, read, saving=True)
     saved, left_out = {entry["part"] for entry in manifest["files"].values()}, manifest["left_out"]
     parts = tuple(Part(name, path, tuple(apart)) for name, path, apart in manifest["parts"] if name in saved)
-    folder = Path(run) / CHECKPOINTS / SNAPSHOTS / manifest["folder"]
     if is_sharded(manifest["files"]):
         from keepbest.store.sharded import load_shards  # torch's distributed checkpoints take half a second to import
 
-        load_shards(folder, model, parts, manifest["files"], left_out, ranks=ranks)
+        with ExitStack() as stack:
+            # Every rank reads, and ranks on other hosts would not see a copy of rank 0's.
+            directory = ranks.agree(step, lambda: stack.enter_context(local_copy(run, snapshot_of(ref))), saving=True)
+            folder = directory / CHECKPOINTS / SNAPSHOTS / manifest["folder"]
+            load_shards(folder, model, parts, manifest["files"], left_out, ranks=ranks, step=step)
     else:
         place_weights(model, parts, files, left_out, ranks=ranks)
     return LoadedSnapshot(
@@ -94,5 +100,5 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
         metric_key=manifest["metric_key"],
         value=manifest["value"],
         parts=tuple(part.name for part in parts),
-        path=folder,
+        path=None if is_remote(run) else Path(run) / CHECKPOINTS / SNAPSHOTS / manifest["folder"],
     )

@@ -129,25 +129,27 @@ def load_shards(
     left_out: Mapping[str, Sequence[str]],
     *,
     ranks: Ranks,
+    step: str,
 ) -> None:
     """Load what `write_shards` wrote, each rank its shards of it. **Collective**.
 
     Every rank verifies its share of the files first.
 
     Args:
-        folder: of the snapshot; every rank must see it.
+        folder: of the snapshot, or this rank's copy of it.
         model: plain or wrapped; another strategy and another number of ranks than saved it are fine.
         parts: what was saved.
         files: what is recorded of each file.
         left_out: the keys of each part that were not saved; exactly these may be missing.
         ranks: of the model.
+        step: what is being done, in words.
 
     Raises:
         SnapshotError: on every rank, if a file is missing or damaged, or keys or shapes differ from the model's; the
             model is then as it was.
         RankFailedError: on every rank, if reading fails later; parts may be loaded then.
     """
-    step, group = f"load {folder}", ranks.patient_group()
+    group = ranks.patient_group()
 
     def verify() -> None:
         for name in sorted(files)[ranks.rank :: ranks.world_size]:

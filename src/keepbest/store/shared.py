@@ -33,10 +33,12 @@ class SharedRun:
 
     Attributes:
         directory: of the run.
+        remote: URL of a copy of it; `None` if there is none.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.remote: str | None = None
         self._store: Store | None = None
         self._writer: Writer | None = None
         self._keepers: set[str] = set()
@@ -59,13 +61,13 @@ class SharedRun:
         if self._writer is not None:
             self._writer.drain()
         if self._store is None:
-            self._store = Store(self.directory)
+            self._store = Store(self.directory, remote=self.remote)
         return self._store
 
     def write_in_the_background(self) -> None:
         """From now on, do what is submitted on a thread. For rank 0 only."""
         if self._writer is None:
-            self._writer = Writer()
+            self._writer = Writer("keepbest-writer")
 
     def submit(self, work: Callable[[Store], None], failed: Callable[[Exception], None]) -> Job:
         """Have something written: at once, or, with a writer, after all that was submitted before. For rank 0 only.
@@ -91,14 +93,24 @@ class SharedRun:
         store = self._store
         return self._writer is not None and store is not None and self._writer.replace(job, lambda: work(store))
 
-    def join(self, keeper: str) -> None:
-        """`keeper` takes up its work. **Rank-local**, on every rank.
+    def take_upload_failure(self) -> OSError | None:
+        """Why the remote copy lags behind, if it does; told once. **Rank-local**."""
+        return None if self._store is None else self._store.take_upload_failure()
+
+    def join(self, keeper: str, remote: str | None) -> None:
+        """`keeper`, which wants a copy of the run at `remote`, takes up its work. **Rank-local**, on every rank.
 
         Raises:
-            ConfigError: if there is one of this name already.
+            ConfigError: if there is one of this name already, or one that wants the copy elsewhere.
         """
         if keeper in self._keepers:
             raise ConfigError(f"two keepers of this run are named {keeper!r}; give one of them an id")
+        if self._keepers and remote != self.remote:
+            raise ConfigError(
+                f"{keeper} has remote={remote!r}, and other keepers in {self.directory} have {self.remote!r}: a run "
+                "has one remote copy, so give all of its keepers the same"
+            )
+        self.remote = remote
         self._keepers.add(keeper)
 
     def leave(self, keeper: str) -> None:

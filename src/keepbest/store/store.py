@@ -10,20 +10,19 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from keepbest.decision import Best, BestState, Observation, Policy
-from keepbest.errors import ConfigError, LedgerError, RunExistsError
+from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.snapshot import Weights
+from keepbest.store.commits import Commits
 from keepbest.store.files import Files
-from keepbest.store.history import History, begin_line, observation_line, run_line
-from keepbest.store.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
-from keepbest.store.ledger import LedgerFile, Line, read_ledger
-from keepbest.store.lock import RunLock
+from keepbest.store.history import History, begin_line, observation_line
+from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.store.moves import Kept, Moves, moves_of, resumed, tolerance_moves
-from keepbest.store.refs import RefFolder
 from keepbest.store.snapshots import ShardFolder, SnapshotFolder
 from keepbest.store.takeover import LoadedState, check_takeover
 
@@ -35,28 +34,28 @@ class Store:
 
     Nothing is changed before the first keeper has begun, so that a folder of another run stays as it is.
 
+    Args:
+        directory: of the run.
+        files: by which the folder is changed.
+        remote: URL of a copy that follows each commit, on a thread.
+
     Raises:
         RunExistsError: if another process owns the folder.
         LedgerError: if the ledger is damaged or of another format.
         OSError: whatever the file system answers.
     """
 
-    def __init__(self, directory: Path, files: Files | None = None) -> None:
+    def __init__(self, directory: Path, files: Files | None = None, *, remote: str | None = None) -> None:
         self._files = files or Files()
         self._folder = directory / CHECKPOINTS
         self._snapshots = SnapshotFolder(self._files, self._folder / SNAPSHOTS)
-        self._refs = RefFolder(self._files, self._folder)
-        self._refs_lag = False
         self._files.make_folder(self._folder / SNAPSHOTS)
-        self._lock = RunLock(self._folder / LOCK)
-        try:
-            lines, self._ledger_size = read_ledger(self._folder / LEDGER)
-            self.history = History.of(lines)
-        except BaseException:
-            self._lock.release()
-            raise
-        self._ledger: LedgerFile | None = None
-        self._is_taken_up = not self.history.is_empty
+        self._commits = Commits(self._folder, self._files, self._snapshots, remote)
+
+    @property
+    def history(self) -> History:
+        """What the ledger tells of the run."""
+        return self._commits.history
 
     def begin(
         self,
@@ -81,14 +80,15 @@ class Store:
         Raises:
             RunExistsError: if the folder holds a run that is not resumed, or another one than `loaded` is of.
             ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
+            LedgerError: if the ledger is not the one that the folder was written with, or that its remote copy has.
+            SnapshotError: if the remote copy cannot be read.
+            OSError: whatever the file system, or the remote storage, answers.
         """
-        if self._is_taken_up and loaded is None and not from_ledger:
-            raise RunExistsError(
-                f"{self._folder} holds run {self.history.run_id}; resume it (load_state_dict(), or resume='ledger'), "
-                "or choose another directory"
-            )
-        check_takeover(self._folder, self.history, keeper, policy, loaded)
-        self._check_ledger_is_whole()
+        resumes = loaded is not None or from_ledger
+        check = partial(check_takeover, keeper=keeper, policy=policy, loaded=loaded)
+        check(str(self._folder), self.history, resumes=resumes or not self._commits.is_taken_up)
+        is_first_to_follow = self._commits.take_up_remote(partial(check, resumes=resumes))
+        self._commits.check_is_whole()
         past = self.history.keepers.get(keeper)
         branch = None if past is None else past.timeline(None if loaded is None else loaded.timeline)
         if loaded is not None:
@@ -108,9 +108,11 @@ class Store:
                 state.to_json(),
                 loaded.state.to_json(),
             )
-        self._open_ledger(None if loaded is None else loaded.run_id)
+        self._commits.open(None if loaded is None else loaded.run_id)
         number = None if branch is None else branch.number
-        self._commit(begin_line(keeper, metric_key, policy, timeline=number, at=at, state=base, refs=refs))
+        self._commits.commit(begin_line(keeper, metric_key, policy, timeline=number, at=at, state=base, refs=refs))
+        if is_first_to_follow:
+            self._commits.arrive()  # a bucket that is not there shows before training
         return state
 
     def observe(self, keeper: str, observation: Observation, newly_exceeded: Mapping[int, Best | None]) -> None:
@@ -122,9 +124,9 @@ class Store:
         refs = self._tolerance_moves(keeper, newly_exceeded)
         line = observation_line(keeper, observation, refs)
         if refs:
-            self._commit(line)
+            self._commits.commit(line)
         else:
-            self._append(line, durable=False)
+            self._commits.append(line)
 
     def save(
         self,
@@ -211,7 +213,7 @@ class Store:
             self._commit_kept(keeper, kept, name, manifest)
         except OSError:
             # A line that could not be taken back may be read as committed, and then needs its snapshot.
-            if self._ledger is not None and not self._ledger.is_torn:
+            if not self._commits.is_torn:
                 with contextlib.suppress(OSError):  # the first refusal is the cause; the next commit removes it
                     self._snapshots.remove(name)
             raise
@@ -223,7 +225,7 @@ class Store:
         Raises:
             OSError: whatever the file system answers; it then goes to the disk with the next line.
         """
-        self._append({**observation_line(keeper, observation), "superseded": True}, durable=False)
+        self._commits.append({**observation_line(keeper, observation), "superseded": True})
 
     def close_tolerances(self, keeper: str, exceeded: Mapping[int, Best | None]) -> None:
         """Set the refs of tolerances that closed earlier than was known, since a save had failed.
@@ -232,7 +234,7 @@ class Store:
             OSError: whatever the file system answers; it then goes to the disk with the next line.
         """
         refs = self._tolerance_moves(keeper, exceeded)
-        self._commit({"event": "refs", "keeper": keeper, "refs": refs})
+        self._commits.commit({"event": "refs", "keeper": keeper, "refs": refs})
 
     def share(self, keeper: str, kept: Kept, snapshot: str) -> str:
         """As `save`, where another keeper has just taken a `snapshot` of the same weights.
@@ -249,65 +251,46 @@ class Store:
         bests = [state.best, *state.exceeded.values(), *state.top]
         names = {present.saved.get(best.iteration) for best in bests if best is not None}
         held = sorted(name for name in names if name is not None and self._snapshots.holds(name))
-        self._commit({"event": "pin", "keeper": keeper, "tag": tag, "snapshots": held})
+        self._commits.commit({"event": "pin", "keeper": keeper, "tag": tag, "snapshots": held})
 
     def unpin(self, keeper: str, tag: str) -> None:
         """Release what `tag` pinned."""
-        self._commit({"event": "unpin", "keeper": keeper, "tag": tag})
+        self._commits.commit({"event": "unpin", "keeper": keeper, "tag": tag})
 
     def end(self, keeper: str, state: BestState, policy: Policy) -> None:
         """Record that training is over: tolerances that were not exceeded get a provisional ref on the best."""
         open_tolerances = [tolerance for tolerance in policy.tolerances if tolerance not in state.exceeded]
         refs = self._tolerance_moves(keeper, dict.fromkeys(open_tolerances, state.best))
-        self._commit({"event": "end", "keeper": keeper, "refs": refs})
+        self._commits.commit({"event": "end", "keeper": keeper, "refs": refs})
 
     def sync(self) -> None:
         """Make all observations durable, and wait until the space of what was removed is free."""
         self._snapshots.finish_removal()
-        if self._ledger is not None:
-            self._ledger.sync()
+        self._commits.sync()
+
+    def upload(self) -> None:
+        """Bring a run that nobody is at work on to its remote copy. Raises as `Commits.upload`."""
+        self._commits.upload()
+
+    def arrive(self) -> None:
+        """Wait until the remote copy, if there is one, has all that was committed. Raises `OSError`."""
+        self._commits.arrive()
+
+    def take_upload_failure(self) -> OSError | None:
+        """Why the remote copy lags behind, if it does; told once."""
+        return self._commits.take_upload_failure()
 
     def close(self) -> None:
         """Give the folder free for other processes; a second call does nothing."""
-        try:
-            if self._ledger is not None:
-                self._ledger.close()
-        except OSError as error:
-            # Who waits for a line syncs it; what was not synced may be lost, as it may be in a crash.
-            _logger.warning("%s: the newest observations may be lost: %s", self._folder, error)
-        finally:
-            self._snapshots.finish_removal()
-            self._lock.release()
+        self._commits.close()
 
     def best_snapshot(self, keeper: str) -> str | None:
         """Name of the snapshot that the keeper's ref on the best points at."""
         return self.history.refs.get(keeper)
 
-    def _check_ledger_is_whole(self) -> None:
-        # The ledger knows every snapshot before anything points at it, so what it does not know is not garbage here: it
-        # is what a ledger that was lost, or replaced by an older one, knew.
-        unknown = self._snapshots.names() - self.history.manifests.keys()
-        lost = unknown if self.history.run_id is None else unknown & self._refs.targets()
-        if lost:
-            raise LedgerError(
-                f"{self._folder / LEDGER} does not know the snapshots {', '.join(sorted(lost))}: it was lost, or is an "
-                "older copy. Restore it, or choose another directory; nothing was changed"
-            )
-
     def repair(self) -> None:
-        """Finish or undo what a crash left, as a resume would: a torn line, refs that lag, what no ref needs.
-
-        Raises:
-            LedgerError: if the ledger is not the one that the folder was written with.
-            OSError: whatever the file system answers.
-        """
-        self._check_ledger_is_whole()
-        if self.history.run_id is None:
-            return
-        LedgerFile(self._files, self._folder / LEDGER, self._ledger_size).close()
-        self._refs.restore(self.history.refs)
-        self._snapshots.remove_all_but(self.history.kept())
-        self._snapshots.finish_removal()
+        """Finish or undo what a crash left, as a resume would. Raises as `Commits.repair`."""
+        self._commits.repair()
 
     def _tolerance_moves(self, keeper: str, bests: Mapping[int, Best | None]) -> Moves:
         return tolerance_moves(keeper, self.history.keepers[keeper].present, bests, self._snapshots.holds)
@@ -315,42 +298,4 @@ class Store:
     def _commit_kept(self, keeper: str, kept: Kept, snapshot: str, manifest: str) -> None:
         refs = moves_of(kept, keeper, self.history, snapshot, self._snapshots.holds)
         line = {**observation_line(keeper, kept.observation, refs), "snapshot": snapshot, "manifest": manifest}
-        self._commit(line if kept.is_new_best else {**line, "best": False}, withdraw=True)
-
-    def _open_ledger(self, run_id: str | None) -> None:
-        if self._ledger is not None:
-            return
-        self._ledger = LedgerFile(self._files, self._folder / LEDGER, self._ledger_size)
-        if self.history.run_id is None:
-            self._append(run_line(run_id or uuid.uuid4().hex), durable=True)
-            self._files.sync_folder(self._folder)
-        else:
-            self._append({"event": "session", "restart": self.history.restarts + 1}, durable=False)
-        self._refs.restore(self.history.refs)
-
-    def _append(self, line: Line, *, durable: bool, withdraw: bool = False) -> None:
-        if self._ledger is None:
-            raise RunExistsError(f"{self._folder} is closed: begin a keeper before it records anything")
-        try:
-            self._ledger.append(line, durable=durable, withdraw=withdraw)
-        except OSError:
-            if not withdraw:
-                self.history.apply(line)
-                self._refs_lag = True
-            raise
-        self.history.apply(line)
-
-    def _commit(self, line: Line, *, withdraw: bool = False) -> None:
-        """Make a line durable; then, what follows from it: refs move, and what nothing names any more is removed."""
-        self._append(line, durable=True, withdraw=withdraw)
-        try:
-            if self._refs_lag:
-                self._refs.restore(self.history.refs)
-            else:
-                self._refs.move(line.get("refs", {}))
-            self._snapshots.remove_all_but(self.history.kept())
-            self._refs_lag = False
-        except OSError as error:
-            # What was committed stays committed; refs and garbage are brought up to the ledger by the next commit.
-            self._refs_lag = True
-            _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self._folder, error)
+        self._commits.commit(line if kept.is_new_best else {**line, "best": False}, withdraw=True)

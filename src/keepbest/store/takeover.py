@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from keepbest.decision import BestState, Policy
 from keepbest.errors import ConfigError, RunExistsError
 from keepbest.store.history import History
+from keepbest.store.remote import is_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,28 @@ class LoadedState:
             raise ConfigError(f"this is not the state of a keeper ({error!r}): {given!r}") from error
 
 
-def check_takeover(folder: Path, history: History, keeper: str, policy: Policy, loaded: LoadedState | None) -> None:
-    """See whether `keeper` can go on in the run that `folder` holds.
+def check_takeover(
+    place: str, history: History, *, keeper: str, policy: Policy, loaded: LoadedState | None, resumes: bool
+) -> None:
+    """See whether `keeper` can go on in the run that `place`, a folder or a URL, holds.
 
     Raises:
         ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
-        RunExistsError: if `loaded` is of another run.
+        RunExistsError: if this is not meant to go on with a run, or with another one.
     """
+    if not resumes:
+        other = "remote" if is_remote(place) else "directory"
+        raise RunExistsError(
+            f"{place} holds run {history.run_id}; resume it (load_state_dict(), or resume='ledger'), or choose another "
+            f"{other}"
+        )
     twins = [name for name in history.keepers if name != keeper and name.casefold() == keeper.casefold()]
     if twins:
         raise ConfigError(f"{keeper!r} differs from {twins[0]!r} only in upper and lower case; give it another id")
     run_ids = {history.run_id, loaded.run_id if loaded is not None else None} - {None}
     if loaded is not None and len(run_ids) > 1:
         raise RunExistsError(
-            f"{folder} holds run {history.run_id}, but the state that was loaded is of run {loaded.run_id}; "
+            f"{place} holds run {history.run_id}, but the state that was loaded is of run {loaded.run_id}; "
             "choose the directory of that run, or a new one"
         )
     past = history.keepers.get(keeper)

@@ -8,10 +8,12 @@ from typing import Literal
 
 from keepbest.errors import SnapshotError
 from keepbest.store.digest import check_file
+from keepbest.store.fetch import local_copy
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, REFS, SNAPSHOTS, TEMPORARY
 from keepbest.store.ledger import read_ledger
 from keepbest.store.read import read_history, read_snapshot_manifest
+from keepbest.store.remote import Remote, check_remote, is_remote
 from keepbest.store.store import Store
 
 
@@ -28,13 +30,19 @@ class Fault:
     message: str
 
 
-def verify(directory: Path) -> list[Fault]:
-    """Everything that is wrong with the run in `directory`; reads every byte that a ref, a pin or a best needs.
+def verify(run: Path | str) -> list[Fault]:
+    """Everything that is wrong with a run; reads every byte that a ref, a pin or a best needs.
+
+    Args:
+        run: its directory, or the URL of its remote copy, of which one snapshot at a time is brought here.
 
     Raises:
         SnapshotError: if there is no run.
         LedgerError: if the ledger is damaged or of another format: then nothing can be said.
     """
+    if is_remote(run):
+        return _remote_faults(str(run))
+    directory = Path(run)
     history = read_history(directory)
     return [
         *_ledger_faults(directory / CHECKPOINTS / LEDGER),
@@ -62,6 +70,41 @@ def repair(directory: Path) -> None:
         store.repair()
     finally:
         store.close()
+
+
+def upload(directory: Path, url: str) -> None:
+    """Bring what the run in `directory` keeps to its remote copy at `url`, as a resume would. **Rank-local**.
+
+    Raises:
+        ConfigError: if the URL cannot be opened here.
+        SnapshotError: if there is no run, or the copy cannot be read.
+        LedgerError: if the ledger is damaged or lost, or the copy has gone another way.
+        RunExistsError: if a live process owns the folder, or the copy is ahead of it.
+        OSError: whatever the storage answers.
+    """
+    check_remote(url)
+    read_history(directory)
+    store = Store(directory, remote=url)
+    try:
+        store.upload()
+    finally:
+        store.close()
+
+
+def _remote_faults(url: str) -> list[Fault]:
+    with local_copy(url) as directory:
+        history = read_history(directory)
+    faults = []
+    for name in sorted(history.kept()):
+        with local_copy(url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
+            found = _snapshot_faults(directory, history, name)
+            faults += [Fault(fault.kind, fault.message.replace(str(directory), url)) for fault in found]
+    kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.kept())
+    left = [path for path in sorted(Remote(url).sizes()) if path != LEDGER and not path.startswith(kept)]
+    return [
+        *faults,
+        *(Fault("unfinished", f"{url}/{CHECKPOINTS}/{path} is left over; nothing needs it") for path in left),
+    ]
 
 
 def _ledger_faults(path: Path) -> list[Fault]:

@@ -29,12 +29,12 @@ class Writer:
     The interpreter waits for what is queued when it exits in order, also after an exception in the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
         # A daemon, since the interpreter joins other threads before it would tell this one to end.
-        self._thread = threading.Thread(target=self._run, name="keepbest-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         atexit.register(self.close)
 

@@ -1,0 +1,69 @@
+"""Runs with a remote copy, as rank processes and as one process, and what must be true of the copy at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import xxhash
+from torch import nn
+
+from keepbest import TrainingIteration
+from keepbest.store import commits
+from keepbest.store.history import History
+from keepbest.store.mirror import Mirror
+from tests.ranks import child
+from tests.store.runs import Run, set_weights
+
+WIDE = 700_000  # weights, of 4 bytes
+
+
+def local_files(directory: Path) -> dict[str, bytes]:
+    """What a remote copy of the run must hold when it has caught up, by the path below `checkpoints`."""
+    folder = directory / "checkpoints"
+    paths = [folder / "ledger.jsonl", *(path for path in (folder / "snapshots").rglob("*") if path.is_file())]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def broken_promises(objects: dict[str, bytes]) -> list[str]:
+    """The snapshots that the ledger among `objects` keeps, and that are not there, whole, as the ledger knows them."""
+    lines = [json.loads(line) for line in objects.get("ledger.jsonl", b"").splitlines()]
+    broken = []
+    for name in sorted(History.of(lines).kept()):
+        try:
+            manifest = json.loads(objects[f"snapshots/{name}/snapshot.json"])
+            for file, about in manifest["files"].items():
+                data = objects[f"snapshots/{name}/{file}"]
+                if xxhash.xxh3_128(data).hexdigest() != about["digest"]:
+                    broken.append(f"{name}/{file} is not whole")
+        except KeyError as error:
+            broken.append(f"{error} is missing")
+    return broken
+
+
+def impatient(seconds: float) -> None:
+    """In this process, remote copies give up after so many seconds."""
+    commits.Mirror = partial(Mirror, patience=seconds)
+
+
+def ranks_that_keep_bests_until(
+    directory: Path, url: str, environment: dict[str, str], signs: Path, *, patience: float = 60.0, **settings
+):
+    """Each rank observes 9, 8, ... in the steps that the files in `signs` allow: 'cut', 'mended'; 'end' ends them."""
+    os.environ.update(environment)
+    impatient(patience)
+    run = Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings)
+    with run.keeper as keeper:
+        number = 0
+        for sign in ("cut", "mended", "end"):
+            for _ in range(3):
+                number += 1
+                set_weights(run.model, number)
+                keeper.observe(10.0 - number, TrainingIteration(update=number))
+            child.announce(f"before {sign}")
+            while not (signs / sign).exists():
+                time.sleep(0.01)
+    return keeper.state.best.value
