@@ -180,9 +180,9 @@ class FatalFile(DurableFile):
 class FatalStore(Store):
     """A store that tells its file layer what it is doing."""
 
-    def __init__(self, directory: Path, reaper: Reaper) -> None:
+    def __init__(self, directory: Path, reaper: Reaper, *, remote: str | None) -> None:
         self._fatal = FatalFiles(reaper, "open")
-        super().__init__(directory, self._fatal)
+        super().__init__(directory, self._fatal, remote=remote)
 
     def _while(self, place: str, work: Callable[[], T]) -> T:
         self._fatal.place = place
@@ -261,7 +261,7 @@ def train(session: Session) -> dict[str, Any]:
     logging.getLogger("keepbest").addHandler(logging.FileHandler(session.complaints, delay=True))
     rank = torch.distributed.get_rank()
     reaper = Reaper(session.death if rank == 0 else None, session.killed_at)
-    shared.Store = lambda directory, remote: FatalStore(directory, reaper)
+    shared.Store = lambda directory, remote: FatalStore(directory, reaper, remote=remote)
     resume_folder.Files = lambda: FatalFiles(reaper, "resume checkpoint")
     trainer = toys.make_trainer(
         session.directory,
