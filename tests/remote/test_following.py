@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from functools import partial
@@ -19,6 +20,7 @@ from tests.ranks.pool import run_ranks, start_ranks
 from tests.remote.runs import broken_promises, local_files, ranks_that_keep_bests_until
 from tests.remote.server import BUCKET, CREDENTIALS
 from tests.store.runs import Run
+from tests.training import toys
 
 
 def environment(place):
@@ -240,3 +242,25 @@ def two_keepers(directory, url, environment):
         for number, (loss, accuracy) in enumerate([(3.0, 0.9), (2.0, 0.1), (1.0, 0.5)], start=1):
             first.observe(loss, first=number)
             second.observe(accuracy, first=number)
+
+
+def test_trainer_keeps_a_copy_and_starts_over_where_only_that_is_left(tmp_path, place):
+    arguments = (tmp_path, place.url, environment(place))
+    first = run_ranks(train, 2, *arguments)
+    copied = place.objects()
+    shutil.rmtree(tmp_path / "run")
+    again = run_ranks(train, 2, *arguments)
+    assert first == again
+    assert verify(place.url) == verify(tmp_path / "run") == []
+    assert place.objects()["ledger.jsonl"].startswith(copied["ledger.jsonl"])
+
+
+def train(directory, url, environment):
+    os.environ.update(environment)
+    callbacks = [
+        {"name": "OfflineLossCallback", "dataset_key": "val", "every_n_updates": 1},
+        {"name": "BestCheckpointCallback", "metric_key": "loss/val/total", "every_n_updates": 1, "remote": url},
+    ]
+    trainer = toys.make_trainer(directory / "run", callbacks=callbacks, strategy="ddp", resume="auto")
+    trainer.train()
+    return trainer.callbacks[1].best_metric_value

@@ -102,7 +102,7 @@ class Mirror:
     def _failed(self, error: Exception) -> None:
         told = OSError(
             f"{self._remote.url} lags behind {self._folder}, where everything is complete: {error!r}. Each later save "
-            "tries again, and so does `python -m keepbest upload`"
+            f"tries again, and so does: python -m keepbest upload {self._folder.parent} {self._remote.url}"
         )
         told.__cause__ = error
         with self._lock:
