@@ -1,7 +1,7 @@
 """A hook of mkdocs: every file of the site is at its path in the repository, so that a link leads to the same in both.
 
-Links are written for the repository: relative to the page, with the name of the file. A page may link to any other page,
-and to every file that `LINKED` names; mkdocs checks them all. Folders have no page: link to a file in them.
+Links are written for the repository: relative to the page, with the name of the file. A page may link to any other
+page, and to every file that `LINKED` names; mkdocs checks them all. Folders have no page: link to a file in them.
 """
 
 from __future__ import annotations
