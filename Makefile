@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
-.PHONY: demo test faults test-slurm test-hosts soak check docs clean bench bench-setup
+.PHONY: demo test faults test-slurm test-hosts test-browser soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -28,6 +28,10 @@ test-slurm: $(INSTALLED)
 # Trains on two hosts, which are network namespaces of this machine, and cuts the network between them. As root.
 test-hosts: $(INSTALLED)
 	$(BIN)/pytest -q tests/hosts
+
+# Opens the report of a run in Chromium. As root on Debian, it installs Chromium.
+test-browser: $(INSTALLED)
+	$(BIN)/pytest -q --browser tests/cli/test_report_in_browser.py
 
 # Interrupts jobs five times in each way: by a signal, by their return to the queue, and by time limits, which SLURM keeps
 # to the minute.
