@@ -15,7 +15,7 @@ from tests.debian import install
 from tests.store.runs import Run, refs
 
 ATTACK = '<script>document.title="stolen"</script><img src=x onerror=document.title="stolen">'
-METRIC = f'loss/{ATTACK}/größe & "x" $\\frac{{'
+METRIC = f'loss/{ATTACK}/größe & "x" $\\frac{{$'
 VALUES = [5.0, 4.0, 4.5, 6.0, math.nan, 3.0, 3.5, math.inf, 3.1]
 ABANDONED = [3.5, 7.0]  # after the third value
 
