@@ -15,7 +15,7 @@ from tests.debian import install
 from tests.store.runs import Run, refs
 
 ATTACK = '<script>document.title="stolen"</script><img src=x onerror=document.title="stolen">'
-METRIC = f'loss/{ATTACK}/größe & "x" $\\frac{{$'
+METRIC = f'loss & {ATTACK}/größe "x" $\\frac{{$'
 VALUES = [5.0, 4.0, 4.5, 6.0, math.nan, 3.0, 3.5, math.inf, 3.1]
 ABANDONED = [3.5, 7.0]  # after the third value
 
@@ -117,7 +117,7 @@ def test_table_has_every_ref_with_its_value(page, directory):
 def test_names_are_shown_and_not_run(browser, page, report, directory):
     assert page.texts["title"] == [str(directory)]
     assert page.texts["h1"] == [f"Best checkpoints of {directory}"]
-    assert any("größe" in text or "röße" in text for text in page.texts["text"])
+    assert any("größe" in text for text in page.texts["text"])
     # It is the names that are harmless, not the policy alone.
     without = report.with_name("without.html")
     without.write_text(re.sub("<meta http-equiv.*?>", "", report.read_text()))
