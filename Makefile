@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
-.PHONY: demo test faults test-slurm test-hosts soak check clean bench bench-setup
+.PHONY: demo test faults test-slurm test-hosts test-browser soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -29,6 +29,10 @@ test-slurm: $(INSTALLED)
 test-hosts: $(INSTALLED)
 	$(BIN)/pytest -q tests/hosts
 
+# Opens the report of a run in Chromium. As root on Debian, it installs Chromium.
+test-browser: $(INSTALLED)
+	$(BIN)/pytest -q --browser tests/cli/test_report_in_browser.py
+
 # Interrupts jobs five times in each way: by a signal, by their return to the queue, and by time limits, which SLURM keeps
 # to the minute.
 soak: $(INSTALLED)
@@ -40,6 +44,11 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_architecture.py
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+
+# Builds the site of the documentation in site/. A warning is an error, also about a link that leads nowhere. The variable
+# silences an advertisement that the theme prints at each start, for the tool that its authors make now.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Measures every figure of docs/performance.md on this machine and prints it beside its bar. Half an hour; a quiet disk.
 bench: $(BENCH_INSTALLED)
@@ -61,6 +70,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist runs
+	rm -rf .venv .venv-bench .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist runs site
 	find src -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +

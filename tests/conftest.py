@@ -28,8 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("slurm")
     group.addoption("--slurm", action="store_true", help="also the tests that start a SLURM cluster, and install it")
     group.addoption("--rounds", type=int, default=1, help="how often a job of a SLURM cluster is interrupted")
+    group = parser.getgroup("browser")
+    group.addoption("--browser", action="store_true", help="also the tests that start Chromium, and install it")
+
+
+# {path: the option that it needs}
+_ONLY_WITH = {"slurm": "slurm", "cli/test_report_in_browser.py": "browser"}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    needs_cluster = collection_path == Path(__file__).parent / "slurm"
-    return True if needs_cluster and not config.getoption("slurm") else None
+    option = _ONLY_WITH.get(collection_path.relative_to(Path(__file__).parent).as_posix())
+    return True if option is not None and not config.getoption(option) else None

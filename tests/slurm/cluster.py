@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pwd import getpwuid
 
+from tests.debian import install
+
 ROOT = Path(__file__).resolve().parents[2]
 # A node's name is where the ranks meet, so each is a name that leads to this machine wherever Linux runs.
 NODES = ("127.0.0.2", "127.0.0.3")
@@ -117,7 +119,7 @@ class Cluster:
         Raises:
             RuntimeError: if SLURM is not there and cannot be installed.
         """
-        _install_packages()
+        install(PACKAGES)
         with ExitStack() as stack:
             # Not below pytest's folder: the name of a socket must be short, and munged insists on who may enter.
             folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -215,18 +217,6 @@ class Cluster:
 
 def _user() -> str:
     return getpwuid(os.geteuid()).pw_name
-
-
-def _install_packages() -> None:
-    path = f"{os.environ['PATH']}:/usr/sbin"
-    missing = {package for command, package in PACKAGES.items() if shutil.which(command, path=path) is None}
-    if not missing:
-        return
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise RuntimeError(f"these tests need the packages {sorted(missing)}: install them, or run as root on Debian")
-    apt_get = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"]
-    subprocess.run([*apt_get, "update"], check=True)
-    subprocess.run([*apt_get, "install", "-y", "--no-install-recommends", *sorted(missing)], check=True)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from keepbest.cli.curve import Curve, Point, curves
+from keepbest.cli.curve import Curve, Patience, Point, curves
 from keepbest.errors import ConfigError
 from keepbest.store.fetch import local_copy
 from keepbest.store.read import read_history
@@ -17,8 +17,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMATS = (".png", ".svg")
-_LINE, _BEST, _ABANDONED, _RESTART = "#1b6ca8", "#d1495b", "#b8b8b8", "#8a6d3b"
-_TOLERANCES = ("#5f8f5f", "#8e5ea2", "#e08e45", "#3c8dad", "#a0522d")
+# Readable on white and on black. The foreground is that of text and axes.
+FOREGROUND = "#222222"
+_LINE, _BEST, _ABANDONED, _RESTART = "#2f81c7", "#d1495b", "#9a9a9a", "#a07a36"
+_TOLERANCES = ("#4f9d4f", "#9a6fb0", "#d9822b", "#3c9dbd", "#b5653a")
+_LONGEST_TITLE, _LONGEST_LABEL = 76, 36  # characters that fit
+_SETTINGS: dict[Any, Any] = {
+    "axes.edgecolor": FOREGROUND,
+    "axes.labelcolor": FOREGROUND,
+    "axes.titlecolor": FOREGROUND,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "svg.fonttype": "none",  # text that can be searched and copied
+    "svg.hashsalt": "keepbest",
+    "text.color": FOREGROUND,
+    "text.parse_math": False,  # a name may have dollars in it
+    "xtick.color": FOREGROUND,
+    "ytick.color": FOREGROUND,
+}
 
 
 def plot(run: Path | str, to: Path) -> None:
@@ -38,47 +54,71 @@ def plot(run: Path | str, to: Path) -> None:
     to.write_bytes(picture)
 
 
-def draw(drawn: list[Curve], file_format: str) -> bytes:
+def draw(drawn: list[Curve], file_format: str, *, transparent: bool = False) -> bytes:
     """The curves, one above the other, as a PNG or SVG. Raises `ConfigError` if matplotlib is not installed."""
     try:
         from matplotlib import rc_context  # an extra, and slow to import
         from matplotlib.figure import Figure  # as above
     except ImportError as error:
         raise ConfigError("pictures need: pip install 'keepbest[plot]'") from error
-    figure: Figure = Figure(figsize=(9, 0.5 + 3.5 * len(drawn)), layout="constrained")
-    for axes, curve in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn, strict=True):
-        _draw(axes, curve)
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if file_format == "svg" else None
     buffer = io.BytesIO()
-    metadata = {"Date": None} if file_format == "svg" else None
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "keepbest"}):  # text that can be searched and copied
-        figure.savefig(buffer, format=file_format, dpi=120, metadata=metadata)
+    with rc_context(_SETTINGS):
+        figure: Figure = Figure(figsize=(9, 4 * len(drawn)), layout="constrained")
+        for axes, curve in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn, strict=True):
+            _draw(axes, curve)
+        figure.savefig(buffer, format=file_format, dpi=120, metadata=metadata, transparent=transparent)
     return buffer.getvalue()
 
 
 def _draw(axes: Axes, curve: Curve) -> None:
-    for beyond in curve.abandoned:
-        axes.plot(*_line(curve, beyond), "-", color=_ABANDONED, lw=1)
-    axes.plot(*_line(curve, curve.points), "-", color=_LINE, lw=1.2, label=curve.metric_key)
+    axes.plot(*_line(curve, curve.points), "-", color=_LINE, lw=1.2, label="observed")
+    for number, beyond in enumerate(curve.abandoned):
+        axes.plot(*_line(curve, beyond), "-", color=_ABANDONED, lw=1, zorder=1, label=_once("abandoned", number))
     best = [point for point in curve.points if point.is_new_best]
     axes.plot(*_line(curve, best), "o", color=_BEST, ms=4, label="new best")
-    for number, patience in enumerate(curve.patiences):
-        if patience.kept is None:
-            continue
-        color = _TOLERANCES[number % len(_TOLERANCES)]
-        until = patience.exceeded_at or curve.points[-1].iteration
-        ends = [curve.position(patience.kept.iteration), curve.position(until)]
-        state = f"closed at {until}" if patience.exceeded_at else "not exceeded"
-        label = f"tolerance={patience.tolerance} keeps {patience.kept.value:.4g}, {state}"
-        # Marked by form as well as by color: what is kept, and how long was waited in vain.
-        axes.plot(ends, [patience.kept.value] * 2, ":", color=color, lw=1.2)
-        axes.plot(ends[:1], [patience.kept.value], "s", color=color, ms=8, mfc="none", label=label)
-        axes.plot(ends[1:], [patience.kept.value], "|" if patience.exceeded_at else ">", color=color, ms=9)
+    if lost := [curve.position(point.iteration) for point in curve.points if not math.isfinite(point.value)]:
+        # Where they have no height, at the bottom.
+        bottom = axes.get_xaxis_transform()
+        axes.plot(lost, [0.02] * len(lost), "x", color=_BEST, ms=5, transform=bottom, label="NaN or infinite")
     for number, restart in enumerate(curve.restarts):
-        told = "restart" if number == 0 else None
-        axes.axvline(curve.position(restart), color=_RESTART, lw=0.8, ls="--", label=told)
-    axes.set(title=curve.keeper, xlabel=curve.unit, ylabel=curve.metric_key)
-    axes.legend(frameon=False, fontsize=8)
+        axes.axvline(curve.position(restart), color=_RESTART, lw=0.8, ls="--", label=_once("restart", number))
+    for number, patience in enumerate(curve.patiences):
+        _draw_patience(axes, curve, patience, _TOLERANCES[number % len(_TOLERANCES)])
+    axes.set(
+        title=_shortened(curve.keeper, _LONGEST_TITLE),
+        xlabel=curve.unit,
+        ylabel=_shortened(curve.metric_key, _LONGEST_LABEL),
+    )
+    axes.locator_params(axis="x", integer=True)
+    # Below, where it hides nothing.
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False, fontsize=8, borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_patience(axes: Axes, curve: Curve, patience: Patience, color: str) -> None:
+    """What it keeps, and how long was waited in vain. Marked by form as well as by color."""
+    if patience.kept is None:
+        return
+    until = patience.exceeded_at or curve.points[-1].iteration
+    ends = [curve.position(patience.kept.iteration), curve.position(until)]
+    state = f"closed at {until}" if patience.exceeded_at else "not exceeded"
+    label = f"tolerance={patience.tolerance} keeps {patience.kept.value:.4g}, {state}"
+    axes.plot(ends, [patience.kept.value] * 2, ":", color=color, lw=1.2)
+    axes.plot(ends[:1], [patience.kept.value], "s", color=color, ms=8, mfc="none", label=label)
+    axes.plot(ends[1:], [patience.kept.value], "|" if patience.exceeded_at else ">", color=color, ms=9)
+
+
+def _once(label: str, number: int) -> str | None:
+    """The label of the first of several marks that mean the same."""
+    return label if number == 0 else None
+
+
+def _shortened(name: str, longest: int) -> str:
+    """The beginning and the end of a name that does not fit; what cannot be printed is replaced."""
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
 def _line(curve: Curve, points: list[Point]) -> tuple[list[int], list[float]]:

@@ -6,17 +6,28 @@ import html
 from pathlib import Path
 
 from keepbest.cli.curve import curves
-from keepbest.cli.plot import draw
+from keepbest.cli.plot import FOREGROUND, draw
 from keepbest.cli.table import Checkpoint, read_checkpoints
 from keepbest.store.fetch import local_copy
 from keepbest.store.read import read_history
 
-_STYLE = (
-    "body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
-    "h1{font-size:1.3rem}svg{width:100%;height:auto}table{border-collapse:collapse;width:100%}"
-    "th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}td.number{text-align:right}"
-    "code{font-size:.9em}.damaged{color:#a00}"
-)
+# The browser runs no script and loads nothing for this page, whatever the names in a run are.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_STYLE = """
+:root { color-scheme: light dark; --line: #d0d0d0; --damage: #b00020 }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --damage: #ff8a80 } }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+       background: Canvas; color: CanvasText }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere }
+svg { width: 100%; height: auto }
+div { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
+th, td + td { white-space: nowrap }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+code { font-size: .9em; overflow-wrap: anywhere }
+.damaged { color: var(--damage); white-space: normal; overflow-wrap: anywhere }
+"""
 
 
 def report(run: Path | str, to: Path) -> None:
@@ -29,18 +40,22 @@ def report(run: Path | str, to: Path) -> None:
     """
     with local_copy(run) as directory:
         history = read_history(directory)
-    picture = draw(curves(history), "svg").decode()
+    picture = draw(curves(history), "svg", transparent=True).decode().replace(FOREGROUND, "currentColor")
     rows = "\n".join(map(_row, read_checkpoints(run)))
     name = html.escape(str(run))
     text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>
-<body><h1>{name}</h1>
-<p>Run <code>{html.escape(str(history.run_id))}</code>, taken up again {history.restarts} times.</p>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width">
+<style>{_STYLE}</style></head>
+<body><h1>Best checkpoints of {name}</h1>
+<p>Run <code>{html.escape(str(history.run_id))}</code>, {restarts}.</p>
 {picture[picture.index("<svg") :]}
-<table><thead><tr><th>ref</th><th>value</th><th>iteration</th><th>tolerance</th><th>bytes</th></tr></thead>
+<div><table><thead><tr><th>ref</th><th class=number>value</th><th>iteration</th><th>tolerance</th>
+<th class=number>bytes</th></tr></thead>
 <tbody>
 {rows}
-</tbody></table></body></html>
+</tbody></table></div></body></html>
 """
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(text, encoding="utf-8")

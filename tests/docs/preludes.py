@@ -1,0 +1,89 @@
+"""What the snippets of a page need and do not show. A page without an entry needs nothing."""
+
+from __future__ import annotations
+
+# {page: what runs before its first block}
+BEFORE_THE_PAGE = {
+    "README.md": """
+import torch
+
+model = torch.nn.Linear(8, 1)
+losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 1.0, *[1.5] * 14])
+
+
+def train_one_epoch(model):
+    torch.nn.init.normal_(model.weight)
+
+
+def evaluate(model):
+    return next(losses), 64
+""",
+    "docs/own-loop.md": """
+import torch
+
+import keepbest
+
+model = torch.nn.ModuleDict(
+    {"encoder": torch.nn.Linear(8, 4), "head": torch.nn.ModuleDict({"classifier": torch.nn.Linear(4, 2)})}
+)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+settings = {"directory": "runs/settings", "metric_key": "loss/val/total"}
+
+
+def train_one_epoch(model):
+    torch.nn.init.normal_(model["encoder"].weight)
+
+
+def evaluate(model):
+    return float(model["encoder"].weight.square().mean())
+""",
+}
+
+# {page: {heading: what runs before each of the blocks under it}}
+BEFORE_A_BLOCK = {
+    "docs/own-loop.md": {
+        "Tolerances": [
+            """
+keeper = BestKeeper(model, directory="runs/b", metric_key="loss/val/total", tolerances=[2, 5])
+val_loss, iteration = 0.5, TrainingIteration(epoch=1)
+"""
+        ],
+        "Metrics of torchmetrics, functions, averaged models": [
+            """
+from torch.optim.swa_utils import AveragedModel
+from torchmetrics import MeanMetric
+
+keeper = BestKeeper(model, directory="runs/c", metric_key="loss/val/total")
+metric = MeanMetric()
+metric.update(0.5)
+"""
+        ],
+        "Going on after a stop": [
+            """
+keeper = BestKeeper(model, directory="runs/a", metric_key="loss/val/total", resume="ledger")
+keeper.start(at=TrainingIteration(epoch=5))
+""",
+            """
+keeper.abandon()  # the process ends
+""",
+        ],
+        "Signals": [
+            """
+import os, signal
+
+keeper = BestKeeper(model, directory="runs/d", metric_key="loss/val/total")
+batches = [(TrainingIteration(update=number), number) for number in range(1, 10)]
+saved = []
+save_checkpoint = saved.append
+
+
+def train_on(batch):
+    if batch == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+        ],
+    },
+}
+
+# {page: {heading: the error that the block under it ends with}}
+ENDS_WITH = {"docs/own-loop.md": {"Signals": "PreemptedError"}}
