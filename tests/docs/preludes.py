@@ -18,6 +18,20 @@ def train_one_epoch(model):
 def evaluate(model):
     return next(losses), 64
 """,
+    "docs/remote.md": """
+import os
+
+import boto3
+import torch
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:{}".format(server.get_host_and_port()[1])
+os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1")
+boto3.client("s3").create_bucket(Bucket="bucket")
+model, val_loss = torch.nn.Linear(8, 1), 1.0
+""",
     "docs/own-loop.md": """
 import torch
 

@@ -43,6 +43,9 @@ def report(run: Path | str, to: Path) -> None:
     picture = draw(curves(history), "svg", transparent=True).decode().replace(FOREGROUND, "currentColor")
     rows = "\n".join(map(_row, read_checkpoints(run)))
     name = html.escape(str(run))
+    restarts = {0: "never taken up again", 1: "taken up again once"}.get(
+        history.restarts, f"taken up again {history.restarts} times"
+    )
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
