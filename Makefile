@@ -45,8 +45,8 @@ check: $(INSTALLED)
 	$(BIN)/pytest -q tests/test_architecture.py
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
-# Builds the site of the documentation in site/. A warning is an error, also about a link that leads nowhere. The variable
-# silences an advertisement that the theme prints at each start, for the tool that its authors make now.
+# Builds the site of the documentation in site/, without a network. A warning is an error, also about a link that leads
+# nowhere. The variable silences what the theme prints at each start about its own future; it says nothing of our pages.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
