@@ -126,7 +126,9 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             higher_is_better=self._direction(args),
             **self._settings,
         )
-        if (loaded := self._take_out(args, state)) is not None:
+        loaded = self._take_out(args, state)
+        # At step 0 it is no checkpoint that this comes from, but what this callback gave when `train` was called.
+        if loaded is not None and state.global_step > 0:
             keeper.load_state_dict(loaded)
         begun = TrainingIteration(update=state.global_step)
         keeper.start(at=begun if self._settings["resume"] == "ledger" else None)
