@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -65,9 +66,10 @@ class ShardedTrainer(ScriptedTrainer):
 
 
 def shard_on_cpu(accelerator, plugin):
-    accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.device = torch.device("cpu")  # Accelerate calls it cpu:0
+    for state in (PartialState(), accelerator.state):  # the first is copied to the second again and again
+        state.distributed_type = DistributedType.FSDP
+        state.device = torch.device("cpu")  # Accelerate calls it cpu:0
 
 
 def use_ranks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]  # ships without types
@@ -25,19 +26,27 @@ class AcceleratedKeeper(BestKeeper):
     Args:
         accelerator: of the loop.
         model: as `accelerator.prepare` returned it.
-        settings: those of `BestKeeper`.
+        directory: of the run; not the `project_dir` of an accelerator with `automatic_checkpoint_naming`, which takes
+            all that is in the folder `checkpoints` there for its own.
+        settings: the others of `BestKeeper`.
 
     Raises:
         ConfigError: on every rank, if a setting cannot be right, or DeepSpeed or Megatron-LM has the weights.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, **settings: Any) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, *, directory: str | Path, **settings: Any) -> None:
         if accelerator.distributed_type in _REFUSED:
             raise ConfigError(
                 f"expected a model on one device, or one of DDP or FSDP, but the accelerator has one of "
                 f"{accelerator.distributed_type.value}, whose weights keepbest cannot gather: save it by its own means"
             )
-        super().__init__(model, **settings)
+        project = accelerator.project_configuration
+        if project.automatic_checkpoint_naming and Path(project.project_dir).resolve() == Path(directory).resolve():
+            raise ConfigError(
+                f"{directory} is the project_dir of an accelerator with automatic_checkpoint_naming, which counts and "
+                "removes what is in its folder 'checkpoints': give the keeper a directory of its own"
+            )
+        super().__init__(model, directory=directory, **settings)
         accelerator.register_for_checkpointing(self)
         self._hook = accelerator.register_save_state_pre_hook(self._pin)
 
