@@ -48,7 +48,7 @@ class Loop:
         model = Model()
         if strategy == "fsdp1":  # which wants its optimizer to be made of the parameters that it has made
             model = self.accelerator.prepare(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # Accelerate brings no state of Adam back for FSDP1
         self.model, self.optimizer, self.batches = self.accelerator.prepare(
             model, optimizer, DataLoader(data, batch_size=2)
         )
