@@ -27,7 +27,7 @@ def make_accelerator(strategy="ddp", **settings):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=int(strategy[-1]),
         auto_wrap_policy="size_based_wrap",
-        min_num_params=1,
+        min_num_params=16,  # the root keeps weights of its own
         state_dict_type="SHARDED_STATE_DICT",
         sync_module_states=False,
     )

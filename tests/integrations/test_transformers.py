@@ -326,7 +326,11 @@ def test_direction_is_that_of_the_arguments_unless_another_is_given(settings, ar
     ("settings", "arguments", "message"),
     [
         ({}, {"metric_for_best_model": None}, "no metric is named"),
-        ({}, {"metric_for_best_model": "wer", "greater_is_better": None}, "is True for 'eval_wer', but by its name"),
+        (
+            {},
+            {"metric_for_best_model": "wer", "greater_is_better": None},
+            "is True for 'eval_wer', but its name says False",
+        ),
         ({"metric_key": "runtime"}, {}, "whether a higher 'eval_runtime' is better"),
     ],
 )

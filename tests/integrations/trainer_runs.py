@@ -90,7 +90,7 @@ def make_trainer(directory, values=VALUES, callbacks=(), *, strategy="ddp", trai
         plugin = {
             "version": int(strategy[-1]),
             "auto_wrap_policy": "SIZE_BASED_WRAP",
-            "min_num_params": 1,
+            "min_num_params": 16,  # the root keeps weights of its own
             "state_dict_type": "SHARDED_STATE_DICT",
             "sync_module_states": False,
         }

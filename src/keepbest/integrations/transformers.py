@@ -93,7 +93,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         """The settings, from which the Trainer may make the callback anew, and the keeper's state. **Rank-local**."""
         return {
             "args": {
-                "metric_key": self._metric_key,
+                "metric_key": self._metric_key if self._open is None else self._open.metric_key,
                 "directory": self._directory,
                 "higher_is_better": self._higher_is_better,
                 **self._settings,
@@ -118,14 +118,15 @@ class BestCheckpoint(TrainerCallback, ExportableState):
                 "expected a model on one device, or one of DDP or FSDP, but the Trainer has one of DeepSpeed, "
                 "whose weights keepbest cannot gather: save it by its own means"
             )
+        key = _reported_key(args, self._metric_key)
         keeper = BestKeeper(
             kwargs["model"],
             directory=self._directory or str(args.output_dir),
-            metric_key=_reported_key(args, self._metric_key),
-            higher_is_better=self._direction(args),
+            metric_key=key,
+            higher_is_better=self._direction(args, key),
             **self._settings,
         )
-        loaded = self._take_out(args, state)
+        loaded = self._take_out(state, key)
         # At step 0 it is no checkpoint that this comes from, but what this callback gave when `train` was called.
         if loaded is not None and state.global_step > 0:
             keeper.load_state_dict(loaded)
@@ -155,7 +156,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if self._open is None or not self._is_due:
             return
         if self._open.metric_key not in metrics and _ONLY_EVALUATION not in metrics:
-            # Of one of several data sets, which are evaluated one by one, or one that somebody made beside the training.
+            # One of several data sets, which are evaluated one by one, or what somebody evaluates beside the training.
             self._reported.update(key for key in metrics if key.startswith(_PREFIX))
             return
         self._observe(metrics, state)
@@ -169,7 +170,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         """
         if self._open is not None:
             self._open.flush(pin=_PIN)
-            self._take_out(args, state)
+            self._take_out(state, self._open.metric_key)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,8 +195,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if keeper is not None:
             keeper.close()
 
-    def _direction(self, args: TrainingArguments) -> bool | None:
-        key = _reported_key(args, self._metric_key)
+    def _direction(self, args: TrainingArguments, key: str) -> bool | None:
         if self._higher_is_better is not None or args.metric_for_best_model is None:
             return self._higher_is_better
         if key != _reported_key(args, None):
@@ -206,9 +206,9 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             return args.greater_is_better
         if by_name != args.greater_is_better:
             raise ConfigError(
-                f"greater_is_better of the training arguments is {args.greater_is_better} for {key!r}, but by its name "
-                f"it should be {by_name}; where it is not set it is guessed from whether the name ends in 'loss': set it, "
-                "and higher_is_better of BestCheckpoint"
+                f"greater_is_better of the training arguments is {args.greater_is_better} for {key!r}, but its name says "
+                f"{by_name}; where it is not set, it is guessed from whether the name ends in 'loss'. "
+                "Set it, and higher_is_better of BestCheckpoint"
             )
         return by_name
 
@@ -227,7 +227,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if follows and self._open is not None:
             self._open.flush()
 
-    def _take_out(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    def _take_out(self, state: TrainerState, key: str) -> dict[str, Any] | None:
         """Remove the entries of this callback from the Trainer's state; the keeper's state in the newest of them.
 
         The Trainer appends another entry with each checkpoint where a class has several callbacks, and has no place
@@ -237,13 +237,11 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         name = type(self).__name__
         entries = everything.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]
-        mine = [entry for entry in entries if self._is_of_this(args, entry["args"])]
+        # Before training an entry has the name of the metric as it was given.
+        ids = [(key, self._settings["id"]), (self._metric_key, self._settings["id"])]
+        mine = [entry for entry in entries if (entry["args"]["metric_key"], entry["args"]["id"]) in ids]
         everything[name] = [entry for entry in entries if entry not in mine]
         return mine[-1]["attributes"]["resumed_state"] if mine else None
-
-    def _is_of_this(self, args: TrainingArguments, settings: Mapping[str, Any]) -> bool:
-        theirs = _reported_key(args, settings["metric_key"]), settings["id"]
-        return theirs == (_reported_key(args, self._metric_key), self._settings["id"])
 
     def _leave(self) -> None:
         if self._open is not None:
