@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from keepbest import TrainingIteration
@@ -36,6 +37,15 @@ def make_accelerator(strategy="ddp", **settings):
     return accelerator
 
 
+def whole_weights(accelerator, model):
+    """As Accelerate puts them together on rank 0; FSDP1 does it where torch would crash without a GPU."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return weights_of(accelerator.get_state_dict(model))
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        named = [*model.named_parameters(), *model.named_buffers()]
+        return weights_of({name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in named})
+
+
 class Loop:
     """Trains a model with gradient accumulation; what it observes after the k-th update is the k-th value."""
 
@@ -56,7 +66,7 @@ class Loop:
             self.accelerator, self.model, directory=directory, metric_key=METRIC, higher_is_better=False, **settings
         )
         self.update = 0
-        self.weights = {}  # at each update, as Accelerate puts them together
+        self.weights = {}  # at each update
         self.accelerator.register_for_checkpointing(self)
 
     def state_dict(self):
@@ -85,7 +95,7 @@ class Loop:
                     continue
                 self.update += 1
                 self.keeper.observe(values[self.update - 1], TrainingIteration(update=self.update))
-                self.weights[self.update] = weights_of(self.accelerator.unwrap_model(self.model).state_dict())
+                self.weights[self.update] = whole_weights(self.accelerator, self.model)
                 if save_every is not None and self.update % save_every == 0:
                     self.accelerator.save_state(save_to)
                 if self.update == len(values):

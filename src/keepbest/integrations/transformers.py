@@ -206,8 +206,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             return args.greater_is_better
         if by_name != args.greater_is_better:
             raise ConfigError(
-                f"greater_is_better of the training arguments is {args.greater_is_better} for {key!r}, but its name says "
-                f"{by_name}; where it is not set, it is guessed from whether the name ends in 'loss'. "
+                f"greater_is_better of the training arguments is {args.greater_is_better} for {key!r}, but its name "
+                f"says {by_name}; where it is not set, it is guessed from whether the name ends in 'loss'. "
                 "Set it, and higher_is_better of BestCheckpoint"
             )
         return by_name
