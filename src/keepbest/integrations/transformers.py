@@ -1,0 +1,265 @@
+"""`BestCheckpoint`: a callback of Hugging Face's `Trainer` that keeps the best of a run with a `BestKeeper`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from keepbest.errors import ConfigError
+from keepbest.iteration import TrainingIteration
+from keepbest.keeper import BestKeeper
+from keepbest.metric import MetricReduction, Reading, read_value
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.store.formats import Format
+
+# What the newest checkpoint of the Trainer names is kept under one tag: no hook tells which of them are removed.
+_PIN = "transformers"
+_PREFIX = "eval_"
+# Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
+_ONLY_EVALUATION = "eval_runtime"
+
+
+class BestCheckpoint(TrainerCallback, ExportableState):
+    """Observes a metric of each evaluation in `train`, but for that of `eval_on_start`.
+
+    Its state is in the checkpoints that the Trainer writes; `train(resume_from_checkpoint=...)` goes on from there.
+    Everything that is not listed here is as in `BestKeeper`.
+
+    Args:
+        metric_key: name of the metric in what an evaluation reports; `eval_` is put before it where it is absent.
+            `None` is the `metric_for_best_model` of the training arguments.
+        directory: of the run; `None` is the `output_dir` of the training arguments.
+        higher_is_better: direction of the metric; `None` is `greater_is_better` of the training arguments if the metric
+            is their `metric_for_best_model`, or else what the name of the metric tells.
+        metric_reduction: what the Trainer reports is the same on all ranks already, and `mean` gives exactly this
+            value; `identical` refuses values that differ; `sum` would add it up again.
+        resume: "ledger" also takes up a folder that holds a run where there is no checkpoint to go on from, or one
+            without this callback: at the step that training starts from, be it the first.
+
+    Attributes:
+        keeper: of the present or last `train` in this process; `None` before.
+    """
+
+    def __init__(
+        self,
+        metric_key: str | None = None,
+        *,
+        directory: str | Path | None = None,
+        tolerances: Sequence[int] | None = None,
+        model_names: Sequence[str] | None = None,
+        save_frozen_weights: bool = True,
+        higher_is_better: bool | None = None,
+        min_delta: float = 0.0,
+        keep_top_k: int = 1,
+        metric_reduction: MetricReduction = "mean",
+        on_nonfinite: Literal["ignore", "raise"] = "ignore",
+        format: Format = "torch",  # noqa: A002  # as in BestKeeper
+        async_save: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        id: str | None = None,  # noqa: A002  # as above
+        resume: Literal["ledger"] | None = None,
+        rank_timeout: float = 120.0,
+        save_timeout: float = 1800.0,
+    ) -> None:
+        self.keeper: BestKeeper | None = None
+        self._metric_key = metric_key
+        self._directory = None if directory is None else str(directory)
+        self._higher_is_better = higher_is_better
+        self._settings: dict[str, Any] = {
+            "tolerances": None if tolerances is None else list(tolerances),
+            "model_names": None if model_names is None else list(model_names),
+            "save_frozen_weights": save_frozen_weights,
+            "min_delta": min_delta,
+            "keep_top_k": keep_top_k,
+            "metric_reduction": metric_reduction,
+            "on_nonfinite": on_nonfinite,
+            "format": format,
+            "async_save": async_save,
+            "on_save_error": on_save_error,
+            "id": id,
+            "resume": resume,
+            "rank_timeout": rank_timeout,
+            "save_timeout": save_timeout,
+        }
+        self._open: BestKeeper | None = None
+        self._is_due = False
+        self._reported: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """The settings, from which the Trainer may make the callback anew, and the keeper's state. **Rank-local**."""
+        return {
+            "args": {
+                "metric_key": self._metric_key if self._open is None else self._open.metric_key,
+                "directory": self._directory,
+                "higher_is_better": self._higher_is_better,
+                **self._settings,
+            },
+            "attributes": {"resumed_state": None if self._open is None else self._open.state_dict()},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the run folder. **Collective**.
+
+        By now the Trainer has wrapped the model and restored what is resumed from.
+
+        Raises:
+            ConfigError: on every rank, if the metric or its direction is not known, or DeepSpeed has the weights.
+            KeepBestError: on every rank, as `BestKeeper` and its `start`.
+        """
+        self._leave()  # a training that ended by an exception told nobody
+        if args.deepspeed_plugin is not None:
+            raise ConfigError(
+                "expected a model on one device, or one of DDP or FSDP, but the Trainer has one of DeepSpeed, "
+                "whose weights keepbest cannot gather: save it by its own means"
+            )
+        key = _reported_key(args, self._metric_key)
+        keeper = BestKeeper(
+            kwargs["model"],
+            directory=self._directory or str(args.output_dir),
+            metric_key=key,
+            higher_is_better=self._direction(args, key),
+            **self._settings,
+        )
+        loaded = self._take_out(state, key)
+        # At step 0 it is no checkpoint that this comes from, but what this callback gave when `train` was called.
+        if loaded is not None and state.global_step > 0:
+            keeper.load_state_dict(loaded)
+        begun = TrainingIteration(update=state.global_step)
+        keeper.start(at=begun if self._settings["resume"] == "ledger" else None)
+        self.keeper = self._open = keeper
+        self._is_due, self._reported = False, set()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """From now on an evaluation tells something new. **Collective** where a checkpoint follows, as `flush`."""
+        self._is_due = True
+        self._prepare_checkpoint(control.should_save)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """**Collective** where a checkpoint follows, as `flush`."""
+        self._prepare_checkpoint(control.should_save)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Observe the metric, if this is the first evaluation since the last step that reports it. **Collective**.
+
+        Raises:
+            KeepBestError: on every rank, as `BestKeeper.observe`.
+        """
+        metrics: Mapping[str, Any] = kwargs["metrics"]
+        if self._open is None or not self._is_due:
+            return
+        if self._open.metric_key not in metrics and _ONLY_EVALUATION not in metrics:
+            # One of several data sets, which are evaluated one by one, or what somebody evaluates beside the training.
+            self._reported.update(key for key in metrics if key.startswith(_PREFIX))
+            return
+        self._observe(metrics, state)
+        # Whether there is a new best of the Trainer, which it saves then, it knows only after this.
+        self._prepare_checkpoint(control.should_save or args.save_strategy == "best")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep what the checkpoint names until there is a newer one. **Collective**. Raises as `BestKeeper.flush`.
+
+        No observation came between, so that nothing of it was let go of; and until here the last one was pinned.
+        """
+        if self._open is not None:
+            self._open.flush(pin=_PIN)
+            self._take_out(state, self._open.metric_key)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """**Collective** where the evaluations at the last step reported everything but the metric.
+
+        Raises:
+            MissingMetricError: on every rank.
+        """
+        self._refuse_what_was_not_reported(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the keeper: the last checkpoint is written by now. **Collective**.
+
+        Raises:
+            KeepBestError: on every rank, as `BestKeeper.close` and `on_step_begin`.
+        """
+        self._refuse_what_was_not_reported(state)
+        keeper, self._open = self._open, None
+        if keeper is not None:
+            keeper.close()
+
+    def _direction(self, args: TrainingArguments, key: str) -> bool | None:
+        if self._higher_is_better is not None or args.metric_for_best_model is None:
+            return self._higher_is_better
+        if key != _reported_key(args, None):
+            return None
+        try:
+            by_name = MetricPropertyProvider().higher_is_better(key)
+        except ConfigError:
+            return args.greater_is_better
+        if by_name != args.greater_is_better:
+            raise ConfigError(
+                f"greater_is_better of the training arguments is {args.greater_is_better} for {key!r}, but its name "
+                f"says {by_name}; where it is not set, it is guessed from whether the name ends in 'loss'. "
+                "Set it, and higher_is_better of BestCheckpoint"
+            )
+        return by_name
+
+    def _observe(self, metrics: Mapping[str, Any], state: TrainerState) -> None:
+        self._is_due, self._reported = False, set()
+        if self._open is not None:
+            key = self._open.metric_key
+            self._open.observe_reading(lambda: _read(key, metrics), TrainingIteration(update=state.global_step))
+
+    def _refuse_what_was_not_reported(self, state: TrainerState) -> None:
+        if self._reported:
+            self._observe(dict.fromkeys(self._reported), state)
+
+    def _prepare_checkpoint(self, follows: bool) -> None:
+        """What a checkpoint names must be on the disk before it; rank 0 asks for the state while it writes."""
+        if follows and self._open is not None:
+            self._open.flush()
+
+    def _take_out(self, state: TrainerState, key: str) -> dict[str, Any] | None:
+        """Remove the entries of this callback from the Trainer's state; the keeper's state in the newest of them.
+
+        The Trainer appends another entry with each checkpoint where a class has several callbacks, and has no place
+        for one that was not there when it wrote the checkpoint that it resumes from.
+        """
+        everything: Any = state.stateful_callbacks
+        name = type(self).__name__
+        entries = everything.get(name, [])
+        entries = entries if isinstance(entries, list) else [entries]
+        # Before training an entry has the name of the metric as it was given.
+        ids = [(key, self._settings["id"]), (self._metric_key, self._settings["id"])]
+        mine = [entry for entry in entries if (entry["args"]["metric_key"], entry["args"]["id"]) in ids]
+        everything[name] = [entry for entry in entries if entry not in mine]
+        return mine[-1]["attributes"]["resumed_state"] if mine else None
+
+    def _leave(self) -> None:
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+
+def _reported_key(args: TrainingArguments, metric_key: str | None) -> str:
+    """The name under which an evaluation reports the metric, by the rule of the Trainer for `metric_for_best_model`."""
+    key = args.metric_for_best_model if metric_key is None else metric_key
+    if key is None:
+        raise ConfigError("no metric is named: set metric_key, or metric_for_best_model of the training arguments")
+    return key if key.startswith(_PREFIX) else _PREFIX + key
+
+
+def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
+    if metric_key not in metrics:
+        return Reading(
+            absent=f"{metric_key!r} was not reported by the evaluation; reported: {', '.join(sorted(metrics))}"
+        )
+    return read_value(metrics[metric_key])
