@@ -90,7 +90,6 @@ class BestCheckpoint:
         self._trainer: Engine | None = None
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
-        self._is_at_end = False
 
     def attach(self, trainer: Engine, evaluator: Engine) -> None:
         """Start and end with the runs of `trainer`, and observe those of `evaluator` in between. **Rank-local**.
@@ -104,7 +103,6 @@ class BestCheckpoint:
             raise ConfigError(f"the BestCheckpoint of {self.metric_key} is attached already; make one for each trainer")
         self._trainer = trainer
         trainer.add_event_handler(Events.STARTED, self._start)
-        trainer.add_event_handler(Events.COMPLETED, self._note_end)
         evaluator.add_event_handler(Events.COMPLETED, self._observe, trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,8 +111,8 @@ class BestCheckpoint:
         `Checkpoint` asks for it on every rank that it is called on, and only when it is about to write. So what the
         state names is made durable here, and is kept until the next checkpoint asks.
 
-        While the trainer handles an exception this is rank-local, since other ranks may be elsewhere, and leaves the run
-        to be resumed: nothing that the state names is removed any more.
+        While the trainer handles an exception this is rank-local, since other ranks may be elsewhere. The run is then
+        left to be resumed, and nothing that the state names is removed any more.
 
         Raises:
             StorageError: on every rank, if something could not be written.
@@ -133,7 +131,6 @@ class BestCheckpoint:
     def _start(self, trainer: Engine) -> None:
         """Take up the run folder. **Collective**. Raises as `BestKeeper` and its `start`."""
         self._let_go()
-        self._is_at_end = False
         # A trainer that runs on, for more epochs say, goes on from where this handler was.
         runs_on = self.keeper is not None and trainer.state.iteration > 0
         state, self._loaded = self._state() if self._loaded or runs_on else {}, {}
@@ -154,7 +151,7 @@ class BestCheckpoint:
             return
         iteration = _iteration_of(trainer)
         # Often the model is evaluated once more when training ends, as it was at the end of the last epoch.
-        if self._is_at_end and self._open.state.last_iteration == iteration:
+        if trainer.last_event_name == Events.COMPLETED and self._open.state.last_iteration == iteration:
             return
         self._open.observe_reading(lambda: self._read(evaluator.state.metrics), iteration)
 
@@ -163,9 +160,6 @@ class BestCheckpoint:
             known = ", ".join(sorted(metrics)) or "none"
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
         return read_value(metrics[self.metric_key])
-
-    def _note_end(self, trainer: Engine) -> None:
-        self._is_at_end = True
 
     def _complete(self, trainer: Engine) -> None:
         """Close the keeper. **Collective**. Raises as `BestKeeper.close`."""
