@@ -296,6 +296,10 @@ def test_terminated_run_is_closed_unless_its_end_is_skipped(skip_completed, expe
     )
     run.train(8)
     assert sorted(refs(tmp_path)) == [f"best_model.loss{end}" for end in expected]
+    again = make_run(VALUES)
+    attach(tmp_path, again, tolerances=[5], resume="ledger")
+    again.train(1)  # in the same process
+    assert observed(tmp_path)[-1] == "E1_U2"
 
 
 def test_handlers_of_exceptions_are_called_and_the_exception_is_raised_all_the_same(tmp_path):
