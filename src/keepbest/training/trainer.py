@@ -133,6 +133,7 @@ class Trainer:
         """
         with Preemption(self.ranks) as preemption, closing(self.tracker):
             random_state = self._load_resume_checkpoint()
+            self.tracker.go_on_from(self.update_counter.iteration)
             self._call(self.callbacks, "before_training")
             on_start()
             self.log_writer.flush()
