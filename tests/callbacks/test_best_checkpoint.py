@@ -226,7 +226,7 @@ def test_children_run_on_new_bests_only_and_whatever_their_schedule(tmp_path):
     session.context["model"].train()
     session.callback.before_training(update_counter=session.counter)
     session.go(3.0)
-    assert session.logged == {KEY: 3.0, f"{PREFIX}called": 2.0}
+    assert session.logged == {KEY: 3.0, f"best/{KEY}": 3.0, f"{PREFIX}called": 2.0}
     session.go(math.nan, 2.0, 2.0)
     assert session.logged == {KEY: 2.0}
     session.callback.after_training(update_counter=session.counter)
@@ -268,7 +268,7 @@ def evaluate_on_new_best(directory, lengths):
     session.callback.before_training(update_counter=session.counter)
     session.go(1.0)
     assert isinstance(session.callback.eval_callbacks[0], OfflineLossCallback)
-    return {key: value for key, value in session.logged.items() if key != KEY}
+    return {key: value for key, value in session.logged.items() if key.startswith(PREFIX)}
 
 
 def test_metrics_of_children_are_the_same_on_any_number_of_ranks(tmp_path):

@@ -30,7 +30,8 @@ class CallbackBase:
         runs_last: whether it is called after all callbacks that do not ask for this, whatever the order in the config.
         callback_config: the config.
         trainer: who calls the hooks.
-        model: the model that is trained, as wrapped by the strategy (DDP, FSDP, compile, or not at all).
+        model: the model to evaluate and save, as wrapped by the strategy (DDP, FSDP, or not at all): the one that is
+            trained, or its average with `ema_decay`; `trainer.model` is the one that is trained.
         data_container: the datasets of the run.
         log_writer: where scalars are logged; rank-local until it is flushed.
         tracker: where rank 0 sends what was logged.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
+from keepbest.decision import Outcome
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import MetricReduction, read_scalar
@@ -119,6 +121,7 @@ class BestCheckpointCallback(PeriodicCallback):
         context = {**kwargs, "log_writer": self.log_writer.prefixed(prefix)}
         self.eval_callbacks = assemble_callbacks(config.eval_callbacks or [], **context)
         self._is_resumed = False
+        self._mark = f"best/{self.metric_key}" + ("" if config.id is None else f"/id={config.id}")
 
     @property
     def state_key_details(self) -> list[str]:
@@ -190,6 +193,9 @@ class BestCheckpointCallback(PeriodicCallback):
     ) -> None:
         """Look at the metric, save a new best, and evaluate it. **Collective**.
 
+        Logs `best/<metric key>` at each new best, and `best/<metric key>/tolerance=<N>` when that tolerance is
+        exceeded; with an `id`, `best/<metric key>/id=<id>` and so on.
+
         With `interval_type="eval"` the children run on the model as it is; nothing is saved or counted.
 
         Raises:
@@ -198,13 +204,23 @@ class BestCheckpointCallback(PeriodicCallback):
         """
         if interval_type != "eval":
             iteration = update_counter.iteration
+            closed = set(self.keeper.state.exceeded)
             outcome = self.keeper.observe_reading(
                 lambda: read_scalar(self.log_writer.log_cache, self.metric_key, iteration), iteration
             )
+            self._log_marks(outcome, closed)
             if not outcome.is_new_best:
                 return
         for child in self.eval_callbacks:
             child.at_eval(update_counter=update_counter, batch_size=batch_size)
+
+    def _log_marks(self, outcome: Outcome, closed: AbstractSet[int]) -> None:
+        """Log a new best, and what the tolerances that were not `closed` before have kept, beside the metric."""
+        if outcome.is_new_best:
+            self.log_writer.add_scalar(self._mark, outcome.value)
+        for tolerance, best in self.keeper.state.exceeded.items():
+            if tolerance not in closed and best is not None:
+                self.log_writer.add_scalar(f"{self._mark}/tolerance={tolerance}", best.value)
 
     def after_training(self, **kwargs: Any) -> None:
         """Close the keeper, and log the best value and those that the tolerances kept. **Collective**."""

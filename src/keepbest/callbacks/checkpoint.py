@@ -1,6 +1,6 @@
 """Resume checkpoints: everything that a run needs to go on as if it had never stopped, on any number of ranks.
 
-<run>/resume/E7_U140_S8960/      model and optimizers in torch's distributed format, each rank with its share
+<run>/resume/E7_U140_S8960/      model, average and optimizers in torch's distributed format, each rank with its share
               trainer.pt         update counter, states of the callbacks
               rng_0.pt ...       random number generators of each rank
 <run>/resume/latest              -> E7_U140_S8960
@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
-from keepbest.errors import RankFailedError, SnapshotError
+from keepbest.errors import ConfigError, RankFailedError, SnapshotError
 from keepbest.interval import IntervalType
 from keepbest.models.structure import plain_key
 from keepbest.random_state import read_random_state
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 
 # Flat keys: with lists of parameter groups FSDP1 cannot load on a rank that holds no part of a parameter.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_MODEL, _OPTIMIZERS = "model", "optimizers"
+_MODEL, _OPTIMIZERS, _AVERAGE = "model", "optimizers", "average"
 
 
 class CheckpointCallbackConfig(CallBackBaseConfig):
@@ -99,8 +105,9 @@ class CheckpointCallback(PeriodicCallback):
         step = f"write the resume checkpoint {name}"
         self.ranks.agree(step, lambda: self._folder.begin(name) if self.ranks.is_main else None)
         with one_error(step, self.ranks, RankFailedError):
-            model, optimizers = get_state_dict(self.model, list(self.trainer.optimizers.values()), options=_OPTIONS)
-            state = {_MODEL: model, _OPTIMIZERS: optimizers}
+            trainer: Trainer = self.trainer
+            model, optimizers = get_state_dict(trainer.model, list(trainer.optimizers.values()), options=_OPTIONS)
+            state = {_MODEL: model, _OPTIMIZERS: optimizers, **_weights_of_average(trainer)}
             save(state, checkpoint_id=self._folder.temporary(name), no_dist=self.ranks.world_size == 1)
         self.ranks.agree(step, lambda: self._write_states(name), saving=True)
 
@@ -111,6 +118,7 @@ class CheckpointCallback(PeriodicCallback):
             state = {
                 "world_size": self.ranks.world_size,
                 "update_counter": trainer.update_counter.state_dict(),
+                "average": None if trainer.average is None else trainer.average.state_dict(),
                 "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
             }
             self._folder.write(name, STATE_FILE, _serialized(state))
@@ -152,12 +160,14 @@ def load_resume_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any] | Non
         saved by another number of ranks.
 
     Raises:
-        ConfigError: if the run had epochs or batches of another size.
+        ConfigError: if the run had epochs or batches of another size, or averaged its weights and this one does not, or
+            the other way round.
         SnapshotError: if model or optimizers are not those that were saved.
     """
     ranks, step = trainer.ranks, f"resume from {path}"
     saved = ranks.agree(step, lambda: _read(path, ranks), remedy="every rank must be able to read this folder")
     ranks.agree(step, lambda: trainer.update_counter.load_state_dict(saved.state["update_counter"]))
+    ranks.agree(step, lambda: _load_average(saved.state.get("average"), trainer))
     with one_error(step, ranks, SnapshotError):
         _load_weights(path, trainer, saved.keys)
     states = saved.state["callbacks"]
@@ -179,6 +189,21 @@ def _read(path: Path, ranks: Ranks) -> _Saved:
     return _Saved(state, random_state, frozenset(FileSystemReader(path).read_metadata().state_dict_metadata))
 
 
+def _load_average(state: dict[str, int] | None, trainer: Trainer) -> None:
+    if (state is None) != (trainer.average is None):
+        had, has = ("no ", "an ") if state is None else ("an ", "no ")
+        raise ConfigError(
+            f"the run to resume kept {had}average of its weights, this one keeps {has}average: its bests would not be "
+            f"comparable; {'remove' if state is None else 'set'} trainer.ema_decay, or start a new run"
+        )
+    if state is not None and trainer.average is not None:
+        trainer.average.load_state_dict(state)
+
+
+def _weights_of_average(trainer: Trainer) -> dict[str, Any]:
+    return {} if trainer.average is None else {_AVERAGE: get_model_state_dict(trainer.average.model, options=_OPTIONS)}
+
+
 def _load_weights(path: Path, trainer: Trainer, saved_keys: frozenset[str]) -> None:
     optimizers = list(trainer.optimizers.values())
     model: dict[str, Any]
@@ -192,7 +217,7 @@ def _load_weights(path: Path, trainer: Trainer, saved_keys: frozenset[str]) -> N
         for key, value in states.items()
         if not key.startswith("state.") or key.removeprefix("state.").rpartition(".")[0] in stateful
     }
-    loaded: dict[str, Any] = {_MODEL: model, _OPTIMIZERS: stored}
+    loaded: dict[str, Any] = {_MODEL: model, _OPTIMIZERS: stored, **_weights_of_average(trainer)}
     load(loaded, checkpoint_id=path, no_dist=trainer.ranks.world_size == 1)
     set_state_dict(
         trainer.model,
@@ -201,6 +226,8 @@ def _load_weights(path: Path, trainer: Trainer, saved_keys: frozenset[str]) -> N
         optim_state_dict={**states, **loaded[_OPTIMIZERS]},
         options=_OPTIONS,
     )
+    if trainer.average is not None:
+        set_model_state_dict(trainer.average.model, loaded[_AVERAGE], options=_OPTIONS)
     for name, parameter in trainer.model.named_parameters():
         if plain_key(trainer.model, name) not in stateful:
             for optimizer in optimizers:

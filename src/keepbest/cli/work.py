@@ -57,7 +57,7 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
     ranks = Ranks.connect()
 
     def settings() -> dict[str, Any]:
-        here = {"trainer.tracker": "none", "trainer.resume": None}
+        here = {"trainer.tracker": "none", "trainer.resume": None, "trainer.ema_decay": None}
         # The ranks there are now need not be those that the run was trained on.
         if ranks.world_size == 1:
             here["trainer.strategy"] = "single"

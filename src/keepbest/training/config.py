@@ -30,6 +30,8 @@ class TrainerConfig(BaseModel):
         accumulation_steps: micro-batches of one update on each rank.
         precision: of parameters and computation; "bf16" keeps the parameters in float32 and computes with autocast.
         strategy: how the ranks share the model.
+        ema_decay: evaluate and keep the exponential moving average of the weights, of which this much stays at each
+            update, instead of the weights themselves; `None` keeps no average.
         train_dataset: key of the dataset to train on.
         tracker: where logged scalars go, in the folder of the run.
         callbacks: their configs, in the order in which they are called.
@@ -47,6 +49,7 @@ class TrainerConfig(BaseModel):
     accumulation_steps: PositiveInt = 1
     precision: Precision = "float32"
     strategy: StrategyName = "single"
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     train_dataset: str = "train"
     tracker: TrackerName = "jsonl"
     callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -85,6 +85,34 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def place_for_evaluation(
+    model: Model, strategy: StrategyName, *, precision: Precision, device: torch.device
+) -> nn.Module:
+    """As `place`, for a model whose weights change between its evaluations, but not by training. **Collective**.
+
+    Call `expect_new_weights` before they change.
+    """
+    placed = place(model, strategy, precision=precision, device=device)
+    if isinstance(placed, FullyShardedDataParallel):
+        # FSDP1 leaves its outermost unit gathered for a backward pass, and would evaluate it as it was before.
+        return FullyShardedDataParallel(placed, device_id=device, use_orig_params=True)
+    return placed
+
+
+def expect_new_weights(model: nn.Module) -> None:
+    """Have the next evaluation use the weights and buffers as they are by then. **Rank-local**, on every rank.
+
+    Args:
+        model: from `place_for_evaluation`.
+    """
+    if isinstance(model, DistributedDataParallel):
+        # Buffers are rank 0's; DDP broadcasts them in evaluations only once after each training pass.
+        model.require_forward_param_sync = True
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # lets go of what was left gathered for a backward pass that never came
 
 
 def build_optimizers(

@@ -19,6 +19,9 @@ TrackerName = Literal["none", "jsonl", "tensorboard"]
 class Tracker(Protocol):
     """Receives the scalars of one rank."""
 
+    def go_on_from(self, iteration: TrainingIteration) -> None:
+        """Let go of what was logged for later iterations, in a timeline that was left. Rank-local, before any `log`."""
+
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
         """Record `scalars`, all of one iteration. Rank-local."""
 
@@ -28,6 +31,9 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Forgets everything: the tracker of a run without one, and of every rank but 0."""
+
+    def go_on_from(self, iteration: TrainingIteration) -> None:
+        """Do nothing."""
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
         """Do nothing."""
@@ -45,6 +51,9 @@ class JsonLinesTracker:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def go_on_from(self, iteration: TrainingIteration) -> None:
+        """Do nothing: the later record of an iteration replaces the earlier one."""
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
         """Append one line.
@@ -76,6 +85,11 @@ class TensorBoardTracker:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._writer: SummaryWriter | None = None
+        self._left_from: int | None = None
+
+    def go_on_from(self, iteration: TrainingIteration) -> None:
+        """Have TensorBoard leave out what the event files so far have beyond `iteration`."""
+        self._left_from = (iteration.update or 0) + 1
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
         """Add each scalar at `iteration.update`.
@@ -86,7 +100,8 @@ class TensorBoardTracker:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._directory))
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._left_from)
+            self._left_from = None  # what is logged from now on stays, also when the file was closed in between
         for key, value in scalars.items():
             self._writer.add_scalar(key, value, global_step=iteration.update)
 

@@ -23,6 +23,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.models import Model
 from keepbest.random_state import restore_random_state, seed_random_state
 from keepbest.ranks import Ranks
+from keepbest.training.average import Average
 from keepbest.training.config import RunConfig, TrainerConfig
 from keepbest.training.counter import UpdateCounter
 from keepbest.training.log_writer import LogWriter
@@ -60,7 +61,8 @@ class Trainer:
         resume: a resume checkpoint to go on from; "auto" is the newest complete one of this run, if there is any.
 
     Attributes:
-        model: as wrapped by the strategy.
+        model: in training, as wrapped by the strategy.
+        average: of its weights, which callbacks are given in its place; `None` without `ema_decay`.
         optimizers: by submodel.
         update_counter: how far training is.
         batch_size: samples of a micro-batch on one rank.
@@ -99,6 +101,7 @@ class Trainer:
             end=config.end,
         )
         self.device = training_device()
+        self.average = self._build_average(model)
         self.model = place(model, config.strategy, precision=config.precision, device=self.device)
         self.optimizers = build_optimizers(model, optimizers)
         self.tracker: Tracker = build_tracker(config.tracker, self.directory, is_main=ranks.is_main)
@@ -106,7 +109,7 @@ class Trainer:
         self.callbacks = assemble_callbacks(
             config.callbacks,
             trainer=self,
-            model=self.model,
+            model=self.model if self.average is None else self.average.model,
             data_container=data_container,
             log_writer=self.log_writer,
             tracker=self.tracker,
@@ -133,6 +136,7 @@ class Trainer:
         """
         with Preemption(self.ranks) as preemption, closing(self.tracker):
             random_state = self._load_resume_checkpoint()
+            self.tracker.go_on_from(self.update_counter.iteration)
             self._call(self.callbacks, "before_training")
             on_start()
             self.log_writer.flush()
@@ -183,6 +187,14 @@ class Trainer:
         path = find_resume_checkpoint(self.directory, self.resume, self.ranks)
         return None if path is None else load_resume_checkpoint(path, self)
 
+    def _build_average(self, model: Model) -> Average | None:
+        config = self.config
+        if config.ema_decay is None:
+            return None
+        return Average(
+            model, config.ema_decay, strategy=config.strategy, precision=config.precision, device=self.device
+        )
+
     def _build_loader(self) -> torch.utils.data.DataLoader[Any]:
         sampler = InterleavedSampler(
             self.data_container,
@@ -203,6 +215,8 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
         self.update_counter.next_update()
         losses = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
         self._call(self._tracking(), "track_after_update_step", losses=losses, batch_size=self.batch_size)

@@ -1,0 +1,191 @@
+"""`BestCheckpoint`: a handler of PyTorch-Ignite that keeps the best of a run with a `BestKeeper`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from ignite.engine import Engine, Events
+from torch import nn
+
+from keepbest.errors import ConfigError
+from keepbest.iteration import TrainingIteration
+from keepbest.keeper import BestKeeper
+from keepbest.metric import MetricReduction, Reading, read_value
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.store.formats import Format
+
+# What the newest checkpoint of Ignite names is kept under one tag: no event tells which of them are removed.
+_PIN = "ignite"
+
+
+class BestCheckpoint:
+    """Observes a metric of an evaluator after each of its runs while the trainer runs.
+
+    It belongs into the `to_save` of the `Checkpoint` that training is resumed from, and into what `load_objects` loads.
+    Everything that is not listed here is as in `BestKeeper`.
+
+    Args:
+        model: what is saved, in the form that is trained: as `ignite.distributed.auto_model` or `fully_shard` gave it.
+        metric_key: name of the metric in `evaluator.state.metrics`.
+        metric_reduction: what Ignite's metrics compute is reduced already, thus the same on all ranks, and `mean` gives
+            exactly this value; `identical` refuses values that were not reduced; `sum` would add it up again.
+        resume: "ledger" also takes up a folder that holds a run where no state was loaded: at the iteration that
+            training starts from, be it the first.
+
+    Attributes:
+        keeper: of the present or last run of the trainer; `None` before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        metric_key: str,
+        *,
+        directory: str | Path,
+        tolerances: Sequence[int] | None = None,
+        model_names: Sequence[str] | None = None,
+        save_frozen_weights: bool = True,
+        higher_is_better: bool | None = None,
+        min_delta: float = 0.0,
+        keep_top_k: int = 1,
+        metric_reduction: MetricReduction = "mean",
+        on_nonfinite: Literal["ignore", "raise"] = "ignore",
+        format: Format = "torch",  # noqa: A002  # as in BestKeeper
+        async_save: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        id: str | None = None,  # noqa: A002  # as above
+        resume: Literal["ledger"] | None = None,
+        metric_property_provider: MetricPropertyProvider | None = None,
+        rank_timeout: float = 120.0,
+        save_timeout: float = 1800.0,
+    ) -> None:
+        self.metric_key = metric_key
+        self.keeper: BestKeeper | None = None
+        self._resume = resume
+        self._make_keeper = partial(
+            BestKeeper,
+            model,
+            directory=directory,
+            metric_key=metric_key,
+            tolerances=tolerances,
+            model_names=model_names,
+            save_frozen_weights=save_frozen_weights,
+            higher_is_better=higher_is_better,
+            min_delta=min_delta,
+            keep_top_k=keep_top_k,
+            metric_reduction=metric_reduction,
+            on_nonfinite=on_nonfinite,
+            format=format,
+            async_save=async_save,
+            on_save_error=on_save_error,
+            id=id,
+            resume=resume,
+            metric_property_provider=metric_property_provider,
+            rank_timeout=rank_timeout,
+            save_timeout=save_timeout,
+        )
+        self._trainer: Engine | None = None
+        self._loaded: dict[str, Any] = {}
+        self._open: BestKeeper | None = None
+
+    def attach(self, trainer: Engine, evaluator: Engine) -> None:
+        """Start and end with the runs of `trainer`, and observe those of `evaluator` in between. **Rank-local**.
+
+        On every rank, and before a `Checkpoint` is attached to `evaluator`.
+
+        Raises:
+            ConfigError: if it is attached already.
+        """
+        if self._trainer is not None:
+            raise ConfigError(f"the BestCheckpoint of {self.metric_key} is attached already; make one for each trainer")
+        self._trainer = trainer
+        trainer.add_event_handler(Events.STARTED, self._start)
+        evaluator.add_event_handler(Events.COMPLETED, self._observe, trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the keeper; before there is one, what was loaded. **Collective** while the trainer runs.
+
+        `Checkpoint` asks for it on every rank that it is called on, and only when it is about to write. So what the
+        state names is made durable here, and is kept until the next checkpoint asks.
+
+        While the trainer handles an exception this is rank-local, since other ranks may be elsewhere. The run is then
+        left to be resumed, and nothing that the state names is removed any more.
+
+        Raises:
+            StorageError: on every rank, if something could not be written.
+            RankTimeoutError: if the `Checkpoint` is not attached on all ranks.
+        """
+        if self._trainer is not None and self._trainer.last_event_name == Events.EXCEPTION_RAISED:
+            self._let_go()
+        if self._open is not None:
+            self._open.flush(pin=_PIN)
+        return self._state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from this state when the trainer runs. **Rank-local**, on every rank, before that."""
+        self._loaded = dict(state_dict)
+
+    def _start(self, trainer: Engine) -> None:
+        """Take up the run folder. **Collective**. Raises as `BestKeeper` and its `start`."""
+        self._let_go()
+        # A trainer that runs on, for more epochs say, goes on from where this handler was.
+        runs_on = self.keeper is not None and trainer.state.iteration > 0
+        state, self._loaded = self._state() if self._loaded or runs_on else {}, {}
+        self.keeper = self._make_keeper()
+        if state:
+            self.keeper.load_state_dict(state)
+        self.keeper.start(at=_iteration_of(trainer) if self._resume == "ledger" else None)
+        self._open = self.keeper
+        # Not earlier, so that what is attached to the same events before training is called before these.
+        if not trainer.has_event_handler(self._complete, Events.COMPLETED):
+            trainer.add_event_handler(Events.COMPLETED, self._complete)
+            trainer.add_event_handler(Events.TERMINATE, self._terminate)
+            trainer.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _observe(self, evaluator: Engine, trainer: Engine) -> None:
+        """Observe the metric. **Collective**. Raises as `BestKeeper.observe`."""
+        if self._open is None:
+            return
+        iteration = _iteration_of(trainer)
+        # Often the model is evaluated once more when training ends, as it was at the end of the last epoch.
+        if trainer.last_event_name == Events.COMPLETED and self._open.state.last_iteration == iteration:
+            return
+        self._open.observe_reading(lambda: self._read(evaluator.state.metrics), iteration)
+
+    def _read(self, metrics: Mapping[str, Any]) -> Reading:
+        if self.metric_key not in metrics:
+            known = ", ".join(sorted(metrics)) or "none"
+            return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
+        return read_value(metrics[self.metric_key])
+
+    def _complete(self, trainer: Engine) -> None:
+        """Close the keeper. **Collective**. Raises as `BestKeeper.close`."""
+        keeper, self._open = self._open, None
+        if keeper is not None:
+            keeper.close()
+
+    def _terminate(self, trainer: Engine) -> None:
+        """Leave the run to be resumed if its end is skipped. **Rank-local**."""
+        if trainer.should_terminate == "skip_completed":
+            self._let_go()
+
+    def _fail(self, trainer: Engine, error: BaseException) -> NoReturn:
+        """Leave the run to be resumed. **Rank-local**."""
+        self._let_go()
+        # Where there is a handler of exceptions Ignite takes them to be handled, unless it raises.
+        raise error
+
+    def _state(self) -> dict[str, Any]:
+        return self._loaded if self._loaded or self.keeper is None else self.keeper.state_dict()
+
+    def _let_go(self) -> None:
+        keeper, self._open = self._open, None
+        if keeper is not None:
+            keeper.abandon()
+
+
+def _iteration_of(trainer: Engine) -> TrainingIteration:
+    return TrainingIteration(epoch=trainer.state.epoch, update=trainer.state.iteration)
