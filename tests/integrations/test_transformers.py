@@ -202,7 +202,7 @@ class Evaluates(TrainerCallback):
 
 def run_with_other_evaluations(directory):
     evaluates, best = Evaluates(), BestCheckpoint()
-    trainer = make_trainer(directory, callbacks=[evaluates, best], eval_on_start=True, eval_steps=2)
+    trainer = make_trainer(directory, callbacks=[best, evaluates], eval_on_start=True, eval_steps=2)
     evaluates.trainer = trainer
     trainer.evaluate()
     trainer.train()
