@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -15,6 +16,37 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.snapshot import Part, select_parts
 from keepbest.store.formats import Format, check_format
 from keepbest.store.remote import check_local, check_remote
+
+
+class KeeperSettings(TypedDict, total=False):
+    """Keyword arguments of `BestKeeper` that mean the same wherever it is used; described there."""
+
+    tolerances: Sequence[int] | None
+    model_names: Sequence[str] | None
+    save_frozen_weights: bool
+    min_delta: float
+    keep_top_k: int
+    metric_reduction: MetricReduction
+    on_nonfinite: Literal["ignore", "raise"]
+    format: Format
+    async_save: bool
+    on_save_error: Literal["raise", "warn"]
+    id: str | None
+    remote: str | None
+    resume: Literal["ledger"] | None
+    rank_timeout: float
+    save_timeout: float
+
+
+def check_names(settings: Mapping[str, object]) -> None:
+    """See whether `settings` has the names of `KeeperSettings` only. **Rank-local**.
+
+    Raises:
+        ConfigError: if not; lists those that there are.
+    """
+    known = KeeperSettings.__optional_keys__
+    if unknown := settings.keys() - known:
+        raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,9 +62,8 @@ keeper = BestKeeper(model, directory="runs/b", metric_key="loss/val/total", tole
 val_loss, iteration = 0.5, TrainingIteration(epoch=1)
 """
         ],
-        "Metrics of torchmetrics, functions, averaged models": [
+        "Metrics of torchmetrics, and functions": [
             """
-from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MeanMetric
 
 keeper = BestKeeper(model, directory="runs/c", metric_key="loss/val/total")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
 import pytest
 from pytorch_lightning import Callback
@@ -250,13 +248,3 @@ print([name for name in sys.modules if "lightning" in name.split(".")[0]])
 """
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert loaded.stdout == "[]\n"
-
-
-def test_example_of_the_documentation_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).resolve().parents[2] / "docs" / "integrations.md").read_text()
-    example = text.split("```python\n")[1].split("```")[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning has advice for long trainings
-        exec(compile(example, "integrations.md", "exec"), {"__name__": "__main__"})
-    assert set(refs(tmp_path / "runs" / "a")) >= {"best_model.loss.val", "best_model.loss.val.top=3"}

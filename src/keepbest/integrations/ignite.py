@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ignite.engine import Engine, Events
 from torch import nn
@@ -13,9 +13,12 @@ from torch import nn
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import MetricReduction, Reading, read_value
+from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.store.formats import Format
+from keepbest.settings import KeeperSettings, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What the newest checkpoint of Ignite names is kept under one tag: no event tells which of them are removed.
 _PIN = "ignite"
@@ -45,47 +48,22 @@ class BestCheckpoint:
         metric_key: str,
         *,
         directory: str | Path,
-        tolerances: Sequence[int] | None = None,
-        model_names: Sequence[str] | None = None,
-        save_frozen_weights: bool = True,
         higher_is_better: bool | None = None,
-        min_delta: float = 0.0,
-        keep_top_k: int = 1,
-        metric_reduction: MetricReduction = "mean",
-        on_nonfinite: Literal["ignore", "raise"] = "ignore",
-        format: Format = "torch",  # noqa: A002  # as in BestKeeper
-        async_save: bool = False,
-        on_save_error: Literal["raise", "warn"] = "raise",
-        id: str | None = None,  # noqa: A002  # as above
-        resume: Literal["ledger"] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
-        rank_timeout: float = 120.0,
-        save_timeout: float = 1800.0,
+        **settings: Unpack[KeeperSettings],
     ) -> None:
+        check_names(settings)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
-        self._resume = resume
+        self._resume = settings.get("resume")
         self._make_keeper = partial(
             BestKeeper,
             model,
             directory=directory,
             metric_key=metric_key,
-            tolerances=tolerances,
-            model_names=model_names,
-            save_frozen_weights=save_frozen_weights,
             higher_is_better=higher_is_better,
-            min_delta=min_delta,
-            keep_top_k=keep_top_k,
-            metric_reduction=metric_reduction,
-            on_nonfinite=on_nonfinite,
-            format=format,
-            async_save=async_save,
-            on_save_error=on_save_error,
-            id=id,
-            resume=resume,
             metric_property_provider=metric_property_provider,
-            rank_timeout=rank_timeout,
-            save_timeout=save_timeout,
+            **settings,
         )
         self._trainer: Engine | None = None
         self._loaded: dict[str, Any] = {}

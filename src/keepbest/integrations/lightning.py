@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import MetricReduction, Reading, read_value
+from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.store.formats import Format
+from keepbest.settings import KeeperSettings, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What the newest checkpoint of Lightning names is kept under one tag: no hook tells which of them are removed.
 _PIN = "lightning"
@@ -46,49 +49,22 @@ class BestCheckpoint(Callback):
         metric_key: str,
         *,
         directory: str | Path | None = None,
-        tolerances: Sequence[int] | None = None,
-        model_names: Sequence[str] | None = None,
-        save_frozen_weights: bool = True,
         higher_is_better: bool | None = None,
-        min_delta: float = 0.0,
-        keep_top_k: int = 1,
-        metric_reduction: MetricReduction = "mean",
-        on_nonfinite: Literal["ignore", "raise"] = "ignore",
-        format: Format = "torch",  # noqa: A002  # as in BestKeeper
-        async_save: bool = False,
-        on_save_error: Literal["raise", "warn"] = "raise",
-        id: str | None = None,  # noqa: A002  # as above
-        remote: str | None = None,
-        resume: Literal["ledger"] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
-        rank_timeout: float = 120.0,
-        save_timeout: float = 1800.0,
+        **settings: Unpack[KeeperSettings],
     ) -> None:
+        check_names(settings)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
         self._directory = directory
-        self._id = id
-        self._resume = resume
+        self._id = settings.get("id")
+        self._resume = settings.get("resume")
         self._make_keeper = partial(
             BestKeeper,
             metric_key=metric_key,
-            tolerances=tolerances,
-            model_names=model_names,
-            save_frozen_weights=save_frozen_weights,
             higher_is_better=higher_is_better,
-            min_delta=min_delta,
-            keep_top_k=keep_top_k,
-            metric_reduction=metric_reduction,
-            on_nonfinite=on_nonfinite,
-            format=format,
-            async_save=async_save,
-            on_save_error=on_save_error,
-            id=id,
-            remote=remote,
-            resume=resume,
             metric_property_provider=metric_property_provider,
-            rank_timeout=rank_timeout,
-            save_timeout=save_timeout,
+            **settings,
         )
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -12,9 +12,12 @@ from transformers.trainer_callback import ExportableState
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import MetricReduction, Reading, read_value
+from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.store.formats import Format
+from keepbest.settings import KeeperSettings, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What the newest checkpoint of the Trainer names is kept under one tag: no hook tells which of them are removed.
 _PIN = "transformers"
@@ -49,42 +52,19 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         metric_key: str | None = None,
         *,
         directory: str | Path | None = None,
-        tolerances: Sequence[int] | None = None,
-        model_names: Sequence[str] | None = None,
-        save_frozen_weights: bool = True,
         higher_is_better: bool | None = None,
-        min_delta: float = 0.0,
-        keep_top_k: int = 1,
-        metric_reduction: MetricReduction = "mean",
-        on_nonfinite: Literal["ignore", "raise"] = "ignore",
-        format: Format = "torch",  # noqa: A002  # as in BestKeeper
-        async_save: bool = False,
-        on_save_error: Literal["raise", "warn"] = "raise",
-        id: str | None = None,  # noqa: A002  # as above
-        resume: Literal["ledger"] | None = None,
-        rank_timeout: float = 120.0,
-        save_timeout: float = 1800.0,
+        **settings: Unpack[KeeperSettings],
     ) -> None:
+        check_names(settings)
         self.keeper: BestKeeper | None = None
         self._metric_key = metric_key
         self._directory = None if directory is None else str(directory)
         self._higher_is_better = higher_is_better
-        self._settings: dict[str, Any] = {
-            "tolerances": None if tolerances is None else list(tolerances),
-            "model_names": None if model_names is None else list(model_names),
-            "save_frozen_weights": save_frozen_weights,
-            "min_delta": min_delta,
-            "keep_top_k": keep_top_k,
-            "metric_reduction": metric_reduction,
-            "on_nonfinite": on_nonfinite,
-            "format": format,
-            "async_save": async_save,
-            "on_save_error": on_save_error,
-            "id": id,
-            "resume": resume,
-            "rank_timeout": rank_timeout,
-            "save_timeout": save_timeout,
-        }
+        # The Trainer writes them as JSON.
+        self._settings: dict[str, Any] = {**settings}
+        for name in ("tolerances", "model_names"):
+            if self._settings.get(name) is not None:
+                self._settings[name] = list(self._settings[name])
         self._open: BestKeeper | None = None
         self._is_due = False
         self._reported: set[str] = set()
@@ -131,7 +111,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if loaded is not None and state.global_step > 0:
             keeper.load_state_dict(loaded)
         begun = TrainingIteration(update=state.global_step)
-        keeper.start(at=begun if self._settings["resume"] == "ledger" else None)
+        keeper.start(at=begun if self._settings.get("resume") == "ledger" else None)
         self.keeper = self._open = keeper
         self._is_due, self._reported = False, set()
 
@@ -238,8 +218,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         entries = everything.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]
         # Before training an entry has the name of the metric as it was given.
-        ids = [(key, self._settings["id"]), (self._metric_key, self._settings["id"])]
-        mine = [entry for entry in entries if (entry["args"]["metric_key"], entry["args"]["id"]) in ids]
+        ids = [(key, self._settings.get("id")), (self._metric_key, self._settings.get("id"))]
+        mine = [entry for entry in entries if (entry["args"]["metric_key"], entry["args"].get("id")) in ids]
         everything[name] = [entry for entry in entries if entry not in mine]
         return mine[-1]["attributes"]["resumed_state"] if mine else None
 
