@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -54,3 +55,33 @@ def test_averaged_weights_are_kept_under_plain_names_and_load_into_the_plain_mod
         model = network()
         load(tmp_path, "best_model.loss", model)
         assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+
+
+def keep_and_load_sharded(directory, file_format):
+    def average():
+        averaged = AveragedModel(network())
+        averaged.module = FullyShardedDataParallel(averaged.module, device_id=torch.device("cpu"))
+        return averaged
+
+    averaged, again = average(), average()
+    with torch.no_grad():
+        for parameter in averaged.parameters():
+            parameter.add_(1.0)
+    with BestKeeper(averaged, directory=directory, metric_key="loss", format=file_format) as keeper:
+        keeper.observe(1.0, update(1))
+    load(directory, "best_model.loss", again)
+    with (
+        FullyShardedDataParallel.summon_full_params(averaged.module),  # shards have padding, which is not kept
+        FullyShardedDataParallel.summon_full_params(again.module),
+    ):
+        return [torch.equal(one, other) for one, other in zip(averaged.parameters(), again.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_average_of_units_of_fsdp1_is_kept_under_plain_names(file_format, tmp_path):
+    equal = run_ranks(keep_and_load_sharded, 2, tmp_path, file_format)
+    assert equal == [[True] * len(equal[0])] * 2
+    assert equal[0]
+    model = network()
+    load(tmp_path, "best_model.loss", model)
+    assert torch.equal(model[0].weight, network()[0].weight + 1.0)

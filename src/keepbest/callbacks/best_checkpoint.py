@@ -121,7 +121,7 @@ class BestCheckpointCallback(PeriodicCallback):
         context = {**kwargs, "log_writer": self.log_writer.prefixed(prefix)}
         self.eval_callbacks = assemble_callbacks(config.eval_callbacks or [], **context)
         self._is_resumed = False
-        self._mark = f"best/{self.metric_key}" + ("" if config.id is None else f"/id={config.id}")
+        self._logged_name = self.metric_key if config.id is None else f"{self.metric_key}/id={config.id}"
 
     @property
     def state_key_details(self) -> list[str]:
@@ -216,16 +216,17 @@ class BestCheckpointCallback(PeriodicCallback):
 
     def _log_marks(self, outcome: Outcome, closed: AbstractSet[int]) -> None:
         """Log a new best, and what the tolerances that were not `closed` before have kept, beside the metric."""
+        mark = f"best/{self._logged_name}"
         if outcome.is_new_best:
-            self.log_writer.add_scalar(self._mark, outcome.value)
+            self.log_writer.add_scalar(mark, outcome.value)
         for tolerance, best in self.keeper.state.exceeded.items():
             if tolerance not in closed and best is not None:
-                self.log_writer.add_scalar(f"{self._mark}/tolerance={tolerance}", best.value)
+                self.log_writer.add_scalar(f"{mark}/tolerance={tolerance}", best.value)
 
     def after_training(self, **kwargs: Any) -> None:
         """Close the keeper, and log the best value and those that the tolerances kept. **Collective**."""
         self.keeper.close()
-        key = f"best_model/{self.metric_key}"
+        key = f"best_model/{self._logged_name}"
         if self.keeper.state.best is not None:
             self.log_writer.add_scalar(key, self.best_metric_value)
         for tolerance, is_exceeded in self.tolerances_is_exceeded.items():

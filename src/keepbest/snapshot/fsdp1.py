@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keepbest.models.sharding import is_dtensor, is_fsdp1
-from keepbest.models.structure import plain_key, state_dict_key
+from keepbest.models.structure import keys_of_wrappers, plain_key, state_dict_key
 from keepbest.snapshot.source import StateDict
 
 
@@ -47,7 +47,8 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
                 hook = unit.module.register_state_dict_post_hook(take_unit)  # type: ignore[no-untyped-call]
                 hooks.callback(hook.remove)
         state = module.state_dict()
-    full = {plain_key(module, key): value for key, value in state.items()}
+    wrapping = keys_of_wrappers(module)
+    full = {plain_key(module, key): value for key, value in state.items() if key not in wrapping}
     return {key: taken.get(key, value) for key, value in full.items()}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from keepbest.errors import ConfigError
 from keepbest.models.sharding import is_fsdp1
-from keepbest.models.structure import plain_key
+from keepbest.models.structure import keys_of_wrappers, plain_key
 from keepbest.ranks import Ranks
 from keepbest.snapshot.gather import Weights, cut, listing
 from keepbest.snapshot.selection import Part
@@ -60,8 +60,10 @@ def sharded_state_dict(source: Source) -> StateDict:
     """What this rank holds of a source's state dict, with plain keys. **Collective** where it holds FSDP1 units."""
     if not source.holds_fsdp1:
         return plain_state_dict(source.module)
+    wrapping = keys_of_wrappers(source.module)
     with sharded_fsdp1_state(source.module):
-        return {plain_key(source.module, key): value for key, value in source.module.state_dict().items()}
+        state = source.module.state_dict().items()
+    return {plain_key(source.module, key): value for key, value in state if key not in wrapping}
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ def _place(source: Source, present: StateDict, saved: Mapping[str, StateDict], r
         whole = {state_dict_key(source.module, key): value for key, value in {**present, **others}.items()}
         try:
             with sharded_fsdp1_state(source.module):
-                source.module.load_state_dict(whole)
+                source.module.load_state_dict(whole, strict=False)
         except BaseException as error:  # noqa: BLE001  # lose raises
             ranks.lose(step, error)
     elif others:
