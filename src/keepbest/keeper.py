@@ -353,7 +353,7 @@ class BestKeeper:
 
     def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
         """The metric that all ranks agree on; before that, they hear what rank 0 could not write."""
-        failure = self._saver.take_failure()
+        failure = self._saver.take_failure() or self._saver.take_upload_failure()
         revised = None if failure is not None else self._saver.revised_state()
         value, news = agree_on_metric(
             self._ranks,

@@ -76,6 +76,7 @@ class Saver:
         self._goes_on = goes_on
         self._staging = Staging(self._give_up_the_queued) if background else None
         self._failures: deque[Exception] = deque()
+        self._told_upload_failure: OSError | None = None
         self._lost_bests = 0
         self._known_lost_bests = 0
         self._queued: _Queued | None = None
@@ -174,13 +175,22 @@ class Saver:
 
     def take_failure(self) -> Exception | None:
         """What could not be written, for every rank to raise; told once. **Rank-local**."""
-        if (behind := self._run.take_upload_failure()) is not None:
-            self._failures.append(behind)
         while self._failures:
             failure = self._failures.popleft()
             if not (self._goes_on and isinstance(failure, OSError)):
                 return failure
             _logger.warning("%s: not written, training goes on: %s", self._name, failure)
+        return None
+
+    def take_upload_failure(self) -> Exception | None:
+        """Why the remote copy lags behind, for every rank to raise; each keeper tells it once. **Rank-local**."""
+        failure = self._run.upload_failure
+        if failure is None or failure is self._told_upload_failure:
+            return None
+        self._told_upload_failure = failure
+        if not self._goes_on:
+            return failure
+        _logger.warning("%s: training goes on: %s", self._name, failure)
         return None
 
     def revised_state(self) -> BestState | None:
@@ -238,7 +248,7 @@ class Saver:
                 _logger.warning("%s: %s", self._name, error)
 
         if self._run.remote is not None:
-            self._on_main(step, wait)
+            self._ranks.broadcast(step, wait, saving=True)
 
     def _submit(self, write: Callable[[Store], None], *, names_bests: bool) -> Job:
         if names_bests and self._queued is not None:

@@ -77,7 +77,7 @@ def test_storage_that_stops_in_the_middle_of_an_upload_and_starts_again(tmp_path
     with start_ranks(ranks_that_keep_bests_until, 2, *arguments) as ranks, Watch(place) as watch:
         for rank in (0, 1):
             ranks.wait_for(rank, "before cut", timeout=60)
-        place.link.cut_after(3_000_000)  # a snapshot has 2.8 MB
+        place.link.cut_after(1_500_000)  # a snapshot has 2.8 MB
         (tmp_path / "cut").touch()
         for rank in (0, 1):
             ranks.wait_for(rank, "before mended", timeout=60)  # training does not wait

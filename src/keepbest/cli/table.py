@@ -63,7 +63,7 @@ def read_checkpoints(run: Path | str) -> list[Checkpoint]:
         SnapshotError: if there is no ledger.
         LedgerError: if it is damaged or of another format.
     """
-    with local_copy(run, lambda history: set(history.refs.values()), only_manifests=True) as directory:
+    with local_copy(run, lambda history: set(history.refs.values()), files="none") as directory:
         history = read_history(directory)
         return [
             _read_checkpoint(directory, history, ref, name, tolerance)

@@ -11,14 +11,14 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from keepbest.errors import LedgerError, RunExistsError
-from keepbest.store.fetch import bring_up_to
+from keepbest.errors import ConfigError, LedgerError, RunExistsError
+from keepbest.store.fetch import bring_up_to, told_as_unreadable
 from keepbest.store.files import Files
 from keepbest.store.history import History, run_line
 from keepbest.store.layout import LEDGER, LOCK
 from keepbest.store.ledger import LedgerFile, Line, read_ledger
 from keepbest.store.lock import RunLock
-from keepbest.store.mirror import Committed, Mirror
+from keepbest.store.mirror import Committed, Mirror, snapshot_in
 from keepbest.store.refs import RefFolder
 from keepbest.store.remote import Remote
 from keepbest.store.snapshots import SnapshotFolder
@@ -53,6 +53,8 @@ class Commits:
         self._refs = RefFolder(files, folder)
         self._refs_lag = False
         self._remote = None if remote is None else Remote(remote)
+        if self._remote is not None and self._remote.is_at(folder):
+            raise ConfigError(f"{remote} is the directory of the run itself: a copy goes elsewhere")
         self._mirror: Mirror | None = None
         self._lock = RunLock(folder / LOCK)
         try:
@@ -78,10 +80,13 @@ class Commits:
         """
         if self._remote is None or self._mirror is not None:
             return False
-        there, is_changed = bring_up_to(self._remote, self._folder, self._files, self._ledger_bytes, check)
-        if is_changed:
+        if bring_up_to(self._remote, self._folder, self._files, self._ledger_bytes, check):
             self._read()
-        self._mirror = Mirror(self._remote, self._folder, known_bytes=there)
+        with told_as_unreadable(self._remote):
+            found = self._remote.sizes()
+        known = self.history.manifests if LEDGER in found else {}
+        arrived = frozenset(path for path in found if snapshot_in(path) in known)
+        self._mirror = Mirror(self._remote, self._folder, arrived=arrived)
         return True
 
     def check_is_whole(self) -> None:
@@ -166,7 +171,7 @@ class Commits:
         self.take_up_remote(refuse)
         self.check_is_whole()
         if self._mirror is not None:
-            self._mirror.follow(Committed(self._ledger_bytes, frozenset(self.history.kept())))
+            self._mirror.follow(self._committed(self._ledger_bytes))
         self.arrive()
 
     def arrive(self) -> None:
@@ -174,9 +179,10 @@ class Commits:
         if self._mirror is not None:
             self._mirror.arrive()
 
-    def take_upload_failure(self) -> OSError | None:
-        """Why the remote copy lags behind, if it does; told once."""
-        return None if self._mirror is None else self._mirror.take_failure()
+    @property
+    def upload_failure(self) -> OSError | None:
+        """Why the remote copy lags behind, if it does."""
+        return None if self._mirror is None else self._mirror.failure
 
     def repair(self) -> None:
         """Finish or undo what a crash left, as a resume would: a torn line, refs that lag, what no ref needs.
@@ -196,9 +202,11 @@ class Commits:
     def close(self) -> None:
         """Give the folder free for other processes; a second call does nothing."""
         try:
-            self._stop_following()
-            if self._ledger is not None:
-                self._ledger.close()
+            try:
+                self._stop_following()
+            finally:
+                if self._ledger is not None:
+                    self._ledger.close()
         except OSError as error:
             # Who waits for a line syncs it; what was not synced may be lost, as it may be in a crash.
             _logger.warning("%s: the newest observations may be lost: %s", self._folder, error)
@@ -215,9 +223,18 @@ class Commits:
         """Remove what nothing needs, but for what is still being brought to the remote storage."""
         kept = self.history.kept()
         if self._mirror is not None and self._ledger is not None:
-            self._mirror.follow(Committed(self._ledger.size, frozenset(kept)))
+            self._mirror.follow(self._committed(self._ledger.size))
             kept |= self._mirror.held()
         self._snapshots.remove_all_but(kept)
+
+    def _committed(self, ledger_bytes: int) -> Committed:
+        manifests = self.history.manifests
+        return Committed(
+            self.history.run_id,
+            ledger_bytes,
+            {name: manifests[name] for name in self.history.kept()},
+            frozenset(manifests),
+        )
 
     def _stop_following(self) -> None:
         if self._mirror is None:

@@ -75,7 +75,7 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
     files: dict[str, StateDict] = {}
 
     def read() -> dict[str, Any]:
-        with local_copy(run, snapshot_of(ref)) as directory:
+        with local_copy(run, snapshot_of(ref), files="unsharded") as directory:
             folder, manifest = read_manifest(directory, read_history(directory), ref)
             if not is_sharded(manifest["files"]):
                 files.update(read_weights(folder, manifest))
@@ -90,9 +90,12 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
 
         with ExitStack() as stack:
             # Every rank reads, and ranks on other hosts would not see a copy of rank 0's.
-            directory = ranks.agree(step, lambda: stack.enter_context(local_copy(run, snapshot_of(ref))), saving=True)
+            copy = local_copy(run, lambda _: {manifest["folder"]})
+            directory = ranks.agree(step, lambda: stack.enter_context(copy), saving=True)
             folder = directory / CHECKPOINTS / SNAPSHOTS / manifest["folder"]
-            load_shards(folder, model, parts, manifest["files"], left_out, ranks=ranks, step=step)
+            load_shards(
+                folder, model, parts, manifest["files"], left_out, ranks=ranks, step=step, is_shared=not is_remote(run)
+            )
     else:
         place_weights(model, parts, files, left_out, ranks=ranks)
     return LoadedSnapshot(

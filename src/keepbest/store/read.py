@@ -51,14 +51,19 @@ def read_manifest(directory: Path, history: History, ref: str) -> tuple[Path, di
 def read_snapshot_manifest(directory: Path, history: History, snapshot: str) -> tuple[Path, dict[str, Any]]:
     """Folder and manifest of `snapshot`. Raises as `read_manifest`."""
     folder = directory / CHECKPOINTS / SNAPSHOTS / snapshot
+    return folder, manifest_in(folder, history.manifests.get(snapshot))
+
+
+def manifest_in(folder: Path, digest: str | None) -> dict[str, Any]:
+    """The manifest of the snapshot in `folder`, which the ledger knows by this digest. Raises as `read_manifest`."""
     try:
         text = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise SnapshotError(f"snapshot {snapshot} cannot be read: {error}") from error
-    if manifest_digest(text) != history.manifests.get(snapshot):
+        raise SnapshotError(f"snapshot {folder.name} cannot be read: {error}") from error
+    if manifest_digest(text) != digest:
         raise SnapshotError(f"{folder / MANIFEST} is damaged: it is not what the ledger recorded")
     try:
-        return folder, _checked(json.loads(text))
+        return _checked(json.loads(text))
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{folder / MANIFEST} makes no sense: {error!r}") from error
 

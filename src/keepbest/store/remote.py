@@ -10,7 +10,7 @@ The storage must give an object its new content in one step, as object stores do
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,14 @@ class Remote:
 
     def read_ledger(self) -> bytes:
         """The ledger; empty if there is none."""
+        return self.read(LEDGER) or b""
+
+    def read(self, path: str) -> bytes | None:
+        """What is at `path` below `checkpoints`; `None` if there is nothing."""
         try:
-            data: bytes = self._filesystem.cat_file(f"{self._root}{LEDGER}")
+            data: bytes = self._filesystem.cat_file(f"{self._root}{path}")
         except FileNotFoundError:
-            return b""
+            return None
         return data
 
     def write_ledger(self, data: bytes) -> None:
@@ -94,9 +98,14 @@ class Remote:
         """Bring what is at `path` below `checkpoints` to a file."""
         self._filesystem.get_file(f"{self._root}{path}", str(file))
 
-    def remove(self, paths: Iterable[str]) -> None:
-        """Remove objects below `checkpoints`."""
-        self._filesystem.rm([f"{self._root}{path}" for path in paths])
+    def remove(self, path: str) -> None:
+        """Remove what is at `path` below `checkpoints`."""
+        self._filesystem.rm_file(f"{self._root}{path}")
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether this is where `folder`, a `checkpoints` of this machine, is."""
+        is_local = "file" in self._filesystem.protocol
+        return is_local and Path(self._root).resolve() == folder.resolve()
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -130,10 +130,11 @@ def load_shards(
     *,
     ranks: Ranks,
     step: str,
+    is_shared: bool = True,
 ) -> None:
     """Load what `write_shards` wrote, each rank its shards of it. **Collective**.
 
-    Every rank verifies its share of the files first.
+    Every rank verifies its share of the files first, or all of them, if others do not see the same ones.
 
     Args:
         folder: of the snapshot, or this rank's copy of it.
@@ -143,6 +144,7 @@ def load_shards(
         left_out: the keys of each part that were not saved; exactly these may be missing.
         ranks: of the model.
         step: what is being done, in words.
+        is_shared: whether the ranks see one folder, or each has a copy of its own.
 
     Raises:
         SnapshotError: on every rank, if a file is missing or damaged, or keys or shapes differ from the model's; the
@@ -152,7 +154,7 @@ def load_shards(
     group = ranks.patient_group()
 
     def verify() -> None:
-        for name in sorted(files)[ranks.rank :: ranks.world_size]:
+        for name in sorted(files)[ranks.rank :: ranks.world_size] if is_shared else files:
             check_file(folder / name, files[name])
 
     def find() -> tuple[list[Source], dict[str, StateDict]]:

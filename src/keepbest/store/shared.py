@@ -93,9 +93,10 @@ class SharedRun:
         store = self._store
         return self._writer is not None and store is not None and self._writer.replace(job, lambda: work(store))
 
-    def take_upload_failure(self) -> OSError | None:
-        """Why the remote copy lags behind, if it does; told once. **Rank-local**."""
-        return None if self._store is None else self._store.take_upload_failure()
+    @property
+    def upload_failure(self) -> OSError | None:
+        """Why the remote copy lags behind, if it does. **Rank-local**."""
+        return None if self._store is None else self._store.upload_failure
 
     def join(self, keeper: str, remote: str | None) -> None:
         """`keeper`, which wants a copy of the run at `remote`, takes up its work. **Rank-local**, on every rank.

@@ -276,9 +276,10 @@ class Store:
         """Wait until the remote copy, if there is one, has all that was committed. Raises `OSError`."""
         self._commits.arrive()
 
-    def take_upload_failure(self) -> OSError | None:
-        """Why the remote copy lags behind, if it does; told once."""
-        return self._commits.take_upload_failure()
+    @property
+    def upload_failure(self) -> OSError | None:
+        """Why the remote copy lags behind, if it does."""
+        return self._commits.upload_failure
 
     def close(self) -> None:
         """Give the folder free for other processes; a second call does nothing."""

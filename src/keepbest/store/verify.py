@@ -8,10 +8,11 @@ from typing import Literal
 
 from keepbest.errors import SnapshotError
 from keepbest.store.digest import check_file
-from keepbest.store.fetch import local_copy
+from keepbest.store.fetch import local_copy, read_remote_ledger, told_as_unreadable
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, REFS, SNAPSHOTS, TEMPORARY
 from keepbest.store.ledger import read_ledger
+from keepbest.store.mirror import snapshot_in
 from keepbest.store.read import read_history, read_snapshot_manifest
 from keepbest.store.remote import Remote, check_remote, is_remote
 from keepbest.store.store import Store
@@ -92,19 +93,29 @@ def upload(directory: Path, url: str) -> None:
 
 
 def _remote_faults(url: str) -> list[Fault]:
-    with local_copy(url) as directory:
+    remote = Remote(url)
+    while True:
+        before = read_remote_ledger(remote)
+        faults = _faults_of_remote(remote)
+        # A run that goes on may have removed what its ledger named a moment ago.
+        if not faults or read_remote_ledger(remote) == before:
+            return faults
+
+
+def _faults_of_remote(remote: Remote) -> list[Fault]:
+    with local_copy(remote.url) as directory:
         history = read_history(directory)
     faults = []
     for name in sorted(history.kept()):
-        with local_copy(url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
+        with local_copy(remote.url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
             found = _snapshot_faults(directory, history, name)
-            faults += [Fault(fault.kind, fault.message.replace(str(directory), url)) for fault in found]
+            faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in found]
     kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.kept())
-    left = [path for path in sorted(Remote(url).sizes()) if path != LEDGER and not path.startswith(kept)]
-    return [
-        *faults,
-        *(Fault("unfinished", f"{url}/{CHECKPOINTS}/{path} is left over; nothing needs it") for path in left),
-    ]
+    with told_as_unreadable(remote):
+        paths = sorted(remote.sizes())
+    left = [path for path in paths if snapshot_in(path) is not None and not path.startswith(kept)]
+    leftovers = (f"{remote.url}/{CHECKPOINTS}/{path} is left over; nothing needs it" for path in left)
+    return [*faults, *(Fault("unfinished", message) for message in leftovers)]
 
 
 def _ledger_faults(path: Path) -> list[Fault]:

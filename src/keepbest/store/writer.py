@@ -57,13 +57,21 @@ class Writer:
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs)
 
-    def close(self) -> None:
-        """Drain, and end the thread. A second call does nothing."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Drain, and end the thread. A second call does nothing.
+
+        Args:
+            timeout: seconds after which the thread is left to itself.
+
+        Returns:
+            Whether it has ended.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout)
         atexit.unregister(self.close)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
