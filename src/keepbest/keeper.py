@@ -57,7 +57,7 @@ class BestKeeper:
         on_save_error: whether a save that fails raises, or training goes on with the last durable best to beat.
         id: tells two keepers of the same metric apart.
         remote: URL of fsspec, like s3://bucket/runs/a, where a copy of the run follows each commit in the background;
-            `close` waits for it. A resume in an empty `directory` brings the run back from there.
+            `start` and `close` wait for it. A resume in an empty `directory` brings the run back from there.
         resume: "ledger" goes on from what the run folder tells; `None` needs an empty folder, or `load_state_dict`.
         metric_property_provider: knows the direction of metrics by their name.
         process_group: the ranks that keep the run together; `None` is the default group, or one process.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 
@@ -24,6 +25,13 @@ class Place:
 
     def objects(self) -> dict[str, bytes]:
         return self.server.objects(f"{self.prefix}/checkpoints")
+
+    def wait_for_a_snapshot(self) -> None:
+        """Until the ledger there names one."""
+        deadline = time.monotonic() + 60
+        while b'"snapshot"' not in self.objects().get("ledger.jsonl", b""):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def snapshots(self) -> set[str]:
         return {path.split("/")[1] for path in self.objects() if path.startswith("snapshots/")}

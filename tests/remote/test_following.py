@@ -77,6 +77,7 @@ def test_storage_that_stops_in_the_middle_of_an_upload_and_starts_again(tmp_path
     with start_ranks(ranks_that_keep_bests_until, 2, *arguments) as ranks, Watch(place) as watch:
         for rank in (0, 1):
             ranks.wait_for(rank, "before cut", timeout=60)
+        place.wait_for_a_snapshot()
         place.link.cut_after(1_500_000)  # a snapshot has 2.8 MB
         (tmp_path / "cut").touch()
         for rank in (0, 1):
@@ -167,7 +168,8 @@ def test_process_that_is_killed_in_the_middle_of_an_upload_leaves_an_earlier_sta
     with start_ranks(ranks_that_keep_bests_until, 2, directory, place.url, environment(place), tmp_path) as ranks:
         for rank in (0, 1):
             ranks.wait_for(rank, "before cut", timeout=60)
-        place.link.cut_after(2_000_000)
+        place.wait_for_a_snapshot()
+        place.link.cut_after(1_500_000)
         (tmp_path / "cut").touch()
         assert place.link.is_cut.wait(60)
         for rank in (0, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from keepbest import load
 from keepbest.cli.app import app
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError
 from keepbest.store.export import export
+from keepbest.store.remote import Remote
 from keepbest.store.verify import verify
 from tests.ranks.pool import run_ranks
 from tests.remote.server import BUCKET, CREDENTIALS
@@ -166,6 +168,35 @@ def test_damage_and_leftovers_of_the_copy_are_found(finished):
 def test_ranks_load_shards_from_the_copy(tmp_path, place):
     environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": place.link.url}
     assert run_ranks(save_and_load_shards, 2, tmp_path, place.url, environment) == [[2.0, 2.0]] * 2
+
+
+def test_damage_on_the_way_to_a_rank_is_found_there(tmp_path, place):
+    environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": place.link.url}
+    run_ranks(save_and_load_shards, 2, tmp_path, place.url, environment)
+    for told in run_ranks(told_damage, 2, place.url, environment):
+        assert len(told) == 4
+        assert all("damaged" in each and place.url in each for each in told)
+
+
+def told_damage(url, environment):
+    """What loading raises where each rank in turn gets each share damaged."""
+    os.environ.update(environment)
+    get, told = Remote.get, []
+    for rank, share in itertools.product((0, 1), ("__0_0.distcp", "__1_0.distcp")):
+
+        def get_damaged(remote, path, file, rank=rank, share=share):
+            get(remote, path, file)
+            if path.endswith(share) and torch.distributed.get_rank() == rank:
+                body = bytearray(file.read_bytes())
+                body[len(body) // 2] ^= 1
+                file.write_bytes(body)
+
+        Remote.get = get_damaged
+        try:
+            load(url, TOLERANCE, fully_shard(nn.Linear(4, 4)))
+        except SnapshotError as error:
+            told.append(str(error))
+    return told
 
 
 def save_and_load_shards(directory, url, environment):

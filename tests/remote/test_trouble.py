@@ -59,6 +59,8 @@ def test_what_is_not_of_this_run_stays(tmp_path, place):
         place.put(path, data)
     run = Run(tmp_path, remote=place.url)
     with run.keeper:
+        others["snapshots/E1/model.pt"] = b"of somebody who does not know that this place is taken"
+        place.put("snapshots/E1/model.pt", others["snapshots/E1/model.pt"])
         run.observe(3.0, 2.0, 1.0)
     assert place.objects() == {**others, **local_files(tmp_path)}
 
