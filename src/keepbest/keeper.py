@@ -161,7 +161,8 @@ class BestKeeper:
             RunExistsError: on every rank, if the folder holds another run, one that is not resumed, or one in use.
             LedgerError: on every rank, if the ledger is damaged or of another format.
             ConfigError: on every rank, if another keeper in the folder has the same name.
-            StorageError: on every rank, if the folder cannot be written.
+            SnapshotError: on every rank, if the remote copy cannot be read, or is damaged.
+            StorageError: on every rank, if the folder, or the remote storage, cannot be written.
         """
         if self._phase != "new":
             return
@@ -169,7 +170,9 @@ class BestKeeper:
         step = f"take up {self.directory} for {self.name}"
         try:
             self._ranks.agree(step, self._join, state=lambda _: resumes)
-            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=True)
+            # Only a remote copy may take long to be brought here.
+            saving = self._remote is not None
+            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=saving)
         except BaseException:
             self._leave()
             raise
@@ -267,7 +270,7 @@ class BestKeeper:
         A second call does nothing.
 
         Raises:
-            StorageError: on every rank, if something could not be written.
+            StorageError: on every rank, if something could not be written, here or in the remote storage.
         """
         phase, self._phase = self._phase, "closed"
         if phase != "started":

@@ -270,7 +270,7 @@ class Saver:
             if weights is not None and weights.buffer is not None:
                 weights.buffer.wait()
             self._write(store, kept, ticket, weights)
-        except Exception:
+        except Exception:  # whatever it was, the ledger must know that this best is lost
             self._lost_bests += 1
             store.observe(self._name, replace(kept.observation, durable=False), kept.exceeded)
             raise

@@ -65,5 +65,5 @@ def ranks_that_keep_bests_until(
                 keeper.observe(10.0 - number, TrainingIteration(update=number))
             child.announce(f"before {sign}")
             while not (signs / sign).exists():
-                time.sleep(0.01)
+                time.sleep(0.01)  # the test makes it, in another process
     return keeper.state.best.value

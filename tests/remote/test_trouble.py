@@ -137,6 +137,17 @@ def test_second_run_is_refused_though_the_first_has_observed_nothing_yet(tmp_pat
     assert place.objects() == local_files(tmp_path / "first")
 
 
+def test_file_that_only_looks_like_one_of_this_run_is_replaced(tmp_path, place):
+    twin = Run(tmp_path / "twin")
+    twin.observe(3.0)
+    size = (twin.keeper.best_path / "model.pt").stat().st_size
+    run = Run(tmp_path / "run", remote=place.url)
+    with run.keeper:
+        place.put("snapshots/U1/model.pt", b"x" * size)
+        run.observe(3.0)
+    assert place.objects() == local_files(tmp_path / "run")
+
+
 def test_copy_of_the_run_in_itself_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a copy goes elsewhere"):
         Run(tmp_path, remote=f"file://{tmp_path}").keeper.start()

@@ -20,7 +20,7 @@ from keepbest.store.mirror import snapshot_in
 from keepbest.store.read import manifest_in, read_history
 from keepbest.store.remote import Remote, is_remote
 
-_TRIES = 5
+TRIES = 5
 _LOCAL_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -62,7 +62,7 @@ def local_copy(
     with tempfile.TemporaryDirectory(prefix="keepbest-") as space:
         directory = Path(space)
         (directory / CHECKPOINTS / SNAPSHOTS).mkdir(parents=True)
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             ledger = _fetch_ledger(remote, directory)
             history = read_history(directory)
             names = wanted(history)

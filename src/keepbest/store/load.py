@@ -65,6 +65,7 @@ def load(
         SnapshotError: on every rank, if there is no such run or ref, a file is missing or damaged, or the snapshot is
             of another model; the model is then as it was.
         LedgerError: on every rank, if the ledger is damaged or of another format.
+        ConfigError: on every rank, if the URL cannot be opened here.
     """
     ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
     return load_into(model, run, ref, ranks=ranks)

@@ -152,10 +152,8 @@ class Mirror:
                 if is_final or self._is_over.is_set() or time.monotonic() + delay > failing_since + patience:
                     raise
                 _logger.warning("%s: %r; trying again in %g s", self._remote.url, error, delay)
-            if self._is_closing.is_set():
-                time.sleep(delay)
-            else:
-                self._is_closing.wait(delay)
+            # A run that ends does not wait out a delay, and one that was left waits no more.
+            (self._is_over if self._is_closing.is_set() else self._is_closing).wait(delay)
 
     def _pass(self, committed: Committed, brought: set[str]) -> None:
         with (self._folder / LEDGER).open("rb") as file:

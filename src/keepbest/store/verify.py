@@ -8,7 +8,7 @@ from typing import Literal
 
 from keepbest.errors import SnapshotError
 from keepbest.store.digest import check_file
-from keepbest.store.fetch import local_copy, read_remote_ledger, told_as_unreadable
+from keepbest.store.fetch import TRIES, local_copy, read_remote_ledger, told_as_unreadable
 from keepbest.store.history import History
 from keepbest.store.layout import CHECKPOINTS, LEDGER, MANIFEST, REFS, SNAPSHOTS, TEMPORARY
 from keepbest.store.ledger import read_ledger
@@ -94,12 +94,14 @@ def upload(directory: Path, url: str) -> None:
 
 def _remote_faults(url: str) -> list[Fault]:
     remote = Remote(url)
-    while True:
+    faults: list[Fault] = []
+    for _ in range(TRIES):
         before = read_remote_ledger(remote)
         faults = _faults_of_remote(remote)
         # A run that goes on may have removed what its ledger named a moment ago.
         if not faults or read_remote_ledger(remote) == before:
-            return faults
+            break
+    return faults
 
 
 def _faults_of_remote(remote: Remote) -> list[Fault]:
