@@ -9,8 +9,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from benchmarks import measure
 from benchmarks.contestants import Action
 from benchmarks.measure import Line, Report, Samples, Size, shard
+from keepbest.capture.gathered import Weights, take_snapshot
+from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
-from keepbest.snapshot import Staging, Weights, select_parts, take_snapshot
+from keepbest.staging.host import Staging
 
 FRESH, STAGED, REFERENCE = "keepbest", "keepbest into a staging buffer", "get_model_state_dict"
 

@@ -36,10 +36,14 @@ IMPURE_MODULES = {
 # The one path runs from the top to the bottom of this list, and no step calls back up; the shells stand around it.
 PATH = [
     "keeper",
-    "saving",
+    "export",
+    "load",
     "settings",
-    "store",
-    "snapshot",
+    "remote",
+    "saving",
+    "capture",
+    "staging",
+    "modules",
     "metric",
     "ranks",
     "decision",
@@ -49,12 +53,12 @@ PATH = [
 ]
 SHELLS = ["callbacks", "cli", "data", "integrations", "launch", "training"]
 
-COLLECTIVES_LIVE_IN = ("ranks/", "snapshot/", "data/")
+COLLECTIVES_LIVE_IN = ("ranks/", "capture/", "data/")
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "callbacks/checkpoint.py",
-    "models/sharding.py",  # tells what is sharded
-    "store/sharded.py",  # torch's distributed checkpoints
+    "formats/dcp.py",
+    "modules/kinds.py",  # tells what is sharded
     "training/strategy.py",
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)

@@ -15,7 +15,7 @@ from keepbest.decision import Best
 from keepbest.errors import ConfigError, InvalidMetricError, IterationError, RunExistsError, SnapshotError
 from tests.ranks.child import pause
 from tests.ranks.pool import run_ranks, start_ranks
-from tests.store.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
+from tests.run.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
 
 BEST = "best_model.loss"
 

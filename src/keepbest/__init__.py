@@ -6,8 +6,8 @@ from keepbest.decision import Outcome
 from keepbest.errors import KeepBestError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
+from keepbest.load import LoadedSnapshot, load
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.store.load import LoadedSnapshot, load
 
 __all__ = [
     "BestKeeper",

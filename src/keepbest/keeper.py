@@ -16,17 +16,20 @@ from torch import nn
 
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
+from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
+from keepbest.load import load_into
 from keepbest.metric import MetricReduction, Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
-from keepbest.saving import DISK_REMEDY, Saver
+from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.run.names import best_ref
+from keepbest.run.record import Store
+from keepbest.run.ref_moves import Kept
+from keepbest.run.takeover import LoadedState
+from keepbest.saving.open_run import SharedRun
+from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings import Settings, check_settings
-from keepbest.store import LoadedState, SharedRun, Store, best_ref
-from keepbest.store.formats import Format
-from keepbest.store.layout import CHECKPOINTS, SNAPSHOTS
-from keepbest.store.load import load_into
-from keepbest.store.moves import Kept
 
 _logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
+from keepbest.formats.format import Format, check_format
 from keepbest.metric import MetricReduction, check_reduction
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.snapshot import Part, select_parts
-from keepbest.store.formats import Format, check_format
-from keepbest.store.remote import check_local, check_remote
+from keepbest.modules.parts import Part, select_parts
+from keepbest.remote.storage import check_local, check_remote
 
 
 class KeeperSettings(TypedDict, total=False):

@@ -24,7 +24,7 @@ from keepbest.errors import ConfigError, MissingMetricError
 from tests.callbacks.context import Regression, make_context, make_counter, make_samples
 from tests.callbacks.test_offline_loss import one_by_one
 from tests.ranks.pool import run_ranks
-from tests.store.runs import ledger, refs, snapshots
+from tests.run.runs import ledger, refs, snapshots
 from tests.training.toys import make_trainer
 
 KEY = "loss/val/total"

@@ -17,7 +17,7 @@ from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.cli.work import train
 from keepbest.errors import PreemptedError
-from keepbest.store.verify import verify
+from keepbest.run.verify import verify
 from tests.cli import runs
 from tests.ranks.pool import start_ranks
 from tests.training.test_preemption import with_signal

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli import runs
 from tests.debian import install
-from tests.store.runs import Run, refs
+from tests.run.runs import Run, refs
 
 ATTACK = '<script>document.title="stolen"</script><img src=x onerror=document.title="stolen">'
 METRIC = f'loss & {ATTACK}/größe "x" $\\frac{{$'

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from keepbest.store import store
-from keepbest.store.files import DurableFile, Files
+from keepbest.run import record as store
+from keepbest.run.files import DurableFile, Files
 
 OPERATIONS = (
     "create", "append", "write", "sync", "close", "truncate", "rename", "sync_folder", "link", "remove",

@@ -12,8 +12,8 @@ from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.decision import BestState, Observation, Policy, fold
-from keepbest.store.read import read_history
-from keepbest.store.verify import verify
+from keepbest.run.reader import read_history
+from keepbest.run.verify import verify
 
 BEST = "best_model.loss"
 # New bests at 1, 2, 5 and 8; tolerance 1 is exceeded at 4 and keeps 2, tolerance 5 never.

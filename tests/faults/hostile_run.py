@@ -11,7 +11,7 @@ from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import KeepBestError
-from keepbest.store.verify import verify
+from keepbest.run.verify import verify
 
 BEST = "best_model.loss"
 VALUES = [3.0, 2.0, 2.5, 1.0]  # new bests at 1, 2 and 4

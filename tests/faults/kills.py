@@ -19,10 +19,10 @@ from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCallbackConfig
 from keepbest.callbacks.periodic import PeriodicCallback
-from keepbest.store import shared
-from keepbest.store.files import DurableFile, Files
-from keepbest.store.layout import LEDGER
-from keepbest.store.store import Store
+from keepbest.run.files import DurableFile, Files
+from keepbest.run.layout import LEDGER
+from keepbest.run.record import Store
+from keepbest.saving import open_run as shared
 from tests.ranks.child import announce
 from tests.training import toys
 

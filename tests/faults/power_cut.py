@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keepbest.store.files import DurableFile, Files
+from keepbest.run.files import DurableFile, Files
 
 ALL_SUBSETS_UP_TO = 8
 SUBSETS_ABOVE = 256

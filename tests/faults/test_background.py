@@ -15,9 +15,9 @@ from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration
 from keepbest.errors import SnapshotError, StorageError
-from keepbest.store import store as store_module
-from keepbest.store.files import DurableFile, Files
-from keepbest.store.verify import verify
+from keepbest.run import record as store_module
+from keepbest.run.files import DurableFile, Files
+from keepbest.run.verify import verify
 from tests.ranks.pool import run_ranks
 
 REF = "best_model.loss"

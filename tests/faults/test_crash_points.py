@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from keepbest.capture.gathered import Weights
 from keepbest.decision import BestState, Observation, Policy, decide
 from keepbest.iteration import TrainingIteration
-from keepbest.snapshot import Part, Weights
-from keepbest.store import Store, best_ref
-from keepbest.store.ledger import read_ledger
-from keepbest.store.moves import Kept
-from keepbest.store.verify import repair, verify
+from keepbest.modules.parts import Part
+from keepbest.run.ledger import read_ledger
+from keepbest.run.names import best_ref
+from keepbest.run.record import Store
+from keepbest.run.ref_moves import Kept
+from keepbest.run.verify import repair, verify
 from tests.faults.power_cut import Enter, RecordingFiles, Sync, Write
 
 LOSS, ACCURACY = best_ref("loss"), best_ref("accuracy")

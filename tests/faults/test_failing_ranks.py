@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from keepbest import BestKeeper, MetricPropertyProvider, TrainingIteration
+from keepbest.capture.transfer import ShardTransfer
 from keepbest.errors import KeepBestError, PoisonedError, RankFailedError, RankTimeoutError
-from keepbest.snapshot.shards import ShardTransfer
 from tests.faults.broken_files import install
 from tests.ranks.pool import run_ranks, start_ranks
 

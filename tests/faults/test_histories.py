@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration
-from keepbest.store.files import DurableFile, Files
-from keepbest.store.verify import verify
+from keepbest.run.files import DurableFile, Files
+from keepbest.run.verify import verify
 
 REF = "best_model.loss"
 Seen = tuple[float, int]
@@ -262,7 +262,7 @@ class Histories(RuleBasedStateMachine):
 
 
 def test_2000_histories_end_as_the_rules_say(monkeypatch):
-    monkeypatch.setattr("keepbest.store.store.Files", _FastFiles)
+    monkeypatch.setattr("keepbest.run.record.Files", _FastFiles)
     run_state_machine_as_test(
         Histories,
         settings=settings(

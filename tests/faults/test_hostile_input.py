@@ -17,8 +17,8 @@ import xxhash
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, KeepBestError
-from keepbest.store.snapshots import manifest_digest
-from keepbest.store.verify import repair, verify
+from keepbest.run.snapshot_folder import manifest_digest
+from keepbest.run.verify import repair, verify
 from tests.faults.hostile_run import (
     BEST,
     NEWEST,

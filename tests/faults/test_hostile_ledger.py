@@ -9,7 +9,7 @@ import pytest
 
 from keepbest import load
 from keepbest.errors import KeepBestError, LedgerError
-from keepbest.store.verify import repair, verify
+from keepbest.run.verify import repair, verify
 from tests.faults.hostile_run import (
     BEST,
     NEWEST,

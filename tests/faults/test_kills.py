@@ -28,11 +28,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from keepbest.callbacks.resume_folder import STATE_FILE
 from keepbest.errors import SnapshotError, StorageError
-from keepbest.store import best_ref
-from keepbest.store.layout import CHECKPOINTS, LEDGER
-from keepbest.store.names import tolerance_ref
-from keepbest.store.read import read_history, read_manifest, read_snapshot_manifest
-from keepbest.store.verify import verify
+from keepbest.run.layout import CHECKPOINTS, LEDGER
+from keepbest.run.names import best_ref, tolerance_ref
+from keepbest.run.reader import read_history, read_manifest, read_snapshot_manifest
+from keepbest.run.verify import verify
 from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Death, Session, train
 from tests.ranks.pool import Outcome, run_ranks, start_ranks
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from keepbest.decision import Observation, fold
 from keepbest.errors import StorageError
-from keepbest.store.verify import verify
+from keepbest.run.verify import verify
 from tests.faults.broken_files import OPERATIONS, Fault, install
 from tests.faults.filled_run import (
     BEST,

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from keepbest.store.verify import verify
+from keepbest.run.verify import verify
 from tests.cli import runs
 from tests.hosts.network import HOSTS, Network, two_hosts
 

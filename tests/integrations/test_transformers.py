@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from keepbest.errors import ConfigError, MissingMetricError, RunExistsError
+from keepbest.export import export
 from keepbest.integrations.transformers import BestCheckpoint
-from keepbest.store.export import export
-from keepbest.store.files import Files
+from keepbest.run.files import Files
 from tests.integrations.trainer_runs import (
     VALUES,
     abandon_all,
@@ -32,7 +32,7 @@ from tests.integrations.trainer_runs import (
     weights_of_checkpoint,
 )
 from tests.ranks.pool import run_ranks, start_ranks
-from tests.store.runs import ledger, refs, snapshots
+from tests.run.runs import ledger, refs, snapshots
 
 
 def run(directory, strategy, settings, arguments):

@@ -12,11 +12,11 @@ import xxhash
 from torch import nn
 
 from keepbest import TrainingIteration
-from keepbest.store import commits
-from keepbest.store.history import History
-from keepbest.store.mirror import Mirror
+from keepbest.remote.upload import Mirror
+from keepbest.run import folder as commits
+from keepbest.run.history import History
 from tests.ranks import child
-from tests.store.runs import Run, set_weights
+from tests.run.runs import Run, set_weights
 
 WIDE = 700_000  # weights, of 4 bytes
 

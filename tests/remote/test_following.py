@@ -12,14 +12,14 @@ import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from keepbest.errors import ConfigError, LedgerError, StorageError
-from keepbest.store import commits
-from keepbest.store.mirror import Mirror
-from keepbest.store.remote import Remote
-from keepbest.store.verify import upload, verify
+from keepbest.remote.storage import Remote
+from keepbest.remote.upload import Mirror
+from keepbest.run import folder as commits
+from keepbest.run.verify import upload, verify
 from tests.ranks.pool import run_ranks, start_ranks
 from tests.remote.runs import broken_promises, local_files, ranks_that_keep_bests_until
 from tests.remote.server import BUCKET, CREDENTIALS
-from tests.store.runs import Run
+from tests.run.runs import Run
 from tests.training import toys
 
 

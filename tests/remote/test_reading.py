@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from keepbest import load
 from keepbest.cli.app import app
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError
-from keepbest.store.export import export
-from keepbest.store.remote import Remote
-from keepbest.store.verify import verify
+from keepbest.export import export
+from keepbest.remote.storage import Remote
+from keepbest.run.verify import verify
 from tests.ranks.pool import run_ranks
 from tests.remote.server import BUCKET, CREDENTIALS
-from tests.store.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
+from tests.run.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
 
 VALUES = (5.0, 4.0, 6.0, 3.0, 7.0, 7.0, 2.0)
 BEST = "best_model.loss"

@@ -13,12 +13,13 @@ from torch import nn
 
 from keepbest import load
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError, StorageError
-from keepbest.store import commits, mirror
-from keepbest.store.mirror import Mirror
-from keepbest.store.remote import Remote
-from keepbest.store.verify import upload, verify
+from keepbest.remote import upload as mirror
+from keepbest.remote.storage import Remote
+from keepbest.remote.upload import Mirror
+from keepbest.run import folder as commits
+from keepbest.run.verify import upload, verify
 from tests.remote.runs import broken_promises, local_files
-from tests.store.runs import Run, refs, set_weights, update
+from tests.run.runs import Run, refs, set_weights, update
 
 BEST = "best_model.loss"
 _numbers = itertools.count()

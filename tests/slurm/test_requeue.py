@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from keepbest.store.read import read_history
-from keepbest.store.verify import verify
+from keepbest.run.reader import read_history
+from keepbest.run.verify import verify
 from tests.cli import runs
 from tests.slurm.cluster import NODES, Cluster, Job
 from tests.slurm.scripts import edited

@@ -21,7 +21,7 @@ from keepbest.models import Model
 from keepbest.training.config import TrainerConfig
 from tests.cli import runs
 from tests.ranks.pool import run_ranks
-from tests.store.runs import refs
+from tests.run.runs import refs
 from tests.training import toys
 
 DECAY = 0.4

@@ -15,11 +15,11 @@ from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.decision import Outcome
+from keepbest.formats.format import Format
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import MetricReduction, read_scalar
-from keepbest.store.formats import Format
-from keepbest.store.read import ledger_exists
+from keepbest.run.reader import ledger_exists
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter

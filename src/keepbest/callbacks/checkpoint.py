@@ -29,11 +29,11 @@ from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
+from keepbest.formats.dcp import one_error
 from keepbest.interval import IntervalType
-from keepbest.models.structure import plain_key
+from keepbest.modules.wrappers import plain_key
 from keepbest.random_state import read_random_state
 from keepbest.ranks import Ranks
-from keepbest.store.sharded import one_error
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter

@@ -12,7 +12,7 @@ from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback, Perio
 from keepbest.data.gather import Results
 from keepbest.errors import ConfigError
 from keepbest.interval import IntervalType
-from keepbest.models import unwrap
+from keepbest.modules.wrappers import unwrap
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter

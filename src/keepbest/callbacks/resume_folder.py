@@ -6,7 +6,7 @@ from pathlib import Path
 
 from keepbest.errors import ConfigError, IterationError
 from keepbest.iteration import TrainingIteration
-from keepbest.store.files import Files
+from keepbest.run.files import Files
 
 STATE_FILE = "trainer.pt"
 

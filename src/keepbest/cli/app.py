@@ -20,10 +20,10 @@ from keepbest.cli.table import print_json, print_table
 from keepbest.cli.tolerance import parse_tolerances, print_tolerances
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
+from keepbest.export import export
 from keepbest.launch import Process, distributed
-from keepbest.store.export import export
-from keepbest.store.remote import check_local
-from keepbest.store.verify import repair, upload, verify
+from keepbest.remote.storage import check_local
+from keepbest.run.verify import repair, upload, verify
 
 # Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
 _OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)

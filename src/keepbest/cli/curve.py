@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from keepbest.decision import Best, BestState, decide
 from keepbest.errors import SnapshotError
 from keepbest.iteration import TrainingIteration
-from keepbest.store.history import Entry, History, KeeperHistory, Timeline
+from keepbest.run.history import Entry, History, KeeperHistory, Timeline
 
 _UNITS = ("update", "epoch", "sample")
 

@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 
 from keepbest.cli.console import console
-from keepbest.store.fetch import local_copy
-from keepbest.store.layout import CHECKPOINTS, LEDGER
-from keepbest.store.ledger import Line, read_ledger
-from keepbest.store.read import read_history
+from keepbest.remote.download import local_copy
+from keepbest.run.layout import CHECKPOINTS, LEDGER
+from keepbest.run.ledger import Line, read_ledger
+from keepbest.run.reader import read_history
 
 
 def print_history(run: Path | str) -> None:

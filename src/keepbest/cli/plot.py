@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from keepbest.cli.curve import Curve, Patience, Point, curves
 from keepbest.errors import ConfigError
-from keepbest.store.fetch import local_copy
-from keepbest.store.read import read_history
+from keepbest.remote.download import local_copy
+from keepbest.run.reader import read_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

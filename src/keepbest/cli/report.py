@@ -8,8 +8,8 @@ from pathlib import Path
 from keepbest.cli.curve import curves
 from keepbest.cli.plot import FOREGROUND, draw
 from keepbest.cli.table import Checkpoint, read_checkpoints
-from keepbest.store.fetch import local_copy
-from keepbest.store.read import read_history
+from keepbest.remote.download import local_copy
+from keepbest.run.reader import read_history
 
 # The browser runs no script and loads nothing for this page, whatever the names in a run are.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from keepbest.cli.console import console
 from keepbest.errors import SnapshotError
-from keepbest.store.fetch import local_copy
-from keepbest.store.history import History, KeeperHistory
-from keepbest.store.names import tolerance_ref, top_ref
-from keepbest.store.read import read_history, read_manifest
+from keepbest.remote.download import local_copy
+from keepbest.run.history import History, KeeperHistory
+from keepbest.run.names import tolerance_ref, top_ref
+from keepbest.run.reader import read_history, read_manifest
 
 _DIGITS_SHOWN = 12
 

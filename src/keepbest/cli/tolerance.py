@@ -11,8 +11,8 @@ from rich.table import Table
 from keepbest.cli.console import console
 from keepbest.cli.curve import patiences
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.store.fetch import local_copy
-from keepbest.store.read import read_history
+from keepbest.remote.download import local_copy
+from keepbest.run.reader import read_history
 
 _MOST = 1000
 

@@ -12,10 +12,10 @@ import typer
 from keepbest.cli.run_file import CONFIG_FILE, RunFile, parse_settings
 from keepbest.cli.table import print_table
 from keepbest.errors import ConfigError
+from keepbest.load import load
+from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
-from keepbest.snapshot import Part, select_parts
-from keepbest.store.load import load
-from keepbest.store.read import ledger_exists, read_history, read_manifest
+from keepbest.run.reader import ledger_exists, read_history, read_manifest
 from keepbest.training.trainer import build_trainer
 
 

@@ -2,6 +2,6 @@
 
 from keepbest.models.composite import CompositeModel
 from keepbest.models.model import Model
-from keepbest.models.structure import unwrap
+from keepbest.modules.wrappers import unwrap
 
 __all__ = ["CompositeModel", "Model", "unwrap"]

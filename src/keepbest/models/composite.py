@@ -8,7 +8,7 @@ from torch import nn
 
 from keepbest.errors import ConfigError
 from keepbest.models.model import Model
-from keepbest.models.structure import unwrap
+from keepbest.modules.wrappers import unwrap
 
 
 class CompositeModel(Model):

@@ -1,0 +1,65 @@
+"""State dicts of modules with FSDP1 units, of which only torch knows how their parameters lie in flat shards."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from keepbest.modules.kinds import is_dtensor, is_fsdp1
+from keepbest.modules.sources import StateDict
+from keepbest.modules.wrappers import keys_of_wrappers, plain_key, state_dict_key
+
+
+def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torch.Tensor | None]) -> StateDict:
+    """State dict on rank 0, with plain keys, of a module that is, or contains, FSDP1 units. **Collective**.
+
+    No more than one gathered unit is held at a time. What is in no unit is there on every rank, as the module holds it.
+
+    Args:
+        module: as it is wrapped.
+        take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
+            gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
+            it; `None` if it need not be there.
+    """
+    taken: StateDict = {}
+
+    def take_unit(inside: nn.Module, state: StateDict, prefix: str, _: dict[str, Any]) -> None:
+        tied: dict[int, torch.Tensor | None] = {}
+        for name, parameter in inside.named_parameters(remove_duplicate=False):
+            key = prefix + state_dict_key(inside, plain_key(inside, name))
+            plain = plain_key(module, key)
+            # Those of units in this one are taken already; DTensors are none of FSDP1's, and stay.
+            if plain not in taken and key in state and not is_dtensor(parameter):
+                if tied.get(id(parameter)) is None:
+                    tied[id(parameter)] = take(plain, state[key])
+                taken[plain] = tied[id(parameter)]
+                state[key] = state[key].new_empty(0)  # FSDP1 wants to find each key, and clones what it finds
+
+    with full_fsdp1_state(module, rank0_only=True), contextlib.ExitStack() as hooks:
+        for unit in module.modules():
+            if is_fsdp1(unit):
+                # On the module inside: a hook on the unit would run after FSDP1's own, which clones the parameters.
+                hook = unit.module.register_state_dict_post_hook(take_unit)  # type: ignore[no-untyped-call]
+                hooks.callback(hook.remove)
+        state = module.state_dict()
+    wrapping = keys_of_wrappers(module)
+    full = {plain_key(module, key): value for key, value in state.items() if key not in wrapping}
+    return {key: taken.get(key, value) for key, value in full.items()}
+
+
+@contextlib.contextmanager
+def full_fsdp1_state(module: nn.Module, *, rank0_only: bool) -> Iterator[None]:
+    """State dicts of `module` hold full tensors in this block, also of the FSDP1 units in it."""
+    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+
+    config = FullStateDictConfig(rank0_only=rank0_only)
+    with warnings.catch_warnings():
+        # Deprecated, but what is to replace it leaves the full weights on every rank.
+        warnings.filterwarnings("ignore", r"FSDP\.state_dict_type", FutureWarning)
+        with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+            yield

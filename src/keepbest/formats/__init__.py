@@ -1,0 +1,1 @@
+"""The formats that weights are written in."""

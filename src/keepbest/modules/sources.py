@@ -1,0 +1,98 @@
+"""The modules whose state dicts the parts of a snapshot are cut out of, and put back into. **Rank-local**."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from keepbest.errors import SnapshotError
+from keepbest.modules.kinds import is_fsdp1
+from keepbest.modules.parts import Part
+from keepbest.modules.wrappers import keys_of_wrappers, modules_along, plain_key
+
+StateDict = dict[str, Any]
+
+_FLAT = "_flat_param"  # how FSDP1 names the one parameter of a unit without original parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A module whose state dict is taken in one piece, and the parts that are cut out of it.
+
+    Attributes:
+        path: plain dotted path of the module in the model.
+        module: as it is wrapped.
+        parts: those that lie in it.
+        is_frozen: whether a plain key is a parameter that does not require grad.
+    """
+
+    path: str
+    module: nn.Module
+    parts: list[Part]
+    is_frozen: Callable[[str], bool]
+
+    @property
+    def holds_fsdp1(self) -> bool:
+        return any(is_fsdp1(module) for module in self.module.modules())
+
+    def path_of(self, part: Part) -> str:
+        """What the keys of `part` start with in this module: empty, or a path with a dot at its end."""
+        inside = part.path[len(self.path) :].lstrip(".")
+        return f"{inside}." if inside else ""
+
+    def key_in(self, part: Part, key: str) -> str | None:
+        """`key` of this module as a key of `part`; `None` if it is not in it."""
+        inside = self.path_of(part)
+        if not key.startswith(inside):
+            return None
+        key = key[len(inside) :]
+        return key if part.holds(key) else None
+
+
+def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool) -> list[Source]:
+    """The sources that `parts` of `model` are in, in the order of the parts.
+
+    Raises:
+        SnapshotError: if a part is not in the model (any more).
+    """
+    sources: dict[str, Source] = {}
+    for part in parts:
+        along = modules_along(model, part.path)
+        if along is None:
+            raise SnapshotError(f"the snapshot is not of this model: there is no submodel {part.path!r} in it")
+        # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit: only its root has them.
+        path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
+        if path not in sources:
+            test = (lambda _: False) if save_frozen_weights else _frozen_test(module)
+            sources[path] = Source(path, module, [], test)
+        sources[path].parts.append(part)
+    return list(sources.values())
+
+
+def plain_state_dict(module: nn.Module) -> StateDict:
+    """The state dict of `module` with plain keys; its tensors are the parameters themselves. **Rank-local**."""
+    wrapping = keys_of_wrappers(module)
+    state = module.state_dict(keep_vars=True).items()
+    return {plain_key(module, key): value for key, value in state if key not in wrapping}
+
+
+def _frozen_test(module: nn.Module) -> Callable[[str], bool]:
+    """Whether the parameter with a plain key does not require grad at this moment."""
+    requires_grad = {
+        plain_key(module, key): parameter.requires_grad
+        for key, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole: ask the innermost unit.
+    units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
+    buffers = {plain_key(module, key) for key, _ in module.named_buffers(remove_duplicate=False)}
+
+    def is_frozen(key: str) -> bool:
+        if key in requires_grad:
+            return not requires_grad[key]
+        around = [path for path in units if key.startswith(path)]
+        return bool(around) and key not in buffers and not units[max(around, key=len)]
+
+    return is_frozen

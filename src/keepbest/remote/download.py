@@ -1,0 +1,224 @@
+"""Brings a run from a remote storage to those that read it, or go on with it. **Rank-local**."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from keepbest.errors import KeepBestError, LedgerError, SnapshotError
+from keepbest.formats.format import is_sharded
+from keepbest.remote.storage import Remote, is_remote
+from keepbest.remote.upload import snapshot_in
+from keepbest.run.digest import check_file
+from keepbest.run.files import Files
+from keepbest.run.history import History
+from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPORARY
+from keepbest.run.ledger import read_ledger
+from keepbest.run.reader import manifest_in, read_history
+
+TRIES = 5
+_LOCAL_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def no_snapshot(_: History) -> Collection[str]:
+    """For `local_copy`: the ledger alone."""
+    return ()
+
+
+def snapshot_of(ref: str) -> Callable[[History], Collection[str]]:
+    """For `local_copy`: what `ref` names, if there is such a ref."""
+    return lambda history: {history.refs[ref]} if ref in history.refs else ()
+
+
+@contextmanager
+def local_copy(
+    run: str | Path,
+    wanted: Callable[[History], Collection[str]] = no_snapshot,
+    *,
+    files: Literal["all", "unsharded", "none"] = "all",
+) -> Iterator[Path]:
+    """The directory of a run, to read in this block: `run` itself, or a temporary copy of what is at this URL.
+
+    Args:
+        run: a directory, or a URL of fsspec.
+        wanted: the snapshots that are copied, of those that the ledger tells. Their files are not verified yet, and one
+            that is not there is left out.
+        files: which files of a snapshot are copied, beside its manifest; those of format `dcp` are not "unsharded".
+
+    Raises:
+        ConfigError: if the URL cannot be opened here.
+        SnapshotError: if there is no run, or it cannot be read.
+        LedgerError: if its ledger is damaged or of another format.
+        OSError: if there is no room for the copy.
+    """
+    if not is_remote(run):
+        yield Path(run)
+        return
+    remote = Remote(str(run))
+    with tempfile.TemporaryDirectory(prefix="keepbest-") as space:
+        directory = Path(space)
+        (directory / CHECKPOINTS / SNAPSHOTS).mkdir(parents=True)
+        for _ in range(TRIES):
+            ledger = _fetch_ledger(remote, directory)
+            history = read_history(directory)
+            names = wanted(history)
+            complete = [_fetch_if_there(remote, directory, history, name, files) for name in names]
+            # A run that goes on may have removed what its ledger named a moment ago.
+            if all(complete) or read_remote_ledger(remote) == ledger:
+                break
+        try:
+            yield directory
+        except SnapshotError as error:
+            raise SnapshotError(str(error).replace(space, str(run))) from error
+
+
+def read_remote_ledger(remote: Remote) -> bytes:
+    """The ledger; empty if there is none. Raises `SnapshotError` if it cannot be read."""
+    with told_as_unreadable(remote):
+        return remote.read_ledger()
+
+
+def bring_up_to(
+    remote: Remote, folder: Path, files: Files, ledger_bytes: int, check: Callable[[str, History], None]
+) -> bool:
+    """Bring the run in `folder` up to its remote copy, where that is ahead, or has what is missing here.
+
+    The ledger comes last, when every snapshot that it keeps is there and verified.
+
+    Args:
+        remote: the copy.
+        folder: `<run>/checkpoints`.
+        files: by which the folder is changed.
+        ledger_bytes: of the whole lines of the ledger in the folder.
+        check: is asked, before anything is changed, whether the run may be brought here; raises if not.
+
+    Returns:
+        Whether the folder has another ledger now.
+
+    Raises:
+        SnapshotError: if the copy cannot be read, or is damaged.
+        LedgerError: if the two have gone different ways, or the copy has lost its ledger.
+        OSError: whatever the file system answers.
+    """
+    path, temporary = folder / LEDGER, folder / f"{TEMPORARY}{LEDGER}"
+    there = read_remote_ledger(remote)
+    here = path.read_bytes()[:ledger_bytes] if path.exists() else b""
+    ours = History.of(read_ledger(path)[0])
+    if not there:
+        _refuse_unknown_snapshots(remote, ours)
+        return False
+    if here.startswith(there):
+        for name in sorted(ours.kept()):
+            if not (folder / SNAPSHOTS / name).exists():
+                with suppress(FileNotFoundError):  # it was missing here before, too
+                    _fetch_verified(remote, folder, files, ours, name)
+        return False
+    if not ours.is_empty and not there.startswith(here):
+        raise LedgerError(
+            f"{remote.url} and {folder} hold runs, or ends of one run, that have gone different ways: choose an empty "
+            "directory to go on with what is there, or another remote"
+        )
+    files.remove(temporary)
+    try:
+        with files.create(temporary) as file:
+            file.write(there)
+            file.sync()
+        history = History.of(read_ledger(temporary)[0])
+        check(remote.url, history)
+        for name in sorted(history.kept()):
+            if not _is_whole(folder / SNAPSHOTS / name, history.manifests[name]):
+                try:
+                    _fetch_verified(remote, folder, files, history, name)
+                except FileNotFoundError as error:
+                    raise SnapshotError(f"{remote.url} has lost snapshot {name}: {error}") from error
+        files.rename(temporary, path)
+        files.sync_folder(folder)
+    finally:
+        files.remove(temporary)
+    return True
+
+
+@contextmanager
+def told_as_unreadable(remote: Remote) -> Iterator[None]:
+    """What the client of the storage raises becomes a `SnapshotError`, but for what is missing there, or full here."""
+    try:
+        yield
+    except (KeepBestError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _LOCAL_REFUSALS:
+            raise
+        raise SnapshotError(f"{remote.url} cannot be read: {error!r}") from error
+
+
+def _fetch_ledger(remote: Remote, directory: Path) -> bytes:
+    if not (ledger := read_remote_ledger(remote)):
+        raise SnapshotError(f"{remote.url} has no ledger: it is not the URL of a run with checkpoints")
+    (directory / CHECKPOINTS / LEDGER).write_bytes(ledger)
+    return ledger
+
+
+def _fetch_if_there(remote: Remote, directory: Path, history: History, name: str, files: str) -> bool:
+    to = directory / CHECKPOINTS / SNAPSHOTS / name
+    try:
+        _fetch(remote, name, history.manifests[name], to, files=files)
+    except FileNotFoundError:
+        return False
+    except SnapshotError:
+        if (to / MANIFEST).exists():  # and damaged, as whoever reads it will find
+            return False
+        raise
+    return True
+
+
+def _fetch(remote: Remote, name: str, digest: str, to: Path, *, files: str = "all") -> None:
+    """Bring the manifest of a snapshot, and the files that it names, to the folder `to`."""
+    to.mkdir(parents=True, exist_ok=True)
+    with told_as_unreadable(remote):
+        remote.get(f"{SNAPSHOTS}/{name}/{MANIFEST}", to / MANIFEST)
+        if files == "none":
+            return
+        named = manifest_in(to, digest)["files"]
+        for file in () if files == "unsharded" and is_sharded(named) else named:
+            (to / file).parent.mkdir(exist_ok=True)
+            remote.get(f"{SNAPSHOTS}/{name}/{file}", to / file)
+
+
+def _fetch_verified(remote: Remote, folder: Path, files: Files, history: History, name: str) -> None:
+    temporary, digest = folder / SNAPSHOTS / f"{TEMPORARY}{name}", history.manifests[name]
+    files.remove(temporary)
+    _fetch(remote, name, digest, temporary)
+    for file, record in manifest_in(temporary, digest)["files"].items():
+        check_file(temporary / file, record)
+    for path in (*temporary.rglob("*"), temporary):
+        if path.is_dir():
+            files.sync_folder(path)
+        else:
+            with files.append(path) as opened:
+                opened.sync()
+    files.remove(folder / SNAPSHOTS / name)
+    files.rename(temporary, folder / SNAPSHOTS / name)
+    files.sync_folder(folder / SNAPSHOTS)
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    try:
+        for file, record in manifest_in(folder, digest)["files"].items():
+            check_file(folder / file, record)
+    except SnapshotError:
+        return False
+    return True
+
+
+def _refuse_unknown_snapshots(remote: Remote, history: History) -> None:
+    with told_as_unreadable(remote):
+        names = {name for path in remote.sizes() if (name := snapshot_in(path)) is not None}
+    if unknown := names - history.manifests.keys():
+        raise LedgerError(
+            f"{remote.url} has no ledger, and snapshots that are none of this run: {', '.join(sorted(unknown))}; "
+            "choose another remote, or remove them"
+        )

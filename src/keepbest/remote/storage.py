@@ -1,0 +1,122 @@
+"""A copy of a run in a remote storage: objects below a URL that fsspec knows, like s3://bucket/runs/a. **Rank-local**.
+
+<url>/checkpoints/
+  snapshots/E7_U140_S8960/encoder.pt ...
+  ledger.jsonl
+
+The storage must give an object its new content in one step, as object stores do. Refs are in the ledger alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keepbest.errors import ConfigError
+from keepbest.run.layout import CHECKPOINTS, LEDGER
+
+
+def is_remote(run: str | Path) -> bool:
+    """Whether `run` is a URL rather than a directory."""
+    return "://" in str(run)
+
+
+def check_local(directory: str | Path) -> Path:
+    """`directory`, after it was found to be a path and no URL, be it one that was taken for a path before.
+
+    Raises:
+        ConfigError: if it is a URL.
+    """
+    if re.match(r"[\w+.-]+:/", str(directory)):
+        raise ConfigError(f"expected a directory of this machine, got {str(directory)!r}; a URL is for remote copies")
+    return Path(directory)
+
+
+def check_remote(url: str | None) -> str | None:
+    """`url`, after it was found to be one that fsspec can open here; nothing is asked of the storage. **Rank-local**.
+
+    Raises:
+        ConfigError: if it is no URL, or a package that opens it is not installed.
+    """
+    if url is None:
+        return None
+    if not is_remote(url):
+        raise ConfigError(f"remote must be a URL like s3://bucket/runs/a, got {url!r}")
+    _filesystem(url)
+    return url
+
+
+class Remote:
+    """The objects of one run. Credentials and endpoints are those of the environment, as fsspec reads them.
+
+    Its methods raise what the client of the storage raises, which need not be an `OSError`.
+
+    Attributes:
+        url: of the run.
+
+    Raises:
+        ConfigError: as `check_remote`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._filesystem, root = _filesystem(url)
+        self._root = f"{root.rstrip('/')}/{CHECKPOINTS}/"
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every object, by its path below `checkpoints`; empty if there is none."""
+        self._filesystem.invalidate_cache()
+        try:
+            found: Mapping[str, Any] = self._filesystem.find(self._root.rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {path.removeprefix(self._root): about["size"] for path, about in found.items()}
+
+    def read_ledger(self) -> bytes:
+        """The ledger; empty if there is none."""
+        return self.read(LEDGER) or b""
+
+    def read(self, path: str) -> bytes | None:
+        """What is at `path` below `checkpoints`; `None` if there is nothing."""
+        try:
+            data: bytes = self._filesystem.cat_file(f"{self._root}{path}")
+        except FileNotFoundError:
+            return None
+        return data
+
+    def write_ledger(self, data: bytes) -> None:
+        """Put a new ledger in the place of the old one."""
+        self._filesystem.pipe_file(f"{self._root}{LEDGER}", data)
+
+    def put(self, file: Path, path: str) -> None:
+        """Bring a file to `path` below `checkpoints`."""
+        self._filesystem.put_file(str(file), f"{self._root}{path}")
+
+    def get(self, path: str, file: Path) -> None:
+        """Bring what is at `path` below `checkpoints` to a file."""
+        self._filesystem.get_file(f"{self._root}{path}", str(file))
+
+    def remove(self, path: str) -> None:
+        """Remove what is at `path` below `checkpoints`."""
+        self._filesystem.rm_file(f"{self._root}{path}")
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether this is where `folder`, a `checkpoints` of this machine, is."""
+        is_local = "file" in self._filesystem.protocol
+        return is_local and Path(self._root).resolve() == folder.resolve()
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import split_protocol, url_to_fs  # comes with torch, but only remote runs need it
+    except ImportError as error:
+        raise ConfigError("a remote storage needs fsspec, and a package for its kind: keepbest[s3]") from error
+    protocol, _ = split_protocol(url)
+    try:
+        # Object stores have no folders to be made; local ones do.
+        return url_to_fs(url, **({"auto_mkdir": True} if protocol in ("file", "local") else {}))  # type: ignore[no-any-return]
+    except (ImportError, ValueError) as error:
+        hint = ": pip install 'keepbest[s3]'" if protocol in ("s3", "s3a") else ""
+        raise ConfigError(f"{url} cannot be opened: {error}{hint}") from error

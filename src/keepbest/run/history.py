@@ -1,0 +1,288 @@
+"""What the lines of a ledger add up to. Pure: the same lines always give the same history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from keepbest.decision import Best, BestState, Observation, Policy, fold
+from keepbest.errors import LedgerError
+from keepbest.iteration import TrainingIteration
+from keepbest.run.ledger import FORMAT, Line
+from keepbest.run.names import is_safe
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An observation of a timeline, the snapshot that was taken of it, and whether it was a new best."""
+
+    observation: Observation
+    snapshot: str | None
+    is_best: bool = True
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Observations that led to a state. A resume leaves it for a new one, which starts with a part of it.
+
+    Attributes:
+        number: among the timelines of the keeper, from 0.
+        base: the state that it starts from; empty unless a state was loaded that the ledger did not know.
+        entries: what was observed, in order.
+        saved: the iterations that a snapshot was taken of, and its name, in order.
+        best_snapshot: the newest one that was taken of a new best.
+    """
+
+    number: int
+    base: BestState = field(default_factory=BestState)
+    entries: list[Entry] = field(default_factory=list)
+    saved: dict[TrainingIteration, str] = field(default_factory=dict)
+    best_snapshot: str | None = None
+
+    def state(self, policy: Policy, *, until: TrainingIteration | None) -> BestState:
+        """The state at `until`, as `policy` sees it."""
+        return fold(policy, [entry.observation for entry in self.entries_until(until)], start=self.base)
+
+    def entries_until(self, iteration: TrainingIteration | None) -> list[Entry]:
+        """The entries that are not after `iteration`; `None` is before all of them."""
+        if iteration is None:
+            return []
+        return [entry for entry in self.entries if not entry.observation.iteration.follows(iteration)]
+
+    def reaches(self, iteration: TrainingIteration | None) -> bool:
+        """Whether the state at `iteration` can be told: not before the one that the timeline starts from."""
+        start = self.base.last_iteration
+        return start is None or (iteration is not None and not start.follows(iteration))
+
+    def top(self, policy: Policy, after: Best, holds: Callable[[str], bool]) -> tuple[Best, ...]:
+        """The best values of snapshots that are there, the best first; as if `after` had been one more."""
+        if policy.top_k == 1:
+            return ()
+        values = {entry.observation.iteration: entry.observation.value for entry in self.entries if entry.snapshot}
+        held = [Best(values[iteration], iteration) for iteration, name in self.saved.items() if holds(name)]
+        top: list[Best] = []
+        for best in [*held, after]:
+            if (place := policy.entering(best.value, top)) is not None:
+                top.insert(place, best)
+        return tuple(top[: policy.top_k])
+
+    def extend(self, entry: Entry) -> None:
+        """Add the next entry."""
+        self.entries.append(entry)
+        if entry.snapshot is not None:
+            self.saved[entry.observation.iteration] = entry.snapshot
+            if entry.is_best:
+                self.best_snapshot = entry.snapshot
+
+    @property
+    def last_iteration(self) -> TrainingIteration | None:
+        """Of the newest observation."""
+        return self.entries[-1].observation.iteration if self.entries else self.base.last_iteration
+
+
+@dataclass(slots=True)
+class KeeperHistory:
+    """What one keeper of the run has seen.
+
+    Attributes:
+        metric_key: what it monitors.
+        policy: as it was when the keeper last began.
+        timelines: one for each time that it began; the last is the present one.
+        kept_best: the value of what the ref on the best points at; the best of all that was ever saved.
+    """
+
+    metric_key: str
+    policy: Policy
+    timelines: list[Timeline] = field(default_factory=list)
+    kept_best: float | None = None
+
+    @property
+    def present(self) -> Timeline:
+        """The timeline that goes on."""
+        return self.timelines[-1]
+
+    def timeline(self, number: int | None) -> Timeline:
+        """The timeline of this number; the present one for `None`, or where the ledger does not know the number."""
+        return self.timelines[number] if number is not None and number < len(self.timelines) else self.present
+
+    def begin(self, entries: list[Entry], base: BestState) -> None:
+        """Start a new timeline with these entries."""
+        timeline = Timeline(len(self.timelines), base)
+        for entry in entries:
+            timeline.extend(entry)
+        # With another `min_delta` than before, another one of those that were saved may be the best.
+        best = timeline.state(self.policy, until=timeline.last_iteration).best
+        timeline.best_snapshot = None if best is None else timeline.saved.get(best.iteration)
+        self.timelines.append(timeline)
+
+
+@dataclass(slots=True)
+class History:
+    """The whole of a run folder.
+
+    Attributes:
+        run_id: of the run; `None` while the ledger is empty.
+        restarts: how often the run was taken up again.
+        keepers: by the name of their ref on the best.
+        refs: name of the ref -> name of the snapshot.
+        pins: (keeper, tag) -> snapshots that must stay while the tag is pinned.
+        manifests: name of the snapshot -> digest of its `snapshot.json`.
+    """
+
+    run_id: str | None = None
+    restarts: int = 0
+    keepers: dict[str, KeeperHistory] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    pins: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    manifests: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lines: Iterable[Line]) -> History:
+        """The history that `lines` tell.
+
+        Raises:
+            LedgerError: if a line does not follow from those before it; names its number.
+        """
+        history = cls()
+        for number, line in enumerate(lines, start=1):
+            try:
+                history.apply(line)
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+                raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {line!r}") from error
+        return history
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever observed: what is there can be begun anew."""
+        return not any(timeline.entries for keeper in self.keepers.values() for timeline in keeper.timelines)
+
+    def apply(self, line: Line) -> None:
+        """Take in one more line."""
+        event = line["event"]
+        if event == "run":
+            self.run_id = line["run"]
+        elif event == "session":
+            if type(line["restart"]) is not int:
+                raise ValueError("restart must be an integer")
+            self.restarts = line["restart"]
+        elif event == "begin":
+            self._begin(line)
+        elif event == "observation":
+            self._observe(line)
+        elif event == "pin":
+            _check_safe(*line["snapshots"])
+            self.pins[line["keeper"], line["tag"]] = frozenset(line["snapshots"])
+        elif event == "unpin":
+            self.pins.pop((line["keeper"], line["tag"]), None)
+        elif event not in ("end", "refs"):
+            raise ValueError(f"unknown event {event!r}")
+        for name, snapshot in line.get("refs", {}).items():
+            _check_safe(name, *([] if snapshot is None else [snapshot]))
+            if snapshot is None:
+                self.refs.pop(name, None)
+            else:
+                self.refs[name] = snapshot
+
+    def kept(self) -> set[str]:
+        """The snapshots that must stay: those that a ref, a pin or a keeper's timeline best names."""
+        bests = (keeper.present.best_snapshot for keeper in self.keepers.values())
+        pinned = (name for pin in self.pins.values() for name in pin)
+        return {*self.refs.values(), *(best for best in bests if best is not None), *pinned}
+
+    def _begin(self, line: Line) -> None:
+        policy = policy_from_json(line["policy"])
+        keeper = self.keepers.setdefault(line["keeper"], KeeperHistory(line["metric_key"], policy))
+        keeper.policy = policy
+        if line["state"] is not None:
+            keeper.begin([], BestState.from_json(line["state"]))
+        else:
+            branch = keeper.timelines[line["timeline"]]
+            at = None if line["at"] is None else TrainingIteration.parse(line["at"])
+            keeper.begin(branch.entries_until(at), branch.base)
+
+    def _observe(self, line: Line) -> None:
+        keeper = self.keepers[line["keeper"]]
+        snapshot = line.get("snapshot")
+        # Without weights on the disk nothing was a best that counts, but for one that a better one made needless.
+        durable = snapshot is not None or line.get("superseded", False)
+        observation = Observation(_iteration(line["iteration"]), float(line["value"]), durable=durable)
+        last = keeper.present.last_iteration
+        if last is not None and not observation.iteration.follows(last):
+            raise ValueError(f"{observation.iteration} does not come after {last}")
+        keeper.present.extend(Entry(observation, snapshot, line.get("best", True)))
+        if snapshot is not None:
+            _check_safe(snapshot)
+            self.manifests.setdefault(snapshot, line["manifest"])
+            if line.get("refs", {}).get(line["keeper"]) == snapshot:
+                keeper.kept_best = observation.value
+
+
+def _iteration(given: str | TrainingIteration) -> TrainingIteration:
+    return given if isinstance(given, TrainingIteration) else TrainingIteration.parse(given)
+
+
+def _check_safe(*names: str) -> None:
+    for name in names:
+        if not is_safe(name):
+            raise ValueError(f"{name!r} would lie outside of its folder")
+
+
+def run_line(run_id: str) -> Line:
+    """The first line of a ledger."""
+    return {"event": "run", "format": FORMAT, "run": run_id}
+
+
+def begin_line(
+    keeper: str,
+    metric_key: str,
+    policy: Policy,
+    *,
+    timeline: int | None,
+    at: TrainingIteration | None,
+    state: BestState | None,
+    refs: dict[str, str | None],
+) -> Line:
+    """A keeper takes up its work: after `at` of a timeline (`None`: from its start), or from a `state` it was given."""
+    return {
+        "event": "begin",
+        "keeper": keeper,
+        "metric_key": metric_key,
+        "policy": policy_to_json(policy),
+        "timeline": timeline,
+        "at": None if at is None else str(at),
+        "state": None if state is None else state.to_json(),
+        "refs": refs,
+    }
+
+
+def observation_line(keeper: str, observation: Observation, refs: dict[str, str | None] | None = None) -> Line:
+    """A keeper saw a value; `refs` names the refs that move because of it."""
+    value = observation.value if math.isfinite(observation.value) else str(observation.value)
+    line: dict[str, Any] = {
+        "event": "observation",
+        "keeper": keeper,
+        "iteration": observation.iteration,
+        "value": value,
+    }
+    if not observation.durable:
+        line["durable"] = False
+    if refs:
+        line["refs"] = refs
+    return line
+
+
+def policy_to_json(policy: Policy) -> dict[str, Any]:
+    """JSON values only; `policy_from_json` is the inverse."""
+    return {
+        "higher_is_better": policy.higher_is_better,
+        "min_delta": policy.min_delta,
+        "tolerances": list(policy.tolerances),
+        "top_k": policy.top_k,
+    }
+
+
+def policy_from_json(policy: dict[str, Any]) -> Policy:
+    """The inverse of `policy_to_json`."""
+    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]), policy.get("top_k", 1))

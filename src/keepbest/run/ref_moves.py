@@ -1,0 +1,86 @@
+"""Which refs move, and where to, because of what was observed. Pure, but for asking which snapshots are there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from keepbest.decision import Best, BestState, Observation, Policy
+from keepbest.iteration import TrainingIteration
+from keepbest.run.history import History, Timeline
+from keepbest.run.names import tolerance_ref, top_ref
+
+_logger = logging.getLogger(__name__)
+
+Moves = dict[str, str | None]
+"""Name of a ref -> name of the snapshot that it is to point at; `None` removes the ref."""
+Holds = Callable[[str], bool]
+
+
+class Kept(NamedTuple):
+    """An observation whose weights are saved.
+
+    Attributes:
+        observation: the value, and when.
+        is_new_best: of the timeline; else it is one of the `top_k` best only.
+        exceeded: the tolerances that it closes, and the best that each keeps.
+    """
+
+    observation: Observation
+    is_new_best: bool = True
+    exceeded: Mapping[int, Best | None] = {}
+
+
+def moves_of(kept: Kept, keeper: str, history: History, snapshot: str, holds: Holds) -> Moves:
+    """The moves that follow from what is kept, in `snapshot`."""
+    past, observation = history.keepers[keeper], kept.observation
+    # After a resume from before the best, a worse model must not take its place.
+    is_best_of_all = kept.is_new_best and past.policy.is_better(observation.value, past.kept_best, min_delta=0.0)
+    moves: Moves = {keeper: snapshot} if is_best_of_all else {}
+    moves |= tolerance_moves(keeper, past.present, kept.exceeded, holds)
+    top = past.present.top(past.policy, Best(observation.value, observation.iteration), holds)
+    places = _places(keeper, top, {**past.present.saved, observation.iteration: snapshot})
+    return {**moves, **{name: target for name, target in places.items() if history.refs.get(name) != target}}
+
+
+def tolerance_moves(keeper: str, branch: Timeline, bests: Mapping[int, Best | None], holds: Holds) -> Moves:
+    """The moves of tolerances, each to the best that it keeps; a warning where that is gone."""
+    moves: Moves = {}
+    for tolerance, best in bests.items():
+        snapshot = None if best is None else branch.saved.get(best.iteration)
+        if snapshot is not None and holds(snapshot):
+            moves[tolerance_ref(keeper, tolerance)] = snapshot
+        elif best is not None:
+            _logger.warning(
+                "%s: tolerance=%d would have kept %s (%r), but its weights are no longer there",
+                keeper,
+                tolerance,
+                best.iteration,
+                best.value,
+            )
+    return moves
+
+
+def resumed(
+    keeper: str, history: History, policy: Policy, branch: Timeline, at: TrainingIteration | None, holds: Holds
+) -> tuple[BestState, Moves]:
+    """State of `branch` at `at`, and the moves to it: refs that have nothing to point at there are removed."""
+    before = history.keepers[keeper].policy
+    tolerances = sorted({*before.tolerances, *policy.tolerances})
+    state = branch.state(replace(policy, tolerances=tuple(tolerances)), until=at)
+    top = {name: snapshot for name, snapshot in _places(keeper, state.top, branch.saved).items() if snapshot}
+    wanted = {
+        **tolerance_moves(keeper, branch, state.exceeded, holds),
+        **{name: snapshot for name, snapshot in top.items() if holds(snapshot)},
+    }
+    names = [tolerance_ref(keeper, each) for each in tolerances]
+    names += [top_ref(keeper, place) for place in range(1, max(before.top_k, policy.top_k) + 1)]
+    moves = {name: wanted.get(name) for name in names if wanted.get(name) != history.refs.get(name)}
+    exceeded = {tolerance: best for tolerance, best in state.exceeded.items() if tolerance in policy.tolerances}
+    return replace(state, exceeded=exceeded), moves
+
+
+def _places(keeper: str, top: Sequence[Best], saved: Mapping[TrainingIteration, str]) -> Moves:
+    return {top_ref(keeper, place): saved.get(best.iteration) for place, best in enumerate(top, start=1)}

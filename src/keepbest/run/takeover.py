@@ -1,0 +1,73 @@
+"""How a run is taken up again: the state that a user brings back, and whether it fits the run. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from keepbest.decision import BestState, Policy
+from keepbest.errors import ConfigError, RunExistsError
+from keepbest.remote.storage import is_remote
+from keepbest.run.history import History
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedState:
+    """A state that a user brings back, and where it is from.
+
+    Attributes:
+        run_id: of its run; `None` if the keeper had not started.
+        timeline: number of its timeline among those of the keeper in the run.
+        state: the bookkeeping.
+    """
+
+    run_id: str | None
+    timeline: int | None
+    state: BestState
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only; `from_json` is the inverse."""
+        return {"run_id": self.run_id, "timeline": self.timeline, "state": self.state.to_json()}
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> LoadedState:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: if it is none.
+        """
+        try:
+            return cls(given["run_id"], given["timeline"], BestState.from_json(given["state"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is not the state of a keeper ({error!r}): {given!r}") from error
+
+
+def check_takeover(
+    place: str, history: History, *, keeper: str, policy: Policy, loaded: LoadedState | None, resumes: bool
+) -> None:
+    """See whether `keeper` can go on in the run that `place`, a folder or a URL, holds.
+
+    Raises:
+        ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
+        RunExistsError: if this is not meant to go on with a run, or with another one.
+    """
+    if not resumes:
+        other = "remote" if is_remote(place) else "directory"
+        raise RunExistsError(
+            f"{place} holds run {history.run_id}; resume it (load_state_dict(), or resume='ledger'), or choose another "
+            f"{other}"
+        )
+    twins = [name for name in history.keepers if name != keeper and name.casefold() == keeper.casefold()]
+    if twins:
+        raise ConfigError(f"{keeper!r} differs from {twins[0]!r} only in upper and lower case; give it another id")
+    run_ids = {history.run_id, loaded.run_id if loaded is not None else None} - {None}
+    if loaded is not None and len(run_ids) > 1:
+        raise RunExistsError(
+            f"{place} holds run {history.run_id}, but the state that was loaded is of run {loaded.run_id}; "
+            "choose the directory of that run, or a new one"
+        )
+    past = history.keepers.get(keeper)
+    if past is not None and past.policy.higher_is_better != policy.higher_is_better:
+        direction = "higher" if past.policy.higher_is_better else "lower"
+        raise ConfigError(f"{keeper}: this run was kept with '{direction} is better'; higher_is_better cannot change")

@@ -1,0 +1,234 @@
+"""What is saved: the parts that were named, with or without what is frozen, and nothing lost silently."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from keepbest import BestKeeper, load
+from keepbest.capture.gathered import take_snapshot
+from keepbest.errors import ConfigError, SnapshotError
+from keepbest.modules.parts import select_parts
+from keepbest.ranks import Ranks
+from tests.capture.strategies import (
+    FAMILIES,
+    WRAPS,
+    Bare,
+    Composite,
+    Odd,
+    compiled,
+    filled,
+    fits,
+    nested,
+    odd,
+    same,
+    same_bits,
+    whole_weights,
+)
+from tests.ranks.pool import run_ranks
+from tests.run.runs import update
+
+REF = "best_model.loss"
+
+
+def names(model, model_names=None):
+    return [part.name for part in select_parts(model, model_names)]
+
+
+def test_composites_are_saved_submodel_by_submodel_and_others_as_one():
+    assert names(Odd()) == ["model"]
+    assert names(nested()) == ["autoencoder.encoder", "autoencoder.decoder", "head", "model"]
+    assert names(nested(), ["autoencoder"]) == ["autoencoder.encoder", "autoencoder.decoder"]
+    assert names(nested(), ["head", "autoencoder.encoder"]) == ["head", "autoencoder.encoder"]
+    assert names(nested(), ["autoencoder.encoder.norm"]) == ["autoencoder.encoder.norm"]
+    assert names(Odd(), ["module", "tied.first"]) == ["module", "tied.first"]
+    assert names(compiled(nn.DataParallel(Odd())), ["module"]) == ["module"]
+
+
+@pytest.mark.parametrize(
+    ("model_names", "message"),
+    [
+        (["encoder"], "no submodel 'encoder'; there are: autoencoder, head"),
+        (["autoencoder.head"], "no submodel 'autoencoder.head'"),
+        ([""], "no submodel ''"),
+        ([], "model_names is empty"),
+        (["head", "head"], "head would be saved more than once"),
+        (["autoencoder", "autoencoder.encoder"], "autoencoder.encoder would be saved more than once"),
+    ],
+)
+def test_names_that_cannot_be_right_are_refused(model_names, message):
+    with pytest.raises(ConfigError, match=message):
+        select_parts(nested(), model_names)
+
+
+def test_names_that_differ_only_in_case_are_refused():
+    with pytest.raises(ConfigError, match="upper and lower case are one name"):
+        select_parts(Bare({"head": nn.Linear(1, 1), "Head": nn.Linear(1, 1)}))
+
+
+def frozen(seed):
+    """A composite with a frozen submodel, and a half frozen one with buffers."""
+    model = Composite({"encoder": Odd(), "frozen": Odd(), "head": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))})
+    model.frozen.requires_grad_(False)
+    model.encoder.module.requires_grad_(False)
+    model.encoder.tied.requires_grad_(False)
+    return filled(model, seed)
+
+
+def without(state, *prefixes):
+    return {key: value.detach().clone() for key, value in state.items() if not key.startswith(prefixes)}
+
+
+HALF = ["module.bias", "module.weight", "tied.first.weight", "tied.second.weight"]
+
+
+def save_without_frozen_weights(family, directory):
+    """Faults, for the strategies of a family that let a unit be half frozen."""
+    ranks, faults = Ranks.connect(), []
+    for wrap in [wrap for wrap in FAMILIES[family] if fits(wrap, ranks.world_size)]:
+        model, reference = WRAPS[wrap](frozen(0)), frozen(0)
+        weights = take_snapshot(model, select_parts(model), save_frozen_weights=False, ranks=ranks)
+        expected = {
+            "encoder": without(reference.encoder.state_dict(), "module", "tied"),
+            "head": without(reference.head.state_dict()),
+            "model": {"scale": reference.scale.detach()},
+        }
+        wanted = expected if ranks.is_main else {}
+        if weights.files.keys() != wanted.keys() or not all(same(weights.files[name], wanted[name]) for name in wanted):
+            faults.append((wrap, {name: list(state) for name, state in weights.files.items()}))
+        left_out = {"encoder": HALF, "frozen": sorted(reference.frozen.state_dict())}
+        if ranks.is_main and weights.left_out != left_out:
+            faults.append((wrap, weights.left_out))
+        run = directory / wrap
+        with BestKeeper(model, directory=run, metric_key="loss", save_frozen_weights=False) as keeper:
+            keeper.observe(1.0, update(1))
+        target, other = WRAPS[wrap](frozen(1)), frozen(1)
+        loaded = load(run, REF, target)
+        for name, state in expected.items():
+            (other if name == "model" else other.get_submodule(name)).load_state_dict(state, strict=False)
+        found, mixed = whole_weights(target), whole_weights(other)
+        if wrap == "ddp" and not ranks.is_main:
+            continue  # what was not saved is as it was: buffers that are not those of rank 0
+        if loaded.parts != ("encoder", "head", "model") or not all(map(same_bits, found, mixed)):
+            faults.append((wrap, loaded))
+    return faults
+
+
+@pytest.mark.parametrize(("family", "world_size"), [("replicated", 1), ("replicated", 2), ("fsdp1", 2), ("fsdp2", 3)])
+def test_frozen_weights_can_be_left_out_and_exactly_they_may_be_missing(family, world_size, tmp_path):
+    assert run_ranks(save_without_frozen_weights, world_size, family, tmp_path) == [[]] * world_size
+
+
+def save_without_a_frozen_flat_unit():
+    model = nn.Sequential(Odd(), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    filled(model, 0)
+    expected = {"1.weight": model[1].weight.detach().clone(), "1.bias": model[1].bias.detach().clone()}
+    expected |= {f"0.{key}": value.clone() for key, value in model[0].named_buffers() if key != "scratch"}
+    for name in ("0", "1"):
+        model.set_submodule(name, WRAPS["fsdp1_flat"](model.get_submodule(name)))
+    ranks = Ranks.connect()
+    weights = take_snapshot(model, select_parts(model), save_frozen_weights=False, ranks=ranks)
+    return not ranks.is_main or same(weights.files["model"], expected)
+
+
+def test_flat_fsdp1_unit_is_frozen_as_a_whole():
+    assert run_ranks(save_without_a_frozen_flat_unit, 2) == [True, True]
+
+
+def test_what_is_frozen_at_that_moment_counts_and_all_of_it_is_nothing_to_save(tmp_path):
+    model = odd(0)
+    keeper = BestKeeper(model, directory=tmp_path, metric_key="loss", save_frozen_weights=False)
+    with keeper:
+        model.module.requires_grad_(False)
+        keeper.observe(2.0, update(1))
+        first = torch.load(keeper.best_path / "model.pt", weights_only=True)
+        assert not any(key.startswith("module.") for key in first)
+        model.module.requires_grad_(True)
+        keeper.observe(1.0, update(2))
+        assert torch.load(keeper.best_path / "model.pt", weights_only=True).keys() == model.state_dict().keys()
+        model.requires_grad_(False)
+        with pytest.raises(ConfigError, match="nothing to save"):
+            keeper.observe(0.5, update(3))
+        assert keeper.best_metric_value == 1.0
+
+
+def test_other_keys_than_the_frozen_ones_may_not_be_missing(tmp_path):
+    model = odd(0)
+    model.module.requires_grad_(False)
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", save_frozen_weights=False) as keeper:
+        keeper.observe(1.0, update(1))
+    bigger = odd(1)
+    bigger.extra = nn.Linear(1, 1)
+    with pytest.raises(SnapshotError, match=r"the snapshot lacks extra.bias, extra.weight\. Nothing"):
+        load(tmp_path, REF, bigger)
+
+
+class WithState(nn.Linear):
+    def __init__(self, state):
+        super().__init__(1, 1)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+class Named(NamedTuple):
+    number: int
+
+
+STATE = {"steps": 10**30, 7: ("a", None, [True]), "table": torch.arange(3), "more": (b"\xff", 1j, {2}, -0.0, "ü")}
+
+
+def load_extra_state(directory):
+    model = WithState({})
+    load(directory, REF, model)
+    return repr(model.state)
+
+
+def test_extra_state_of_plain_data_comes_back_as_it_was_on_every_rank(tmp_path):
+    with BestKeeper(WithState(STATE), directory=tmp_path, metric_key="loss") as keeper:
+        keeper.observe(1.0, update(1))
+    assert load_extra_state(tmp_path) == repr(STATE)
+    assert run_ranks(load_extra_state, 2, tmp_path) == [repr(STATE)] * 2
+
+
+@pytest.mark.parametrize("state", [len, [{"a": (len,)}], Named(1), np.float64(1.0), {1: len}], ids=repr)
+def test_extra_state_that_could_not_be_read_again_is_refused(state, tmp_path):
+    with BestKeeper(WithState(state), directory=tmp_path, metric_key="loss") as keeper:
+        with pytest.raises(SnapshotError, match="'_extra_state' in the state dict is a"):
+            keeper.observe(1.0, update(1))
+        assert not list((tmp_path / "checkpoints" / "snapshots").iterdir())
+
+
+def test_weights_on_the_meta_device_are_refused(tmp_path):
+    keeper = BestKeeper(nn.Linear(1, 1, device="meta"), directory=tmp_path, metric_key="loss")
+    with keeper, pytest.raises(SnapshotError, match="'weight' is on the meta device"):
+        keeper.observe(1.0, update(1))
+
+
+def test_view_is_saved_without_the_storage_that_it_looks_into(tmp_path):
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(torch.zeros(1_000_000)[:1].view(1, 1))
+    with BestKeeper(model, directory=tmp_path, metric_key="loss") as keeper:
+        keeper.observe(1.0, update(1))
+    assert (keeper.best_path / "model.pt").stat().st_size < 10_000
+
+
+def save_tied_weights(wrap, directory):
+    with BestKeeper(WRAPS[wrap](odd(0)), directory=directory, metric_key="loss") as keeper:
+        keeper.observe(1.0, update(1))
+    state = torch.load(keeper.best_path / "model.pt", weights_only=True)
+    return state["tied.first.weight"].data_ptr() == state["tied.second.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2", "tensor_parallel"])
+def test_tied_weights_are_moved_and_written_once(wrap, tmp_path):
+    assert run_ranks(save_tied_weights, 2, wrap, tmp_path) == [True, True]

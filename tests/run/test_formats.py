@@ -1,0 +1,193 @@
+"""What is particular to each format of snapshots."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keepbest import BestKeeper, TrainingIteration, load
+from keepbest.errors import ConfigError, SnapshotError, StorageError
+from keepbest.run.verify import verify
+from tests.capture.strategies import WRAPS, odd
+from tests.ranks.pool import run_ranks
+from tests.run.runs import refs, snapshots, update
+
+BEST = "best_model.loss"
+
+
+def keeper_of(model, directory, **settings):
+    return BestKeeper(model, directory=directory, metric_key="loss", **settings)
+
+
+class WithState(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 7}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "pickle"}, "format must be one of torch, safetensors, dcp, got 'pickle'"),
+        ({"format": "safetensors"}, "holds tensors only, but 1 in 'model' has an extra state; use format 'torch'"),
+        ({"format": "dcp", "async_save": True}, "async_save goes with 'torch' and 'safetensors' only"),
+    ],
+)
+def test_format_that_cannot_be_is_refused_before_anything_is_done(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        keeper_of(nn.Sequential(nn.Linear(1, 1), WithState(1, 1)), tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dtype_that_a_safetensors_file_cannot_hold_is_refused_before_anything_is_done(tmp_path):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(2, 2, dtype=torch.complex128))
+    with pytest.raises(ConfigError, match=r"cannot hold 'weight' of 1 in 'model', which is torch\.complex128"):
+        keeper_of(model, tmp_path / "run", format="safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tied_tensors_are_one_in_a_safetensors_file_and_in_what_is_loaded_of_it(tmp_path):
+    with keeper_of(odd(0), tmp_path, format="safetensors") as keeper:
+        keeper.observe(1.0, update(1))
+    [file] = keeper.best_path.glob("*.safetensors")
+    assert ("tied.first.weight" in (held := safetensors.torch.load_file(file))) != ("tied.second.weight" in held)
+    with safetensors.safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["tied"]) == {"tied.second.weight": "tied.first.weight"}
+    load(tmp_path, BEST, model := odd(1))
+    assert model.tied.first.weight is model.tied.second.weight
+    assert torch.equal(model.tied.first.weight, odd(0).tied.first.weight)
+
+
+def test_extra_state_survives_in_a_distributed_checkpoint(tmp_path):
+    with keeper_of(WithState(2, 2), tmp_path, format="dcp") as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, BEST, model := WithState(2, 2))
+    assert model.seen == 7
+
+
+def keep_two(directory, wrap):
+    model = WRAPS[wrap](odd(0))
+    settings = {"directory": directory, "metric_key": "loss"}
+    keepers = [BestKeeper(model, **settings, format="dcp"), BestKeeper(model, **settings, format="dcp", id="b")]
+    keepers.append(BestKeeper(model, **settings, id="c"))
+    for number in (1, 2, 3):
+        for keeper in keepers:
+            keeper.observe(-float(number % 3), TrainingIteration(update=number))
+    for keeper in keepers:
+        keeper.close()
+
+
+def test_keepers_share_a_snapshot_of_one_format_and_old_ones_are_removed(tmp_path):
+    run_ranks(keep_two, 2, tmp_path, "fsdp2")
+    found = refs(tmp_path)
+    assert found[BEST] == found[f"{BEST}.id=b"] == "U2"
+    assert found[f"{BEST}.id=c"].startswith("U2.")
+    assert snapshots(tmp_path) == set(found.values())
+    assert verify(tmp_path) == []
+    shards = {path.name for path in (tmp_path / "checkpoints" / BEST / "model.dcp").iterdir()}
+    assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+def keep_where_ranks_see_different_folders(directory):
+    here = directory / str(dist.get_rank())
+    here.mkdir()
+    os.chdir(here)  # the same name means another folder on each rank, as on hosts with disks of their own
+    keeper = keeper_of(WRAPS["fsdp2"](odd(0)), Path("run"), format="dcp")
+    with pytest.raises(StorageError) as caught:
+        keeper.observe(1.0, update(1))
+    keeper.abandon()
+    return str(caught.value)
+
+
+def test_folder_that_hosts_do_not_share_is_told_on_every_rank_and_nothing_is_left(tmp_path):
+    messages = run_ranks(keep_where_ranks_see_different_folders, 3, tmp_path)
+    assert len(set(messages)) == 1
+    assert "failed to save the new best of loss at U1 on rank 1 of 3: OSError: run" in messages[0]
+    assert "rank 2 of 3: OSError: run" in messages[0]
+    assert "needs a run directory on a file system that all hosts share" in messages[0]
+    assert not list((tmp_path / "0/run/checkpoints/snapshots").iterdir())
+
+
+def keep_where_a_rank_cannot_write(directory, on_save_error):
+    rank = dist.get_rank()
+    settings = {"format": "dcp", "on_save_error": on_save_error}
+    keeper = keeper_of(WRAPS["fsdp2"](odd(0)), directory, **settings)
+    keeper.observe(2.0, update(1))
+    if rank == 1:
+        original = torch.save
+        torch.save = lambda *_arguments, **_settings: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    try:
+        outcome = keeper.observe(1.0, update(2))
+        failure = outcome.save_failed
+    except StorageError as error:
+        failure = str(error)
+    if rank == 1:
+        torch.save = original
+    outcome = keeper.observe(1.5, update(3))
+    keeper.close()
+    return failure, outcome.is_new_best
+
+
+def test_rank_that_cannot_write_fails_on_all_and_the_best_before_stays(tmp_path):
+    results = run_ranks(keep_where_a_rank_cannot_write, 2, tmp_path / "raise", "raise")
+    assert results[0] == results[1]
+    assert "could not save the new best of loss at U2: rank 1: OSError(28, 'No space left on device')" in results[0][0]
+    assert run_ranks(keep_where_a_rank_cannot_write, 2, tmp_path / "warn", "warn") == [(True, True)] * 2
+    for directory in (tmp_path / "raise", tmp_path / "warn"):
+        assert refs(directory)[BEST] == "U3"
+        assert verify(directory) == []
+        assert snapshots(directory) == {"U3"}
+
+
+def keep_on_a_disk_that_is_slow_for_one_rank(directory):
+    settings = {"format": "dcp", "rank_timeout": 1.0, "save_timeout": 60.0}
+    with keeper_of(WRAPS["fsdp2"](odd(0)), directory, **settings) as keeper:
+        keeper.observe(2.0, update(1))
+        save, slow = torch.save, dist.get_rank() == 1
+        torch.save = lambda *arguments: (
+            time.sleep(3.0 if slow else 0.0),  # is the slow disk
+            setattr(torch, "save", save),
+            save(*arguments),
+        )
+        outcome = keeper.observe(1.0, update(2))
+    return outcome.is_new_best
+
+
+def test_slow_disk_of_one_rank_trips_no_timeout(tmp_path):
+    assert run_ranks(keep_on_a_disk_that_is_slow_for_one_rank, 2, tmp_path) == [True, True]
+    assert refs(tmp_path) == {BEST: "U2"}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
+def test_flipped_byte_in_any_shard_is_found_on_whatever_rank_reads_it(name, tmp_path):
+    run_ranks(keep_one, 2, tmp_path)
+    path = tmp_path / "checkpoints" / BEST / "model.dcp" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    [fault] = verify(tmp_path)
+    assert (fault.kind, name in fault.message) == ("damage", True)
+    messages = run_ranks(load_damaged, 3, tmp_path)
+    assert len(set(messages)) == 1
+    assert f"{name} is damaged" in messages[0]
+
+
+def keep_one(directory):
+    with keeper_of(WRAPS["fsdp2"](odd(0)), directory, format="dcp") as keeper:
+        keeper.observe(1.0, update(1))
+
+
+def load_damaged(directory):
+    with pytest.raises(SnapshotError) as caught:
+        load(directory, BEST, WRAPS["fsdp2"](odd(1)))
+    return str(caught.value)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import shutil
+import threading
+
+import pytest
+
+from keepbest.run.files import Files
+from tests.run.runs import Run, refs, snapshots, update
+
+
+def names(run):
+    return {path.name for path in (run.keeper.directory / "checkpoints" / "snapshots").iterdir()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def test_new_best_does_not_wait_for_the_removal_of_the_old_one_but_the_next_and_a_flush_do(run, monkeypatch):
+    remove, join, create = shutil.rmtree, threading.Thread.join, Files.create
+    is_waited_for = threading.Event()
+    found = []
+
+    def join_and_say_so(thread, timeout=None):
+        is_waited_for.set()
+        join(thread, timeout)
+
+    def look_and_create(files, path):
+        found.append(names(run) - {path.parent.name})
+        return create(files, path)
+
+    monkeypatch.setattr("keepbest.run.files.shutil.rmtree", lambda path: is_waited_for.wait(60) and remove(path))
+    monkeypatch.setattr(threading.Thread, "join", join_and_say_so)
+    monkeypatch.setattr(Files, "create", look_and_create)
+    with run.keeper as keeper:
+        keeper.observe(3.0, update(1))
+        keeper.observe(2.0, update(2))
+        assert names(run) == {".tmp-removed-U1", "U2"}
+        keeper.observe(1.0, update(3))
+        assert found[-1] == {"U2"}  # the space of U1 was free when U3 was written
+        is_waited_for.clear()
+        keeper.flush()
+        assert names(run) == {"U3"}
+
+
+def test_what_could_not_be_removed_is_told_and_goes_with_the_next_best(run, monkeypatch, caplog):
+    remove = shutil.rmtree
+    refusals = [PermissionError("not now")]
+    monkeypatch.setattr(
+        "keepbest.run.files.shutil.rmtree",
+        lambda path: (_ for _ in ()).throw(refusals.pop()) if refusals else remove(path),
+    )
+    with run.keeper as keeper:
+        keeper.observe(3.0, update(1))
+        keeper.observe(2.0, update(2))
+        keeper.flush()
+        assert names(run) == {".tmp-removed-U1", "U2"}
+        assert "no longer needed stays until the next save: not now" in caplog.text
+        keeper.observe(1.0, update(3))
+        keeper.flush()
+        assert names(run) == snapshots(run.keeper.directory) == set(refs(run.keeper.directory).values()) == {"U3"}
