@@ -13,22 +13,28 @@ from typing import Any, NamedTuple
 import torch
 
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.formats import torch_file
-from keepbest.formats.dcp import read_layout, read_others, read_tensor
-from keepbest.formats.format import FILE_FORMATS, is_sharded, read_state_dict
-from keepbest.formats.safetensors_file import Entry, entries_of, write_entries
+from keepbest.formats import safetensors_file, torch_file
+from keepbest.formats.registry import find_format
+from keepbest.formats.safetensors_file import Entry, write_entries
 from keepbest.remote.download import local_copy, snapshot_of
 from keepbest.run.digest import check_file
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
-from keepbest.run.reader import read_history, read_manifest
+from keepbest.run.manifest import Manifest
+from keepbest.run.reader import FoundSnapshot, find_ref, read_history
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
 _FOLDER_FILE = "model"
 
 
 class Contents(NamedTuple):
-    """What is exported: tensors that are read when their turn comes, and everything else."""
+    """What is exported.
+
+    Attributes:
+        entries: Tensors, each read when its turn comes.
+        tied: Further names of these tensors, and the key of each.
+        others: What is no tensor.
+    """
 
     entries: list[Entry]
     tied: dict[str, str]
@@ -43,50 +49,49 @@ def export(
     Keys are those of the whole model; those of the part, if it is the only one or is named by `part`.
 
     Args:
-        run: directory of the run, or the URL of its remote copy.
-        ref: for example `best_model.loss.val.total`.
-        to: a file that ends in `.pt` or `.safetensors`; any other path is a folder of safetensors files with an index,
-            as `from_pretrained` reads them.
-        part: name of one part of the model; `None` exports all of them.
-        largest_file: bytes of one file in a folder.
+        run: Directory of the run, or the URL of its remote copy.
+        ref: Name of the ref, for example `best_model.loss.val.total`.
+        to: File that ends in `.pt` or `.safetensors`. Any other path is a folder of safetensors files with an index, as
+            `from_pretrained` reads them.
+        part: Name of one part of the model; `None` exports all of them.
+        largest_file: Bytes of one file in a folder.
 
     Returns:
         The files that were written.
 
     Raises:
-        ConfigError: if something is there already, there is no such part, or a package that is needed is missing.
-        SnapshotError: if there is no such run or ref, or a file is missing or damaged.
-        OSError: whatever the file system answers; nothing is left at `to` then.
+        ConfigError: If something is there already, there is no such part, or a package that is needed is missing.
+        SnapshotError: If there is no such run or ref, or a file is missing or damaged.
+        OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     with local_copy(run, snapshot_of(ref)) as directory:
         return _export(directory, ref, to, part, largest_file)
 
 
 def _export(directory: Path, ref: str, to: Path, part: str | None, largest_file: int) -> list[Path]:
-    folder, manifest = read_manifest(directory, read_history(directory), ref)
-    if to.suffix in (FILE_FORMATS["torch"].ending, FILE_FORMATS["safetensors"].ending) and to.exists():
+    found = find_ref(directory, read_history(directory), ref)
+    if to.suffix in (torch_file.FORMAT.ending, safetensors_file.FORMAT.ending) and to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
-    parts = _parts(manifest, part)
-    for name, entry in manifest["files"].items():
-        if entry["part"] in parts:
-            check_file(folder / name, entry)
-    contents = _contents(folder, manifest, parts)
-    if to.suffix == torch_file.ENDING:
+    parts = _parts(found.manifest, part)
+    for name in parts:
+        for file, record in found.manifest.files_of(name).items():
+            check_file(found.folder / file, record.digest)
+    contents = _contents(found, parts)
+    if to.suffix == torch_file.FORMAT.ending:
         return [_write_torch(to, contents)]
     if contents.others:
         names = ", ".join(sorted(contents.others))
         raise SnapshotError(f"safetensors files hold tensors only, but the snapshot has {names}; export to a .pt file")
-    if to.suffix == FILE_FORMATS["safetensors"].ending:
+    if to.suffix == safetensors_file.FORMAT.ending:
         with _appearing(to) as path:
             write_entries(Files(), path, contents.entries, contents.tied)
         return [to]
     return _write_folder(to, contents, largest_file)
 
 
-def _parts(manifest: dict[str, Any], part: str | None) -> dict[str, str]:
+def _parts(manifest: Manifest, part: str | None) -> dict[str, str]:
     """For each part that is exported what its keys begin with."""
-    saved = {entry["part"] for entry in manifest["files"].values()}
-    paths = {name: path for name, path, _ in manifest["parts"] if name in saved}
+    paths = {saved.name: saved.path for saved in manifest.saved_parts}
     if part is not None:
         if part not in paths:
             raise ConfigError(f"the snapshot has no part {part!r}; there are: {', '.join(sorted(paths))}")
@@ -96,30 +101,16 @@ def _parts(manifest: dict[str, Any], part: str | None) -> dict[str, str]:
     return {name: f"{path}." if path else "" for name, path in paths.items()}
 
 
-def _contents(folder: Path, manifest: dict[str, Any], parts: Mapping[str, str]) -> Contents:
+def _contents(found: FoundSnapshot, parts: Mapping[str, str]) -> Contents:
     contents = Contents([], {}, {})
+    manifest = found.manifest
     for name, prefix in parts.items():
-        state: dict[str, Any]
-        if is_sharded(manifest["files"]):
-            state = read_others(folder, name)
-            for key, (shape, dtype) in read_layout(folder, name).items():
-                fetch = partial(_read_alone, folder, name, key, shape, dtype)
-                contents.entries.append(Entry(prefix + key, shape, dtype, fetch))
-        else:
-            [file] = [file for file, entry in manifest["files"].items() if entry["part"] == name]
-            state = read_state_dict(folder / file)
-            tensors = {prefix + key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-            entries, tied = entries_of(tensors)
-            contents.entries.extend(entries)
-            contents.tied.update(tied)
-        contents.others.update(
-            {prefix + key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
-        )
+        reader = find_format(manifest.format).reader(found.folder, manifest.files, name)
+        for key, (shape, dtype) in reader.kinds.items():
+            contents.entries.append(Entry(prefix + key, shape, dtype, partial(reader.fetch, key)))
+        contents.tied.update({prefix + key: prefix + first for key, first in reader.tied.items()})
+        contents.others.update({prefix + key: value for key, value in reader.others.items()})
     return contents
-
-
-def _read_alone(folder: Path, part: str, key: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    return read_tensor(folder, part, key, torch.empty(shape, dtype=dtype))
 
 
 def _write_torch(to: Path, contents: Contents) -> Path:
@@ -128,7 +119,7 @@ def _write_torch(to: Path, contents: Contents) -> Path:
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=TEMPORARY) as space, _appearing(to) as path:
         state = {entry.key: _mapped(Path(space) / str(number), entry) for number, entry in enumerate(contents.entries)}
         state |= {key: state[first] for key, first in contents.tied.items()}
-        torch_file.write_state_dict(Files(), path, {**state, **contents.others})
+        torch_file.FORMAT.write_file(Files(), path, {**state, **contents.others})
     return to
 
 
@@ -141,7 +132,7 @@ def _mapped(path: Path, entry: Entry) -> torch.Tensor:
 
 
 def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]:
-    ending = FILE_FORMATS["safetensors"].ending
+    ending = safetensors_file.FORMAT.ending
     if to.exists() and any(to.glob(f"{_FOLDER_FILE}*{ending}*")):
         raise ConfigError(f"{to} holds weights; nothing is overwritten")
     groups = _grouped(contents.entries, largest_file)
@@ -171,7 +162,7 @@ def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Seq
         "metadata": {"total_size": sum(entry.bytes for entry in contents.entries)},
         "weight_map": {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group},
     }
-    found = to / f"{_FOLDER_FILE}{FILE_FORMATS['safetensors'].ending}.index.json"
+    found = to / f"{_FOLDER_FILE}{safetensors_file.FORMAT.ending}.index.json"
     with _appearing(found) as path, Files().create(path) as file:
         file.write(json.dumps(index, indent=2, sort_keys=True).encode())
         file.sync()

@@ -14,20 +14,21 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
+from keepbest.capture.share import Items
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
-from keepbest.formats.format import Format
+from keepbest.formats.registry import FormatName, find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.load import load_into
 from keepbest.metric import MetricReduction, Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
-from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.run.layout import snapshots_folder
 from keepbest.run.names import best_ref
-from keepbest.run.record import Store
+from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState
-from keepbest.saving.open_run import SharedRun
+from keepbest.saving.open_run import OpenRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings import Settings, check_settings
 
@@ -85,7 +86,7 @@ class BestKeeper:
         keep_top_k: int = 1,
         metric_reduction: MetricReduction = "mean",
         on_nonfinite: Literal["ignore", "raise"] = "ignore",
-        format: Format = "torch",  # noqa: A002  # as above
+        format: FormatName = "torch",  # noqa: A002  # as above
         async_save: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         id: str | None = None,  # noqa: A002  # the field's name in the config
@@ -130,19 +131,16 @@ class BestKeeper:
             state=lambda checked: str(checked).encode(),
         )
         self.name, self.policy, self._reduction = settings.name, settings.policy, settings.reduction
-        self._run = SharedRun.of(self.directory)
+        self._run = OpenRun.of(self.directory)
         self._saver = Saver(
             self.name,
-            metric_key,
             self.policy,
             self._run,
-            model,
-            settings.parts,
-            save_frozen_weights=save_frozen_weights,
+            Items(model, settings.parts, save_frozen_weights),
+            find_format(settings.file_format),
             ranks=self._ranks,
-            file_format=settings.file_format,
-            background=async_save,
-            goes_on=on_save_error == "warn",
+            in_background=async_save,
+            tolerates=on_save_error == "warn",
         )
         self._run_id: str | None = None
         self._timeline: int | None = None
@@ -173,6 +171,7 @@ class BestKeeper:
         step = f"take up {self.directory} for {self.name}"
         try:
             self._ranks.agree(step, self._join, state=lambda _: resumes)
+            self._saver.check_folder(step)
             # Only a remote copy may take long to be brought here.
             saving = self._remote is not None
             facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=saving)
@@ -217,7 +216,7 @@ class BestKeeper:
             return self._record(observation, state, decision)
         exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
         try:
-            self._saver.save(Kept(observation, decision.is_new_best, exceeded))
+            self._saver.save(Kept(observation, decision.is_new_best, exceeded), self._step_of(decision, iteration))
         except StorageError as error:
             if self._on_save_error == "raise":
                 raise
@@ -255,17 +254,17 @@ class BestKeeper:
         self.start()
         self._refuse_if_closed()
 
-        def write(store: Store) -> None:
-            store.sync()
+        def write(record: KeeperRecord) -> None:
+            record.folder.sync()
             if pin is not None:
-                store.pin(self.name, pin, self._state)
+                record.pin(pin, self._state)
 
         self._settle(f"flush {self.name}", write)
 
     def release(self, pin: str) -> None:
         """Let go of what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
         self._refuse_if_closed()
-        self._settle(f"release {pin} of {self.name}", lambda store: store.unpin(self.name, pin))
+        self._settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))
 
     def close(self) -> None:
         """End the run: tolerances that were never exceeded get a provisional ref on the best. **Collective**.
@@ -279,7 +278,7 @@ class BestKeeper:
         if phase != "started":
             return
         try:
-            self._settle(f"close {self.name}", lambda store: store.end(self.name, self._state, self.policy))
+            self._settle(f"close {self.name}", lambda record: record.end(self._state))
             self._saver.arrive(f"bring {self.name} to {self._remote}")
         finally:
             self._leave()
@@ -321,7 +320,7 @@ class BestKeeper:
         """
         if self._saver.best_snapshot is None:
             return None
-        return self.directory / CHECKPOINTS / SNAPSHOTS / self._saver.best_snapshot
+        return snapshots_folder(self.directory) / self._saver.best_snapshot
 
     def restore_best(self) -> None:
         """Load the best that the run ever saved into the live model. **Collective**.
@@ -334,17 +333,15 @@ class BestKeeper:
         load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
-        store = self._run.store()
+        record = KeeperRecord(self._run.open(), self.name, self.metric_key, self.policy)
         from_ledger = self._resume == "ledger" or at is not None
-        state = store.begin(
-            self.name, self.metric_key, self.policy, loaded=self._loaded, from_ledger=from_ledger, at=at
-        )
-        self._saver.start()
+        state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
+        self._saver.start(record)
         return {
-            "run": store.history.run_id,
-            "timeline": store.history.keepers[self.name].present.number,
+            "run": record.run_id,
+            "timeline": record.history.present.number,
             "state": state.to_json(),
-            "best": store.best_snapshot(self.name),
+            "best": record.best_snapshot,
         }
 
     def _join(self) -> None:
@@ -359,7 +356,7 @@ class BestKeeper:
 
     def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
         """The metric that all ranks agree on; before that, they hear what rank 0 could not write."""
-        failure = self._saver.take_failure() or self._saver.take_upload_failure()
+        failure = self._saver.take_failure()
         revised = None if failure is not None else self._saver.revised_state()
         value, news = agree_on_metric(
             self._ranks,
@@ -378,8 +375,12 @@ class BestKeeper:
         """Take over the state without bests that could not be written; closes the tolerances that this closes."""
         before, self._state = self._state.exceeded, state
         exceeded = state.exceeded.items()
-        self._saver.all_know_the_revised_state()
+        self._saver.losses.all_know()
         self._saver.correct({each: best for each, best in exceeded if each not in before or before[each] != best})
+
+    def _step_of(self, decision: Decision, iteration: TrainingIteration) -> str:
+        what = "the new best" if decision.is_new_best else "one of the best"
+        return f"save {what} of {self.metric_key} at {iteration}"
 
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
@@ -387,7 +388,7 @@ class BestKeeper:
         failed = not observation.durable
         return Outcome(observation.iteration, observation.value, False, decision.newly_exceeded, save_failed=failed)
 
-    def _settle(self, step: str, write: Callable[[Store], None]) -> None:
+    def _settle(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
         """Wait for what is being written, and let rank 0 write something that all must know to be there."""
         if (revised := self._saver.settle(step)) is not None:
             self._revise(revised)

@@ -11,7 +11,7 @@ from torch import nn
 
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
-from keepbest.formats.format import Format, check_format
+from keepbest.formats.registry import FormatName, check_format
 from keepbest.metric import MetricReduction, check_reduction
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
@@ -28,7 +28,7 @@ class KeeperSettings(TypedDict, total=False):
     keep_top_k: int
     metric_reduction: MetricReduction
     on_nonfinite: Literal["ignore", "raise"]
-    format: Format
+    format: FormatName
     async_save: bool
     on_save_error: Literal["raise", "warn"]
     id: str | None
@@ -73,7 +73,7 @@ class Settings:
     save_frozen_weights: bool
     on_nonfinite: str
     on_save_error: str
-    file_format: Format
+    file_format: FormatName
     async_save: bool
     remote: str | None
 

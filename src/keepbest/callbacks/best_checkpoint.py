@@ -15,7 +15,7 @@ from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.decision import Outcome
-from keepbest.formats.format import Format
+from keepbest.formats.registry import FormatName
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import MetricReduction, read_scalar
@@ -64,7 +64,7 @@ class BestCheckpointCallbackConfig(CallBackBaseConfig):
     keep_top_k: Annotated[int, Field(gt=0, strict=True)] = 1
     metric_reduction: MetricReduction = "mean"
     on_nonfinite: Literal["ignore", "raise"] = "ignore"
-    format: Format = "torch"
+    format: FormatName = "torch"
     async_save: bool = False
     on_save_error: Literal["raise", "warn"] = "raise"
     remote: str | None = None

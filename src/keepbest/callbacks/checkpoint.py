@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
+from keepbest.capture.torch_errors import one_error
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
-from keepbest.formats.dcp import one_error
 from keepbest.interval import IntervalType
 from keepbest.modules.wrappers import plain_key
 from keepbest.random_state import read_random_state

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
-from keepbest.modules.sources import StateDict
+from keepbest.modules.quiet import quiet
+from keepbest.modules.sources import Source, StateDict, plain_state_dict
 from keepbest.modules.wrappers import keys_of_wrappers, plain_key, state_dict_key
 
 
@@ -62,4 +63,25 @@ def full_fsdp1_state(module: nn.Module, *, rank0_only: bool) -> Iterator[None]:
         # Deprecated, but what is to replace it leaves the full weights on every rank.
         warnings.filterwarnings("ignore", r"FSDP\.state_dict_type", FutureWarning)
         with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+            yield
+
+
+def sharded_state_dict(source: Source) -> StateDict:
+    """What this rank holds of a source's state dict, with plain keys. **Collective** where it holds FSDP1 units."""
+    if not source.holds_fsdp1:
+        return plain_state_dict(source.module)
+    wrapping = keys_of_wrappers(source.module)
+    with sharded_fsdp1_state(source.module):
+        state = source.module.state_dict().items()
+    return {plain_key(source.module, key): value for key, value in state if key not in wrapping}
+
+
+@contextlib.contextmanager
+def sharded_fsdp1_state(module: nn.Module) -> Iterator[None]:
+    """State dicts of `module` hold shards in this block, also of the FSDP1 units in it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
+
+    with quiet():
+        config = ShardedStateDictConfig(offload_to_cpu=False)
+        with FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT, config):
             yield

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from functools import partial
 from types import NoneType
 from typing import cast
 
 import torch
-from torch import nn
 
 from keepbest.capture.fsdp1 import fsdp1_state_dict
+from keepbest.capture.share import Items, Share, main_alone
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor
@@ -19,82 +19,33 @@ from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
 from keepbest.modules.wrappers import plain_key
 from keepbest.ranks import Ranks
-from keepbest.staging.host import Staging, StagingBuffer
+from keepbest.staging.slot import LiveSlot, Slot, Staging
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What a snapshot holds.
-
-    Attributes:
-        files: for each part name a state dict with plain keys and full tensors on the CPU; empty on ranks other than 0.
-            Without a staging buffer, tensors of an unsharded CPU model are the live ones, not copies.
-        parts: all that were selected, in order.
-        left_out: for each part name the keys (relative to the part) that were left out because they were frozen. A
-            part that is frozen as a whole has no file.
-        buffer: that holds the tensors, if they were staged.
-    """
-
-    parts: tuple[Part, ...]
-    files: Mapping[str, StateDict]
-    left_out: Mapping[str, list[str]]
-    buffer: StagingBuffer | None = None
-
-
-def take_snapshot(
-    model: nn.Module,
-    parts: Sequence[Part],
-    *,
-    save_frozen_weights: bool,
-    ranks: Ranks,
-    staging: Staging | None = None,
-) -> Weights:
-    """Bring the weights of `parts` to rank 0. **Collective**.
+def gathered(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
+    """Bring the weights of `items` to rank 0, which writes them. **Collective**.
 
     No rank holds more than one whole parameter at a time beside what rank 0 keeps (FSDP1: one unit, which gloo has
     twice while it gathers it).
 
     Args:
-        model: plain or wrapped.
-        parts: of it.
-        save_frozen_weights: whether parameters that do not require grad are among the weights.
-        ranks: of the model.
-        staging: on all ranks, or on none: rank 0 copies everything into a buffer of it, so that the model may change
-            while the snapshot is written; the caller releases the buffer.
+        items: What is to be saved.
+        ranks: Ranks of the model.
+        staging: Where rank 0 gets room for the weights. `Unstaged` weights of a plain CPU model are the live tensors.
+        step: What is being done, in words.
 
     Raises:
-        KeepBestError: as `Ranks.agree`, before any weight moved: if a rank lists other weights than the others, or a
+        KeepBestError: As `Ranks.agree`, before any weight moved: if a rank lists other weights than the others, or a
             weight is on the meta device or is no plain data.
-        RankFailedError: on a rank that fails while weights are on their way, and, once the timeout of the process group
+        RankFailedError: On a rank that fails while weights are on their way, and, once the timeout of the process group
             that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
-    # Ranks that list different weights would wait for each other for ever; so they show each other their lists first.
-    buffer: StagingBuffer | None = None
-
-    def list_and_claim() -> list[Source]:
-        nonlocal buffer
-        listed = list_sources(model, parts, save_frozen_weights=save_frozen_weights)
-        if staging is not None and ranks.is_main:
-            buffer = staging.claim()
-        return listed
-
-    try:
-        sources = ranks.agree(
-            "list the weights",
-            list_and_claim,
-            state=lambda sources: b"\n".join(map(listing, sources)),
-            saving=staging is not None,  # rank 0 may have to wait for a write before it has a buffer
-        )
-    except BaseException:
-        # Nothing moved, and the ranks may go on: a buffer that is not given back would be waited for in vain.
-        if staging is not None and buffer is not None:
-            staging.release(buffer)
-        raise
+    sources, slot = _list_and_claim(items, ranks, staging, step)
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
     try:
         for source in sources:
-            receiver = _Receiver(source, ranks, buffer)
+            receiver = _Receiver(source, ranks, slot)
             if source.holds_fsdp1:
                 state = fsdp1_state_dict(source.module, receiver.take)
             else:
@@ -106,20 +57,48 @@ def take_snapshot(
                 if full or not (left_out[part.name] or part.apart):
                     files[part.name] = full
     except BaseException as error:  # noqa: BLE001  # lose raises
+        slot.release()
         ranks.lose("gather the weights", error)
-    return Weights(
-        parts=tuple(parts),
+    return Share(
+        parts=items.parts,
         files=files if ranks.is_main else {},
         left_out={name: keys for name, keys in left_out.items() if keys},
-        buffer=buffer,
+        slot=slot,
+        writers=main_alone,
     )
 
 
+def _list_and_claim(items: Items, ranks: Ranks, staging: Staging, step: str) -> tuple[list[Source], Slot]:
+    """The sources that all ranks agree on, and room for their weights on rank 0."""
+    # Ranks that list different weights would wait for each other forever, so they compare their lists first.
+    slot: Slot = LiveSlot()
+
+    def list_and_claim() -> list[Source]:
+        nonlocal slot
+        listed = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
+        if ranks.is_main:
+            slot = staging.claim()
+        return listed
+
+    try:
+        sources = ranks.agree(
+            f"list the weights to {step}",
+            list_and_claim,
+            state=lambda sources: b"\n".join(map(listing, sources)),
+            saving=staging.waits,  # rank 0 may have to wait for a write before it has a slot
+        )
+    except BaseException:
+        # Nothing moved, and the ranks may continue: a slot that is not given back would be waited for in vain.
+        slot.release()
+        raise
+    return sources, slot
+
+
 def listing(source: Source) -> bytes:
-    """What the ranks compare before weights move: the names, shapes and kinds of what `source` holds.
+    """What the ranks compare before weights move: names, shapes and kinds of what `source` holds.
 
     Raises:
-        SnapshotError: if something in it cannot be saved.
+        SnapshotError: If something in it cannot be saved.
     """
     if source.holds_fsdp1:
         names = {plain_key(source.module, key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
@@ -150,20 +129,20 @@ def cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[s
 
 
 class _Receiver:
-    """Brings the tensors of one source to where they stay: on rank 0, full, on the CPU, each once; else nowhere."""
+    """Brings each tensor of one source to the slot of rank 0, full, once. Other ranks keep nothing."""
 
-    def __init__(self, source: Source, ranks: Ranks, buffer: StagingBuffer | None) -> None:
+    def __init__(self, source: Source, ranks: Ranks, slot: Slot) -> None:
         self._source = source
         self._ranks = ranks
-        self._buffer = buffer
-        self._moved: dict[int, torch.Tensor] = {}  # what stays, by the id of itself and of what it was made from
+        self._slot = slot
+        self._moved: dict[int, torch.Tensor] = {}  # by the id of the tensor itself and of what it was made from
 
     def take(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
         """A copy on rank 0 of a full parameter that is about to be gone, if it is to be kept. **Rank-local**."""
         is_in_a_part = any(self._source.key_in(part, key) is not None for part in self._source.parts)
         if not self._ranks.is_main or not is_in_a_part or self._source.is_frozen(key):
             return None
-        copy = value.to("cpu", copy=True) if self._buffer is None else self._buffer.fill(self._name(key), value)
+        copy = self._slot.copy(self._name(key), value)
         self._moved[id(copy)] = copy
         return copy
 
@@ -179,12 +158,11 @@ class _Receiver:
 
     def _move(self, key: str, value: torch.Tensor, transfer: ShardTransfer) -> torch.Tensor:
         if is_dtensor(value) and transfer.can_move(value):
-            into = None if self._buffer is None else self._buffer.tensor(self._name(key), value)
-            return transfer.move(value, into)
+            return transfer.move(value, partial(self._slot.room, self._name(key), value))
         whole = (value.full_tensor() if is_dtensor(value) else value).detach()
         if not self._ranks.is_main:
             return whole.new_empty(0)
-        return whole.cpu() if self._buffer is None else self._buffer.fill(self._name(key), whole)
+        return self._slot.put(self._name(key), whole)
 
     def _name(self, key: str) -> str:
         return f"{self._source.path}/{key}"

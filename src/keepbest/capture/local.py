@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
-
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.capture.gathered import Weights, cut, listing
+from keepbest.capture.fsdp1 import sharded_state_dict
+from keepbest.capture.gathered import cut, listing
+from keepbest.capture.plan import plan_shares
+from keepbest.capture.share import AllRanks, Items, Share
 from keepbest.errors import ConfigError
-from keepbest.modules.kinds import is_fsdp1
-from keepbest.modules.parts import Part
-from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
-from keepbest.modules.wrappers import keys_of_wrappers, plain_key
+from keepbest.modules.kinds import is_fsdp1, is_sharded
+from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.ranks import Ranks
+from keepbest.staging.slot import LiveSlot, Staging
+
+_NOT_SHARED = "This format needs a run directory on a file system that all hosts share and may write to"
 
 
-def take_shards(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool, ranks: Ranks) -> Weights:
-    """The weights of `parts` as the ranks hold them. **Collective**.
+def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
+    """Plan which rank writes what it holds of `items`. **Collective**; nothing is gathered.
 
-    Sharded tensors stay sharded; what is not sharded is there on every rank. The tensors are those of the model, not
-    copies (FSDP1: new shards, for which one unit at a time is gathered).
+    The tensors are those of the model, not copies (FSDP1: new shards, for which one unit at a time is gathered), so the
+    save is waited for.
 
     Args:
-        model: plain or wrapped.
-        parts: of it.
-        save_frozen_weights: whether parameters that do not require grad are among the weights.
-        ranks: of the model.
+        items: What is to be saved.
+        ranks: Ranks of the model.
+        staging: Not asked for room.
+        step: What is being done, in words.
 
     Raises:
-        ConfigError: on every rank, if FSDP1 shards the model over a part of the ranks only.
-        KeepBestError, RankFailedError: as `take_snapshot`.
+        ConfigError: On every rank, if FSDP1 shards the model over a part of the ranks only.
+        KeepBestError, RankFailedError: As `gathered`.
     """
+    del staging
 
     def list_and_check() -> list[Source]:
-        listed = list_sources(model, parts, save_frozen_weights=save_frozen_weights)
+        listed = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
         for source in listed:
             _refuse_partly_sharded(source.module, ranks)
         return listed
 
-    sources = ranks.agree("list the weights", list_and_check, state=lambda found: b"\n".join(map(listing, found)))
+    sources = ranks.agree(
+        f"list the weights to {step}", list_and_check, state=lambda found: b"\n".join(map(listing, found))
+    )
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
     try:
@@ -50,44 +53,17 @@ def take_shards(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights:
             for part in source.parts:
                 kept, left_out[part.name] = cut(source, part, state)
                 if kept or not (left_out[part.name] or part.apart):
-                    files[part.name] = kept
+                    files[part.name] = {key: value for key, value in kept.items() if ranks.is_main or is_sharded(value)}
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose("list the shards", error)
-    return Weights(parts=tuple(parts), files=files, left_out={name: keys for name, keys in left_out.items() if keys})
-
-
-def sharded_state_dict(source: Source) -> StateDict:
-    """What this rank holds of a source's state dict, with plain keys. **Collective** where it holds FSDP1 units."""
-    if not source.holds_fsdp1:
-        return plain_state_dict(source.module)
-    wrapping = keys_of_wrappers(source.module)
-    with sharded_fsdp1_state(source.module):
-        state = source.module.state_dict().items()
-    return {plain_key(source.module, key): value for key, value in state if key not in wrapping}
-
-
-@contextlib.contextmanager
-def sharded_fsdp1_state(module: nn.Module) -> Iterator[None]:
-    """State dicts of `module` hold shards in this block, also of the FSDP1 units in it."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
-
-    with quiet():
-        config = ShardedStateDictConfig(offload_to_cpu=False)
-        with FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT, config):
-            yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's warnings of what it does itself, and that there is one process, where that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        # FSDP1 is deprecated, and so are the shards that it gives; there is no other way to them.
-        warnings.filterwarnings("ignore", r"FSDP\.state_dict_type", FutureWarning)
-        warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
-        warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated", UserWarning)
-        warnings.filterwarnings("ignore", "Multiple backends are registered", UserWarning)
-        yield
+    return Share(
+        parts=items.parts,
+        files=files,
+        left_out={name: keys for name, keys in left_out.items() if keys},
+        slot=LiveSlot(),
+        writers=AllRanks(ranks, step, _NOT_SHARED),
+        plans=plan_shares(files, ranks, step),
+    )
 
 
 def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
@@ -96,6 +72,6 @@ def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
             members = dist.get_process_group_ranks(unit.process_group)
             if members != ranks.members:
                 raise ConfigError(
-                    f"format 'dcp' cannot save FSDP1 units that are sharded over ranks {members} of {ranks.members}; "
+                    f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
                     "use format 'torch', or FSDP2"
                 )

@@ -1,178 +1,158 @@
-"""From state dicts on rank 0 into a model, in whatever way it is distributed: the way back of `take_snapshot`."""
+"""From the files of a snapshot into a model: the way back of a capture. **Collective**."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state
-from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import is_dtensor
+from keepbest.capture.compare import compare
+from keepbest.capture.fsdp1 import sharded_fsdp1_state, sharded_state_dict
+from keepbest.capture.place import place_weights
+from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
-from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
+from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.wrappers import state_dict_key
 from keepbest.ranks import Ranks
+from keepbest.run.manifest import Manifest
+from keepbest.run.reader import FoundSnapshot
 
-_LISTED_KEYS = 6
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A snapshot that is to be loaded.
 
-def place_weights(
-    model: nn.Module,
-    parts: Sequence[Part],
-    files: Mapping[str, StateDict],
-    left_out: Mapping[str, Sequence[str]],
-    *,
-    ranks: Ranks,
-) -> None:
-    """Put saved weights into `parts` of `model`. **Collective**.
-
-    Each tensor travels once, from rank 0; sharded models take their shard of it and drop the rest (FSDP1 holds the
-    full weights of a unit while it loads).
-
-    Args:
-        model: plain or wrapped; another strategy and another number of ranks than saved it are fine.
-        parts: what was saved.
-        files: on rank 0, the state dict of each part by name, full tensors with plain keys; ignored elsewhere.
-        left_out: on rank 0, the keys of each part that were frozen and not saved; exactly these may be missing.
-        ranks: of the model.
-
-    Raises:
-        SnapshotError: on every rank, if keys or shapes differ from the model's; the model is then as it was.
-        RankFailedError: if the model itself refuses the weights on a rank, or a rank is lost; parts may be loaded then.
-        KeepBestError: see `Ranks.agree`.
+    Attributes:
+        manifest: Manifest of it, on every rank.
+        format: Format of its files.
+        found: Where this rank reads it; `None` on ranks that do not read.
+        is_shared: Whether the ranks that read see one folder, or each has a copy of its own.
     """
 
-    def find() -> tuple[list[Source], dict[str, StateDict]]:
-        found = list_sources(model, parts, save_frozen_weights=True)
-        return found, {source.path: plain_state_dict(source.module) for source in found if not source.holds_fsdp1}
+    manifest: Manifest
+    format: Format
+    found: FoundSnapshot | None
+    is_shared: bool
 
-    sources, present = ranks.agree("find the saved parts in the model", find)
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that have files."""
+        return tuple(Part(*part) for part in self.manifest.saved_parts)
+
+    def readers(self, found: FoundSnapshot) -> dict[str, PartReader]:
+        """A reader of each part."""
+        files = found.manifest.files
+        return {part.name: self.format.reader(found.folder, files, part.name) for part in self.parts}
+
+
+class Restore(Protocol):
+    """Loads a snapshot into a model. **Collective**."""
+
+    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> None: ...
+
+
+def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> None:
+    """Read a snapshot on rank 0, after every file was verified, and hand it to the others. **Collective**.
+
+    Args:
+        model: Model, plain or wrapped. Another strategy and another number of ranks than saved it are fine.
+        stored: Snapshot, found by rank 0.
+        ranks: Ranks of the model.
+        step: What is being done, in words.
+
+    Raises:
+        SnapshotError: On every rank, if a file is missing or damaged. Otherwise as `place_weights`.
+    """
+
+    def read() -> dict[str, StateDict]:
+        if stored.found is None:
+            return {}
+        stored.found.check_files()
+        return {name: _whole(reader) for name, reader in stored.readers(stored.found).items()}
+
+    files = ranks.agree(step, read, saving=True)
+    place_weights(model, stored.parts, files, stored.manifest.left_out, ranks=ranks)
+
+
+def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> None:
+    """Read on each rank the shards that it holds. **Collective**.
+
+    Every rank verifies its share of the files first, or all of them, if others do not see the same ones.
+
+    Args:
+        model: Model, plain or wrapped. Another strategy and another number of ranks than saved it are fine.
+        stored: Snapshot, found by every rank.
+        ranks: Ranks of the model.
+        step: What is being done, in words.
+
+    Raises:
+        SnapshotError: On every rank, if a file is missing or damaged, or keys or shapes differ from the model's. The
+            model is then as it was.
+        RankFailedError: On every rank, if reading fails later. Parts may be loaded then.
+    """
+    sources, readers = ranks.agree(step, lambda: _verify_and_open(model, stored, ranks), saving=True)
+    state = _present(sources, ranks, step)
+
+    def compare_all() -> None:
+        # Of tensors only shapes and dtypes are compared: stand-ins that take no memory.
+        saved = {name: {**_stand_ins(reader), **reader.others} for name, reader in readers.items()}
+        for source in sources:
+            compare(source, state[source.path], saved, stored.manifest.left_out)
+
+    ranks.agree(step, compare_all)
+    for source in sources:
+        # Not what was compared: FSDP1 gives copies, in which what was loaded since would be missing.
+        present = _present([source], ranks, step)[source.path]
+
+        def fill(source: Source = source, present: StateDict = present) -> None:
+            for part in source.parts:
+                reader, inside = readers[part.name], source.path_of(part)
+                reader.fill({key: present[inside + key] for key in reader.kinds})
+
+        ranks.agree(step, fill, saving=True)
+        _load_rest(source, present, readers, ranks, step)
+
+
+def _whole(reader: PartReader) -> StateDict:
+    tensors = {key: reader.fetch(key) for key in reader.kinds}
+    tied = {key: tensors[first] for key, first in reader.tied.items()}
+    return {**tensors, **tied, **reader.others}
+
+
+def _verify_and_open(model: nn.Module, stored: Stored, ranks: Ranks) -> tuple[list[Source], dict[str, PartReader]]:
+    found = stored.found
+    if found is None:
+        raise RuntimeError(f"rank {ranks.rank} was not given the folder of the snapshot")
+    found.check_files(*((ranks.rank, ranks.world_size) if stored.is_shared else ()))
+    return list_sources(model, stored.parts, save_frozen_weights=True), stored.readers(found)
+
+
+def _present(sources: Sequence[Source], ranks: Ranks, step: str) -> dict[str, StateDict]:
     try:
-        # Of FSDP1 only a gathered state dict tells the names and shapes; they are there on rank 0, which compares.
-        present |= {source.path: fsdp1_state_dict(source.module, _layout) for source in sources if source.holds_fsdp1}
+        return {source.path: sharded_state_dict(source) for source in sources}
     except BaseException as error:  # noqa: BLE001  # lose raises
-        ranks.lose("find the saved parts in the model", error)
-    layout = ranks.broadcast(
-        "compare the saved weights with the model",
-        lambda: [compare(source, present[source.path], files, left_out) for source in sources],
-    )
-    for source, keys in zip(sources, layout, strict=True):
-        try:
-            saved = _by_source_key(source, files) if ranks.is_main else {}
-            state: StateDict = {}
-            for key, kind in keys:
-                target = present[source.path].get(key)
-                value = _sent(saved.get(key), kind, ranks)
-                state[state_dict_key(source.module, key)] = _localized(value, target)
-            if source.holds_fsdp1:
-                _load_fsdp1(source.module, state)
-        except BaseException as error:  # noqa: BLE001  # lose raises
-            ranks.lose("load the weights", error)
-        if not source.holds_fsdp1:
-            place = partial(source.module.load_state_dict, state, strict=False)
-            ranks.agree("load the weights", place)
+        ranks.lose(step, error)
 
 
-def _layout(_: str, value: torch.Tensor) -> torch.Tensor:
-    return value.to("meta")
+def _stand_ins(reader: PartReader) -> dict[str, Any]:
+    return {key: torch.empty((), dtype=kind.dtype).expand(tuple(kind.shape)) for key, kind in reader.kinds.items()}
 
 
-def _by_source_key(source: Source, files: Mapping[str, StateDict]) -> StateDict:
-    return {
-        f"{source.path_of(part)}{key}": value
-        for part in source.parts
-        for key, value in files.get(part.name, {}).items()
+def _load_rest(source: Source, present: StateDict, readers: Mapping[str, PartReader], ranks: Ranks, step: str) -> None:
+    """Load what is no tensor, and FSDP1's shards. The other tensors of the model have been read into."""
+    others = {
+        source.path_of(part) + key: value for part in source.parts for key, value in readers[part.name].others.items()
     }
-
-
-def compare(
-    source: Source, present: StateDict, files: Mapping[str, StateDict], left_out: Mapping[str, Sequence[str]]
-) -> list[tuple[str, Any]]:
-    """Names and kinds of what `files` hold for `source`, after all of it was found to fit. **Rank-local**.
-
-    Args:
-        source: of the model.
-        present: its state dict, with plain keys.
-        files: the state dict of each part by name.
-        left_out: the keys of each part that may be missing.
-
-    Raises:
-        SnapshotError: if keys, shapes or kinds of tensors differ.
-    """
-    saved = _by_source_key(source, files)
-    may_lack = {f"{source.path_of(part)}{key}" for part in source.parts for key in left_out.get(part.name, ())}
-    wanted = {key for part in source.parts for key in present if source.key_in(part, key) is not None}
-    reshaped = {key for key in saved.keys() & wanted if _shape(saved[key]) != _shape(present[key])}
-    strange = {key for key in saved.keys() & wanted - reshaped if not _is_like(saved[key], present[key])}
-    faults = [
-        _listed("the snapshot lacks", wanted - saved.keys() - may_lack),
-        _listed("the model lacks", saved.keys() - wanted),
-        _listed("shapes differ for", reshaped),
-        _listed("there are sparse, complex or empty (meta) tensors in the place of dense ones for", strange),
-    ]
-    if told := "; ".join(filter(None, faults)):
-        where = f"submodel {source.path!r}" if source.path else "the model"
-        raise SnapshotError(f"the snapshot is not of this model: in {where}, {told}. Nothing was loaded")
-    return [(key, _kind(value)) for key, value in saved.items()]
-
-
-def _listed(what: str, keys: set[str]) -> str:
-    shown = ", ".join(sorted(keys)[:_LISTED_KEYS])
-    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
-    return f"{what} {shown}{more}" if keys else ""
-
-
-def _is_like(value: object, target: object) -> bool:
-    """Whether the values of the tensor `value` can be copied into `target`, which has the same shape."""
-    if not isinstance(value, torch.Tensor) or not isinstance(target, torch.Tensor):
-        return True
-    is_dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    return is_dense and value.dtype.is_complex == target.dtype.is_complex
-
-
-def _shape(value: object) -> list[int] | None:
-    return list(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _kind(value: object) -> Any:
-    """What other ranks must know to receive `value`: shape and dtype of a tensor; plain data itself, as bytes.
-
-    Bytes, since JSON has no tensors and would make lists of tuples.
-    """
-    if isinstance(value, torch.Tensor):
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    torch.save(value, packed := io.BytesIO())
-    return {"data": base64.b64encode(packed.getbuffer()).decode()}
-
-
-def _sent(value: Any, kind: Mapping[str, Any], ranks: Ranks) -> Any:
-    if "data" in kind:
-        return torch.load(io.BytesIO(base64.b64decode(kind["data"])), map_location="cpu", weights_only=True)
-    tensor = value.contiguous() if ranks.is_main else torch.empty(kind["shape"], dtype=getattr(torch, kind["dtype"]))
-    if ranks.control_group is not None and tensor.numel():
-        # Bytes, since gloo does not know every dtype.
-        dist.broadcast(tensor.view(-1).view(torch.uint8), group=ranks.control_group, group_src=0)
-    return tensor
-
-
-def _localized(value: Any, target: Any) -> Any:
-    """This rank's shard of `value`, where `target` is sharded. No communication."""
-    if not is_dtensor(target):
-        return value
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = target.device_mesh
-    whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=target.placements)
-
-
-def _load_fsdp1(module: nn.Module, state: StateDict) -> None:
-    with full_fsdp1_state(module, rank0_only=False):
-        module.load_state_dict(state, strict=False)
+    if source.holds_fsdp1:
+        whole = {state_dict_key(source.module, key): value for key, value in {**present, **others}.items()}
+        try:
+            with sharded_fsdp1_state(source.module):
+                source.module.load_state_dict(whole, strict=False)
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            ranks.lose(step, error)
+    elif others:
+        named = {state_dict_key(source.module, key): value for key, value in others.items()}
+        ranks.agree(step, lambda: source.module.load_state_dict(named, strict=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,12 @@ class ShardTransfer:
             and self._ranks.world_size > 1
         )
 
-    def move(self, tensor: DTensor, into: torch.Tensor | None) -> torch.Tensor:
-        """Start to bring `tensor` to rank 0: `into` a contiguous tensor of the global shape, or a new one.
+    def move(self, tensor: DTensor, room: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Start to bring `tensor` to rank 0.
+
+        Args:
+            tensor: Tensor that `can_move`.
+            room: Function that gives rank 0 a contiguous tensor of the global shape.
 
         Returns:
             On rank 0 the full tensor, whose values are there when the block has ended; elsewhere an empty tensor.
@@ -58,7 +63,7 @@ class ShardTransfer:
                 self._kept.append(sent)
                 self._add(dist.isend(sent, group=group, group_dst=0, tag=self._moved))
             return shard.new_empty(0)
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype) if into is None else into
+        whole = room()
         rows = -(-tensor.shape[0] // self._ranks.world_size)
         whole[: shard.shape[0]].copy_(shard)
         for rank in range(1, self._ranks.world_size):

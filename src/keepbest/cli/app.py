@@ -23,7 +23,10 @@ from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLo
 from keepbest.export import export
 from keepbest.launch import Process, distributed
 from keepbest.remote.storage import check_local
-from keepbest.run.verify import repair, upload, verify
+from keepbest.remote.upload import upload
+from keepbest.remote.verify import verify_run
+from keepbest.run.maintenance import repair
+from keepbest.run.verify import verify
 
 # Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
 _OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
@@ -136,7 +139,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
     """
 
     def tell() -> None:
-        faults = verify(run)
+        faults = verify_run(run)
         for fault in faults:
             typer.echo(f"{fault.kind}: {fault.message}")
         typer.echo(f"{run}: {len(faults)} faults" if faults else f"{run}: everything is as the ledger says")
@@ -174,9 +177,9 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
 
     def mend() -> None:
         directory = check_local(run)
-        before = verify(run)
+        before = verify(directory)
         repair(directory)
-        after = verify(run)
+        after = verify(directory)
         for fault in before:
             typer.echo(f"{'left' if fault in after else 'mended'}: {fault.message}")
         typer.echo(f"{run}: {len(before) - len(after)} mended, {len(after)} left")

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from keepbest.cli.console import console
 from keepbest.remote.download import local_copy
+from keepbest.run.events import Event, KeeperBegan, KeeperEnded, Observed, SessionBegan
 from keepbest.run.layout import CHECKPOINTS, LEDGER
-from keepbest.run.ledger import Line, read_ledger
+from keepbest.run.ledger import read_ledger
 from keepbest.run.reader import read_history
 
 
@@ -24,39 +25,38 @@ def print_history(run: Path | str) -> None:
     """
     with local_copy(run) as directory:
         read_history(directory)
-        lines, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
+        events, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
     table = Table(title=f"history of {run}", title_justify="left", box=box.SIMPLE)
     for heading in ("keeper", "iteration", "value", "what followed"):
         table.add_column(heading, justify="right" if heading == "value" else "left", no_wrap=heading == "keeper")
-    for row in _rows(lines):
+    for row in _rows(events):
         table.add_row(*row)
     console().print(table)
 
 
-def _rows(lines: list[Line]) -> Iterator[tuple[str, str, str, str]]:
-    for line in lines:
-        event, keeper = line["event"], line.get("keeper", "")
-        if event == "observation":
-            value = line["value"] if isinstance(line["value"], str) else f"{line['value']:.9g}"
-            yield keeper, line["iteration"], value, ", ".join(_consequences(line))
-        elif event == "session":
-            yield "", "", "", f"restart {line['restart']}"
-        elif event == "begin" and line["timeline"] is not None:
-            yield keeper, line["at"] or "", "", "goes on from here" if line["at"] else "starts over"
-        elif event == "end":
-            yield keeper, "", "", ", ".join(["training ended", *_moves(line)])
+def _rows(events: list[Event]) -> Iterator[tuple[str, str, str, str]]:
+    for event in events:
+        match event:
+            case Observed():
+                yield event.keeper, str(event.iteration), f"{event.value:.9g}", ", ".join(_consequences(event))
+            case SessionBegan():
+                yield "", "", "", f"restart {event.restart}"
+            case KeeperBegan() if event.timeline is not None:
+                at = "" if event.at is None else str(event.at)
+                yield event.keeper, at, "", "continues from here" if at else "starts over"
+            case KeeperEnded():
+                yield event.keeper, "", "", ", ".join(["training ended", *_moves(event)])
 
 
-def _consequences(line: Line) -> Iterator[str]:
-    if "snapshot" in line:
-        yield f"{'new best' if line.get('best', True) else 'one of the best'}, saved as {line['snapshot']}"
-    if not line.get("durable", True):
+def _consequences(event: Observed) -> Iterator[str]:
+    if event.snapshot is not None:
+        yield f"{'new best' if event.is_best else 'one of the best'}, saved as {event.snapshot}"
+    if event.lost:
         yield "new best that could not be saved"
-    yield from _moves(line)
+    yield from _moves(event)
 
 
-def _moves(line: Line) -> Iterator[str]:
-    keeper = line["keeper"]
-    for ref, snapshot in line.get("refs", {}).items():
-        if ref != keeper:
-            yield f"{ref.removeprefix(f'{keeper}.')} keeps {snapshot}"
+def _moves(event: Observed | KeeperEnded) -> Iterator[str]:
+    for ref, snapshot in event.refs.items():
+        if ref != event.keeper:
+            yield f"{ref.removeprefix(f'{event.keeper}.')} keeps {snapshot}"

@@ -19,7 +19,7 @@ from keepbest.errors import SnapshotError
 from keepbest.remote.download import local_copy
 from keepbest.run.history import History, KeeperHistory
 from keepbest.run.names import tolerance_ref, top_ref
-from keepbest.run.reader import read_history, read_manifest
+from keepbest.run.reader import find_ref, read_history
 
 _DIGITS_SHOWN = 12
 
@@ -63,7 +63,7 @@ def read_checkpoints(run: Path | str) -> list[Checkpoint]:
         SnapshotError: if there is no ledger.
         LedgerError: if it is damaged or of another format.
     """
-    with local_copy(run, lambda history: set(history.refs.values()), files="none") as directory:
+    with local_copy(run, lambda history: set(history.refs.values()), has_files=lambda _: False) as directory:
         history = read_history(directory)
         return [
             _read_checkpoint(directory, history, ref, name, tolerance)
@@ -115,9 +115,9 @@ def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[
 
 def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tolerance: int | None) -> Checkpoint:
     keeper, snapshot = history.keepers[name], history.refs[ref]
-    damage, manifest = None, dict[str, Any]()
+    damage, manifest = None, None
     try:
-        _, manifest = read_manifest(directory, history, ref)
+        manifest = find_ref(directory, history, ref).manifest
     except SnapshotError as error:
         damage = str(error)
     exceeded = None
@@ -127,16 +127,13 @@ def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tol
         ref=ref,
         metric_key=keeper.metric_key,
         value=_value(keeper, snapshot),
-        iteration=manifest.get("iteration"),
+        iteration=None if manifest is None else str(manifest.iteration),
         tolerance=tolerance,
         exceeded=exceeded,
         snapshot=snapshot,
-        bytes=manifest.get("bytes"),
+        bytes=None if manifest is None else manifest.total_bytes,
         digest=history.manifests[snapshot],
-        files={
-            file: {key: entry[key] for key in ("bytes", "digest", "algorithm")}
-            for file, entry in manifest.get("files", {}).items()
-        },
+        files={} if manifest is None else {file: each.digest._asdict() for file, each in manifest.files.items()},
         damage=damage,
     )
 

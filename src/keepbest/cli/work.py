@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from keepbest.errors import ConfigError
 from keepbest.load import load
 from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
-from keepbest.run.reader import ledger_exists, read_history, read_manifest
+from keepbest.run.reader import find_ref, ledger_exists, read_history
 from keepbest.training.trainer import build_trainer
 
 
@@ -71,8 +71,8 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
     if not ranks.is_main:
         return
     typer.echo(f"{name} of {loaded.iteration}: {loaded.metric_key} was {loaded.value!r} when it was saved")
-    _, manifest = read_manifest(directory, read_history(directory), name)
-    for missing in _not_loaded(select_parts(trainer.model), loaded.parts, manifest["left_out"]):
+    manifest = find_ref(directory, read_history(directory), name).manifest
+    for missing in _not_loaded(select_parts(trainer.model), loaded.parts, manifest.left_out):
         typer.echo(f"note: {missing} was not saved and is as the config builds it; what depends on it may differ")
     for key, value in metrics.items():
         typer.echo(f"{key} {value!r}")
@@ -95,7 +95,7 @@ def _only_best(directory: Path) -> str:
     return bests[0]
 
 
-def _not_loaded(parts: Sequence[Part], loaded: Sequence[str], left_out: dict[str, list[str]]) -> list[str]:
+def _not_loaded(parts: Sequence[Part], loaded: Sequence[str], left_out: Mapping[str, Sequence[str]]) -> list[str]:
     missing = []
     for part in parts:
         if any(name == part.name or part.name.startswith(f"{name}.") for name in loaded):

@@ -1,89 +1,131 @@
-"""The formats that weights are written in.
-
-`torch` and `safetensors` are one file for each part of the model, written by rank 0. `dcp` is a folder for each part,
-of torch's distributed checkpoints, to which every rank writes what it holds.
-"""
+"""What a format of snapshots is: how weights become files, and how they are read again. All of it is **rank-local**."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
-from keepbest.errors import ConfigError, SnapshotError
-from keepbest.formats import safetensors_file, torch_file
-from keepbest.modules.parts import Part
-from keepbest.modules.wrappers import modules_along
 from keepbest.run.files import Files
+from keepbest.run.manifest import FileRecord
 
-Format = Literal["torch", "safetensors", "dcp"]
-SHARDED_ENDING = ".dcp"
-SHARDED_METADATA = ".metadata"
-
-
-def is_sharded(files: Iterable[str]) -> bool:
-    """Whether a snapshot with files of these names is of format `dcp`."""
-    return any("/" in name for name in files)
+StateDict = Mapping[str, Any]
 
 
-class FileFormat(NamedTuple):
-    """How a state dict becomes a file, and back; see the modules of the formats."""
+class TensorKind(NamedTuple):
+    """Shape and dtype of a tensor that is not read yet."""
 
-    ending: str
-    write: Callable[[Files, Path, Mapping[str, Any]], dict[str, Any]]
-    read: Callable[[Path], dict[str, Any]]
-
-
-FILE_FORMATS = {
-    "torch": FileFormat(torch_file.ENDING, torch_file.write_state_dict, torch_file.read_state_dict),
-    "safetensors": FileFormat(
-        safetensors_file.ENDING, safetensors_file.write_state_dict, safetensors_file.read_state_dict
-    ),
-}
+    shape: Sequence[int]
+    dtype: torch.dtype
 
 
-def read_state_dict(path: Path) -> dict[str, Any]:
-    """The state dict in a file of any of `FILE_FORMATS`. **Rank-local**.
+class ToWrite(Protocol):
+    """What one rank writes of a snapshot.
 
-    Raises:
-        SnapshotError: if it holds anything but plain weights, or is of no known format.
-        ConfigError: if a package that reads it is not installed.
+    Attributes:
+        files: For each part the state dict that this rank writes; empty on ranks that write nothing.
+        plans: For each part what the capture has planned for the format, where it plans anything.
     """
-    for file_format in FILE_FORMATS.values():
-        if path.suffix == file_format.ending:
-            return file_format.read(path)
-    raise SnapshotError(f"{path} is of no known format")
+
+    @property
+    def files(self) -> Mapping[str, StateDict]: ...
+    @property
+    def plans(self) -> Mapping[str, Any]: ...
 
 
-def check_format(name: str, model: nn.Module, parts: Sequence[Part]) -> Format:
-    """`name`, after it was found to be able to hold the weights of `parts`. **Rank-local**.
+class Receipt(NamedTuple):
+    """What one rank has written.
 
-    Raises:
-        ConfigError: if it is no format, or cannot hold them, or what reads it is not installed.
+    Attributes:
+        files: Record of each file, by its path in the folder of the snapshot.
+        note: What the format on rank 0 must know to complete the snapshot.
     """
-    if name not in get_args(Format):
-        raise ConfigError(f"format must be one of {', '.join(get_args(Format))}, got {name!r}")
-    if name == "safetensors":
-        safetensors_file.require_safetensors()
-        for part in parts:
-            along = modules_along(model, part.path)
-            if along is not None:
-                _check_holds_plain_tensors(along[-1][1], part.name)
-    return cast("Format", name)
+
+    files: Mapping[str, FileRecord]
+    note: str = ""
+
+    def to_json(self) -> list[Any]:
+        """JSON values only; `from_json` is the inverse."""
+        return [{name: record.to_json() for name, record in self.files.items()}, self.note]
+
+    @classmethod
+    def from_json(cls, receipt: Sequence[Any]) -> Receipt:
+        """The inverse of `to_json`."""
+        files, note = receipt
+        return cls({name: FileRecord.from_json(record) for name, record in files.items()}, note)
 
 
-def _check_holds_plain_tensors(whole: nn.Module, part: str) -> None:
-    for path, module in whole.named_modules():
-        where = f"{path or 'the model'} in {part!r}"
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ConfigError(
-                f"format 'safetensors' holds tensors only, but {where} has an extra state; use format 'torch' or 'dcp'"
-            )
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype not in safetensors_file.DTYPES:
-                raise ConfigError(
-                    f"format 'safetensors' cannot hold {key!r} of {where}, which is {parameter.dtype}; "
-                    "use format 'torch' or 'dcp'"
-                )
+class PartReader(Protocol):
+    """One part of a snapshot, open for reading.
+
+    Attributes:
+        kinds: Shape and dtype of each tensor that is stored, by its key.
+        tied: Further names of stored tensors, and the key of each.
+        others: What is no tensor, by its key.
+    """
+
+    @property
+    def kinds(self) -> Mapping[str, TensorKind]: ...
+    @property
+    def tied(self) -> Mapping[str, str]: ...
+    @property
+    def others(self) -> StateDict: ...
+
+    def fetch(self, key: str) -> torch.Tensor:
+        """One whole tensor on the CPU. Raises `SnapshotError`."""
+
+    def fill(self, wanted: Mapping[str, torch.Tensor]) -> None:
+        """Read into the tensors of `wanted`, of which a sharded one gets this rank's shards. Raises `SnapshotError`."""
+
+
+class Format(ABC):
+    """A format of snapshots; the registry has one of each.
+
+    Attributes:
+        name: Name of the format, as users and manifests have it.
+        capture: Whether rank 0 writes weights that were `gathered`, or every rank writes its `local` share.
+    """
+
+    name: ClassVar[str]
+    capture: ClassVar[Literal["gathered", "local"]]
+
+    @abstractmethod
+    def check(self, part: str, module: nn.Module) -> None:
+        """Check that the format can hold the weights of `module`, which is saved as `part`.
+
+        Raises:
+            ConfigError: If it cannot, or a package that it needs is not installed.
+        """
+
+    @abstractmethod
+    def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
+        """Write this rank's share into the folder of a snapshot, durably.
+
+        Raises:
+            SnapshotError: If there is something in it that the format cannot hold.
+            OSError: Any refusal of the file system.
+        """
+
+    def complete(
+        self, files: Files, folder: Path, share: ToWrite, receipts: Sequence[Receipt]
+    ) -> dict[str, FileRecord]:
+        """On rank 0, when all ranks have written: write what describes the whole, and return the record of every file.
+
+        Raises:
+            OSError: Any refusal of the file system, or a file of another rank that cannot be seen here.
+        """
+        del files, folder, share
+        return {name: record for receipt in receipts for name, record in receipt.files.items()}
+
+    @abstractmethod
+    def reader(self, folder: Path, files: Mapping[str, FileRecord], part: str) -> PartReader:
+        """Open a part of the snapshot in `folder` whose files were verified.
+
+        Raises:
+            SnapshotError: If it holds anything but weights, or cannot be read.
+            ConfigError: If a package that reads it is not installed.
+        """

@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.run.digest import DigestingFile
+from keepbest.formats.format import StateDict
+from keepbest.formats.tied import first_names
+from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
-ENDING = ".safetensors"
 _TIED = "tied"  # key of the header's metadata: {name: name of the tensor that it is one with}, as JSON
 _ALIGNMENT = 8
 DTYPES = {
@@ -43,7 +47,7 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """A tensor that is to be written: what is known before it is there, and how to get it."""
+    """A tensor to be written: what is known before it is there, and how to get it."""
 
     key: str
     shape: Sequence[int]
@@ -52,63 +56,74 @@ class Entry(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """That it takes in the file."""
+        """Bytes that it takes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def require_safetensors() -> None:
-    """Find out now whether what is written can be read again. **Rank-local**.
+class SafetensorsFile(WholeFileFormat):
+    """Files that the package `safetensors` reads. A tensor with several names is written once."""
 
-    Raises:
-        ConfigError: if the package is not installed.
-    """
+    name = "safetensors"
+    ending = ".safetensors"
+
+    def check(self, part: str, module: nn.Module) -> None:
+        require_safetensors()
+        for path, inner in module.named_modules():
+            where = f"{path or 'the model'} in {part!r}"
+            if type(inner).get_extra_state is not nn.Module.get_extra_state:
+                raise ConfigError(
+                    f"format 'safetensors' holds tensors only, but {where} has an extra state; "
+                    "use format 'torch' or 'dcp'"
+                )
+            for key, parameter in inner.named_parameters(recurse=False):
+                if parameter.dtype not in DTYPES:
+                    raise ConfigError(
+                        f"format 'safetensors' cannot hold {key!r} of {where}, which is {parameter.dtype}; "
+                        "use format 'torch' or 'dcp'"
+                    )
+
+    def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                raise SnapshotError(
+                    f"a safetensors file holds tensors only, but {key!r} in the state dict is a "
+                    f"{type(value).__name__}; use format 'torch'"
+                )
+        tied = first_names(state)
+        stored = {key: value.detach() for key, value in state.items() if key not in tied}
+        entries = [
+            Entry(key, tensor.shape, tensor.dtype, partial(stored.__getitem__, key)) for key, tensor in stored.items()
+        ]
+        return write_entries(files, path, entries, tied)
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        require_safetensors()
+        return dict(_read(path))
+
+
+FORMAT = SafetensorsFile()
+
+
+def require_safetensors() -> None:
+    """Check that what is written can be read again. **Rank-local**. Raises `ConfigError` if the package is missing."""
     try:
         import safetensors.torch  # noqa: F401  # an extra
     except ImportError as error:
         raise ConfigError("format 'safetensors' needs: pip install 'keepbest[safetensors]'") from error
 
 
-def write_state_dict(files: Files, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `state` durably to a new file.
+def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapping[str, str]) -> Digest:
+    """Write tensors durably to a new file, one at a time.
 
-    A tensor that has several names is written once; the header tells the others.
-
-    Returns:
-        What is recorded of the file: size, digest, and the number of `tensors`.
+    Args:
+        files: Operations that change the folder.
+        path: New file.
+        entries: Tensors, each fetched when its turn comes and released after it.
+        tied: Further names of these tensors, and the key of each.
 
     Raises:
-        SnapshotError: if there is something in it that is no tensor, or is of a kind that the format does not know.
-        OSError: whatever the file system answers.
-    """
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise SnapshotError(
-                f"a safetensors file holds tensors only, but {key!r} in the state dict is a {type(value).__name__}; "
-                "use format 'torch'"
-            )
-    return {**write_entries(files, path, *entries_of(state)), "tensors": len(state)}
-
-
-def entries_of(state: Mapping[str, torch.Tensor]) -> tuple[list[Entry], dict[str, str]]:
-    """The different tensors of a state dict; and, for each further name of one of them, its first name."""
-    entries: list[Entry] = []
-    tied: dict[str, str] = {}
-    first_names: dict[Any, str] = {}
-    for key, value in state.items():
-        tensor = value.detach()
-        same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
-        if same in first_names:
-            tied[key] = first_names[same]
-        else:
-            first_names[same] = key
-            entries.append(Entry(key, tensor.shape, tensor.dtype, lambda tensor=tensor: tensor))  # type: ignore[misc]
-    return entries, tied
-
-
-def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapping[str, str]) -> dict[str, Any]:
-    """Write tensors durably to a new file, each fetched when its turn comes and let go of after.
-
-    Raises as `write_state_dict`.
+        SnapshotError: If a tensor is of a kind that the format does not know.
+        OSError: Any refusal of the file system.
     """
     # As the package does: wide types first, so that each tensor lies where it can be mapped from.
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
@@ -121,18 +136,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
                 flat = tensor.contiguous().reshape(-1)
                 sink.write(flat.view(torch.uint8).numpy().data)
         file.sync()
-    return sink.record
-
-
-def read_state_dict(path: Path) -> dict[str, Any]:
-    """The state dict in `path`; tensors that were tied are one again. **Rank-local**.
-
-    Raises:
-        SnapshotError: if the file is no safetensors file.
-        ConfigError: if the package is not installed.
-    """
-    require_safetensors()
-    return dict(_read(path))
+    return sink.digest
 
 
 def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

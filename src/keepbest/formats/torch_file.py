@@ -3,61 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from keepbest.errors import SnapshotError
-from keepbest.run.digest import DigestingFile
+from keepbest.formats.format import StateDict
+from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
-ENDING = ".pt"
 
+class TorchFile(WholeFileFormat):
+    """Files that a bare `torch.load(path, weights_only=True)` reads."""
 
-def write_state_dict(files: Files, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `state` durably to a new file that `torch.load(path, weights_only=True)` reads.
+    name = "torch"
+    ending = ".pt"
 
-    Returns:
-        What is recorded of the file: size, digest, and the number of `tensors`.
+    def check(self, part: str, module: nn.Module) -> None:
+        """It holds everything that torch saves."""
+        del part, module
 
-    Raises:
-        OSError: whatever the file system answers.
-    """
-    compact = {key: _compact(value) for key, value in state.items()}
-    with files.create(path) as file:
-        sink = DigestingFile(file)
+    def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
+        compact = {key: _compact(value) for key, value in state.items()}
+        with files.create(path) as file:
+            sink = DigestingFile(file)
+            try:
+                with without_crc32():
+                    torch.save(compact, sink)  # type: ignore[arg-type]  # it needs write and flush only
+            except RuntimeError as error:
+                if sink.failure is not None:
+                    raise sink.failure from error
+                raise
+            file.sync()
+        return sink.digest
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        # The tensors are mapped from the file.
         try:
-            with without_crc32():
-                torch.save(compact, sink)  # type: ignore[arg-type]  # it needs write and flush only
-        except RuntimeError as error:
-            if sink.failure is not None:
-                raise sink.failure from error
-            raise
-        file.sync()
-    return {**sink.record, "tensors": sum(isinstance(value, torch.Tensor) for value in compact.values())}
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
+        if not isinstance(state, dict):
+            raise SnapshotError(f"{path} holds a {type(state).__name__}, not a state dict")
+        return state
 
 
-def read_state_dict(path: Path) -> dict[str, Any]:
-    """The state dict in `path`, its tensors mapped from the file. **Rank-local**.
-
-    Raises:
-        SnapshotError: if the file holds anything but plain weights; nothing in it was run.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict):
-        raise SnapshotError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state
+FORMAT = TorchFile()
 
 
 @contextlib.contextmanager
 def without_crc32() -> Iterator[None]:
-    """Let torch write no checksum of each tensor: it takes as long as half of the write; a file's digest covers it."""
+    """Let torch write no checksum of each tensor: that takes half as long as the write, and a file has a digest."""
     before = get_crc32_options()
     set_crc32_options(compute_crc32=False)
     try:

@@ -23,3 +23,8 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     """Whether `value` is a `DTensor`, as FSDP2 and tensor parallelism have them."""
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(value, tensor.DTensor)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether `value` is a tensor of which each rank holds a part."""
+    return is_dtensor(value) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those

@@ -7,18 +7,15 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from keepbest.errors import KeepBestError, LedgerError, SnapshotError
-from keepbest.formats.format import is_sharded
-from keepbest.remote.storage import Remote, is_remote
-from keepbest.remote.upload import snapshot_in
-from keepbest.run.digest import check_file
+from keepbest.remote.storage import Remote, is_remote, snapshot_in
 from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPORARY
 from keepbest.run.ledger import read_ledger
-from keepbest.run.reader import manifest_in, read_history
+from keepbest.run.manifest import Manifest
+from keepbest.run.reader import FoundSnapshot, read_history, read_manifest
 
 TRIES = 5
 _LOCAL_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -34,12 +31,16 @@ def snapshot_of(ref: str) -> Callable[[History], Collection[str]]:
     return lambda history: {history.refs[ref]} if ref in history.refs else ()
 
 
+def _always(_: Manifest) -> bool:
+    return True
+
+
 @contextmanager
 def local_copy(
     run: str | Path,
     wanted: Callable[[History], Collection[str]] = no_snapshot,
     *,
-    files: Literal["all", "unsharded", "none"] = "all",
+    has_files: Callable[[Manifest], bool] = _always,
 ) -> Iterator[Path]:
     """The directory of a run, to read in this block: `run` itself, or a temporary copy of what is at this URL.
 
@@ -47,7 +48,7 @@ def local_copy(
         run: a directory, or a URL of fsspec.
         wanted: the snapshots that are copied, of those that the ledger tells. Their files are not verified yet, and one
             that is not there is left out.
-        files: which files of a snapshot are copied, beside its manifest; those of format `dcp` are not "unsharded".
+        has_files: Function that says whether the files of a snapshot are copied too, beside its manifest.
 
     Raises:
         ConfigError: if the URL cannot be opened here.
@@ -66,7 +67,7 @@ def local_copy(
             ledger = _fetch_ledger(remote, directory)
             history = read_history(directory)
             names = wanted(history)
-            complete = [_fetch_if_there(remote, directory, history, name, files) for name in names]
+            complete = [_fetch_if_there(remote, directory, history, name, has_files) for name in names]
             # A run that goes on may have removed what its ledger named a moment ago.
             if all(complete) or read_remote_ledger(remote) == ledger:
                 break
@@ -78,12 +79,12 @@ def local_copy(
 
 def read_remote_ledger(remote: Remote) -> bytes:
     """The ledger; empty if there is none. Raises `SnapshotError` if it cannot be read."""
-    with told_as_unreadable(remote):
+    with raising_unreadable(remote):
         return remote.read_ledger()
 
 
 def bring_up_to(
-    remote: Remote, folder: Path, files: Files, ledger_bytes: int, check: Callable[[str, History], None]
+    remote: Remote, folder: Path, files: Files, ledger_bytes: int, check: Callable[[str | Path, History], None]
 ) -> bool:
     """Bring the run in `folder` up to its remote copy, where that is ahead, or has what is missing here.
 
@@ -143,7 +144,7 @@ def bring_up_to(
 
 
 @contextmanager
-def told_as_unreadable(remote: Remote) -> Iterator[None]:
+def raising_unreadable(remote: Remote) -> Iterator[None]:
     """What the client of the storage raises becomes a `SnapshotError`, but for what is missing there, or full here."""
     try:
         yield
@@ -162,10 +163,12 @@ def _fetch_ledger(remote: Remote, directory: Path) -> bytes:
     return ledger
 
 
-def _fetch_if_there(remote: Remote, directory: Path, history: History, name: str, files: str) -> bool:
+def _fetch_if_there(
+    remote: Remote, directory: Path, history: History, name: str, has_files: Callable[[Manifest], bool]
+) -> bool:
     to = directory / CHECKPOINTS / SNAPSHOTS / name
     try:
-        _fetch(remote, name, history.manifests[name], to, files=files)
+        _fetch(remote, name, history.manifests[name], to, has_files)
     except FileNotFoundError:
         return False
     except SnapshotError:
@@ -175,31 +178,29 @@ def _fetch_if_there(remote: Remote, directory: Path, history: History, name: str
     return True
 
 
-def _fetch(remote: Remote, name: str, digest: str, to: Path, *, files: str = "all") -> None:
+def _fetch(
+    remote: Remote, name: str, digest: str, to: Path, has_files: Callable[[Manifest], bool] = _always
+) -> Manifest:
     """Bring the manifest of a snapshot, and the files that it names, to the folder `to`."""
     to.mkdir(parents=True, exist_ok=True)
-    with told_as_unreadable(remote):
+    with raising_unreadable(remote):
         remote.get(f"{SNAPSHOTS}/{name}/{MANIFEST}", to / MANIFEST)
-        if files == "none":
-            return
-        named = manifest_in(to, digest)["files"]
-        for file in () if files == "unsharded" and is_sharded(named) else named:
+        manifest = read_manifest(to, digest)
+        for file in manifest.files if has_files(manifest) else ():
             (to / file).parent.mkdir(exist_ok=True)
             remote.get(f"{SNAPSHOTS}/{name}/{file}", to / file)
+    return manifest
 
 
 def _fetch_verified(remote: Remote, folder: Path, files: Files, history: History, name: str) -> None:
     temporary, digest = folder / SNAPSHOTS / f"{TEMPORARY}{name}", history.manifests[name]
     files.remove(temporary)
-    _fetch(remote, name, digest, temporary)
-    for file, record in manifest_in(temporary, digest)["files"].items():
-        check_file(temporary / file, record)
+    FoundSnapshot(temporary, _fetch(remote, name, digest, temporary)).check_files()
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             files.sync_folder(path)
         else:
-            with files.append(path) as opened:
-                opened.sync()
+            files.sync_file(path)
     files.remove(folder / SNAPSHOTS / name)
     files.rename(temporary, folder / SNAPSHOTS / name)
     files.sync_folder(folder / SNAPSHOTS)
@@ -207,15 +208,14 @@ def _fetch_verified(remote: Remote, folder: Path, files: Files, history: History
 
 def _is_whole(folder: Path, digest: str) -> bool:
     try:
-        for file, record in manifest_in(folder, digest)["files"].items():
-            check_file(folder / file, record)
+        FoundSnapshot(folder, read_manifest(folder, digest)).check_files()
     except SnapshotError:
         return False
     return True
 
 
 def _refuse_unknown_snapshots(remote: Remote, history: History) -> None:
-    with told_as_unreadable(remote):
+    with raising_unreadable(remote):
         names = {name for path in remote.sizes() if (name := snapshot_in(path)) is not None}
     if unknown := names - history.manifests.keys():
         raise LedgerError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.errors import ConfigError
-from keepbest.run.layout import CHECKPOINTS, LEDGER
+from keepbest.run.layout import CHECKPOINTS, LEDGER, SNAPSHOTS
 
 
 def is_remote(run: str | Path) -> bool:
@@ -120,3 +120,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         hint = ": pip install 'keepbest[s3]'" if protocol in ("s3", "s3a") else ""
         raise ConfigError(f"{url} cannot be opened: {error}{hint}") from error
+
+
+def snapshot_in(path: str) -> str | None:
+    """Name of the snapshot that a path below `checkpoints` is in; `None` if it is in none."""
+    parts = path.split("/")
+    return parts[1] if len(parts) > 2 and parts[0] == SNAPSHOTS else None

@@ -1,10 +1,9 @@
-"""Digests that tell whether a file still is what was written."""
+"""Digests that show whether a file still is what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import xxhash
 
@@ -15,20 +14,27 @@ DIGEST_ALGORITHM = "xxh3-128"
 _READ_BYTES = 1 << 22
 
 
+class Digest(NamedTuple):
+    """Size and digest of the bytes of a file, and the algorithm of the digest."""
+
+    bytes: int
+    digest: str
+    algorithm: str = DIGEST_ALGORITHM
+
+
 class DigestingFile:
     """A file object that digests what passes through it and remembers why a write failed.
 
     `torch.save` reports a failed write as its own `RuntimeError`; the cause (`ENOSPC`, ...) would be lost.
 
     Attributes:
-        bytes: that were written.
-        failure: of the first write that failed.
+        failure: Error of the first write that failed.
     """
 
     def __init__(self, file: DurableFile) -> None:
         self._file = file
         self._hash = xxhash.xxh3_128()
-        self.bytes = 0
+        self._bytes = 0
         self.failure: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
@@ -39,7 +45,7 @@ class DigestingFile:
             self.failure = self.failure or error
             raise
         self._hash.update(data)
-        self.bytes += written
+        self._bytes += written
         return written
 
     def flush(self) -> None:
@@ -47,42 +53,38 @@ class DigestingFile:
         self._file.flush()
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What `check_file` compares a file with."""
-        return _record(self.bytes, self._hash)
+    def digest(self) -> Digest:
+        """Of all that was written."""
+        return Digest(self._bytes, self._hash.hexdigest())
 
 
-def digest_file(path: Path) -> dict[str, Any]:
-    """What `check_file` compares a file with, read from the file. **Rank-local**. Raises `OSError`."""
-    digest, size = xxhash.xxh3_128(), 0
+def digest_file(path: Path) -> Digest:
+    """The digest of a file that is there. **Rank-local**. Raises `OSError`."""
+    found, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
+            found.update(chunk)
             size += len(chunk)
-    return _record(size, digest)
+    return Digest(size, found.hexdigest())
 
 
-def check_file(path: Path, expected: Mapping[str, Any]) -> None:
+def check_file(path: Path, expected: Digest) -> None:
     """Compare size and digest of a file with what was recorded when it was written. **Rank-local**.
 
     Raises:
-        SnapshotError: if they differ, or the file cannot be read.
+        SnapshotError: If they differ, or the file cannot be read.
     """
-    if expected.get("algorithm", DIGEST_ALGORITHM) != DIGEST_ALGORITHM:
+    if expected.algorithm != DIGEST_ALGORITHM:
         raise SnapshotError(
-            f"{path} was written with the digest {expected['algorithm']!r}; this version knows {DIGEST_ALGORITHM}"
+            f"{path} was written with the digest {expected.algorithm!r}; this version knows {DIGEST_ALGORITHM}"
         )
     try:
         found = digest_file(path)
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read: {error}") from error
-    if found["bytes"] != expected["bytes"]:
-        raise SnapshotError(f"{path} is damaged: it has {found['bytes']} bytes, {expected['bytes']} were written")
-    if found["digest"] != expected["digest"]:
+    if found.bytes != expected.bytes:
+        raise SnapshotError(f"{path} is damaged: it has {found.bytes} bytes, {expected.bytes} were written")
+    if found.digest != expected.digest:
         raise SnapshotError(
-            f"{path} is damaged: its {DIGEST_ALGORITHM} is {found['digest']}, {expected['digest']} was written"
+            f"{path} is damaged: its {DIGEST_ALGORITHM} is {found.digest}, {expected.digest} was written"
         )
-
-
-def _record(size: int, digest: xxhash.xxh3_128) -> dict[str, Any]:
-    return {"bytes": size, "digest": digest.hexdigest(), "algorithm": DIGEST_ALGORITHM}

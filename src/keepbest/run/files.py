@@ -72,6 +72,11 @@ class Files:
             folder.mkdir(exist_ok=True)
             self.sync_folder(folder.parent)
 
+    def sync_file(self, path: Path) -> None:
+        """Wait until the bytes of a file that is there, and that others wrote, are on the disk."""
+        with self.append(path) as file:
+            file.sync()
+
     def sync_folder(self, path: Path) -> None:
         """Wait until the entries of a folder are on the disk."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

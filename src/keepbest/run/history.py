@@ -1,17 +1,14 @@
-"""What the lines of a ledger add up to. Pure: the same lines always give the same history."""
+"""What the events of a ledger add up to. Pure: the same events always give the same history."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from keepbest.decision import Best, BestState, Observation, Policy, fold
 from keepbest.errors import LedgerError
 from keepbest.iteration import TrainingIteration
-from keepbest.run.ledger import FORMAT, Line
-from keepbest.run.names import is_safe
+from keepbest.run.events import Event, KeeperBegan, Observed, Pinned, RunBegan, SessionBegan, Unpinned, refs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,18 +136,18 @@ class History:
     manifests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lines: Iterable[Line]) -> History:
-        """The history that `lines` tell.
+    def of(cls, events: Iterable[Event]) -> History:
+        """The history that the events of a ledger add up to.
 
         Raises:
-            LedgerError: if a line does not follow from those before it; names its number.
+            LedgerError: If an event does not follow from those before it. It names the line.
         """
         history = cls()
-        for number, line in enumerate(lines, start=1):
+        for number, event in enumerate(events, start=1):
             try:
-                history.apply(line)
+                history.apply(event)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {line!r}") from error
+                raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {event!r}") from error
         return history
 
     @property
@@ -158,28 +155,26 @@ class History:
         """Whether nothing was ever observed: what is there can be begun anew."""
         return not any(timeline.entries for keeper in self.keepers.values() for timeline in keeper.timelines)
 
-    def apply(self, line: Line) -> None:
-        """Take in one more line."""
-        event = line["event"]
-        if event == "run":
-            self.run_id = line["run"]
-        elif event == "session":
-            if type(line["restart"]) is not int:
-                raise ValueError("restart must be an integer")
-            self.restarts = line["restart"]
-        elif event == "begin":
-            self._begin(line)
-        elif event == "observation":
-            self._observe(line)
-        elif event == "pin":
-            _check_safe(*line["snapshots"])
-            self.pins[line["keeper"], line["tag"]] = frozenset(line["snapshots"])
-        elif event == "unpin":
-            self.pins.pop((line["keeper"], line["tag"]), None)
-        elif event not in ("end", "refs"):
-            raise ValueError(f"unknown event {event!r}")
-        for name, snapshot in line.get("refs", {}).items():
-            _check_safe(name, *([] if snapshot is None else [snapshot]))
+    def apply(self, event: Event) -> None:
+        """Take in one more event.
+
+        Raises:
+            LookupError, ValueError: If it does not follow from those before it.
+        """
+        match event:
+            case RunBegan():
+                self.run_id = event.run
+            case SessionBegan():
+                self.restarts = event.restart
+            case KeeperBegan():
+                self._begin(event)
+            case Observed():
+                self._observe(event)
+            case Pinned():
+                self.pins[event.keeper, event.tag] = frozenset(event.snapshots)
+            case Unpinned():
+                self.pins.pop((event.keeper, event.tag), None)
+        for name, snapshot in refs_of(event).items():
             if snapshot is None:
                 self.refs.pop(name, None)
             else:
@@ -191,98 +186,24 @@ class History:
         pinned = (name for pin in self.pins.values() for name in pin)
         return {*self.refs.values(), *(best for best in bests if best is not None), *pinned}
 
-    def _begin(self, line: Line) -> None:
-        policy = policy_from_json(line["policy"])
-        keeper = self.keepers.setdefault(line["keeper"], KeeperHistory(line["metric_key"], policy))
-        keeper.policy = policy
-        if line["state"] is not None:
-            keeper.begin([], BestState.from_json(line["state"]))
+    def _begin(self, event: KeeperBegan) -> None:
+        keeper = self.keepers.setdefault(event.keeper, KeeperHistory(event.metric_key, event.policy))
+        keeper.policy = event.policy
+        if event.state is not None:
+            keeper.begin([], event.state)
+        elif event.timeline is not None:
+            branch = keeper.timelines[event.timeline]
+            keeper.begin(branch.entries_until(event.at), branch.base)
         else:
-            branch = keeper.timelines[line["timeline"]]
-            at = None if line["at"] is None else TrainingIteration.parse(line["at"])
-            keeper.begin(branch.entries_until(at), branch.base)
+            raise ValueError("a keeper begins with neither a timeline nor a state")
 
-    def _observe(self, line: Line) -> None:
-        keeper = self.keepers[line["keeper"]]
-        snapshot = line.get("snapshot")
-        # Without weights on the disk nothing was a best that counts, but for one that a better one made needless.
-        durable = snapshot is not None or line.get("superseded", False)
-        observation = Observation(_iteration(line["iteration"]), float(line["value"]), durable=durable)
+    def _observe(self, event: Observed) -> None:
+        keeper, observation = self.keepers[event.keeper], event.observation
         last = keeper.present.last_iteration
         if last is not None and not observation.iteration.follows(last):
             raise ValueError(f"{observation.iteration} does not come after {last}")
-        keeper.present.extend(Entry(observation, snapshot, line.get("best", True)))
-        if snapshot is not None:
-            _check_safe(snapshot)
-            self.manifests.setdefault(snapshot, line["manifest"])
-            if line.get("refs", {}).get(line["keeper"]) == snapshot:
+        keeper.present.extend(Entry(observation, event.snapshot, event.is_best))
+        if event.snapshot is not None and event.manifest is not None:
+            self.manifests.setdefault(event.snapshot, event.manifest)
+            if event.refs.get(event.keeper) == event.snapshot:
                 keeper.kept_best = observation.value
-
-
-def _iteration(given: str | TrainingIteration) -> TrainingIteration:
-    return given if isinstance(given, TrainingIteration) else TrainingIteration.parse(given)
-
-
-def _check_safe(*names: str) -> None:
-    for name in names:
-        if not is_safe(name):
-            raise ValueError(f"{name!r} would lie outside of its folder")
-
-
-def run_line(run_id: str) -> Line:
-    """The first line of a ledger."""
-    return {"event": "run", "format": FORMAT, "run": run_id}
-
-
-def begin_line(
-    keeper: str,
-    metric_key: str,
-    policy: Policy,
-    *,
-    timeline: int | None,
-    at: TrainingIteration | None,
-    state: BestState | None,
-    refs: dict[str, str | None],
-) -> Line:
-    """A keeper takes up its work: after `at` of a timeline (`None`: from its start), or from a `state` it was given."""
-    return {
-        "event": "begin",
-        "keeper": keeper,
-        "metric_key": metric_key,
-        "policy": policy_to_json(policy),
-        "timeline": timeline,
-        "at": None if at is None else str(at),
-        "state": None if state is None else state.to_json(),
-        "refs": refs,
-    }
-
-
-def observation_line(keeper: str, observation: Observation, refs: dict[str, str | None] | None = None) -> Line:
-    """A keeper saw a value; `refs` names the refs that move because of it."""
-    value = observation.value if math.isfinite(observation.value) else str(observation.value)
-    line: dict[str, Any] = {
-        "event": "observation",
-        "keeper": keeper,
-        "iteration": observation.iteration,
-        "value": value,
-    }
-    if not observation.durable:
-        line["durable"] = False
-    if refs:
-        line["refs"] = refs
-    return line
-
-
-def policy_to_json(policy: Policy) -> dict[str, Any]:
-    """JSON values only; `policy_from_json` is the inverse."""
-    return {
-        "higher_is_better": policy.higher_is_better,
-        "min_delta": policy.min_delta,
-        "tolerances": list(policy.tolerances),
-        "top_k": policy.top_k,
-    }
-
-
-def policy_from_json(policy: dict[str, Any]) -> Policy:
-    """The inverse of `policy_to_json`."""
-    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]), policy.get("top_k", 1))

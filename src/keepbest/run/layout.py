@@ -8,6 +8,8 @@
   lock
 """
 
+from pathlib import Path
+
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 LEDGER = "ledger.jsonl"
@@ -15,3 +17,13 @@ LOCK = "lock"
 REFS = "best_model.*"
 MANIFEST = "snapshot.json"
 TEMPORARY = ".tmp-"
+
+
+def snapshots_folder(directory: Path) -> Path:
+    """Folder of the snapshots of the run in `directory`."""
+    return directory / CHECKPOINTS / SNAPSHOTS
+
+
+def unfinished_folder(snapshots: Path, name: str) -> Path:
+    """Where a snapshot is written in the folder of the snapshots, until it is complete and has its name."""
+    return snapshots / f"{TEMPORARY}{name}"

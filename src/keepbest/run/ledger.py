@@ -5,64 +5,65 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 from keepbest.errors import LedgerError
-from keepbest.iteration import TrainingIteration
+from keepbest.run.events import VERSION, Event, RunBegan, event_to_json, parse_event
 from keepbest.run.files import DurableFile, Files
 
-FORMAT = 1
-Line = dict[str, Any]
-"""JSON values, but for a `TrainingIteration`, which is written as its text."""
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+# What a line that is no event makes the parser raise.
+_SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
-def _text(value: object) -> str:
-    if isinstance(value, TrainingIteration):
-        return str(value)
-    raise TypeError(f"a ledger line cannot hold a {type(value).__name__}")
-
-
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=_text).encode
-
-
-def read_ledger(path: Path) -> tuple[list[Line], int]:
-    """The lines of a ledger, and how many bytes they take; bytes beyond are a line that was torn by a crash.
+def read_ledger(path: Path) -> tuple[list[Event], int]:
+    """The events of a ledger, and how many bytes they take. Bytes beyond are a line that a crash has torn.
 
     A missing file is an empty ledger.
 
     Raises:
-        LedgerError: if a line other than a torn last one cannot be read, or the format is not the one known here.
+        LedgerError: If a line other than a torn last one cannot be read, or the ledger is of another version.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return [], 0
-    lines: list[Line] = []
+    events: list[Event] = []
     whole = 0
     for raw in data.splitlines(keepends=True):
         # Of what was not synced before a power cut, the end may be missing, and a part may have become a hole.
         if not raw.endswith(b"\n") or b"\0" in raw:
             break
-        lines.append(_parsed(path, len(lines) + 1, raw))
+        events.append(_parsed(path, len(events) + 1, raw))
         whole += len(raw)
     # What follows a line that is waited for was written when that was safe, and all before it.
     if any(_is_waited_for(raw) for raw in data[whole:].splitlines(keepends=True)[1:-1]):
-        raise LedgerError(f"{path}, line {len(lines) + 1} is damaged, and later lines were committed: it cannot be cut")
-    if lines and (lines[0].get("event") != "run" or lines[0].get("format") != FORMAT):
         raise LedgerError(
-            f"{path}, line 1: expected a ledger of format {FORMAT}, found {lines[0]!r}; "
-            "it was written by another version of keepbest: use that one"
+            f"{path}, line {len(events) + 1} is damaged, and later lines were committed: it cannot be cut"
         )
-    return lines, whole
+    if events and not isinstance(events[0], RunBegan):
+        raise LedgerError(f"{path}, line 1: expected the beginning of a run, found {events[0]!r}")
+    return events, whole
+
+
+def _parsed(path: Path, number: int, raw: bytes) -> Event:
+    try:
+        line = json.loads(raw)
+        if number == 1 and line["event"] == RunBegan.name and line.get("version") != VERSION:
+            raise LedgerError(
+                f"{path}, line 1: expected a ledger of version {VERSION}, found {raw[:80]!r}; "
+                "it was written by another version of keepbest: use that one"
+            )
+        return parse_event(line)
+    except _SENSELESS as error:
+        raise LedgerError(f"{path}, line {number} is damaged: {error!r}; found {raw[:80]!r}") from error
 
 
 def _is_waited_for(raw: bytes) -> bool:
     """Whether nothing is written after this line before it is on the disk."""
     try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
+        return parse_event(json.loads(raw)).is_waited_for
+    except _SENSELESS:
         return False
-    return isinstance(line, dict) and (line.get("event") not in ("observation", "session") or "refs" in line)
 
 
 class LedgerFile:
@@ -84,19 +85,19 @@ class LedgerFile:
             self._file.close()
             raise
 
-    def append(self, line: Line, *, durable: bool, withdraw: bool = False) -> None:
-        """Add one line.
+    def append(self, event: Event, *, durable: bool, withdraw: bool = False) -> None:
+        """Add the line of an event.
 
         Args:
-            line: what to record.
-            durable: wait until it, and all lines before it, are on the disk.
-            withdraw: if it cannot be written, forget it; else it is written before the next one.
+            event: Event to record.
+            durable: Whether to wait until it, and all lines before it, are on the disk.
+            withdraw: Whether to forget it if it cannot be written; else it is written before the next one.
 
         Raises:
             OSError: whatever the file system answers; the file then ends as it did before, or does so before anything
                 else is written (`is_torn`).
         """
-        text = _encode(line).encode() + b"\n"
+        text = _encode(event_to_json(event)).encode() + b"\n"
         data = self._unwritten + text
         try:
             self._write(data, durable=durable)
@@ -141,13 +142,3 @@ class LedgerFile:
     def _cut(self) -> None:
         self._file.truncate(self._size)
         self._is_torn = False
-
-
-def _parsed(path: Path, number: int, raw: bytes) -> Line:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise LedgerError(f"{path}, line {number} is damaged: {error}; found {raw[:80]!r}") from error
-    if not isinstance(line, dict) or not isinstance(line.get("event"), str):
-        raise LedgerError(f"{path}, line {number} is damaged: expected an object with an event, found {raw[:80]!r}")
-    return line

@@ -1,20 +1,28 @@
-"""Reading a run folder without owning it: refs from the ledger, manifests, verified weights. **Rank-local**."""
+"""Reading a run folder without owning it: the history, and the manifest of a snapshot. **Rank-local**."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from keepbest.errors import SnapshotError
-from keepbest.formats.format import SHARDED_ENDING, SHARDED_METADATA, read_state_dict
-from keepbest.iteration import TrainingIteration
 from keepbest.run.digest import check_file
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.run.ledger import read_ledger
-from keepbest.run.names import is_safe
-from keepbest.run.snapshot_folder import manifest_digest
+from keepbest.run.manifest import Manifest, manifest_digest
+
+
+class FoundSnapshot(NamedTuple):
+    """A snapshot on the disk: its folder, and its manifest, which is the one that the ledger recorded."""
+
+    folder: Path
+    manifest: Manifest
+
+    def check_files(self, share: int = 0, shares: int = 1) -> None:
+        """Compare one of so many shares of the files with what was written. Raises `SnapshotError`."""
+        for name in sorted(self.manifest.files)[share::shares]:
+            check_file(self.folder / name, self.manifest.files[name].digest)
 
 
 def ledger_exists(directory: Path) -> bool:
@@ -23,39 +31,48 @@ def ledger_exists(directory: Path) -> bool:
 
 
 def read_history(directory: Path) -> History:
-    """What the ledger of the run in `directory` tells.
+    """What the ledger of the run in `directory` records.
 
     Raises:
-        SnapshotError: if there is no ledger.
-        LedgerError: if it is damaged or of another format.
+        SnapshotError: If there is no ledger.
+        LedgerError: If it is damaged or of another version.
     """
     path = directory / CHECKPOINTS / LEDGER
-    lines, _ = read_ledger(path)
-    if not lines:
+    events, _ = read_ledger(path)
+    if not events:
         raise SnapshotError(f"{path} is missing or empty: {directory} is not the directory of a run with checkpoints")
-    return History.of(lines)
+    return History.of(events)
 
 
-def read_manifest(directory: Path, history: History, ref: str) -> tuple[Path, dict[str, Any]]:
-    """Folder and manifest of the snapshot that `ref` names; the manifest is compared with the ledger.
+def find_ref(directory: Path, history: History, ref: str) -> FoundSnapshot:
+    """The snapshot that `ref` names.
 
     Raises:
-        SnapshotError: if there is no such ref (it lists those that exist), or the manifest is missing or damaged.
+        SnapshotError: If there is no such ref (the message lists those that exist), or the manifest is missing or
+            damaged.
     """
     if ref not in history.refs:
         known = ", ".join(sorted(history.refs)) or "none yet"
         raise SnapshotError(f"{directory} has no ref {ref!r}; there are: {known}")
-    return read_snapshot_manifest(directory, history, history.refs[ref])
+    return find_snapshot(directory, history, history.refs[ref])
 
 
-def read_snapshot_manifest(directory: Path, history: History, snapshot: str) -> tuple[Path, dict[str, Any]]:
-    """Folder and manifest of `snapshot`. Raises as `read_manifest`."""
+def find_snapshot(directory: Path, history: History, snapshot: str) -> FoundSnapshot:
+    """The snapshot of this name. Raises `SnapshotError` if its manifest is missing or damaged."""
     folder = directory / CHECKPOINTS / SNAPSHOTS / snapshot
-    return folder, manifest_in(folder, history.manifests.get(snapshot))
+    return FoundSnapshot(folder, read_manifest(folder, history.manifests.get(snapshot)))
 
 
-def manifest_in(folder: Path, digest: str | None) -> dict[str, Any]:
-    """The manifest of the snapshot in `folder`, which the ledger knows by this digest. Raises as `read_manifest`."""
+def read_manifest(folder: Path, digest: str | None) -> Manifest:
+    """The manifest in the folder of a snapshot.
+
+    Args:
+        folder: Folder of the snapshot.
+        digest: Digest by which the ledger knows the manifest.
+
+    Raises:
+        SnapshotError: If the manifest is missing, damaged, or of another version.
+    """
     try:
         text = (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -63,47 +80,6 @@ def manifest_in(folder: Path, digest: str | None) -> dict[str, Any]:
     if manifest_digest(text) != digest:
         raise SnapshotError(f"{folder / MANIFEST} is damaged: it is not what the ledger recorded")
     try:
-        return _checked(json.loads(text))
+        return Manifest.from_bytes(text)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{folder / MANIFEST} makes no sense: {error!r}") from error
-
-
-def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`manifest`, after everything that readers ask of it was found in it."""
-    if outside := [name for name in manifest["files"] if not _is_inside(name)]:
-        raise ValueError(f"it names files outside of its folder: {', '.join(outside)}")
-    parts = set()
-    for name, path, apart in manifest["parts"]:
-        if not all(isinstance(text, str) for text in (name, path, *apart)):
-            raise ValueError(f"this is no part of a model: {name!r}, {path!r}, {apart!r}")
-        parts.add(name)
-    for entry in manifest["files"].values():
-        if entry["part"] not in parts or not isinstance(entry["digest"], str) or not isinstance(entry["bytes"], int):
-            raise ValueError(f"this is no file of a snapshot: {entry!r}")
-    for name, keys in manifest["left_out"].items():
-        if name not in parts or not all(isinstance(key, str) for key in keys):
-            raise ValueError(f"these are no weights of a part: {name!r}: {keys!r}")
-    TrainingIteration.parse(manifest["iteration"])
-    if not isinstance(manifest["metric_key"], str) or not isinstance(manifest["value"], float | int):
-        raise TypeError("it does not tell the metric and its value")
-    return manifest
-
-
-def _is_inside(name: str) -> bool:
-    # Either a file, or one of torch's in the folder of a part.
-    folder, slash, file = name.rpartition("/")
-    if not slash:
-        return is_safe(name)
-    return is_safe(folder) and folder.endswith(SHARDED_ENDING) and (is_safe(file) or file == SHARDED_METADATA)
-
-
-def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The state dict of each part of a snapshot that rank 0 wrote, every file verified before it is opened.
-
-    Raises:
-        SnapshotError: if a file is missing, damaged, or holds anything but weights.
-        ConfigError: if a package that reads them is not installed.
-    """
-    for name, entry in manifest["files"].items():
-        check_file(folder / name, entry)
-    return {entry["part"]: read_state_dict(folder / name) for name, entry in manifest["files"].items()}

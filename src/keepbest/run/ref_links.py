@@ -1,4 +1,4 @@
-"""The refs of a run folder: relative symbolic links that say what the ledger says."""
+"""The refs of a run folder: relative symbolic links that follow the ledger."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _logger = logging.getLogger(__name__)
 _LINKS_REFUSED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class RefFolder:
-    """`<run>/checkpoints`, as far as it holds refs. **Rank-local**, on rank 0."""
+class RefLinks:
+    """The links in `<run>/checkpoints`. **Rank-local**, on rank 0."""
 
     def __init__(self, files: Files, path: Path) -> None:
         self._files = files
@@ -23,7 +23,7 @@ class RefFolder:
         self._links_refused = False
 
     def targets(self) -> set[str]:
-        """The snapshots that links in the folder point at, whatever the ledger says."""
+        """The snapshots that links in the folder point at, also those that the ledger does not know."""
         return {path.readlink().name for path in self._path.glob(REFS) if path.is_symlink()}
 
     def move(self, refs: Mapping[str, str | None]) -> None:
@@ -32,7 +32,7 @@ class RefFolder:
         On a file system that refuses links nothing is done: the ledger alone answers then.
 
         Raises:
-            OSError: whatever the file system answers.
+            OSError: Any refusal of the file system.
         """
         for name, snapshot in refs.items():
             path, target = self._path / name, f"{SNAPSHOTS}/{snapshot}"
@@ -49,7 +49,7 @@ class RefFolder:
         """Make the refs exactly these, and remove what a crash left of others.
 
         Raises:
-            OSError: whatever the file system answers.
+            OSError: Any refusal of the file system.
         """
         for path in self._path.glob(f"{TEMPORARY}*"):
             self._files.remove(path)

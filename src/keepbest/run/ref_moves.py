@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
+from keepbest.run.events import Moves
 from keepbest.run.history import History, Timeline
 from keepbest.run.names import tolerance_ref, top_ref
 
 _logger = logging.getLogger(__name__)
 
-Moves = dict[str, str | None]
-"""Name of a ref -> name of the snapshot that it is to point at; `None` removes the ref."""
 Holds = Callable[[str], bool]
 
 

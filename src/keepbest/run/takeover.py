@@ -1,14 +1,14 @@
-"""How a run is taken up again: the state that a user brings back, and whether it fits the run. Pure."""
+"""How a run is resumed: the state that a user brings back, and whether it fits the run. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from keepbest.decision import BestState, Policy
 from keepbest.errors import ConfigError, RunExistsError
-from keepbest.remote.storage import is_remote
 from keepbest.run.history import History
 
 
@@ -17,9 +17,9 @@ class LoadedState:
     """A state that a user brings back, and where it is from.
 
     Attributes:
-        run_id: of its run; `None` if the keeper had not started.
-        timeline: number of its timeline among those of the keeper in the run.
-        state: the bookkeeping.
+        run_id: Id of its run; `None` if the keeper had not started.
+        timeline: Number of its timeline among those of the keeper in the run.
+        state: Bookkeeping of the timeline.
     """
 
     run_id: str | None
@@ -35,7 +35,7 @@ class LoadedState:
         """The inverse of `to_json`.
 
         Raises:
-            ConfigError: if it is none.
+            ConfigError: If it is no such state.
         """
         try:
             return cls(given["run_id"], given["timeline"], BestState.from_json(given["state"]))
@@ -44,16 +44,16 @@ class LoadedState:
 
 
 def check_takeover(
-    place: str, history: History, *, keeper: str, policy: Policy, loaded: LoadedState | None, resumes: bool
+    place: str | Path, history: History, *, keeper: str, policy: Policy, loaded: LoadedState | None, resumes: bool
 ) -> None:
-    """See whether `keeper` can go on in the run that `place`, a folder or a URL, holds.
+    """Check that `keeper` can continue the run in `place`, which is a folder or the URL of a copy.
 
     Raises:
-        ConfigError: if another keeper has this name, or the run kept the metric in the other direction.
-        RunExistsError: if this is not meant to go on with a run, or with another one.
+        ConfigError: If another keeper has this name, or the run kept the metric in the other direction.
+        RunExistsError: If `keeper` does not resume, or resumes another run.
     """
     if not resumes:
-        other = "remote" if is_remote(place) else "directory"
+        other = "directory" if isinstance(place, Path) else "remote"
         raise RunExistsError(
             f"{place} holds run {history.run_id}; resume it (load_state_dict(), or resume='ledger'), or choose another "
             f"{other}"

@@ -1,108 +1,97 @@
-"""What the keepers of one process share when they keep their bests in the same run folder."""
+"""A run folder as this process has it open: what the keepers in it share."""
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
-from keepbest.run.record import Store
-from keepbest.saving.writer import Job, Writer
+from keepbest.remote.copy import FollowingCopy
+from keepbest.run.files import Files
+from keepbest.run.folder import RunFolder
+from keepbest.saving.job import PendingSnapshot
+from keepbest.worker import Inline, Threaded, Worker
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Clock = Callable[[], float]
 
 
-@dataclass(slots=True)
-class Ticket:
-    """A snapshot that is, or will be, on the disk.
+class Seams(TypedDict, total=False):
+    """What an `OpenRun` is built on, described there; a test may bring its own."""
+
+    files: Files
+    clock: Clock
+    patience: float
+
+
+class OpenRun:
+    """The same object for every keeper of this process in one run folder.
+
+    All ranks have one, since all must know when a snapshot can be shared. That of rank 0 also has the folder.
+
+    Args:
+        directory: Directory of the run.
+        files: Operations that change the folder.
+        clock: Seconds that pass, for the patience of a remote copy.
+        patience: Seconds for which the upload to a remote copy is tried again.
 
     Attributes:
-        snapshot: its name; `None` until it is durable, and on ranks other than 0.
-        is_named: whether something that was queued after it needs it.
+        directory: As passed.
+        remote: URL of a copy of the run; `None` if there is none.
+        folder: On rank 0, the run folder; `None` before `open` and elsewhere.
+        worker: Who writes into the folder.
     """
 
-    snapshot: str | None = None
-    is_named: bool = False
-
-
-class SharedRun:
-    """One run folder as this process sees it; the same object for every keeper in it.
-
-    All ranks have one, since all must know when a snapshot can be shared; rank 0's also has the store.
-
-    Attributes:
-        directory: of the run.
-        remote: URL of a copy of it; `None` if there is none.
-    """
-
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, files: Files | None = None, clock: Clock = time.monotonic, patience: float = 300.0
+    ) -> None:
         self.directory = directory
         self.remote: str | None = None
-        self._store: Store | None = None
-        self._writer: Writer | None = None
+        self.folder: RunFolder | None = None
+        self.worker: Worker = Inline()
+        self._files = files or Files()
+        self._clock = clock
+        self._patience = patience
         self._keepers: set[str] = set()
-        self._newest: tuple[TrainingIteration, Hashable, Ticket] | None = None
+        self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot] | None = None
 
     @classmethod
-    def of(cls, directory: Path) -> SharedRun:
-        """The one for `directory`. **Rank-local**."""
-        resolved = directory.resolve()
-        run = _shared_runs.get(resolved)
-        if run is None:
-            run = _shared_runs[resolved] = cls(directory)
-        return run
-
-    def store(self) -> Store:
-        """The store, opened on first use, when nothing is queued for it any more. For rank 0 only.
-
-        Raises as `Store` does.
-        """
-        if self._writer is not None:
-            self._writer.drain()
-        if self._store is None:
-            self._store = Store(self.directory, remote=self.remote)
-        return self._store
-
-    def write_in_the_background(self) -> None:
-        """From now on, do what is submitted on a thread. For rank 0 only."""
-        if self._writer is None:
-            self._writer = Writer("keepbest-writer")
-
-    def submit(self, work: Callable[[Store], None], failed: Callable[[Exception], None]) -> Job:
-        """Have something written: at once, or, with a writer, after all that was submitted before. For rank 0 only.
+    def of(cls, directory: Path, **seams: Unpack[Seams]) -> OpenRun:
+        """The one for `directory`, for as long as somebody holds it. **Rank-local**.
 
         Args:
-            work: writes.
-            failed: is told if it could not.
+            directory: Directory of the run.
+            **seams: Arguments of a new one, if there is none yet.
         """
-        store = self._store if self._writer is not None and self._store is not None else self.store()
-        job = Job(lambda: work(store), failed)
-        if self._writer is not None:
-            self._writer.submit(job)
-            return job
-        job.is_started = True
-        try:
-            job.work()
-        except Exception as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
-            job.failed(error)
-        return job
+        resolved = directory.resolve()
+        run = _open_runs.get(resolved)
+        if run is None:
+            run = _open_runs[resolved] = cls(directory, **seams)
+        return run
 
-    def replace(self, job: Job, work: Callable[[Store], None]) -> bool:
-        """Have `job` do something else, if it was not begun. Returns whether it will. For rank 0 only."""
-        store = self._store
-        return self._writer is not None and store is not None and self._writer.replace(job, lambda: work(store))
+    def open(self) -> RunFolder:
+        """Open the folder, unless it is open. **Rank-local**, on rank 0. Raises as `RunFolder`."""
+        if self.folder is None:
+            copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)
+            self.folder = RunFolder(self.directory, self._files, copy)
+        return self.folder
 
-    @property
-    def upload_failure(self) -> OSError | None:
-        """Why the remote copy lags behind, if it does. **Rank-local**."""
-        return None if self._store is None else self._store.upload_failure
+    def write_in_the_background(self) -> None:
+        """From now on, do the writing on a thread. **Rank-local**, on rank 0."""
+        if isinstance(self.worker, Inline):
+            self.worker = Threaded("keepbest-writer")
 
     def join(self, keeper: str, remote: str | None) -> None:
-        """`keeper`, which wants a copy of the run at `remote`, takes up its work. **Rank-local**, on every rank.
+        """Let `keeper`, which wants a copy of the run at `remote`, work here. **Rank-local**, on every rank.
 
         Raises:
-            ConfigError: if there is one of this name already, or one that wants the copy elsewhere.
+            ConfigError: If there is one of this name already, or one that wants the copy elsewhere.
         """
         if keeper in self._keepers:
             raise ConfigError(f"two keepers of this run are named {keeper!r}; give one of them an id")
@@ -115,28 +104,27 @@ class SharedRun:
         self._keepers.add(keeper)
 
     def leave(self, keeper: str) -> None:
-        """`keeper` is done; the last one waits for the writer and gives the folder free. **Rank-local**, every rank."""
+        """Let `keeper` go; the last one waits for the worker and releases the folder. **Rank-local**, on every rank."""
         self._keepers.discard(keeper)
         if self._keepers:
             return
         self._newest = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self.worker.close()
+        self.worker = Inline()
+        if self.folder is not None:
+            self.folder.close()
+            self.folder = None
 
-    def remember(self, iteration: TrainingIteration, content: Hashable, ticket: Ticket) -> None:
+    def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: PendingSnapshot) -> None:
         """Note which snapshot holds `content`, as it was at `iteration`."""
-        self._newest = (iteration, content, ticket)
+        self._newest = (iteration, content, snapshot)
 
-    def snapshot_with(self, iteration: TrainingIteration, content: Hashable) -> Ticket | None:
+    def snapshot_with(self, iteration: TrainingIteration, content: Hashable) -> PendingSnapshot | None:
         """The snapshot that was just taken of the same content at the same iteration, if there is one."""
         if self._newest is not None and self._newest[:2] == (iteration, content):
             return self._newest[2]
         return None
 
 
-# One store, lock and ledger for a folder in a process, for as long as a keeper holds it.
-_shared_runs: weakref.WeakValueDictionary[Path, SharedRun] = weakref.WeakValueDictionary()
+# One folder, lock and ledger for a directory in a process, for as long as a keeper holds it.
+_open_runs: weakref.WeakValueDictionary[Path, OpenRun] = weakref.WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""Buffers on rank 0 that hold a snapshot while it is written, so that training goes on meanwhile."""
+"""Buffers on the host that hold a snapshot while a thread writes it, so that training continues meanwhile."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections.abc import Callable
 
 import torch
 
-_BUFFERS = 2  # while one is being written, the other can take the next best
+from keepbest.staging.slot import Slot
+
+_SLOTS = 2  # while one is being written, the other can hold the next best
 
 
-class StagingBuffer:
-    """Full CPU tensors, allocated when they are first needed and then filled again and again.
+class HostSlot:
+    """CPU tensors that are allocated when they are first needed, then filled again and again: a `Slot`.
 
-    They are pinned where the model is on a CUDA device, so that copies into them need not be waited for: `wait` does.
+    They are pinned where the model is on a CUDA device, so that a copy into them does not hold up training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, release: Callable[[HostSlot], None]) -> None:
+        self._release = release
         self._tensors: dict[str, torch.Tensor] = {}
         self._copies: list[torch.cuda.Event] = []
 
-    def tensor(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        """The CPU tensor for `key`, of the (global) shape and dtype of `like`; what it held before is given up."""
+    def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
         held = self._tensors.get(key)
         if held is None or held.shape != like.shape or held.dtype != like.dtype:
             pinned = like.device.type == "cuda"
@@ -29,46 +31,52 @@ class StagingBuffer:
             self._tensors[key] = held
         return held
 
-    def fill(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        """Copy a full tensor into the buffer; from a CUDA device without waiting for it."""
-        held = self.tensor(key, value)
-        held.copy_(value, non_blocking=held.is_pinned() if value.is_cuda else False)
+    def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        held = self.room(key, value)
+        held.copy_(value, non_blocking=value.is_cuda and held.is_pinned())
         if value.is_cuda:
             self._copies.append(torch.cuda.current_stream(value.device).record_event())
         return held
 
+    def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        return self.put(key, value)
+
     def wait(self) -> None:
-        """Wait until all copies have arrived; on the thread that reads the buffer."""
         for event in self._copies:
             event.synchronize()
         self._copies.clear()
 
+    def release(self) -> None:
+        self._release(self)
 
-class Staging:
-    """Two buffers, claimed in turn. **Rank-local**, on rank 0.
+
+class HostStaging:
+    """Two slots, claimed in turn: a `Staging`. **Rank-local**, on rank 0.
 
     Args:
-        make_room: is asked, when both are taken, whether a buffer that is only queued can be had; gives it, or `None`.
+        make_room: Function that is called when both slots are taken. It gives up a save that is only queued, if it can,
+            and returns the slot of that save.
     """
 
-    def __init__(self, make_room: Callable[[], StagingBuffer | None]) -> None:
+    waits = True
+
+    def __init__(self, make_room: Callable[[], Slot | None]) -> None:
         self._make_room = make_room
-        self._free = [StagingBuffer() for _ in range(_BUFFERS)]
+        self._free = [HostSlot(self._take_back) for _ in range(_SLOTS)]
         self._released = threading.Condition()
 
-    def claim(self) -> StagingBuffer:
-        """A buffer to fill; waits for one to be released where there is none."""
+    def claim(self) -> Slot:
+        """A slot to fill; waits for one to be released where there is none."""
         with self._released:
             if self._free:
                 return self._free.pop()
-        if (buffer := self._make_room()) is not None:
-            return buffer
+        if (slot := self._make_room()) is not None:
+            return slot
         with self._released:
             self._released.wait_for(lambda: self._free)
             return self._free.pop()
 
-    def release(self, buffer: StagingBuffer) -> None:
-        """Give back a buffer that was claimed; from any thread."""
+    def _take_back(self, slot: HostSlot) -> None:
         with self._released:
-            self._free.append(buffer)
+            self._free.append(slot)
             self._released.notify_all()

@@ -1,0 +1,100 @@
+"""What a capture asks for, and what it gives: the share of a snapshot that each rank writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from keepbest.formats.format import Receipt
+from keepbest.modules.parts import Part
+from keepbest.modules.sources import StateDict
+from keepbest.ranks import Ranks
+from keepbest.staging.slot import Slot, Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What is to be saved.
+
+    Attributes:
+        model: Model, plain or wrapped.
+        parts: Parts of it.
+        save_frozen_weights: Whether parameters that do not require grad are among the weights.
+    """
+
+    model: nn.Module
+    parts: tuple[Part, ...]
+    save_frozen_weights: bool
+
+
+class Writers(Protocol):
+    """How the ranks that write a snapshot come together. **Collective** where several ranks write."""
+
+    def __call__(self, begin: Callable[[], str], write: Callable[[str], Receipt]) -> Callable[[], list[Receipt]]:
+        """Let every writer write its share, now or when rank 0 asks for the receipts.
+
+        Args:
+            begin: Function by which rank 0 makes the folder of the snapshot; returns the name of the snapshot.
+            write: Function that writes the share of this rank of the snapshot of that name.
+
+        Returns:
+            Function that gives rank 0 the receipts of the writers, by rank. It may write, so a thread may call it.
+        """
+
+
+def main_alone(begin: Callable[[], str], write: Callable[[str], Receipt]) -> Callable[[], list[Receipt]]:
+    """Rank 0 writes everything, when it asks for the receipt. **Rank-local**."""
+    return lambda: [write(begin())]
+
+
+@dataclass(frozen=True, slots=True)
+class AllRanks:
+    """Every rank writes a share now, and learns at once if a rank could not: `Writers`.
+
+    Attributes:
+        ranks: Ranks that write.
+        step: What is being done, in words.
+        remedy: What the user can do if a file system refuses.
+    """
+
+    ranks: Ranks
+    step: str
+    remedy: str
+
+    def __call__(self, begin: Callable[[], str], write: Callable[[str], Receipt]) -> Callable[[], list[Receipt]]:
+        name: str = self.ranks.broadcast(self.step, begin, remedy=self.remedy, saving=True)
+        found = self.ranks.gather_json(self.step, lambda: write(name).to_json(), remedy=self.remedy, saving=True)
+        receipts = [Receipt.from_json(receipt) for receipt in found]
+        return lambda: receipts
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What this rank writes of a snapshot.
+
+    Attributes:
+        parts: All parts that were selected, in order.
+        files: For each part the state dict that this rank writes, with plain keys; empty on ranks that write nothing.
+            Gathered weights are full tensors on the CPU; local ones are sharded as the model is.
+        left_out: For each part the keys, relative to the part, that were left out because they were frozen. A part that
+            is frozen as a whole has no file.
+        slot: Where the values stand until they are written.
+        writers: How the ranks that write come together.
+        plans: For each part what was planned for its format.
+    """
+
+    parts: tuple[Part, ...]
+    files: Mapping[str, StateDict]
+    left_out: Mapping[str, Sequence[str]]
+    slot: Slot
+    writers: Writers
+    plans: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Capture(Protocol):
+    """Brings weights to where they are written from. **Collective**; opens no file."""
+
+    def __call__(self, items: Items, ranks: Ranks, staging: Staging, step: str) -> Share: ...

@@ -1,0 +1,19 @@
+"""Tensors of a state dict that are one and the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each further name of a tensor its first name. Tensors without elements are never one."""
+    seen: dict[Any, str] = {}
+    tied: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
+        if (first := seen.setdefault(place, key)) != key:
+            tied[key] = first
+    return tied

@@ -1,0 +1,82 @@
+"""Formats that keep one file for each part of the model, written by rank 0."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from keepbest.errors import SnapshotError
+from keepbest.formats.format import Format, Receipt, StateDict, TensorKind, ToWrite
+from keepbest.formats.tied import first_names
+from keepbest.run.digest import Digest
+from keepbest.run.files import Files
+from keepbest.run.manifest import FileRecord
+from keepbest.run.names import part_name
+
+
+class WholePart:
+    """A part of a snapshot that one file holds: a `PartReader` of its state dict.
+
+    Attributes:
+        others: What is no tensor, by its key.
+    """
+
+    def __init__(self, state: StateDict) -> None:
+        self._tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        self.others = {key: value for key, value in state.items() if key not in self._tensors}
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Further names of stored tensors, and the key of each."""
+        return first_names(self._tensors)
+
+    @property
+    def kinds(self) -> dict[str, TensorKind]:
+        """Shape and dtype of each tensor that is stored, by its key."""
+        stored = (key for key in self._tensors if key not in self.tied)
+        return {key: TensorKind(self._tensors[key].shape, self._tensors[key].dtype) for key in stored}
+
+    def fetch(self, key: str) -> torch.Tensor:
+        return self._tensors[key]
+
+    def fill(self, wanted: Mapping[str, torch.Tensor]) -> None:
+        for key, tensor in wanted.items():
+            tensor.copy_(self._tensors[key])
+
+
+class WholeFileFormat(Format):
+    """A format with one file for each part.
+
+    Attributes:
+        ending: Ending of the files.
+    """
+
+    capture = "gathered"
+    ending: ClassVar[str]
+
+    @abstractmethod
+    def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
+        """Write a state dict durably to a new file. Raises as `write`."""
+
+    @abstractmethod
+    def read_file(self, path: Path) -> dict[str, Any]:
+        """The state dict in a file; tensors that were tied are one again. Raises as `reader`."""
+
+    def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
+        records = {}
+        for part, state in share.files.items():
+            name = f"{part_name(part)}{self.ending}"
+            digest = self.write_file(files, folder / name, state)
+            records[name] = FileRecord(part, digest, sum(isinstance(value, torch.Tensor) for value in state.values()))
+        return Receipt(records)
+
+    def reader(self, folder: Path, files: Mapping[str, FileRecord], part: str) -> WholePart:
+        names = [name for name, record in files.items() if record.part == part]
+        if len(names) != 1:
+            raise SnapshotError(f"{folder} has {len(names)} files of {part!r}; format {self.name!r} has one")
+        return WholePart(self.read_file(folder / names[0]))

@@ -1,0 +1,53 @@
+"""Compares the remote copy of a run with its ledger. **Rank-local**."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keepbest.remote.download import TRIES, local_copy, raising_unreadable, read_remote_ledger
+from keepbest.remote.storage import Remote, is_remote, snapshot_in
+from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.run.reader import read_history
+from keepbest.run.verify import Fault, snapshot_faults, verify
+
+
+def verify_run(run: Path | str) -> list[Fault]:
+    """Everything that is wrong with a run, wherever it is.
+
+    Args:
+        run: Directory of the run, or the URL of its remote copy, of which one snapshot at a time is brought here.
+
+    Raises:
+        ConfigError: If the URL cannot be opened here.
+        SnapshotError: If there is no run, or it cannot be read.
+        LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
+    """
+    return _remote_faults(str(run)) if is_remote(run) else verify(Path(run))
+
+
+def _remote_faults(url: str) -> list[Fault]:
+    remote = Remote(url)
+    faults: list[Fault] = []
+    for _ in range(TRIES):
+        before = read_remote_ledger(remote)
+        faults = _faults_of_remote(remote)
+        # A live run may have removed what its ledger named a moment ago.
+        if not faults or read_remote_ledger(remote) == before:
+            break
+    return faults
+
+
+def _faults_of_remote(remote: Remote) -> list[Fault]:
+    with local_copy(remote.url) as directory:
+        history = read_history(directory)
+    faults = []
+    for name in sorted(history.kept()):
+        with local_copy(remote.url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
+            found = snapshot_faults(directory, history, name)
+            faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in found]
+    kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.kept())
+    with raising_unreadable(remote):
+        paths = sorted(remote.sizes())
+    left = [path for path in paths if snapshot_in(path) is not None and not path.startswith(kept)]
+    leftovers = (f"{remote.url}/{CHECKPOINTS}/{path} is left over; nothing needs it" for path in left)
+    return [*faults, *(Fault("unfinished", message) for message in leftovers)]

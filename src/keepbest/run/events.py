@@ -1,0 +1,294 @@
+"""The events of a ledger: what each line records, and its JSON.
+
+An event is built either by the run that records it, or by `parse_event` from a line that anybody may have written.
+`parse_event` checks names, since a name in a ledger becomes a path below the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from keepbest.decision import BestState, Observation, Policy
+from keepbest.iteration import TrainingIteration
+from keepbest.run.names import is_safe
+
+VERSION = 2
+"""Of the ledger and the manifests; another version is refused."""
+
+Json = dict[str, Any]
+Moves = dict[str, str | None]
+"""Name of a ref -> name of the snapshot that it points at from now on; `None` removes the ref."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunBegan:
+    """The first line: the id of the run, and the version of the format."""
+
+    run: str
+    version: int = VERSION
+
+    name = "run"
+    is_waited_for = True
+
+    def to_json(self) -> Json:
+        return {"version": self.version, "run": self.run}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBegan:
+    """A process resumed the run. `restart` counts these events from 1."""
+
+    restart: int
+
+    name = "session"
+    is_waited_for = False
+
+    def to_json(self) -> Json:
+        return {"restart": self.restart}
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperBegan:
+    """A keeper starts a new timeline: after `at` of an earlier one, or from a `state` that it was given.
+
+    Attributes:
+        keeper: Name of the keeper, which is that of its ref on the best.
+        metric_key: Metric that it monitors.
+        policy: Policy by which it decides.
+        timeline: Number of the timeline that it continues; `None` where there is none.
+        at: Iteration up to which it continues that timeline; `None` is its start.
+        state: State that it starts from where the ledger does not know it.
+        refs: Moves that lead to that state.
+    """
+
+    keeper: str
+    metric_key: str
+    policy: Policy
+    timeline: int | None
+    at: TrainingIteration | None
+    state: BestState | None
+    refs: Moves = field(default_factory=dict)
+
+    name = "begin"
+    is_waited_for = True
+
+    def to_json(self) -> Json:
+        return {
+            "keeper": self.keeper,
+            "metric_key": self.metric_key,
+            "policy": _policy_to_json(self.policy),
+            "timeline": self.timeline,
+            "at": None if self.at is None else str(self.at),
+            "state": None if self.state is None else self.state.to_json(),
+            "refs": self.refs,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A keeper saw a value.
+
+    Attributes:
+        keeper: Name of the keeper.
+        iteration: Training iteration of the value.
+        value: Agreed value; NaN and infinities are written as text.
+        snapshot: Name of the snapshot that holds the weights, if they were saved.
+        manifest: Digest of the manifest of that snapshot.
+        is_best: Whether a saved value was a new best of the timeline; else it is one of the top k only.
+        superseded: Whether it was a new best whose weights were skipped, since a better one followed.
+        lost: Whether it was a new best whose weights could not be written.
+        refs: Moves that follow.
+    """
+
+    keeper: str
+    iteration: TrainingIteration
+    value: float
+    snapshot: str | None = None
+    manifest: str | None = None
+    is_best: bool = True
+    superseded: bool = False
+    lost: bool = False
+    refs: Moves = field(default_factory=dict)
+
+    name = "observation"
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether nothing is written after this line before it is on the disk."""
+        return self.snapshot is not None or bool(self.refs)
+
+    @property
+    def observation(self) -> Observation:
+        """The observation as the bookkeeping counts it: what has no weights on the disk was no best."""
+        return Observation(self.iteration, self.value, durable=self.snapshot is not None or self.superseded)
+
+    def to_json(self) -> Json:
+        line: Json = {
+            "keeper": self.keeper,
+            "iteration": str(self.iteration),
+            "value": self.value if math.isfinite(self.value) else str(self.value),
+        }
+        if self.snapshot is not None:
+            line |= {"snapshot": self.snapshot, "manifest": self.manifest, "best": self.is_best}
+        if self.superseded:
+            line["superseded"] = True
+        if self.lost:
+            line["lost"] = True
+        if self.refs:
+            line["refs"] = self.refs
+        return line
+
+
+@dataclass(frozen=True, slots=True)
+class RefsMoved:
+    """Refs of a keeper move without an observation: tolerances that closed earlier than was known."""
+
+    keeper: str
+    refs: Moves
+
+    name = "refs"
+    is_waited_for = True
+
+    def to_json(self) -> Json:
+        return {"keeper": self.keeper, "refs": self.refs}
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Snapshots stay until the tag is pinned again or released."""
+
+    keeper: str
+    tag: str
+    snapshots: tuple[str, ...]
+
+    name = "pin"
+    is_waited_for = True
+
+    def to_json(self) -> Json:
+        return {"keeper": self.keeper, "tag": self.tag, "snapshots": list(self.snapshots)}
+
+
+@dataclass(frozen=True, slots=True)
+class Unpinned:
+    """A tag is released."""
+
+    keeper: str
+    tag: str
+
+    name = "unpin"
+    is_waited_for = True
+
+    def to_json(self) -> Json:
+        return {"keeper": self.keeper, "tag": self.tag}
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperEnded:
+    """Training is over for a keeper; tolerances that were not exceeded get provisional refs."""
+
+    keeper: str
+    refs: Moves
+
+    name = "end"
+    is_waited_for = True
+
+    def to_json(self) -> Json:
+        return {"keeper": self.keeper, "refs": self.refs}
+
+
+Event = RunBegan | SessionBegan | KeeperBegan | Observed | RefsMoved | Pinned | Unpinned | KeeperEnded
+
+
+def event_to_json(event: Event) -> Json:
+    """The line of an event, as JSON values; `parse_event` is the inverse."""
+    return {"event": event.name, **event.to_json()}
+
+
+def parse_event(line: Mapping[str, Any]) -> Event:
+    """The event of a line.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError: If it is no event, or one that names a file
+            outside of the run folder.
+    """
+    kind = line["event"]
+    if kind not in _PARSERS:
+        raise ValueError(f"unknown event {kind!r}")
+    return _PARSERS[kind](line)
+
+
+def refs_of(event: Event) -> Moves:
+    """The refs that an event moves."""
+    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved | KeeperEnded) else {}
+
+
+def _parse_session(line: Mapping[str, Any]) -> SessionBegan:
+    if type(line["restart"]) is not int:
+        raise ValueError("restart must be an integer")
+    return SessionBegan(line["restart"])
+
+
+def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
+    return KeeperBegan(
+        keeper=line["keeper"],
+        metric_key=line["metric_key"],
+        policy=_policy_from_json(line["policy"]),
+        timeline=line["timeline"],
+        at=None if line["at"] is None else TrainingIteration.parse(line["at"]),
+        state=None if line["state"] is None else BestState.from_json(line["state"]),
+        refs=_parse_moves(line),
+    )
+
+
+def _parse_observation(line: Mapping[str, Any]) -> Observed:
+    snapshot = line.get("snapshot")
+    return Observed(
+        keeper=line["keeper"],
+        iteration=TrainingIteration.parse(line["iteration"]),
+        value=float(line["value"]),
+        snapshot=None if snapshot is None else _safe(snapshot),
+        manifest=None if snapshot is None else line["manifest"],
+        is_best=line.get("best", True),
+        superseded=line.get("superseded", False),
+        lost=line.get("lost", False),
+        refs=_parse_moves(line),
+    )
+
+
+def _parse_moves(line: Mapping[str, Any]) -> Moves:
+    moves = line.get("refs", {}).items()
+    return {_safe(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+
+
+def _safe(name: str) -> str:
+    if not is_safe(name):
+        raise ValueError(f"{name!r} would lie outside of its folder")
+    return name
+
+
+def _policy_to_json(policy: Policy) -> Json:
+    return {
+        "higher_is_better": policy.higher_is_better,
+        "min_delta": policy.min_delta,
+        "tolerances": list(policy.tolerances),
+        "top_k": policy.top_k,
+    }
+
+
+def _policy_from_json(policy: Mapping[str, Any]) -> Policy:
+    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]), policy["top_k"])
+
+
+_PARSERS: dict[str, Callable[[Mapping[str, Any]], Event]] = {
+    RunBegan.name: lambda line: RunBegan(line["run"], line["version"]),
+    SessionBegan.name: _parse_session,
+    KeeperBegan.name: _parse_begin,
+    Observed.name: _parse_observation,
+    RefsMoved.name: lambda line: RefsMoved(line["keeper"], _parse_moves(line)),
+    Pinned.name: lambda line: Pinned(line["keeper"], line["tag"], tuple(_safe(name) for name in line["snapshots"])),
+    Unpinned.name: lambda line: Unpinned(line["keeper"], line["tag"]),
+    KeeperEnded.name: lambda line: KeeperEnded(line["keeper"], _parse_moves(line)),
+}

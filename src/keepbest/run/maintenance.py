@@ -1,0 +1,29 @@
+"""Repairs a run folder that no process works on. **Rank-local**."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keepbest.run.files import Files
+from keepbest.run.folder import RunFolder
+from keepbest.run.reader import read_history
+
+
+def repair(directory: Path) -> None:
+    """Finish or undo what a crash left in the run in `directory`, as a resume would. **Rank-local**.
+
+    A torn last line is cut, refs are set as the ledger says, and snapshots that nothing needs are removed. Weights that
+    a ref, a pin or a best needs are never removed. Damage stays as it is.
+
+    Raises:
+        SnapshotError: If there is no run.
+        LedgerError: If the ledger is damaged, lost, or older than the folder.
+        RunExistsError: If a live process owns the folder.
+        OSError: Any refusal of the file system.
+    """
+    read_history(directory)
+    folder = RunFolder(directory, Files())
+    try:
+        folder.repair()
+    finally:
+        folder.close()

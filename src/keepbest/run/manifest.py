@@ -1,0 +1,170 @@
+"""The manifest of a snapshot: what the snapshot holds, and what each of its files must be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from keepbest.iteration import TrainingIteration
+from keepbest.run.digest import Digest
+from keepbest.run.events import VERSION
+from keepbest.run.names import is_safe
+
+# torch names the index of a distributed checkpoint like this; other hidden files are refused.
+_INDEX = ".metadata"
+
+
+class SavedPart(NamedTuple):
+    """A part of the model that was selected to be saved.
+
+    Attributes:
+        name: Name of the part, which begins the names of its files.
+        path: Plain dotted path of the module in the model; empty for the model itself.
+        apart: Plain paths below it that are parts of their own.
+    """
+
+    name: str
+    path: str
+    apart: tuple[str, ...]
+
+
+class FileRecord(NamedTuple):
+    """What is recorded of a file.
+
+    Attributes:
+        part: Name of the part of the model that it holds.
+        digest: Size and digest of its bytes.
+        tensors: Number of tensors in it, where one file holds a whole part.
+    """
+
+    part: str
+    digest: Digest
+    tensors: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only; `from_json` is the inverse."""
+        record = {"part": self.part, **self.digest._asdict()}
+        return record if self.tensors is None else {**record, "tensors": self.tensors}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> FileRecord:
+        """The inverse of `to_json`."""
+        digest = Digest(record["bytes"], record["digest"], record["algorithm"])
+        return cls(record["part"], digest, record.get("tensors"))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `snapshot.json` says.
+
+    Attributes:
+        run: Id of the run.
+        iteration: Training iteration whose weights these are.
+        keeper: Name of the keeper that took the snapshot.
+        metric_key: Metric of that keeper.
+        value: Value of the metric at the iteration.
+        format: Name of the format of the files.
+        parts: Parts of the model that were selected, in order.
+        files: Record of each file, by its path in the folder of the snapshot.
+        left_out: For each part the keys, relative to the part, that were frozen and not saved.
+    """
+
+    run: str
+    iteration: TrainingIteration
+    keeper: str
+    metric_key: str
+    value: float
+    format: str
+    parts: tuple[SavedPart, ...]
+    files: Mapping[str, FileRecord]
+    left_out: Mapping[str, Sequence[str]]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(record.digest.bytes for record in self.files.values())
+
+    @property
+    def saved_parts(self) -> tuple[SavedPart, ...]:
+        """The parts that have a file; one that was frozen as a whole has none."""
+        names = {record.part for record in self.files.values()}
+        return tuple(part for part in self.parts if part.name in names)
+
+    def files_of(self, part: str) -> dict[str, FileRecord]:
+        """The files of one part."""
+        return {name: record for name, record in self.files.items() if record.part == part}
+
+    def to_bytes(self) -> bytes:
+        """The content of `snapshot.json`; `from_bytes` is the inverse."""
+        content = {
+            "version": VERSION,
+            "run": self.run,
+            "iteration": str(self.iteration),
+            "keeper": self.keeper,
+            "metric_key": self.metric_key,
+            "value": self.value,
+            "format": self.format,
+            "bytes": self.total_bytes,
+            "parts": [list(part) for part in self.parts],
+            "files": {name: record.to_json() for name, record in self.files.items()},
+            "left_out": self.left_out,
+        }
+        return json.dumps(content, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Manifest:
+        """The manifest in the bytes of a file that anybody may have written.
+
+        Raises:
+            ValueError, TypeError, LookupError, AttributeError, RecursionError: If it is no manifest of this version, or
+                one that names files outside of its folder.
+        """
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            raise ValueError(f"it is of version {content['version']!r}; this keepbest reads version {VERSION}")
+        _check(content)
+        return cls(
+            run=content["run"],
+            iteration=TrainingIteration.parse(content["iteration"]),
+            keeper=content["keeper"],
+            metric_key=content["metric_key"],
+            value=content["value"],
+            format=content["format"],
+            parts=tuple(SavedPart(name, path, tuple(apart)) for name, path, apart in content["parts"]),
+            files={name: FileRecord.from_json(record) for name, record in content["files"].items()},
+            left_out={name: list(keys) for name, keys in content["left_out"].items()},
+        )
+
+
+def _check(content: Any) -> None:
+    """Refuse what would not be what its type says, and files outside of the folder of the snapshot."""
+    names = {name for name, _, _ in content["parts"]}
+    texts = [content[key] for key in ("run", "keeper", "metric_key", "format")]
+    texts += [text for name, path, apart in content["parts"] for text in (name, path, *apart)]
+    texts += [key for keys in content["left_out"].values() for key in keys]
+    if strange := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"expected text, found {strange[0]!r}")
+    if not isinstance(content["value"], float | int):
+        raise TypeError(f"the value of the metric is {content['value']!r}")
+    if outside := [name for name in content["files"] if not _is_inside(name)]:
+        raise ValueError(f"it names files outside of its folder: {', '.join(outside)}")
+    for record in content["files"].values():
+        size, digest = record["bytes"], record["digest"]
+        if record["part"] not in names or not isinstance(digest, str) or type(size) is not int or size < 0:
+            raise ValueError(f"this is no file of a snapshot: {record!r}")
+    if unknown := content["left_out"].keys() - names:
+        raise ValueError(f"keys of parts that it does not have were left out: {', '.join(sorted(unknown))}")
+
+
+def manifest_digest(text: bytes) -> str:
+    """Digest of a manifest, as the ledger records it."""
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    # Either a file of the snapshot, or one in the folder of a part.
+    folder, slash, file = name.rpartition("/")
+    return is_safe(file) if not slash else is_safe(folder) and (is_safe(file) or file == _INDEX)

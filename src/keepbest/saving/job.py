@@ -1,0 +1,199 @@
+"""A save on its way: a snapshot that is being written, and the line that commits it for one keeper."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from keepbest.capture.share import Share
+from keepbest.errors import ConfigError
+from keepbest.formats.format import Format, Receipt
+from keepbest.run.files import Files
+from keepbest.run.layout import snapshots_folder, unfinished_folder
+from keepbest.run.manifest import Manifest, SavedPart
+from keepbest.run.record import KeeperRecord
+from keepbest.run.ref_moves import Kept
+from keepbest.staging.slot import Slot
+
+
+class Written(NamedTuple):
+    """A snapshot that is durable: its name, and the digest of its manifest."""
+
+    name: str
+    manifest: str
+
+
+class PendingSnapshot:
+    """A snapshot that was captured and is on its way to the disk. Keepers that save the same weights share one.
+
+    Every rank has one, since all must know when it can be shared. Rank 0 completes it.
+
+    Args:
+        share: What this rank writes.
+        format: Format of the files.
+        kept: Observation whose weights these are.
+        directory: Directory of the run.
+        selection: What is saved; distinguishes snapshots of one iteration.
+        record: On rank 0, the record of the keeper that took it; `None` elsewhere.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        format: Format,  # noqa: A002  # the word of the setting
+        kept: Kept,
+        *,
+        directory: Path,
+        selection: str,
+        record: KeeperRecord | None,
+    ) -> None:
+        self._share = share
+        self._format = format
+        self._observation = kept.observation
+        self._directory = directory
+        self._selection = selection
+        self._record = record
+        self._files = Files() if record is None else record.folder.files
+        self._name = ""
+        self._receipts: Callable[[], list[Receipt]] | None = None
+        self._written: Written | None = None
+        self._lock = threading.Lock()
+        self._is_begun = self._is_needed = self._is_given_up = False
+
+    def meet(self) -> None:
+        """Let the ranks that write come together. **Collective** where several ranks write.
+
+        Raises:
+            KeepBestError: On every rank, if a rank could not write its share.
+        """
+        try:
+            self._receipts = self._share.writers(self._begin, self._write)
+        except BaseException:
+            self._drop()
+            raise
+
+    def need(self) -> None:
+        """Have it written even if a better one follows, since something else names it. **Rank-local**."""
+        with self._lock:
+            self._is_needed = True
+
+    def give_up(self) -> Slot | None:
+        """Take back the slot if nobody has begun to write, or needs the snapshot. **Rank-local**, on rank 0."""
+        with self._lock:
+            if self._is_begun or self._is_needed:
+                return None
+            self._is_given_up = True
+            return self._share.slot
+
+    def begin(self) -> bool:
+        """Whether it is to be written; from now on it cannot be given up. **Rank-local**, on rank 0."""
+        with self._lock:
+            self._is_begun = True
+            return not self._is_given_up
+
+    def write(self) -> Written:
+        """Write and publish it, once. **Rank-local**, on rank 0.
+
+        Raises:
+            ConfigError: If there is nothing to save.
+            OSError: Any refusal of the file system, now or when the keeper that took it wrote it.
+        """
+        if self._written is not None:
+            return self._written
+        receipts, self._receipts = self._receipts, None
+        if receipts is None:
+            iteration = self._observation.iteration
+            raise OSError(f"the snapshot of {iteration}, which another keeper took, could not be written")
+        try:
+            self._written = self._complete(receipts)
+        except BaseException:
+            self._drop()
+            raise
+        finally:
+            self._share.slot.release()
+        return self._written
+
+    def drop_unless_needed(self) -> None:
+        """Remove it from the disk after a commit that failed. **Rank-local**, on rank 0."""
+        with self._lock:
+            is_needed = self._is_needed
+        if not is_needed:
+            self._drop()
+
+    def _begin(self) -> str:
+        record = _of_rank_0(self._record)
+        self._name = record.new_name(self._observation.iteration, self._selection)
+        record.folder.snapshots.begin(self._name)
+        return self._name
+
+    def _write(self, name: str) -> Receipt:
+        self._share.slot.wait()
+        folder = unfinished_folder(snapshots_folder(self._directory), name)
+        return self._format.write(self._files, folder, self._share)
+
+    def _complete(self, receipts: Callable[[], list[Receipt]]) -> Written:
+        record, share = _of_rank_0(self._record), self._share
+        if not share.files:
+            raise ConfigError(
+                "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
+            )
+        written = receipts()
+        folder = unfinished_folder(snapshots_folder(self._directory), self._name)
+        manifest = Manifest(
+            run=record.run_id,
+            iteration=self._observation.iteration,
+            keeper=record.keeper,
+            metric_key=record.metric_key,
+            value=self._observation.value,
+            format=self._format.name,
+            parts=tuple(SavedPart(part.name, part.path, part.apart) for part in share.parts),
+            files=self._format.complete(self._files, folder, share, written),
+            left_out=share.left_out,
+        )
+        return Written(self._name, record.folder.snapshots.publish(self._name, manifest))
+
+    def _drop(self) -> None:
+        if self._record is not None and self._name:
+            self._record.folder.snapshots.drop(self._name)
+
+
+class SaveJob:
+    """What one keeper saves. **Rank-local**: rank 0 alone has one, and runs it on any thread.
+
+    Args:
+        kept: Observation whose weights are saved, and what follows from it.
+        snapshot: Snapshot of the weights.
+        record: Record of the keeper.
+    """
+
+    def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord) -> None:
+        self._kept = kept
+        self._snapshot = snapshot
+        self._record = record
+
+    def run(self) -> None:
+        """Write the snapshot and commit it, or record that it was skipped, if it was given up.
+
+        Raises:
+            ConfigError: If there is nothing to save.
+            OSError: Any refusal of the file system. Nothing was saved or recorded then.
+        """
+        if not self._snapshot.begin():
+            self._record.supersede(self._kept.observation)
+            return
+        written = self._snapshot.write()
+        try:
+            self._record.keep(self._kept, written.name, written.manifest)
+        except OSError:
+            # A line that could not be taken back may be read as committed, and then needs its snapshot.
+            if not self._record.folder.is_torn:
+                self._snapshot.drop_unless_needed()
+            raise
+
+
+def _of_rank_0(record: KeeperRecord | None) -> KeeperRecord:
+    if record is None:
+        raise RuntimeError("only rank 0 completes a snapshot")
+    return record

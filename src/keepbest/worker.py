@@ -1,0 +1,95 @@
+"""Does work in the order in which it was submitted: at once, or on a thread. It never runs a collective."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+
+class _Job(NamedTuple):
+    work: Callable[[], None]
+    failed: Callable[[Exception], None]
+
+
+class Worker(Protocol):
+    """Somebody who does work. **Rank-local**."""
+
+    def submit(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """Have `work` done after everything that was submitted before; `failed` gets the error if it could not be."""
+
+    def drain(self) -> None:
+        """Wait until everything that was submitted is done, or has failed."""
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Drain and end; returns whether it has ended within `timeout` seconds. A second call does nothing."""
+
+
+class Inline:
+    """Does everything at once, on the thread that submits it."""
+
+    def submit(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
+            failed(error)
+
+    def drain(self) -> None:
+        """Nothing is ever left to do."""
+
+    def close(self, timeout: float | None = None) -> bool:
+        del timeout
+        return True
+
+
+class Threaded:
+    """Works on a thread of its own, until it is closed or the interpreter exits.
+
+    The interpreter waits for what is queued when it exits in order, also after an exception in the main thread.
+
+    Args:
+        name: Name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._is_closing = False
+        # A daemon, since the interpreter joins other threads before it would ask this one to end.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def submit(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        with self._changed:
+            self._jobs.append(_Job(work, failed))
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs)
+
+    def close(self, timeout: float | None = None) -> bool:
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        atexit.unregister(self.close)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_closing)
+                if not self._jobs:
+                    return
+                job = self._jobs[0]
+            try:
+                job.work()
+            except Exception as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
+                job.failed(error)
+            with self._changed:
+                self._jobs.popleft()
+                self._changed.notify_all()
