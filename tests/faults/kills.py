@@ -23,8 +23,8 @@ from keepbest.run.files import DurableFile, Files
 from keepbest.run.layout import LEDGER
 from keepbest.run.record import Store
 from keepbest.saving import open_run as shared
-from tests.ranks.child import announce
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.child import announce
 
 T = TypeVar("T")
 Moment = Literal["before", "halfway", "after"]

@@ -18,7 +18,7 @@ from keepbest.errors import SnapshotError, StorageError
 from keepbest.run import record as store_module
 from keepbest.run.files import DurableFile, Files
 from keepbest.run.verify import verify
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 
 REF = "best_model.loss"
 

@@ -21,7 +21,7 @@ from keepbest import BestKeeper, MetricPropertyProvider, TrainingIteration
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.errors import KeepBestError, PoisonedError, RankFailedError, RankTimeoutError
 from tests.faults.broken_files import install
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit.pool import run_ranks, start_ranks
 
 RANK_TIMEOUT, SAVE_TIMEOUT, DATA_TIMEOUT = 2.0, 4.0, 3.0
 # What comes on top of a timeout: the ranks that are there get 3 s to say so; the rest is a machine with other work.

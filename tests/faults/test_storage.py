@@ -33,8 +33,8 @@ from tests.faults.filled_run import (
     refs_hold,
     refs_of,
 )
-from tests.ranks.child import pause
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit.child import pause
+from tests.kit.pool import run_ranks, start_ranks
 
 
 @pytest.fixture

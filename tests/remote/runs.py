@@ -15,8 +15,8 @@ from keepbest import TrainingIteration
 from keepbest.remote.upload import Mirror
 from keepbest.run import folder as commits
 from keepbest.run.history import History
-from tests.ranks import child
-from tests.run.runs import Run, set_weights
+from tests.kit import child
+from tests.kit.runs import Run, set_weights
 
 WIDE = 700_000  # weights, of 4 bytes
 

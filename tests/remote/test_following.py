@@ -16,11 +16,11 @@ from keepbest.remote.storage import Remote
 from keepbest.remote.upload import Mirror
 from keepbest.run import folder as commits
 from keepbest.run.verify import upload, verify
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit import toys
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.runs import Run
 from tests.remote.runs import broken_promises, local_files, ranks_that_keep_bests_until
 from tests.remote.server import BUCKET, CREDENTIALS
-from tests.run.runs import Run
-from tests.training import toys
 
 
 def environment(place):

@@ -18,8 +18,8 @@ from keepbest.remote.storage import Remote
 from keepbest.remote.upload import Mirror
 from keepbest.run import folder as commits
 from keepbest.run.verify import upload, verify
+from tests.kit.runs import Run, refs, set_weights, update
 from tests.remote.runs import broken_promises, local_files
-from tests.run.runs import Run, refs, set_weights, update
 
 BEST = "best_model.loss"
 _numbers = itertools.count()
