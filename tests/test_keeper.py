@@ -13,9 +13,9 @@ from torch import nn
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.decision import Best
 from keepbest.errors import ConfigError, InvalidMetricError, IterationError, RunExistsError, SnapshotError
-from tests.ranks.child import pause
-from tests.ranks.pool import run_ranks, start_ranks
-from tests.run.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
+from tests.kit.child import pause
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
 
 BEST = "best_model.loss"
 

@@ -16,7 +16,7 @@ from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError
 from keepbest.metric import agree_on_metric, check_reduction, read_scalar, read_value, reduce_numbers
 from keepbest.ranks import Number, Ranks
 from keepbest.training.log_writer import LoggedScalar
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 
 FINITE = st.floats(-1e150, 1e150)
 WEIGHTS = st.floats(1e-6, 1e6)

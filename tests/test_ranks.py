@@ -23,8 +23,8 @@ from keepbest.errors import (
     StorageError,
 )
 from keepbest.ranks import Number, Ranks
-from tests.ranks.child import announce, pause
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit.child import announce, pause
+from tests.kit.pool import run_ranks, start_ranks
 
 
 def update(number):

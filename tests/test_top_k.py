@@ -10,8 +10,8 @@ from keepbest import BestKeeper, load
 from keepbest.cli.table import read_checkpoints
 from keepbest.errors import ConfigError
 from keepbest.run.verify import verify
-from tests.ranks.pool import run_ranks
-from tests.run.runs import refs, set_weights, snapshots, update
+from tests.kit.pool import run_ranks
+from tests.kit.runs import refs, set_weights, snapshots, update
 
 BEST = "best_model.loss"
 VALUES = [5.0, 3.0, 4.0, 6.0, 3.0, 3.5]  # the fifth ties with the second, and is younger

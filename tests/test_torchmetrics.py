@@ -10,8 +10,8 @@ from torch import nn
 
 from keepbest import BestKeeper
 from keepbest.errors import DesyncError, InvalidMetricError, RankFailedError
-from tests.ranks.pool import run_ranks
-from tests.run.runs import update
+from tests.kit.pool import run_ranks
+from tests.kit.runs import update
 
 # What the ranks hold: uneven, so that a mean of means, or a sum of sums, would be another number.
 VALUES = [[1.0, 2.0, 6.0], [5.0]]

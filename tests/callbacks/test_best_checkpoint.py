@@ -23,9 +23,9 @@ from keepbest.callbacks import (
 from keepbest.errors import ConfigError, MissingMetricError
 from tests.callbacks.context import Regression, make_context, make_counter, make_samples
 from tests.callbacks.test_offline_loss import one_by_one
-from tests.ranks.pool import run_ranks
-from tests.run.runs import ledger, refs, snapshots
-from tests.training.toys import make_trainer
+from tests.kit.pool import run_ranks
+from tests.kit.runs import ledger, refs, snapshots
+from tests.kit.toys import make_trainer
 
 KEY = "loss/val/total"
 REF = "best_model.loss.val.total"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
 from keepbest.training.trainer import Trainer
-from tests.ranks.pool import run_ranks
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.pool import run_ranks
 
 
 class NotingConfig(CallBackBaseConfig):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keepbest.callbacks import MetricEarlyStopper, MetricEarlyStopperConfig
 from keepbest.errors import ConfigError, InvalidMetricError, MissingMetricError
 from tests.callbacks.context import make_context, make_counter
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 
 KEY = "loss/val/total"
 

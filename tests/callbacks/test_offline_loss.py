@@ -14,7 +14,7 @@ from keepbest.callbacks import OfflineLossCallback, OfflineLossCallbackConfig
 from keepbest.data import DataContainer, InterleavedSampler, build_loader
 from keepbest.errors import ConfigError, RankFailedError
 from tests.callbacks.context import Regression, make_context, make_counter, make_samples
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 
 LENGTHS = (2, 10, 11, 13)
 

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keepbest import BestKeeper, load
-from tests.ranks.pool import run_ranks
-from tests.run.runs import update
+from tests.kit.pool import run_ranks
+from tests.kit.runs import update
 
 
 def network():

@@ -12,8 +12,9 @@ from keepbest.capture.gathered import take_snapshot
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
 from keepbest.staging.host import Staging
-from tests.capture.strategies import Bare, Odd, filled, fsdp1, fsdp1_flat, same, whole_weights
-from tests.ranks.pool import run_ranks
+from tests.kit.models import Bare, Odd, filled, same
+from tests.kit.pool import run_ranks
+from tests.kit.strategies import fsdp1, fsdp1_flat, whole_weights
 
 WIDTH, UNITS = 64, 4
 

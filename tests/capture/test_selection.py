@@ -14,23 +14,10 @@ from keepbest.capture.gathered import take_snapshot
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
-from tests.capture.strategies import (
-    FAMILIES,
-    WRAPS,
-    Bare,
-    Composite,
-    Odd,
-    compiled,
-    filled,
-    fits,
-    nested,
-    odd,
-    same,
-    same_bits,
-    whole_weights,
-)
-from tests.ranks.pool import run_ranks
-from tests.run.runs import update
+from tests.kit.models import Bare, Composite, Odd, filled, nested, odd, same, same_bits
+from tests.kit.pool import run_ranks
+from tests.kit.runs import update
+from tests.kit.strategies import FAMILIES, WRAPS, compiled, fits, whole_weights
 
 REF = "best_model.loss"
 

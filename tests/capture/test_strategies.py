@@ -16,20 +16,9 @@ from keepbest.capture.gathered import take_snapshot
 from keepbest.errors import SnapshotError
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
-from tests.capture.strategies import (
-    FAMILIES,
-    WRAPS,
-    Odd,
-    expected_files,
-    filled,
-    fits,
-    models_for,
-    same,
-    same_bits,
-    variants,
-    whole_weights,
-)
-from tests.ranks.pool import run_ranks
+from tests.kit.models import Odd, expected_files, filled, same, same_bits
+from tests.kit.pool import run_ranks
+from tests.kit.strategies import FAMILIES, WRAPS, fits, models_for, variants, whole_weights
 
 REF = "best_model.loss"
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)

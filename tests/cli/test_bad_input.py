@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keepbest.errors import ConfigError, KeepBestError, MissingMetricError, RunExistsError, StorageError
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 
 def content(directory: Path) -> dict[str, Any]:
@@ -49,13 +49,13 @@ BAD = {
     "tolerance given twice": (best_settings(tolerances=[2, 2]), ["tolerances", "differ", "[2, 2]"]),
     "two intervals": (best_settings(every_n_epochs=1), ["exactly one", "every_n_epochs=1", "every_n_updates=1"]),
     "unknown direction": (best_settings(metric_key="val/score"), ["val/score", "higher_is_better"]),
-    "empty dataset": ({"data": {"val": {"kind": "tests.training.toys.Waves", "length": 0}}}, ["'val'", "no samples"]),
+    "empty dataset": ({"data": {"val": {"kind": "tests.kit.toys.Waves", "length": 0}}}, ["'val'", "no samples"]),
     "fewer samples than ranks": (
-        {"data": {"train": {"kind": "tests.training.toys.Waves", "length": 1}}},
+        {"data": {"train": {"kind": "tests.kit.toys.Waves", "length": 1}}},
         ["'train'", "1 sample"],
     ),
     "batch that the ranks cannot share": ({"trainer": {"effective_batch_size": 25}}, ["25", "2 ranks"]),
-    "model without such an argument": ({"model": {"hiden": 3}}, ["tests.training.toys.AutoEncoder", "hiden"]),
+    "model without such an argument": ({"model": {"hiden": 3}}, ["tests.kit.toys.AutoEncoder", "hiden"]),
     "learning rate below 0": ({"optimizer": {"lr": -1.0}}, ["torch.optim.SGD", "-1.0"]),
     "strategy for one rank": ({"trainer": {"strategy": "single"}}, ["single", "ddp"]),
 }

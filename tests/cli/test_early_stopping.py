@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 UPDATES = 24
 TOLERANCES = [0, 1, 3]

@@ -18,8 +18,8 @@ from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.cli.work import train
 from keepbest.errors import PreemptedError
 from keepbest.run.verify import verify
-from tests.cli import runs
-from tests.ranks.pool import start_ranks
+from tests.kit import cli_runs as runs
+from tests.kit.pool import start_ranks
 from tests.training.test_preemption import with_signal
 
 EPOCHS = 12  # of two updates

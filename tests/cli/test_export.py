@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 
 @pytest.fixture(scope="module")

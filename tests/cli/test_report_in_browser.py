@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import runs
-from tests.debian import install
-from tests.run.runs import Run, refs
+from tests.kit import cli_runs as runs
+from tests.kit.debian import install
+from tests.kit.runs import Run, refs
 
 ATTACK = '<script>document.title="stolen"</script><img src=x onerror=document.title="stolen">'
 METRIC = f'loss & {ATTACK}/größe "x" $\\frac{{$'

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 EPOCHS = 12
 

@@ -5,7 +5,7 @@ import yaml
 
 from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.errors import ConfigError
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from keepbest.cli.curve import curves, patiences
 from keepbest.cli.tolerance import parse_tolerances
 from keepbest.errors import ConfigError
 from keepbest.run.reader import read_history
-from tests.cli import runs
-from tests.run.runs import Run, refs, update
+from tests.kit import cli_runs as runs
+from tests.kit.runs import Run, refs, update
 
 BEST = "best_model.loss"
 VALUES = [5.0, 4.0, 4.5, 6.0, math.nan, 3.0, 3.5, 3.25, 3.1]

@@ -7,7 +7,7 @@ import pytest
 
 from keepbest.cli.table import read_checkpoints
 from keepbest.errors import ConfigError, SnapshotError
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 
 @pytest.fixture(scope="module")

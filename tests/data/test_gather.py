@@ -6,7 +6,7 @@ import torch
 from keepbest.data import evaluation_indices, gather_in_dataset_order
 from keepbest.errors import DesyncError, RankFailedError, StorageError
 from keepbest.ranks import Ranks
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 
 
 def table(length):

@@ -16,15 +16,15 @@ import yaml
 from keepbest import BestKeeper, TrainingIteration
 from keepbest.cli.app import app
 from keepbest.cli.run_file import RunFile
-from tests.cli import runs
 from tests.docs import commands, transcripts
 from tests.docs.blocks import ALL, PAGES, ROOT, Block
 from tests.docs.commands import command_lines
 from tests.docs.preludes import BEFORE_A_BLOCK, BEFORE_THE_PAGE, ENDS_WITH
 from tests.docs.rules import RULES, rules_of
 from tests.docs.run_python import run_steps
-from tests.ranks.pool import run_ranks
-from tests.training.toys import AutoEncoder
+from tests.kit import cli_runs as runs
+from tests.kit.pool import run_ranks
+from tests.kit.toys import AutoEncoder
 
 
 def claimed(rule: str, page: str | None = None) -> list[Block]:
@@ -113,7 +113,7 @@ def test_file(page, folder, monkeypatch):
 def test_callbacks(block, folder, monkeypatch):
     write_files(block.page, folder, monkeypatch)
     content = runs.describe_run(folder / "run", epochs=4)
-    content["data"]["test"] = {"kind": "tests.training.toys.Waves", "length": 9, "phase": 1.0}
+    content["data"]["test"] = {"kind": "tests.kit.toys.Waves", "length": 9, "phase": 1.0}
     shown = yaml.safe_load(block.text)["callbacks"]
     content["trainer"]["callbacks"] = [runs.evaluation(every_n_updates=None, every_n_epochs=1), *shown]
     printed = commands.run_here(["train", str(runs.write_config(folder / "run.yaml", content))])

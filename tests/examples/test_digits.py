@@ -12,7 +12,7 @@ import torch
 
 from examples.digits.data import Digits
 from keepbest.errors import ConfigError
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 CONFIGS = runs.ROOT / "examples" / "digits"
 METRIC = "loss/val/classification"

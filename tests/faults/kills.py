@@ -7,26 +7,22 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
-from keepbest.callbacks import resume_folder
 from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCallbackConfig
 from keepbest.callbacks.periodic import PeriodicCallback
-from keepbest.run.files import DurableFile, Files
-from keepbest.run.layout import LEDGER
-from keepbest.run.record import Store
-from keepbest.saving import open_run as shared
-from tests.ranks.child import announce
-from tests.training import toys
+from keepbest.run.layout import LEDGER, SNAPSHOTS
+from tests.kit import toys
+from tests.kit.child import announce
+from tests.kit.files import Operation, SteppedFiles
+from tests.kit.seams import use
 
-T = TypeVar("T")
 Moment = Literal["before", "halfway", "after"]
 
 METRIC = "loss/val/total"
@@ -40,7 +36,8 @@ CALLBACKS = [
 ]
 BEST_CHECKPOINT = {"name": "BestCheckpointCallback", "metric_key": METRIC, "tolerances": TOLERANCES, **EVERY_UPDATE}
 
-# What is called of the store, and the operations of the file layer that it comes to, with how many it takes about.
+# What becomes durable in one piece, and the operations of the file layer that it comes to, with how many it takes about;
+# "append" is a write to the ledger.
 COMMITS = {
     "save": {
         "make_folder": 1, "create": 3, "write": 60, "sync": 4, "sync_folder": 4, "rename": 2, "append": 1, "link": 1,
@@ -57,6 +54,7 @@ OTHERS = {
         "make_folder": 1, "create": 2, "write": 2, "sync": 2, "sync_folder": 3, "rename": 2, "link": 1, "remove": 3,
     },
 }  # fmt: skip
+_DEADLY = {operation for operations in (*COMMITS.values(), *OTHERS.values()) for operation in operations} - {"append"}
 _PATIENCE = 5  # in saves
 
 
@@ -96,16 +94,35 @@ class Session:
 
 
 class Reaper:
-    """Knows when it is time, leaves a note and kills its own process."""
+    """The step of a file layer: knows when it is time, leaves a note and kills its own process."""
 
     def __init__(self, death: Death | None, note: Path) -> None:
         self._death = death
         self._note = note
+        self._place = "begin"
         self._seen = 0
         self._saves = 0
         self._overdue = 0
 
-    def due(self, place: str, operation: str) -> Moment | None:
+    def __call__(self, operation: Operation) -> Any:
+        name = operation.name
+        if name == "write" and operation.path.name == LEDGER:
+            name, self._place = "append", _place_of(bytes(operation.data))
+        elif name in ("make_folder", "create") and SNAPSHOTS in operation.path.parent.parts:
+            self._place = "save"
+        elif name not in _DEADLY or (name == "remove" and not os.path.lexists(operation.path)):
+            return operation.do()
+        place = "resume checkpoint" if "resume" in operation.path.parts else self._place
+        moment = self._due(place, name)
+        if moment == "halfway":
+            operation.do_half()
+            self._kill(place, f"half of {name}")
+        result = operation.do() if moment in (None, "after") else None
+        if moment is not None:
+            self._kill(place, name)
+        return result
+
+    def _due(self, place: str, operation: str) -> Moment | None:
         death = self._death
         if death is None:
             return None
@@ -115,106 +132,17 @@ class Reaper:
         self._overdue += waits and place in COMMITS and operation != "write"
         return death.moment if death.count in (self._seen, self._overdue) else None
 
-    def kill(self, *circumstances: str) -> None:
+    def _kill(self, *circumstances: str) -> None:
         self._note.write_text(json.dumps(circumstances))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class FatalFiles(Files):
-    """A real file system, until the reaper comes."""
-
-    def __init__(self, reaper: Reaper, place: str) -> None:
-        self._reaper = reaper
-        self.place = place
-
-    def at(self, operation: str, act: Callable[[], T], half: Callable[[], object] | None = None) -> T:
-        moment = self._reaper.due(self.place, operation)
-        if moment == "halfway" and half is not None:
-            half()
-            self._reaper.kill(self.place, f"half of {operation}")
-        result = act() if moment in (None, "after") else None
-        if moment is not None:
-            self._reaper.kill(self.place, operation)
-        return result
-
-    def create(self, path: Path) -> DurableFile:
-        return self.at("create", lambda: FatalFile(path, self, exclusive=True))
-
-    def append(self, path: Path) -> DurableFile:
-        return FatalFile(path, self, exclusive=False)
-
-    def make_folder(self, path: Path) -> None:
-        self.at("make_folder", lambda: super(FatalFiles, self).make_folder(path))
-
-    def sync_folder(self, path: Path) -> None:
-        self.at("sync_folder", lambda: super(FatalFiles, self).sync_folder(path))
-
-    def rename(self, old: Path, new: Path) -> None:
-        self.at("rename", lambda: super(FatalFiles, self).rename(old, new))
-
-    def link(self, target: str, path: Path) -> None:
-        self.at("link", lambda: super(FatalFiles, self).link(target, path))
-
-    def remove(self, path: Path) -> None:
-        if os.path.lexists(path):
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else []
-            self.at("remove", lambda: super(FatalFiles, self).remove(path), inside[0].unlink if inside else None)
-
-
-class FatalFile(DurableFile):
-    """A file of `FatalFiles`."""
-
-    def __init__(self, path: Path, files: FatalFiles, *, exclusive: bool) -> None:
-        super().__init__(path, exclusive=exclusive)
-        self._files = files
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        write, view = super().write, memoryview(data).cast("B")
-        operation = "append" if self.path.name == LEDGER else "write"
-        return self._files.at(operation, lambda: write(view), lambda: write(view[: len(view) // 2]))
-
-    def sync(self) -> None:
-        self._files.at("sync", super().sync)
-
-
-class FatalStore(Store):
-    """A store that tells its file layer what it is doing."""
-
-    def __init__(self, directory: Path, reaper: Reaper, *, remote: str | None) -> None:
-        self._fatal = FatalFiles(reaper, "open")
-        super().__init__(directory, self._fatal, remote=remote)
-
-    def _while(self, place: str, work: Callable[[], T]) -> T:
-        self._fatal.place = place
-        try:
-            return work()
-        finally:
-            self._fatal.place = "between"
-
-    def begin(self, *arguments: Any, **settings: Any) -> Any:
-        return self._while("begin", lambda: super(FatalStore, self).begin(*arguments, **settings))
-
-    def observe(self, keeper: str, observation: Any, newly_exceeded: Any) -> None:
-        place = "tolerance" if newly_exceeded else "between"
-        self._while(place, lambda: super(FatalStore, self).observe(keeper, observation, newly_exceeded))
-
-    def save(self, *arguments: Any, **settings: Any) -> str:
-        return self._while("save", lambda: super(FatalStore, self).save(*arguments, **settings))
-
-    def begin_shards(self, *arguments: Any) -> Any:
-        return self._while("save", lambda: super(FatalStore, self).begin_shards(*arguments))
-
-    def save_shards(self, *arguments: Any) -> str:
-        return self._while("save", lambda: super(FatalStore, self).save_shards(*arguments))
-
-    def pin(self, *arguments: Any) -> None:
-        self._while("pin", lambda: super(FatalStore, self).pin(*arguments))
-
-    def unpin(self, *arguments: Any) -> None:
-        self._while("unpin", lambda: super(FatalStore, self).unpin(*arguments))
-
-    def end(self, *arguments: Any) -> None:
-        self._while("end", lambda: super(FatalStore, self).end(*arguments))
+def _place_of(lines: bytes) -> str:
+    """What the last of these lines of a ledger commits; the operations that follow belong to it too."""
+    line = json.loads(lines.splitlines()[-1]) if lines else {"event": "between"}
+    if line["event"] == "observation":
+        return "save" if "snapshot" in line else "tolerance" if line.get("refs") else "between"
+    return {"run": "begin", "session": "begin", "refs": "tolerance"}.get(line["event"], line["event"])
 
 
 class LossWithDroughtsConfig(OfflineLossCallbackConfig):
@@ -261,8 +189,11 @@ def train(session: Session) -> dict[str, Any]:
     logging.getLogger("keepbest").addHandler(logging.FileHandler(session.complaints, delay=True))
     rank = torch.distributed.get_rank()
     reaper = Reaper(session.death if rank == 0 else None, session.killed_at)
-    shared.Store = lambda directory, remote: FatalStore(directory, reaper, remote=remote)
-    resume_folder.Files = lambda: FatalFiles(reaper, "resume checkpoint")
+    with use(session.directory, files=SteppedFiles(reaper)):
+        return _train(session, started)
+
+
+def _train(session: Session, started: float) -> dict[str, Any]:
     trainer = toys.make_trainer(
         session.directory,
         model=toys.auto_encoder(dropout=0.1),

@@ -7,12 +7,14 @@ Any other effect may be lost, each on its own, in any combination; of a write, o
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from keepbest.run.files import DurableFile, Files
+from tests.kit.files import Operation, SteppedFiles
 
 ALL_SUBSETS_UP_TO = 8
 SUBSETS_ABOVE = 256
@@ -97,32 +99,13 @@ class Disk:
                 self.build(entry, path / name)
 
 
-class RecordingFile(DurableFile):
-    def __init__(self, recorder: RecordingFiles, path: Path, *, exclusive: bool) -> None:
-        super().__init__(path, exclusive=exclusive)
-        self.recorder = recorder
-        self.inode = recorder.inode_of(path)
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        offset = self.path.stat().st_size
-        self.recorder.log.append(Write(self.inode, offset, bytes(data)))
-        return super().write(data)
-
-    def sync(self) -> None:
-        self.recorder.log.append(Sync(self.inode))
-
-    def truncate(self, size: int) -> None:
-        if self.path.stat().st_size != size:
-            self.recorder.log.append(Truncate(self.inode, size))
-        super().truncate(size)
-
-
-class RecordingFiles(Files):
-    """Does everything for real below `root`, but for waiting for the disk, and writes down what it did."""
+class RecordingFiles(SteppedFiles):
+    """Does everything for real below `root`, without waiting for the disk, and writes down what it did."""
 
     ROOT = 0
 
     def __init__(self, root: Path) -> None:
+        super().__init__(self._record)
         self.root = root
         self.log: list[Write | Truncate | Enter | Leave | Sync] = []
         self.disk = Disk(folders={self.ROOT: {}})
@@ -134,22 +117,42 @@ class RecordingFiles(Files):
             inode = self.disk.folders[inode][name]
         return inode
 
+    def _record(self, operation: Operation) -> Any:
+        """The step of each operation: by its name, before or instead of it."""
+        write_down = getattr(self, f"_{operation.name}", None)
+        if write_down is not None:
+            write_down(operation)
+        return operation.do() if operation.name not in ("sync", "sync_folder", "make_folder") else None
+
     def _enter(self, path: Path, entry: int, old: str | None = None) -> None:
         effect = Enter(self.inode_of(path.parent), path.name, entry, old)
         self.log.append(effect)
         self.disk.apply(effect, KEPT)
 
-    def create(self, path: Path) -> DurableFile:
+    def _create(self, operation: Operation) -> None:
         inode = next(self._numbers)
         self.disk.files[inode] = bytearray()
-        self._enter(path, inode)
-        return RecordingFile(self, path, exclusive=True)
+        self._enter(operation.path, inode)
 
-    def append(self, path: Path) -> DurableFile:
-        return RecordingFile(self, path, exclusive=False) if path.exists() else self.create(path)
+    def _append(self, operation: Operation) -> None:
+        if not operation.path.exists():
+            self._create(operation)
 
-    def make_folder(self, path: Path) -> None:
-        for folder in reversed([path, *path.parents]):
+    def _write(self, operation: Operation) -> None:
+        offset = operation.path.stat().st_size
+        self.log.append(Write(self.inode_of(operation.path), offset, bytes(operation.data)))
+
+    def _truncate(self, operation: Operation) -> None:
+        if operation.path.stat().st_size != operation.size:
+            self.log.append(Truncate(self.inode_of(operation.path), operation.size))
+
+    def _sync(self, operation: Operation) -> None:
+        self.log.append(Sync(self.inode_of(operation.path)))
+
+    _sync_folder = _sync
+
+    def _make_folder(self, operation: Operation) -> None:
+        for folder in reversed([operation.path, *operation.path.parents]):
             if folder.is_relative_to(self.root) and not folder.exists():
                 folder.mkdir()
                 inode = next(self._numbers)
@@ -157,23 +160,17 @@ class RecordingFiles(Files):
                 self._enter(folder, inode)
                 self.sync_folder(folder.parent)
 
-    def sync_folder(self, path: Path) -> None:
-        self.log.append(Sync(self.inode_of(path)))
+    def _rename(self, operation: Operation) -> None:
+        self._enter(operation.path, self.inode_of(operation.old), operation.old.name)
 
-    def rename(self, old: Path, new: Path) -> None:
-        super().rename(old, new)
-        self._enter(new, self.inode_of(old), old.name)
-
-    def link(self, target: str, path: Path) -> None:
-        super().link(target, path)
+    def _link(self, operation: Operation) -> None:
         inode = next(self._numbers)
-        self.disk.links[inode] = target
-        self._enter(path, inode)
+        self.disk.links[inode] = operation.target
+        self._enter(operation.path, inode)
 
-    def remove(self, path: Path) -> None:
-        if path.exists() or path.is_symlink():
-            self._leave(path)
-        super().remove(path)
+    def _remove(self, operation: Operation) -> None:
+        if os.path.lexists(operation.path):
+            self._leave(operation.path)
 
     def _leave(self, path: Path) -> None:
         if path.is_dir() and not path.is_symlink():

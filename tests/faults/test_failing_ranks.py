@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from keepbest import BestKeeper, MetricPropertyProvider, TrainingIteration
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.errors import KeepBestError, PoisonedError, RankFailedError, RankTimeoutError
-from tests.faults.broken_files import install
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit.files import Operation, SteppedFiles, before
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.seams import use
 
 RANK_TIMEOUT, SAVE_TIMEOUT, DATA_TIMEOUT = 2.0, 4.0, 3.0
 # What comes on top of a timeout: the ranks that are there get 3 s to say so; the rest is a machine with other work.
@@ -92,14 +93,13 @@ def whole_run(folder: Path, kind: str, step: str, victim: int):
             failure.at("gather the weights")
         return move(transfer, tensor, into)
 
-    def before(operation: str) -> None:
-        if operation in ("append", "write", "sync"):
-            failure.at(f"{operation} in {phase}")
+    def fail(operation: Operation) -> None:
+        if operation.name in ("append", "write", "sync"):
+            failure.at(f"{operation.name} in {phase}")
 
     keeper = error = None
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, use(folder, files=SteppedFiles(before(fail))):
         patch.setattr(ShardTransfer, "move", move_or_fail)
-        install(patch, before)
         model.register_state_dict_pre_hook(lambda *_: failure.at(f"list the weights in {phase}"))
         model.register_load_state_dict_pre_hook(lambda *_: failure.at(f"place the weights in {phase}"))
         dist.barrier()  # ranks that have not started yet are no failure
@@ -229,15 +229,13 @@ def complaints(world_size: int, kind: str, step: str, victim: int, outcome) -> l
 def slow_write(folder: Path):
     slept = []
 
-    def before(operation: str) -> None:
-        if operation == "create" and not slept:
-            slept.append(operation)
+    def be_slow_once(operation: Operation) -> None:
+        if operation.name == "create" and not slept:
+            slept.append(operation.name)
             time.sleep(3.0)  # is the slow disk
 
     model = nn.Linear(2, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank() == 0:
-            install(patch, before)
+    with use(folder, files=SteppedFiles(before(be_slow_once))):
         dist.barrier()
         settings = {"rank_timeout": 2.0, "save_timeout": 10.0}
         with BestKeeper(model, directory=folder, metric_key="loss", higher_is_better=False, **settings) as keeper:

@@ -6,6 +6,7 @@ import copy
 import math
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from hypothesis.stateful import (
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration
-from keepbest.run.files import DurableFile, Files
 from keepbest.run.verify import verify
+from tests.kit.files import SteppedFiles, without_waiting
+from tests.kit.seams import use
 
 REF = "best_model.loss"
 Seen = tuple[float, int]
@@ -84,22 +86,6 @@ class Oracle:
         }
 
 
-class _NoWait(DurableFile):
-    def sync(self) -> None:
-        """Nothing is cut off here."""
-
-
-class _FastFiles(Files):
-    def create(self, path: Path) -> DurableFile:
-        return _NoWait(path, exclusive=True)
-
-    def append(self, path: Path) -> DurableFile:
-        return _NoWait(path, exclusive=False)
-
-    def sync_folder(self, path: Path) -> None:
-        """Nothing is cut off here."""
-
-
 VALUES = st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0, -1.0, 0.5, math.nan, math.inf, -math.inf])
 TOLERANCES = st.lists(st.integers(0, 4), unique=True, max_size=3)
 
@@ -115,6 +101,8 @@ class Histories(RuleBasedStateMachine):
     def begin(self, higher: bool, min_delta: float, tolerances: list[int], top_k: int, async_save: bool):
         self.async_save = async_save
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.seams = ExitStack()
+        self.seams.enter_context(use(self.folder, files=SteppedFiles(without_waiting)))
         self.model = nn.Linear(1, 1, bias=False)
         self.oracle = Oracle(higher, min_delta, tolerances, top_k)
         self.stamp = 0
@@ -251,18 +239,21 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "folder"):
-            if self.stamp:
-                self.keeper.flush()
-                self.refs_are_as_the_rules_say()
-                self.keeper.close()
-                assert verify(self.folder) == []
-            else:
-                self.keeper.abandon()
+            with self.seams:
+                self.end()
             shutil.rmtree(self.folder)
 
+    def end(self):
+        if self.stamp:
+            self.keeper.flush()
+            self.refs_are_as_the_rules_say()
+            self.keeper.close()
+            assert verify(self.folder) == []
+        else:
+            self.keeper.abandon()
 
-def test_2000_histories_end_as_the_rules_say(monkeypatch):
-    monkeypatch.setattr("keepbest.run.record.Files", _FastFiles)
+
+def test_2000_histories_end_as_the_rules_say():
     run_state_machine_as_test(
         Histories,
         settings=settings(

@@ -37,7 +37,7 @@ from tests.faults.hostile_run import (
     snapshot,
     tree,
 )
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from keepbest.run.names import best_ref, tolerance_ref
 from keepbest.run.reader import read_history, read_manifest, read_snapshot_manifest
 from keepbest.run.verify import verify
 from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Death, Session, train
-from tests.ranks.pool import Outcome, run_ranks, start_ranks
+from tests.kit.pool import Outcome, run_ranks, start_ranks
 
 KILLS_OF_A_RUN = 20
 # strategy, whether it saves in the background, format of the snapshots

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from keepbest.decision import Observation, fold
 from keepbest.errors import StorageError
 from keepbest.run.verify import verify
-from tests.faults.broken_files import OPERATIONS, Fault, install
 from tests.faults.filled_run import (
     BEST,
     COMPLETE,
@@ -33,8 +32,10 @@ from tests.faults.filled_run import (
     refs_hold,
     refs_of,
 )
-from tests.ranks.child import pause
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit.child import pause
+from tests.kit.files import OPERATIONS, Fault, SteppedFiles, before
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.seams import use
 
 
 @pytest.fixture
@@ -43,6 +44,10 @@ def memory_folder(tmp_path):
     shared_memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else tmp_path) as folder:
         yield Path(folder)
+
+
+def refusing(directory: Path, fault: Fault):
+    return use(directory, files=SteppedFiles(before(fault)))
 
 
 # --- one process, each operation at each of its calls -----------------------------------------------------------------
@@ -75,15 +80,15 @@ CASES = [
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
 @pytest.mark.parametrize(("operation", "on_save_error"), CASES)
 def test_run_goes_on_right_after_any_call_was_refused(operation, on_save_error, lasting, memory_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        install(patch, counter := Fault())
+    counter = Fault()
+    with refusing(memory_folder / "whole", counter):
         one_session(memory_folder / "whole", "raise")
-        calls = counter.calls[operation.partition("+")[0]]
+    calls = counter.calls[operation.partition("+")[0]]
     assert calls > 0
     for number in range(1, calls + 1, 1 + calls // 30):  # one file alone takes dozens of writes
         directory = memory_folder / str(number)
-        with pytest.MonkeyPatch.context() as patch:
-            install(patch, fault := Fault(operation, number, 10**9 if lasting else number))
+        fault = Fault(operation, number, 10**9 if lasting else number)
+        with refusing(directory, fault):
             seen, error = one_session(directory, on_save_error)
             where = f"{operation} number {number}, of a run that ended with {error!r}"
             assert fault.refused, where
@@ -102,8 +107,8 @@ def test_run_goes_on_right_after_any_call_was_refused(operation, on_save_error, 
 
 def test_flush_writes_what_was_refused_before(memory_folder):
     model = net()
-    with pytest.MonkeyPatch.context() as patch:
-        install(patch, fault := Fault("write"))
+    fault = Fault("write")
+    with refusing(memory_folder, fault):
         keeper = keeper_of(memory_folder, model, on_save_error="warn")
         go_on(keeper, model, VALUES[:2])
         fault.calls.clear()
@@ -123,10 +128,8 @@ def two_ranks_refused(folder: Path, operations: tuple[str, ...]) -> dict[str, st
     told = {}
     for operation in operations:
         model = net()
-        with pytest.MonkeyPatch.context() as patch:
-            fault = Fault(operation)
-            if dist.get_rank() == 0:
-                install(patch, fault)
+        fault = Fault(operation)
+        with refusing(folder / operation, fault):
             keeper = keeper_of(folder / operation, model, resume="ledger", rank_timeout=20.0)
             go_on(keeper, model, VALUES[:4])
             if operation == "append":

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from keepbest.run.verify import verify
-from tests.cli import runs
 from tests.hosts.network import HOSTS, Network, two_hosts
+from tests.kit import cli_runs as runs
 
 EPOCHS = 12  # of two updates
 CUT = 13  # update

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from keepbest import load
-from tests.run.runs import refs
+from tests.kit.runs import refs
 
 METRIC = "loss"
 BEST = "best_model.loss"

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from keepbest import load
-from tests.run.runs import refs
+from tests.kit.runs import refs
 
 METRIC = "loss/val"
 BEST = "best_model.loss.val"

@@ -12,8 +12,8 @@ from keepbest.errors import ConfigError, RunExistsError
 from keepbest.integrations.accelerate import AcceleratedKeeper
 from tests.integrations.accelerate_runs import Loop, run_in_pieces
 from tests.integrations.trainer_runs import VALUES, Model, kept, observed, weights_of_checkpoint
-from tests.ranks.pool import run_ranks
-from tests.run.runs import refs, snapshots
+from tests.kit.pool import run_ranks
+from tests.kit.runs import refs, snapshots
 
 
 def run(directory, strategy, settings):

@@ -21,8 +21,8 @@ from tests.integrations.ignite_runs import (
     weights_of,
     weights_of_checkpoint,
 )
-from tests.ranks.pool import run_ranks, start_ranks
-from tests.run.runs import ledger, refs, snapshots
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.runs import ledger, refs, snapshots
 
 VALUES = [5.0, 3.0, 4.0, 6.0, 3.5, 2.0, 7.0, 2.5]
 SLOW = [5.0, 4.6, 4.2, 3.9, 3.8, 3.75, 3.7, 0.0]  # improves, but often by less than 0.5

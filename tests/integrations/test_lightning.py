@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError, RunExistsError
 from keepbest.integrations.lightning import BestCheckpoint
 from tests.integrations.runs import METRIC, Peer, fit, kept, weights_of_checkpoint
-from tests.ranks.pool import run_ranks
-from tests.run.runs import ledger, refs, snapshots
+from tests.kit.pool import run_ranks
+from tests.kit.runs import ledger, refs, snapshots
 
 VALUES = [5.0, 3.0, 4.0, 6.0, 3.5, 2.0, 7.0, 2.5]
 

@@ -31,8 +31,8 @@ from tests.integrations.trainer_runs import (
     weights_of,
     weights_of_checkpoint,
 )
-from tests.ranks.pool import run_ranks, start_ranks
-from tests.run.runs import ledger, refs, snapshots
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.runs import ledger, refs, snapshots
 
 
 def run(directory, strategy, settings, arguments):

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from keepbest import load
 from keepbest.integrations.transformers import BestCheckpoint
 from keepbest.run.reader import read_history
-from tests.run.runs import refs
+from tests.kit.runs import refs
 
 BEST = "best_model.eval_score"
 VALUES = [5.0, 3.0, 4.0, 6.0, 3.5, 2.0, 7.0, 2.5]

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from keepbest.errors import RankLostError
 from keepbest.ranks import Ranks
-from tests.ranks.child import announce, pause
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit.child import announce, pause
+from tests.kit.pool import run_ranks, start_ranks
 
 
 def polls(raised_before: dict[int, int], count: int) -> list[bool]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import xxhash
 from torch import nn
 
 from keepbest import TrainingIteration
-from keepbest.remote.upload import Mirror
-from keepbest.run import folder as commits
 from keepbest.run.history import History
-from tests.ranks import child
-from tests.run.runs import Run, set_weights
+from tests.kit import child
+from tests.kit.runs import Run, set_weights
+from tests.kit.seams import use
 
 WIDE = 700_000  # weights, of 4 bytes
 
@@ -44,19 +42,13 @@ def broken_promises(objects: dict[str, bytes]) -> list[str]:
     return broken
 
 
-def impatient(seconds: float) -> None:
-    """In this process, remote copies give up after so many seconds."""
-    commits.Mirror = partial(Mirror, patience=seconds)
-
-
 def ranks_that_keep_bests_until(
     directory: Path, url: str, environment: dict[str, str], signs: Path, *, patience: float = 60.0, **settings
 ):
     """Each rank observes 9, 8, ... in the steps that the files in `signs` allow: 'cut', 'mended'; 'end' ends them."""
     os.environ.update(environment)
-    impatient(patience)
     run = Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings)
-    with run.keeper as keeper:
+    with use(directory, patience=patience), run.keeper as keeper:
         number = 0
         for sign in ("cut", "mended", "end"):
             for _ in range(3):

@@ -6,21 +6,19 @@ import os
 import shutil
 import signal
 import threading
-from functools import partial
 
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from keepbest.errors import ConfigError, LedgerError, StorageError
 from keepbest.remote.storage import Remote
-from keepbest.remote.upload import Mirror
-from keepbest.run import folder as commits
 from keepbest.run.verify import upload, verify
-from tests.ranks.pool import run_ranks, start_ranks
+from tests.kit import toys
+from tests.kit.pool import run_ranks, start_ranks
+from tests.kit.runs import Run
+from tests.kit.seams import use
 from tests.remote.runs import broken_promises, local_files, ranks_that_keep_bests_until
 from tests.remote.server import BUCKET, CREDENTIALS
-from tests.run.runs import Run
-from tests.training import toys
 
 
 def environment(place):
@@ -148,9 +146,8 @@ def failing_ranks(*arguments):
 
 def test_storage_that_does_not_come_back_costs_a_warning_where_training_goes_on(tmp_path, place, monkeypatch, caplog):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(commits, "Mirror", partial(Mirror, patience=0.5))
     run = Run(tmp_path, remote=place.url, on_save_error="warn")
-    with run.keeper:
+    with use(tmp_path, patience=0.5), run.keeper:
         place.link.cut_after(1)
         run.observe(5.0)
         assert place.link.is_cut.wait(60)

@@ -20,9 +20,9 @@ from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotEr
 from keepbest.export import export
 from keepbest.remote.storage import Remote
 from keepbest.run.verify import verify
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
+from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
 from tests.remote.server import BUCKET, CREDENTIALS
-from tests.run.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
 
 VALUES = (5.0, 4.0, 6.0, 3.0, 7.0, 7.0, 2.0)
 BEST = "best_model.loss"

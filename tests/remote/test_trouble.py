@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from functools import partial
 
 import fsspec
 import pytest
@@ -15,11 +14,10 @@ from keepbest import load
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError, StorageError
 from keepbest.remote import upload as mirror
 from keepbest.remote.storage import Remote
-from keepbest.remote.upload import Mirror
-from keepbest.run import folder as commits
 from keepbest.run.verify import upload, verify
+from tests.kit.runs import Run, refs, set_weights, update
+from tests.kit.seams import use
 from tests.remote.runs import broken_promises, local_files
-from tests.run.runs import Run, refs, set_weights, update
 
 BEST = "best_model.loss"
 _numbers = itertools.count()
@@ -50,8 +48,9 @@ def place():
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(commits, "Mirror", partial(Mirror, patience=1.5))
+def impatient(tmp_path):
+    with use(tmp_path, patience=1.5):
+        yield
 
 
 def test_what_is_not_of_this_run_stays(tmp_path, place):
@@ -204,10 +203,10 @@ def test_upload_that_takes_longer_than_the_patience_and_fails_is_tried_again(tmp
         put(remote, file, path)
 
     monkeypatch.setattr(Remote, "put", slow)
-    monkeypatch.setattr(mirror.time, "monotonic", lambda: now[0])
-    run = Run(tmp_path, remote=place.url)
-    run.observe(3.0)
-    run.keeper.close()
+    with use(tmp_path, clock=lambda: now[0]):
+        run = Run(tmp_path, remote=place.url)
+        run.observe(3.0)
+        run.keeper.close()
     assert place.objects() == local_files(tmp_path)
 
 

@@ -13,8 +13,9 @@ from keepbest import BestKeeper, TrainingIteration
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import export
 from keepbest.run.files import Files
-from tests.capture.strategies import WRAPS, clone, nested, odd, same
-from tests.ranks.pool import run_ranks
+from tests.kit.models import clone, nested, odd, same
+from tests.kit.pool import run_ranks
+from tests.kit.strategies import WRAPS
 
 BEST = "best_model.loss"
 FORMATS = ["torch", "safetensors", "dcp"]

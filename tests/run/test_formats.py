@@ -16,9 +16,10 @@ from torch import nn
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, SnapshotError, StorageError
 from keepbest.run.verify import verify
-from tests.capture.strategies import WRAPS, odd
-from tests.ranks.pool import run_ranks
-from tests.run.runs import refs, snapshots, update
+from tests.kit.models import odd
+from tests.kit.pool import run_ranks
+from tests.kit.runs import refs, snapshots, update
+from tests.kit.strategies import WRAPS
 
 BEST = "best_model.loss"
 

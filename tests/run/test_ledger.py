@@ -6,7 +6,7 @@ import pytest
 
 from keepbest import load
 from keepbest.errors import LedgerError
-from tests.run.runs import Run, ledger, refs, snapshots, update
+from tests.kit.runs import Run, ledger, refs, snapshots, update
 
 BEST = "best_model.loss"
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from keepbest import load
 from keepbest.errors import SnapshotError
-from tests.ranks.pool import run_ranks
-from tests.run.runs import Run, set_weights, update
+from tests.kit.pool import run_ranks
+from tests.kit.runs import Run, set_weights, update
 
 BEST = "best_model.loss"
 

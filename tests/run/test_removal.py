@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from keepbest.run.files import Files
-from tests.run.runs import Run, refs, snapshots, update
+from tests.kit.runs import Run, refs, snapshots, update
 
 
 def names(run):

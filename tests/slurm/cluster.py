@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pwd import getpwuid
 
-from tests.debian import install
+from tests.kit.debian import install
 
 ROOT = Path(__file__).resolve().parents[2]
 # A node's name is where the ranks meet, so each is a name that leads to this machine wherever Linux runs.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
-from tests.training.toys import AutoEncoder
+from tests.kit.toys import AutoEncoder
 
 
 class PauseConfig(CallBackBaseConfig):

@@ -15,7 +15,7 @@ import pytest
 
 from keepbest.run.reader import read_history
 from keepbest.run.verify import verify
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 from tests.slurm.cluster import NODES, Cluster, Job
 from tests.slurm.scripts import edited
 

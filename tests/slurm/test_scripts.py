@@ -10,7 +10,7 @@ import torch
 
 from examples.digits.model import DigitsModel
 from keepbest import load
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 from tests.slurm.scripts import edited
 
 CONFIG = "examples/digits/float64.yaml"  # the same on any number of ranks, up to the last bits

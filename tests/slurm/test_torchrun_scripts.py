@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 from tests.slurm.scripts import edited
 
 CONFIG = "examples/digits/float64.yaml"

@@ -19,10 +19,10 @@ from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.errors import ConfigError
 from keepbest.models import Model
 from keepbest.training.config import TrainerConfig
-from tests.cli import runs
-from tests.ranks.pool import run_ranks
-from tests.run.runs import refs
-from tests.training import toys
+from tests.kit import cli_runs as runs
+from tests.kit import toys
+from tests.kit.pool import run_ranks
+from tests.kit.runs import refs
 
 DECAY = 0.4
 UPDATES = 12

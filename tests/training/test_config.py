@@ -13,16 +13,16 @@ from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel
 from keepbest.training.config import RunConfig
 from keepbest.training.trainer import build_trainer
-from tests.ranks.pool import run_ranks
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.pool import run_ranks
 
 YAML = """
 directory: PLACE
 seed: 11
-model: {kind: tests.training.toys.AutoEncoder, hidden: 6}
+model: {kind: tests.kit.toys.AutoEncoder, hidden: 6}
 data:
-  train: {kind: tests.training.toys.Waves}
-  val: {kind: tests.training.toys.Waves, length: 9, phase: 0.5}
+  train: {kind: tests.kit.toys.Waves}
+  val: {kind: tests.kit.toys.Waves, length: 9, phase: 0.5}
 optimizers:
   encoder: {kind: torch.optim.AdamW, lr: 0.05}
   decoder: {kind: torch.optim.SGD, lr: 0.1, momentum: 0.9}
@@ -89,8 +89,8 @@ def test_config_that_cannot_be_right(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"kind": "tests.training.toys.AutoEncoder", "hiden": 3}}, r"AutoEncoder with \['hiden'\].*hiden"),
-        ({"model": {"kind": "tests.training.toys.Auto"}}, "has no 'Auto'"),
+        ({"model": {"kind": "tests.kit.toys.AutoEncoder", "hiden": 3}}, r"AutoEncoder with \['hiden'\].*hiden"),
+        ({"model": {"kind": "tests.kit.toys.Auto"}}, "has no 'Auto'"),
         ({"model": {"kind": "torch.nn.Identity"}}, "expected a keepbest Model"),
         ({"data": {"train": {"kind": "nowhere.Waves"}}}, "no module 'nowhere'"),
         ({"optimizers": None, "optimizer": {"kind": "torch.optim.SGD", "rate": 1}}, "SGD .*rate"),

@@ -16,8 +16,8 @@ from keepbest.cli.work import train
 from keepbest.errors import PreemptedError
 from keepbest.ranks import Ranks
 from keepbest.training.preemption import Preemption
-from tests.cli import runs
-from tests.ranks.pool import start_ranks
+from tests.kit import cli_runs as runs
+from tests.kit.pool import start_ranks
 
 EPOCHS = 6  # of two updates
 

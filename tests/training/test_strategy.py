@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel
 from keepbest.training.strategy import build_optimizers, place
-from tests.ranks.pool import run_ranks
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.pool import run_ranks
 
 
 class Pair(CompositeModel):

@@ -9,8 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
-from tests.ranks.pool import run_ranks
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.pool import run_ranks
 
 KEY = "loss/val"
 TOLERANCES = [0, 1, 2, 9]

@@ -16,8 +16,8 @@ from keepbest.errors import ConfigError
 from keepbest.ranks import Ranks
 from keepbest.training.config import TrainerConfig
 from keepbest.training.trainer import Trainer
-from tests.ranks.pool import run_ranks
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.pool import run_ranks
 
 
 class HookRecorderConfig(CallBackBaseConfig):

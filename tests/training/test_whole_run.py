@@ -11,8 +11,8 @@ import torch
 
 from keepbest import load
 from keepbest.callbacks import BestCheckpointCallback
-from tests.ranks.pool import run_ranks
-from tests.training import toys
+from tests.kit import toys
+from tests.kit.pool import run_ranks
 
 CALLBACKS = [
     {"name": "CheckpointCallback", "every_n_updates": 2},

@@ -13,7 +13,7 @@ import yaml
 
 from keepbest.cli.table import Checkpoint, read_checkpoints
 from keepbest.cli.work import evaluate, train
-from tests.ranks.pool import Outcome, start_ranks
+from tests.kit.pool import Outcome, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = "loss/val/total"
@@ -25,10 +25,10 @@ def describe_run(directory: Path, **trainer: Any) -> dict[str, Any]:
     return {
         "directory": str(directory),
         "seed": 12,
-        "model": {"kind": "tests.training.toys.AutoEncoder", "dropout": 0.1},
+        "model": {"kind": "tests.kit.toys.AutoEncoder", "dropout": 0.1},
         "data": {
-            "train": {"kind": "tests.training.toys.Waves"},
-            "val": {"kind": "tests.training.toys.Waves", "length": 17, "phase": 0.5},
+            "train": {"kind": "tests.kit.toys.Waves"},
+            "val": {"kind": "tests.kit.toys.Waves", "length": 17, "phase": 0.5},
         },
         # Learns too fast, so that the loss goes up again and again.
         "optimizer": {"kind": "torch.optim.SGD", "lr": 0.3, "momentum": 0.95},

@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import child
+from tests.kit import child
 
 # torch imports the last ones on first use of an optimizer or of torch.compile, which would cost each rank a second.
 _PRELOADED = [

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from keepbest.errors import ConfigError
-from tests.ranks.child import announce, pause
-from tests.ranks.pool import RankDiedError, RanksHungError, run_ranks, start_ranks
+from tests.kit.child import announce, pause
+from tests.kit.pool import RankDiedError, RanksHungError, run_ranks, start_ranks
 
 
 def sum_of_ranks(offset: int) -> tuple[int, torch.Tensor]:

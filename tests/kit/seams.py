@@ -1,0 +1,42 @@
+"""The one place where a test takes hold of what a run does: its files, its clock, its patience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from keepbest.callbacks import resume_folder
+from keepbest.remote import upload
+from keepbest.run import folder, record
+from keepbest.run.files import Files
+
+
+@contextmanager
+def use(
+    directory: Path,
+    *,
+    files: Files | None = None,
+    clock: Callable[[], float] | None = None,
+    patience: float | None = None,
+) -> Iterator[None]:
+    """While the block lasts, whatever this process opens of the run in `directory` goes by these.
+
+    Args:
+        directory: Directory of the run.
+        files: Layer by which the run folder and the resume checkpoints in it are changed.
+        clock: Time in seconds, as the upload to a remote copy reads it.
+        patience: Seconds after which an upload that gets nowhere is given up.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if files is not None:
+            patch.setattr(record, "Files", lambda: files)
+            patch.setattr(resume_folder, "Files", lambda: files)
+        if clock is not None:
+            patch.setattr(upload.time, "monotonic", clock)
+        if patience is not None:
+            patch.setattr(folder, "Mirror", partial(upload.Mirror, patience=patience))
+        yield
