@@ -9,10 +9,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from benchmarks import measure
 from benchmarks.contestants import Action
 from benchmarks.measure import Line, Report, Samples, Size, shard
-from keepbest.capture.gathered import Weights, take_snapshot
+from keepbest.capture.gathered import gathered
+from keepbest.capture.share import Items, Share
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
-from keepbest.staging.host import Staging
+from keepbest.staging.host import HostStaging
+from keepbest.staging.slot import Staging, Unstaged
 
 FRESH, STAGED, REFERENCE = "keepbest", "keepbest into a staging buffer", "get_model_state_dict"
 
@@ -21,20 +23,17 @@ class Gather(Action):
     """Brings the weights to rank 0, and lets go of them after."""
 
     def __init__(self, model: nn.Module, *, staged: bool) -> None:
-        self._model = model
-        self._parts = select_parts(model)
+        self._items = Items(model, select_parts(model), save_frozen_weights=True)
         self._ranks = Ranks.connect()
-        self._staging = Staging(lambda: None) if staged else None
-        self.weights: Weights | None = None
+        self._staging: Staging = HostStaging(lambda: None) if staged else Unstaged()
+        self.weights: Share | None = None
 
     def act(self) -> None:
-        self.weights = take_snapshot(
-            self._model, self._parts, save_frozen_weights=True, ranks=self._ranks, staging=self._staging
-        )
+        self.weights = gathered(self._items, self._ranks, self._staging, "save")
 
     def settle(self) -> None:
-        if self._staging is not None and self.weights is not None and self.weights.buffer is not None:
-            self._staging.release(self.weights.buffer)
+        if self.weights is not None:
+            self.weights.slot.release()
         self.weights = None
 
 

@@ -131,7 +131,7 @@ class BestKeeper:
             state=lambda checked: str(checked).encode(),
         )
         self.name, self.policy, self._reduction = settings.name, settings.policy, settings.reduction
-        self._run = OpenRun.of(self.directory)
+        self._run = OpenRun(self.directory).share()
         self._saver = Saver(
             self.name,
             self.policy,
@@ -168,7 +168,7 @@ class BestKeeper:
         if self._phase != "new":
             return
         resumes = f"{self._loaded} {self._resume} {at}".encode()
-        step = f"take up {self.directory} for {self.name}"
+        step = f"open {self.directory} for {self.name}"
         try:
             self._ranks.agree(step, self._join, state=lambda _: resumes)
             self._saver.check_folder(step)
@@ -333,7 +333,7 @@ class BestKeeper:
         load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
-        record = KeeperRecord(self._run.open(), self.name, self.metric_key, self.policy)
+        record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
         from_ledger = self._resume == "ledger" or at is not None
         state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
         self._saver.start(record)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from keepbest.capture.gathered import take_snapshot
-from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
-from keepbest.staging.host import Staging
+from keepbest.staging.host import HostStaging
+from tests.kit.capture import gather
 from tests.kit.models import Bare, Odd, filled, same
 from tests.kit.pool import run_ranks
 from tests.kit.strategies import fsdp1, fsdp1_flat, whole_weights
@@ -31,15 +30,12 @@ def bytes_beside_the_buffer(wrap, is_nested):
     units = [wrap(nn.Linear(WIDTH, WIDTH, bias=False)) for _ in range(UNITS)]
     model = nn.Sequential(*units)
     model = wrap(model) if is_nested else model
-    ranks, staging, held = Ranks.connect(), Staging(make_room=lambda: None), list[int]()
+    ranks, staging, held = Ranks.connect(), HostStaging(make_room=lambda: None), list[int]()
 
     def snapshot():
-        return take_snapshot(model, select_parts(model), save_frozen_weights=True, ranks=ranks, staging=staging)
+        return gather(model, staging=staging)
 
-    if ranks.is_main:
-        staging.release(snapshot().buffer)  # the next one finds a buffer that is there already
-    else:
-        snapshot()
+    snapshot().slot.release()  # the next one finds a slot that is there already
     before = live_bytes()
     for unit in units:  # FSDP1's own hook was first, so the unit is sharded again
         unit.register_state_dict_post_hook(lambda *_: held.append(live_bytes() - before))
@@ -63,7 +59,7 @@ def test_no_gathered_unit_outlives_its_copy_into_the_buffer(wrap, is_nested):
 def shared_storages(wrap):
     model = wrap(Odd())
     ranks = Ranks.connect()
-    weights = take_snapshot(model, select_parts(model), save_frozen_weights=True, ranks=ranks)
+    weights = gather(model)
     state = weights.files["model"] if ranks.is_main else {}
     return {key for key in state if [value.data_ptr() for value in state.values()].count(state[key].data_ptr()) > 1}
 
@@ -78,7 +74,7 @@ def weights_of_one_part(wrap):
     tied.decoder.weight = tied.encoder.weight
     model, ranks = wrap(filled(tied, 0)), Ranks.connect()
     (weight,) = whole_weights(model)
-    weights = take_snapshot(model, select_parts(model, ["decoder"]), save_frozen_weights=True, ranks=ranks)
+    weights = gather(model, ["decoder"])
     return not ranks.is_main or (
         list(weights.files) == ["decoder"] and same(weights.files["decoder"], {"weight": weight})
     )

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper, load
-from keepbest.capture.gathered import take_snapshot
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
+from tests.kit.capture import gather
 from tests.kit.models import Bare, Composite, Odd, filled, nested, odd, same, same_bits
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
@@ -78,7 +78,7 @@ def save_without_frozen_weights(family, directory):
     ranks, faults = Ranks.connect(), []
     for wrap in [wrap for wrap in FAMILIES[family] if fits(wrap, ranks.world_size)]:
         model, reference = WRAPS[wrap](frozen(0)), frozen(0)
-        weights = take_snapshot(model, select_parts(model), save_frozen_weights=False, ranks=ranks)
+        weights = gather(model, save_frozen_weights=False)
         expected = {
             "encoder": without(reference.encoder.state_dict(), "module", "tied"),
             "head": without(reference.head.state_dict()),
@@ -119,7 +119,7 @@ def save_without_a_frozen_flat_unit():
     for name in ("0", "1"):
         model.set_submodule(name, WRAPS["fsdp1_flat"](model.get_submodule(name)))
     ranks = Ranks.connect()
-    weights = take_snapshot(model, select_parts(model), save_frozen_weights=False, ranks=ranks)
+    weights = gather(model, save_frozen_weights=False)
     return not ranks.is_main or same(weights.files["model"], expected)
 
 

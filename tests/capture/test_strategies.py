@@ -12,10 +12,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from keepbest import BestKeeper, TrainingIteration, load
-from keepbest.capture.gathered import take_snapshot
 from keepbest.errors import SnapshotError
-from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
+from tests.kit.capture import gather
 from tests.kit.models import Odd, expected_files, filled, same, same_bits
 from tests.kit.pool import run_ranks
 from tests.kit.strategies import FAMILIES, WRAPS, fits, models_for, variants, whole_weights
@@ -37,7 +36,7 @@ def compare_snapshots(wrap):
         expected = expected_files(make(0)) if ranks.is_main else {}
         for variant, wrap_variant in variants(WRAPS[wrap], few=ranks.world_size % 2 == 1):
             model = wrap_variant(make(0))
-            weights = take_snapshot(model, select_parts(model), save_frozen_weights=True, ranks=ranks)
+            weights = gather(model)
             if weights.left_out or weights.files.keys() != expected.keys():
                 yield make.__name__, variant, list(weights.files)
             for name in weights.files.keys() & expected.keys():

@@ -11,15 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepbest.capture.gathered import Weights
+from keepbest.capture.share import Share, main_alone
 from keepbest.decision import BestState, Observation, Policy, decide
+from keepbest.formats.torch_file import FORMAT
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.parts import Part
+from keepbest.run.events import event_to_json
+from keepbest.run.files import Files
+from keepbest.run.folder import RunFolder
 from keepbest.run.ledger import read_ledger
+from keepbest.run.maintenance import repair
 from keepbest.run.names import best_ref
-from keepbest.run.record import Store
+from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
-from keepbest.run.verify import repair, verify
+from keepbest.run.verify import verify
+from keepbest.saving.job import PendingSnapshot, SaveJob
+from keepbest.staging.slot import LiveSlot
 from tests.faults.power_cut import Enter, RecordingFiles, Sync, Write
 
 LOSS, ACCURACY = best_ref("loss"), best_ref("accuracy")
@@ -30,45 +37,58 @@ ACCURACIES = [0.1, 0.1, 0.3, 0.2, 0.2, 0.2, 0.4, 0.4]
 RESUMED_AT = 4
 
 
-def stamped(epoch: int) -> Weights:
-    """Weights that tell which iteration they are of."""
-    return Weights((Part("model", ""),), {"model": {"stamp": torch.tensor([float(epoch)])}}, {})
+def stamped(epoch: int) -> Share:
+    """Weights of rank 0 that show which iteration they are of."""
+    files = {"model": {"stamp": torch.tensor([float(epoch)])}}
+    return Share((Part("model", ""),), files, {}, LiveSlot(), main_alone)
 
 
-def observe(store: Store, keeper: str, states: dict[str, BestState], epoch: int, value: float, shared: str | None):
-    observation = Observation(TrainingIteration(epoch=epoch), value)
+def pending(record: KeeperRecord, kept: Kept, selection: str) -> PendingSnapshot:
+    directory, share = record.folder.path.parent, stamped(kept.observation.iteration.epoch)
+    return PendingSnapshot(share, FORMAT, kept, directory=directory, selection=selection, record=record)
+
+
+def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot) -> None:
+    snapshot.meet()
+    SaveJob(kept, snapshot, record).run()
+
+
+def observe(
+    record: KeeperRecord, states: dict[str, BestState], epoch: int, value: float, shared: PendingSnapshot | None
+) -> PendingSnapshot | None:
+    observation, keeper = Observation(TrainingIteration(epoch=epoch), value), record.keeper
     states[keeper], decision = decide(POLICIES[keeper], states[keeper], observation)
     if not decision.is_new_best:
-        store.observe(keeper, observation, {name: states[keeper].exceeded[name] for name in decision.newly_exceeded})
+        record.observe(observation, {name: states[keeper].exceeded[name] for name in decision.newly_exceeded})
         return None
-    if shared is not None:
-        return store.share(keeper, Kept(observation), shared)
-    return store.save(keeper, Kept(observation), stamped(epoch), selection=keeper)
+    kept = Kept(observation)
+    snapshot = shared or pending(record, kept, keeper)
+    save(record, kept, snapshot)
+    return snapshot
 
 
-def train(store: Store, states: dict[str, BestState], epochs: range) -> None:
+def train(records: list[KeeperRecord], states: dict[str, BestState], epochs: range) -> None:
+    loss, accuracy = records
     for epoch in epochs:
-        snapshot = observe(store, LOSS, states, epoch, LOSSES[epoch - 1], None)
-        observe(store, ACCURACY, states, epoch, ACCURACIES[epoch - 1], snapshot)
+        snapshot = observe(loss, states, epoch, LOSSES[epoch - 1], None)
+        observe(accuracy, states, epoch, ACCURACIES[epoch - 1], snapshot)
         if epoch == RESUMED_AT:
-            for keeper in (LOSS, ACCURACY):
-                store.pin(keeper, "checkpoint", states[keeper])
-    for keeper in (LOSS, ACCURACY):
-        store.end(keeper, states[keeper], POLICIES[keeper])
+            for each in records:
+                each.pin("checkpoint", states[each.keeper])
+    for each in records:
+        each.end(states[each.keeper])
 
 
 def record(root: Path) -> RecordingFiles:
     """Two keepers see a whole run, and again from its middle."""
     files = RecordingFiles(root)
     for start in (0, RESUMED_AT):
-        store = Store(root / "run", files)
+        folder = RunFolder(root / "run", files)
         at = TrainingIteration(epoch=start) if start else None
-        states = {
-            keeper: store.begin(keeper, keeper, POLICIES[keeper], from_ledger=start > 0, at=at)
-            for keeper in (LOSS, ACCURACY)
-        }
-        train(store, states, range(start + 1, len(LOSSES) + 1))
-        store.close()
+        records = [KeeperRecord(folder, keeper, keeper, POLICIES[keeper]) for keeper in (LOSS, ACCURACY)]
+        states = {each.keeper: each.begin(from_ledger=start > 0, at=at) for each in records}
+        train(records, states, range(start + 1, len(LOSSES) + 1))
+        folder.close()
     return files
 
 
@@ -89,13 +109,14 @@ def ledger_lines(files: RecordingFiles) -> list[tuple[int, int, bytes]]:
 def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
     """The folder holds a prefix of the issued lines, with all that were committed, and what follows from it."""
     ledger = run / "checkpoints/ledger.jsonl"
-    lines, _ = read_ledger(ledger)
+    events, _ = read_ledger(ledger)
+    lines = [event_to_json(event) for event in events]
     assert committed <= len(lines) <= len(issued)
     assert lines == [json.loads(text) for text in issued[: len(lines)]]
     if not lines:
-        store = Store(run)
-        store.begin(LOSS, "loss", POLICIES[LOSS])
-        store.close()
+        folder = RunFolder(run, Files())
+        KeeperRecord(folder, LOSS, "loss", POLICIES[LOSS]).begin()
+        folder.close()
         return
     assert [fault for fault in verify(run) if fault.kind == "damage"] == []
     # Also who reads a ref before anybody resumes finds weights behind it.
@@ -122,14 +143,15 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
 
 
 def check_resume(run: Path) -> None:
-    """A run that goes on saves again, and leaves nothing unfinished."""
-    store = Store(run)
-    is_new = store.history.run_id is None
-    for keeper in (LOSS, ACCURACY):
-        store.begin(keeper, keeper, POLICIES[keeper], from_ledger=not is_new)
-    better = Observation(TrainingIteration(epoch=99), -1.0)
-    store.save(LOSS, Kept(better), stamped(99), selection="later")
-    store.close()
+    """A resumed run saves again, and leaves nothing unfinished."""
+    folder = RunFolder(run, Files())
+    is_new = folder.history.run_id is None
+    records = [KeeperRecord(folder, keeper, keeper, POLICIES[keeper]) for keeper in (LOSS, ACCURACY)]
+    for each in records:
+        each.begin(from_ledger=not is_new)
+    better = Kept(Observation(TrainingIteration(epoch=99), -1.0))
+    save(records[0], better, pending(records[0], better, "later"))
+    folder.close()
     assert verify(run) == []
     assert torch.load(run / "checkpoints" / LOSS / "model.pt", weights_only=True)["stamp"].item() == 99.0
 

@@ -155,7 +155,7 @@ def last(world_size: int) -> int:
 
 STEPS = {
     "check the settings": (last, "check the settings", RANK_TIMEOUT),
-    "append in start": (first, "take up", RANK_TIMEOUT),
+    "append in start": (first, "open", RANK_TIMEOUT),
     "before observe": (last, "observe loss/val", RANK_TIMEOUT),
     "read the metric": (last, "observe loss/val", RANK_TIMEOUT),
     "list the weights in observe": (last, "list the weights", RANK_TIMEOUT),

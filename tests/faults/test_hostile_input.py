@@ -17,8 +17,9 @@ import xxhash
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, KeepBestError
+from keepbest.run.maintenance import repair
 from keepbest.run.snapshot_folder import manifest_digest
-from keepbest.run.verify import repair, verify
+from keepbest.run.verify import verify
 from tests.faults.hostile_run import (
     BEST,
     NEWEST,

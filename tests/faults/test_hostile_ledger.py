@@ -9,7 +9,8 @@ import pytest
 
 from keepbest import load
 from keepbest.errors import KeepBestError, LedgerError
-from keepbest.run.verify import repair, verify
+from keepbest.run.maintenance import repair
+from keepbest.run.verify import verify
 from tests.faults.hostile_run import (
     BEST,
     NEWEST,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from keepbest.callbacks import resume_folder
-from keepbest.remote import upload
-from keepbest.run import folder, record
 from keepbest.run.files import Files
+from keepbest.saving.open_run import OpenRun
 
 
 @contextmanager
@@ -31,12 +29,12 @@ def use(
         clock: Time in seconds, as the upload to a remote copy reads it.
         patience: Seconds after which an upload that gets nowhere is given up.
     """
+    given = {"files": files, "clock": clock, "patience": patience}
+    seams = {name: seam for name, seam in given.items() if seam is not None}
+    run = OpenRun(directory, **seams)
+    # Every keeper in the directory shares it for as long as it is held here.
+    assert run.share() is run, f"{directory} is open already"
     with pytest.MonkeyPatch.context() as patch:
         if files is not None:
-            patch.setattr(record, "Files", lambda: files)
             patch.setattr(resume_folder, "Files", lambda: files)
-        if clock is not None:
-            patch.setattr(upload.time, "monotonic", clock)
-        if patience is not None:
-            patch.setattr(folder, "Mirror", partial(upload.Mirror, patience=patience))
         yield

@@ -12,7 +12,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from keepbest.errors import ConfigError, LedgerError, StorageError
 from keepbest.remote.storage import Remote
-from keepbest.run.verify import upload, verify
+from keepbest.remote.upload import upload
+from keepbest.remote.verify import verify_run as verify
 from tests.kit import toys
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import Run

@@ -14,7 +14,8 @@ from keepbest import load
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError, StorageError
 from keepbest.remote import upload as mirror
 from keepbest.remote.storage import Remote
-from keepbest.run.verify import upload, verify
+from keepbest.remote.upload import upload
+from keepbest.remote.verify import verify_run as verify
 from tests.kit.runs import Run, refs, set_weights, update
 from tests.kit.seams import use
 from tests.remote.runs import broken_promises, local_files

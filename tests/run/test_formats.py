@@ -113,10 +113,10 @@ def keep_where_ranks_see_different_folders(directory):
 def test_folder_that_hosts_do_not_share_is_told_on_every_rank_and_nothing_is_left(tmp_path):
     messages = run_ranks(keep_where_ranks_see_different_folders, 3, tmp_path)
     assert len(set(messages)) == 1
-    assert "failed to save the new best of loss at U1 on rank 1 of 3: OSError: run" in messages[0]
+    assert "failed to open run for best_model.loss on rank 1 of 3: OSError: run" in messages[0]
     assert "rank 2 of 3: OSError: run" in messages[0]
     assert "needs a run directory on a file system that all hosts share" in messages[0]
-    assert not list((tmp_path / "0/run/checkpoints/snapshots").iterdir())
+    assert not list((tmp_path / "0/run/checkpoints").iterdir())
 
 
 def keep_where_a_rank_cannot_write(directory, on_save_error):
@@ -142,7 +142,10 @@ def keep_where_a_rank_cannot_write(directory, on_save_error):
 def test_rank_that_cannot_write_fails_on_all_and_the_best_before_stays(tmp_path):
     results = run_ranks(keep_where_a_rank_cannot_write, 2, tmp_path / "raise", "raise")
     assert results[0] == results[1]
-    assert "could not save the new best of loss at U2: rank 1: OSError(28, 'No space left on device')" in results[0][0]
+    assert (
+        "failed to save the new best of loss at U2 on rank 1 of 2: OSError: [Errno 28] No space left on device"
+        in results[0][0]
+    )
     assert run_ranks(keep_where_a_rank_cannot_write, 2, tmp_path / "warn", "warn") == [(True, True)] * 2
     for directory in (tmp_path / "raise", tmp_path / "warn"):
         assert refs(directory)[BEST] == "U3"

@@ -52,11 +52,11 @@ def test_damaged_line_is_named_on_reading_and_resuming(run, damage):
     assert snapshots(run.keeper.directory) == {"U2"}
 
 
-def test_newer_format_is_refused(run):
+def test_another_version_is_refused(run):
     lines = path_of(run).read_text().splitlines()
-    lines[0] = json.dumps({**json.loads(lines[0]), "format": 2})
+    lines[0] = json.dumps({**json.loads(lines[0]), "version": 1})
     path_of(run).write_text("\n".join([*lines, ""]))
-    with pytest.raises(LedgerError, match=r"expected a ledger of format 1, found .*'format': 2"):
+    with pytest.raises(LedgerError, match=r'expected a ledger of version 2, found .*"version": 1'):
         Run(run.keeper.directory, resume="ledger").keeper.start()
 
 

@@ -57,7 +57,7 @@ def test_what_could_not_be_removed_is_told_and_goes_with_the_next_best(run, monk
         keeper.observe(2.0, update(2))
         keeper.flush()
         assert names(run) == {".tmp-removed-U1", "U2"}
-        assert "no longer needed stays until the next save: not now" in caplog.text
+        assert "no longer needed stay until the next save: not now" in caplog.text
         keeper.observe(1.0, update(3))
         keeper.flush()
         assert names(run) == snapshots(run.keeper.directory) == set(refs(run.keeper.directory).values()) == {"U3"}

@@ -74,7 +74,9 @@ class DistributedCheckpoint(Format):
             # torch syncs a file before it has flushed it, so it is synced below, by path.
             writer = FileSystemWriter(inside, sync_files=False)
             with quiet(), torch_file.without_crc32():
-                written[part] = writer.write_data(planned.plan, planned.planner).wait()
+                # torch would leave an empty file where there is nothing to write.
+                is_empty = not planned.plan.items
+                written[part] = [] if is_empty else writer.write_data(planned.plan, planned.planner).wait()
             for name in sorted({result.storage_data.relative_path for result in written[part]}):
                 records[f"{inside.name}/{name}"] = _durable(files, inside / name, part)
             if others := {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}:

@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
@@ -16,18 +15,7 @@ from keepbest.run.folder import RunFolder
 from keepbest.saving.job import PendingSnapshot
 from keepbest.worker import Inline, Threaded, Worker
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 Clock = Callable[[], float]
-
-
-class Seams(TypedDict, total=False):
-    """What an `OpenRun` is built on, described there; a test may bring its own."""
-
-    files: Files
-    clock: Clock
-    patience: float
 
 
 class OpenRun:
@@ -44,7 +32,7 @@ class OpenRun:
     Attributes:
         directory: As passed.
         remote: URL of a copy of the run; `None` if there is none.
-        folder: On rank 0, the run folder; `None` before `open` and elsewhere.
+        folder: On rank 0, the run folder; `None` before `open_folder` and elsewhere.
         worker: Who writes into the folder.
     """
 
@@ -61,21 +49,11 @@ class OpenRun:
         self._keepers: set[str] = set()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot] | None = None
 
-    @classmethod
-    def of(cls, directory: Path, **seams: Unpack[Seams]) -> OpenRun:
-        """The one for `directory`, for as long as somebody holds it. **Rank-local**.
+    def share(self) -> OpenRun:
+        """The one that everybody in this directory shares: this one, unless somebody holds another. **Rank-local**."""
+        return _open_runs.setdefault(self.directory.resolve(), self)
 
-        Args:
-            directory: Directory of the run.
-            **seams: Arguments of a new one, if there is none yet.
-        """
-        resolved = directory.resolve()
-        run = _open_runs.get(resolved)
-        if run is None:
-            run = _open_runs[resolved] = cls(directory, **seams)
-        return run
-
-    def open(self) -> RunFolder:
+    def open_folder(self) -> RunFolder:
         """Open the folder, unless it is open. **Rank-local**, on rank 0. Raises as `RunFolder`."""
         if self.folder is None:
             copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)

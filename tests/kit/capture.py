@@ -1,0 +1,25 @@
+"""Weights on rank 0, captured without a keeper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from keepbest.capture.gathered import gathered
+from keepbest.capture.share import Items, Share
+from keepbest.modules.parts import select_parts
+from keepbest.ranks import Ranks
+from keepbest.staging.slot import Staging, Unstaged
+
+
+def gather(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    save_frozen_weights: bool = True,
+    staging: Staging | None = None,
+) -> Share:
+    """What rank 0 writes of these parts of the model. **Collective**."""
+    items = Items(model, select_parts(model, names), save_frozen_weights)
+    return gathered(items, Ranks.connect(), staging or Unstaged(), "save")
