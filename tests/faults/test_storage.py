@@ -149,11 +149,11 @@ def two_ranks_refused(folder: Path, operations: tuple[str, ...]) -> dict[str, st
 def test_every_rank_raises_what_rank_0_was_refused(memory_folder):
     told = run_ranks(two_ranks_refused, 2, memory_folder, OPERATIONS)
     assert told[0] == told[1]
-    # A ref follows the ledger, which is right before it: the run goes on, and the next session mends the folder.
-    assert told[0].pop("link") == "ended"
+    # Refs and removals follow the ledger, which is right before them: the next session brings the folder up to it.
+    assert (told[0].pop("link"), told[0].pop("remove")) == ("ended", "ended")
     for operation, message in told[0].items():
         assert "on rank 0 of 2: OSError: [Errno 5] Input/output error" in message, operation
-        assert "Free or mend the storage" in message, operation
+        assert "Free or repair the storage" in message, operation
     for operation in OPERATIONS:
         assert damage(memory_folder / operation) == []
         assert one_session(memory_folder / operation, "raise")[1] is None
@@ -250,7 +250,7 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
         ("state", "torch", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
         ("ledger", "torch", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
         ("state", "safetensors", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
-        ("state", "dcp", "at E5: rank 0: "),
+        ("state", "dcp", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
     ],
 )
 def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(
@@ -280,7 +280,7 @@ def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk, file_
     state = fold(POLICY, seen)
     ledger = [json.loads(line) for line in (directory / "checkpoints/ledger.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in ledger if line.get("snapshot")] == ["E1", "E2", "E6", "E8"]
-    assert [line["iteration"] for line in ledger if line.get("durable") is False] == ["E5"]
+    assert [line["iteration"] for line in ledger if line.get("lost")] == ["E5"]
     assert verify(directory) == []
     assert (
         refs_hold(directory, WIDTH) == refs_of(state) == {BEST: 8, f"{BEST}.tolerance=1": 2, f"{BEST}.tolerance=5": 8}

@@ -147,11 +147,12 @@ def failing_ranks(*arguments):
 
 def test_storage_that_does_not_come_back_costs_a_warning_where_training_goes_on(tmp_path, place, monkeypatch, caplog):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    run = Run(tmp_path, remote=place.url, on_save_error="warn")
-    with use(tmp_path, patience=0.5), run.keeper:
-        place.link.cut_after(1)
-        run.observe(5.0)
-        assert place.link.is_cut.wait(60)
+    with use(tmp_path, patience=0.5):
+        run = Run(tmp_path, remote=place.url, on_save_error="warn")
+        with run.keeper:
+            place.link.cut_after(1)
+            run.observe(5.0)
+            assert place.link.is_cut.wait(60)
     assert "lags behind" in caplog.text
     assert verify(tmp_path) == []
     place.link.mend()

@@ -19,7 +19,7 @@ from keepbest.cli.app import app
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError
 from keepbest.export import export
 from keepbest.remote.storage import Remote
-from keepbest.run.verify import verify
+from keepbest.remote.verify import verify_run as verify
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
 from tests.remote.server import BUCKET, CREDENTIALS

@@ -12,7 +12,7 @@ from torch import nn
 
 from keepbest import load
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError, StorageError
-from keepbest.remote import upload as mirror
+from keepbest.remote import mirror
 from keepbest.remote.storage import Remote
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run as verify
@@ -188,10 +188,10 @@ def test_every_keeper_is_told_of_a_copy_that_lags_behind(tmp_path, place, impati
         monkeypatch.setattr(Remote, "put", refuse(ConnectionError("cut")))
         warned.observe(2.0, first=2)
         with pytest.raises(OSError, match="cut"):
-            warned.keeper._run.store().arrive()
+            warned.keeper._run.folder.copy.arrive()
         warned.observe(1.0, first=3)
         raised.observe(1.0, first=2)
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
 
 
 def test_upload_that_takes_longer_than_the_patience_and_fails_is_tried_again(tmp_path, place, monkeypatch):

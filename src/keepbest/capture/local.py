@@ -15,7 +15,7 @@ from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import LiveSlot, Staging
 
-_NOT_SHARED = "This format needs a run directory on a file system that all hosts share and may write to"
+_REMEDY = "Every rank needs room and permission to write in the run directory; everything committed before is intact"
 
 
 def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
@@ -61,7 +61,7 @@ def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
         files=files,
         left_out={name: keys for name, keys in left_out.items() if keys},
         slot=LiveSlot(),
-        writers=AllRanks(ranks, step, _NOT_SHARED),
+        writers=AllRanks(ranks, step, _REMEDY),
         plans=plan_shares(files, ranks, step),
     )
 
