@@ -28,7 +28,7 @@ from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState
 from keepbest.saving.open_run import SharedRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
-from keepbest.settings import CheckedSettings, KeeperSettingsDict, check_settings, timeouts_to_connect
+from keepbest.settings_dict import KeeperSettingsDict
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +63,9 @@ class BestKeeper:
         process_group: dist.ProcessGroup | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
+        # pydantic takes longer to import than all of keepbest, and who only loads does not need it.
+        from keepbest.settings import CheckedSettings, check_settings, timeouts_to_connect
+
         self._ranks = Ranks.connect(process_group, **timeouts_to_connect(settings))
         self.metric_key = metric_key
         self.directory = Path(directory)

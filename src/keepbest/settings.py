@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,6 +20,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
 from keepbest.remote.storage import check_local, check_remote
 from keepbest.run.names import best_ref
+from keepbest.settings_dict import KeeperSettingsDict
 from keepbest.validation import describe
 
 
@@ -146,27 +147,6 @@ class KeeperSettings(CommonSettings):
             raise ConfigError("\n".join(describe(error, lambda _: cls.model_fields))) from None
 
 
-class KeeperSettingsDict(TypedDict, total=False):
-    """`KeeperSettings` as keyword arguments, for editors and type checkers."""
-
-    tolerances: Sequence[int] | None
-    model_names: Sequence[str] | None
-    save_frozen_weights: bool
-    higher_is_better: bool | None
-    min_delta: float
-    keep_top_k: int
-    metric_reduction: MetricReduction
-    on_nonfinite: Literal["ignore", "raise"]
-    format: Format
-    async_save: bool
-    on_save_error: Literal["raise", "warn"]
-    id: str | None
-    remote: str | None
-    rank_timeout: float
-    save_timeout: float
-    resume: Literal["ledger"] | None
-
-
 def timeouts_to_connect(settings: Mapping[str, Any]) -> dict[str, float]:
     """The timeouts in `settings`, or the defaults if one of them is wrong. **Rank-local**.
 
@@ -199,8 +179,9 @@ class CheckedSettings:
     def to_compare(self) -> bytes:
         """What must be equal on all ranks: each setting that differs from its default, and what follows from them."""
         fields = KeeperSettings.model_fields
-        given = {name: value for name, value in self.given if value != fields[name].default}
-        return f"{self.name} {given} {self.policy.higher_is_better} {self.parts}".encode()
+        given = [f"{name}={value!r}" for name, value in self.given if value != fields[name].default]
+        found = [f"higher_is_better={self.policy.higher_is_better}", f"parts={self.parts}"]
+        return " ".join([self.name, *given, *found]).encode()
 
 
 def check_settings(

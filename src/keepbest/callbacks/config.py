@@ -164,12 +164,10 @@ class CallBackBaseConfig(RegisteredConfig):
 def known_settings(content: Any, place: Place) -> Iterable[str]:
     """Names of the settings of the callback at `place` in `content`; none if there is no callback. **Rank-local**."""
     for part in place:
-        if isinstance(content, Mapping) and part in content:
-            content = content[part]
-        elif isinstance(content, list | tuple) and isinstance(part, int):
-            content = content[part]
-        else:  # a member of a union, which pydantic names in the place of what it found
-            return ()
+        is_index = isinstance(content, list | tuple) and isinstance(part, int)
+        if not is_index and not (isinstance(content, Mapping) and part in content):
+            return ()  # where a value may be of several types, pydantic adds the type to the place
+        content = content[part]
     choice = {key: content.get(key) for key in ("kind", "name")} if isinstance(content, Mapping) else {}
     return CallBackBaseConfig.find(**choice).model_fields if any(choice.values()) else ()
 

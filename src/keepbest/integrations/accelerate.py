@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from keepbest.errors import ConfigError
 from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.settings import KeeperSettingsDict
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest saved state names is kept under one tag: nothing tells which of them are removed.
 _PIN = "accelerate"

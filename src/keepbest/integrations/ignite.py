@@ -16,7 +16,8 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.settings import KeeperSettings, KeeperSettingsDict
+from keepbest.settings import KeeperSettings
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of Ignite names is kept under one tag: no event tells which of them are removed.
 _PIN = "ignite"

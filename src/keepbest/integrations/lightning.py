@@ -15,7 +15,8 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.settings import KeeperSettings, KeeperSettingsDict
+from keepbest.settings import KeeperSettings
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of Lightning names is kept under one tag: no hook tells which of them are removed.
 _PIN = "lightning"
