@@ -24,6 +24,10 @@ from tests.callbacks.context import make_context
 from tests.cli import runs
 
 
+def nothing(*_: Any) -> None:
+    """Stands in for a step of training, and for what Accelerate registers."""
+
+
 def own_loop(directory: Path, settings: dict[str, Any]) -> None:
     BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", **settings)
 
@@ -65,7 +69,7 @@ def ignite(directory: Path, settings: dict[str, Any]) -> None:
     from keepbest.integrations.ignite import BestCheckpoint
 
     checkpoint = BestCheckpoint(nn.Linear(1, 1), "loss", directory=directory, **settings)
-    trainer, evaluator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)
+    trainer, evaluator = Engine(nothing), Engine(nothing)
     checkpoint.attach(trainer, evaluator)
     trainer.run([0], max_epochs=1)
 
@@ -76,8 +80,8 @@ def accelerate(directory: Path, settings: dict[str, Any]) -> None:
     accelerator = SimpleNamespace(
         distributed_type="NO",
         project_configuration=SimpleNamespace(automatic_checkpoint_naming=False),
-        register_for_checkpointing=lambda keeper: None,
-        register_save_state_pre_hook=lambda hook: None,
+        register_for_checkpointing=nothing,
+        register_save_state_pre_hook=nothing,
     )
     AcceleratedKeeper(accelerator, nn.Linear(1, 1), directory=directory, metric_key="loss", **settings)
 

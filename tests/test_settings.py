@@ -122,7 +122,7 @@ def test_sequences_and_integers_are_taken_as_what_they_mean():
 
 
 def test_all_wrong_settings_are_reported_together():
-    with pytest.raises(ConfigError, match="(?s)keep_top_k must be .*\nthere is no setting 'min_detla'"):
+    with pytest.raises(ConfigError, match=r"(?s)keep_top_k must be .*\nthere is no setting 'min_detla'"):
         KeeperSettings.of({"keep_top_k": 0, "min_detla": 1.0})
 
 
