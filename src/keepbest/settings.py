@@ -177,11 +177,9 @@ class CheckedSettings:
     parts: tuple[Part, ...]
 
     def to_compare(self) -> bytes:
-        """What must be equal on all ranks: each setting that differs from its default, and what follows from them."""
-        fields = KeeperSettings.model_fields
-        given = [f"{name}={value!r}" for name, value in self.given if value != fields[name].default]
-        found = [f"higher_is_better={self.policy.higher_is_better}", f"parts={self.parts}"]
-        return " ".join([self.name, *given, *found]).encode()
+        """What must be equal on all ranks: every setting, and what follows from them."""
+        found = f"higher is better: {self.policy.higher_is_better}, parts: {self.parts}"
+        return f"{self.name}: {self.given}, {found}".encode()
 
 
 def check_settings(
