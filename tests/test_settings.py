@@ -121,6 +121,11 @@ def test_sequences_and_integers_are_taken_as_what_they_mean():
     assert [type(value) for value in (settings.min_delta, settings.rank_timeout)] == [float, float]
 
 
+def test_config_of_the_callback_survives_json():
+    config = BestCheckpointCallbackConfig(metric_key="loss", every_n_epochs=1, tolerances=[2, 1], model_names=["a"])
+    assert BestCheckpointCallbackConfig.model_validate_json(config.model_dump_json()) == config
+
+
 def test_all_wrong_settings_are_reported_together():
     with pytest.raises(ConfigError, match=r"(?s)keep_top_k must be .*\nthere is no setting 'min_detla'"):
         KeeperSettings.of({"keep_top_k": 0, "min_detla": 1.0})

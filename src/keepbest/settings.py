@@ -24,10 +24,11 @@ from keepbest.settings_dict import KeeperSettingsDict
 from keepbest.validation import describe
 
 
-def _as_tuple(value: object) -> object:
+def _as_list(value: object) -> object:
+    # A text is a sequence too, and pydantic says "an instance of Sequence", which is no word of YAML.
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise PydanticCustomError("list", "Input should be a list")
-    return tuple(value)
+    return list(value)
 
 
 def _sorted_if_unique(values: Sequence[int]) -> Sequence[int]:
@@ -39,9 +40,9 @@ def _sorted_if_unique(values: Sequence[int]) -> Sequence[int]:
 # A timeout has to fit into the clocks of torch, and nobody waits for longer than 30 years.
 _Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 _Tolerances = Annotated[
-    Sequence[Annotated[int, Field(ge=0)]], BeforeValidator(_as_tuple), AfterValidator(_sorted_if_unique)
+    Sequence[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), AfterValidator(_sorted_if_unique)
 ]
-_Names = Annotated[Sequence[str], BeforeValidator(_as_tuple)]
+_Names = Annotated[Sequence[str], BeforeValidator(_as_list), AfterValidator(tuple)]
 _TIMEOUTS = ("rank_timeout", "save_timeout")
 
 
