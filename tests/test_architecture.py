@@ -39,6 +39,8 @@ PATH = [
     "export",
     "load",
     "settings",
+    "settings_dict",
+    "validation",
     "saving",
     "capture",
     "remote",

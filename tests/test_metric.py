@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from keepbest import MetricPropertyProvider, TrainingIteration
 from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
-from keepbest.metric import agree_on_metric, check_reduction, read_scalar, read_value, reduce_numbers
+from keepbest.metric import agree_on_metric, read_scalar, read_value, reduce_numbers
 from keepbest.ranks import Number, Ranks
 from keepbest.training.log_writer import LoggedScalar
 from tests.kit.pool import run_ranks
@@ -146,12 +146,6 @@ def test_scalar_is_read_from_the_log_of_this_iteration_only():
     assert read_scalar(cache, "old", now).absent == "metric key 'old' was last logged at U1, not at U2"
     assert "logged keys: new, old" in read_scalar(cache, "other", now).absent
     assert "log cache is empty" in read_scalar({}, "other", now).absent
-
-
-def test_unknown_reduction_lists_the_known_ones():
-    assert check_reduction("rank0") == "rank0"
-    with pytest.raises(ConfigError, match="mean, sum, min, max, rank0, identical, got 'median'"):
-        check_reduction("median")
 
 
 def agree(per_rank, reduction):

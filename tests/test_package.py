@@ -9,8 +9,8 @@ import keepbest
 
 # Each of these takes longer to import than all of keepbest, and only some runs need it.
 SOME_RUNS_NEED = [
-    "accelerate", "fsspec", "ignite", "matplotlib", "pytorch_lightning", "rich", "safetensors", "sympy", "tensorboard",
-    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torchmetrics",
+    "accelerate", "fsspec", "ignite", "matplotlib", "pydantic", "pytorch_lightning", "rich", "safetensors", "sympy",
+    "tensorboard", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torchmetrics",
     "transformers", "typer", "yaml",
 ]  # fmt: skip
 

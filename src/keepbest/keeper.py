@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,24 +13,24 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import Unpack
 
 from keepbest.capture.share import Items
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
-from keepbest.formats.registry import FormatName, find_format
+from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.load import load_into
-from keepbest.metric import MetricReduction, Reading, agree_on_metric, read_value
+from keepbest.metric import Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
 from keepbest.run.layout import snapshots_folder
-from keepbest.run.names import best_ref
 from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
-from keepbest.settings import Settings, check_settings
+from keepbest.settings_dict import KeeperSettingsDict
 
 _logger = logging.getLogger(__name__)
 
@@ -43,33 +43,16 @@ class BestKeeper:
     left by an exception records nothing more.
 
     Args:
-        model: what is saved; plain, or wrapped by DDP, FSDP1, FSDP2, tensor parallelism, `torch.compile`.
-        directory: of the run; rank 0 alone reads and writes it.
-        metric_key: name of the monitored metric.
-        tolerances: each keeps what early stopping with that many intervals of patience would have kept.
-        model_names: submodels to save; `None` saves all (see `select_parts`).
-        save_frozen_weights: whether to save parameters that do not require grad at that moment.
-        higher_is_better: direction of the metric; `None` asks `metric_property_provider`.
-        min_delta: a new best must beat the old one by more than this.
-        keep_top_k: how many of the best values keep their weights, each with a ref; 1 is the best alone.
-        metric_reduction: how the values of the ranks become one.
-        on_nonfinite: whether NaN and infinities count as an interval without improvement, or raise.
-        format: of snapshots: one file for each part, of `torch.save` or `safetensors`, or `dcp`: a folder of torch's
-            distributed checkpoints, to which every rank writes its share, for models that are larger than a host.
-        async_save: whether `observe` returns when rank 0 has copied the weights, and a thread writes them; what it
-            fails at is told by the next call. `flush` and `close` wait for it.
-        on_save_error: whether a save that fails raises, or training goes on with the last durable best to beat.
-        id: tells two keepers of the same metric apart.
-        remote: URL of fsspec, like s3://bucket/runs/a, where a copy of the run follows each commit in the background;
-            `start` and `close` wait for it. A resume in an empty `directory` brings the run back from there.
-        resume: "ledger" goes on from what the run folder tells; `None` needs an empty folder, or `load_state_dict`.
-        metric_property_provider: knows the direction of metrics by their name.
-        process_group: the ranks that keep the run together; `None` is the default group, or one process.
-        rank_timeout: seconds that ranks wait for each other.
-        save_timeout: seconds that ranks wait for rank 0 to write.
+        model: Model to save: plain, or wrapped by DDP, FSDP1, FSDP2, tensor parallelism, `torch.compile`.
+        directory: Directory of the run. Rank 0 alone reads and writes it.
+        metric_key: Name of the monitored metric.
+        metric_property_provider: What knows the direction of metrics by their names.
+        process_group: Group of the ranks that keep the run together. `None` is the default group, or one process.
+        **settings: The settings of `KeeperSettings`, the same on every rank; docs/settings.md has a table of them.
 
     Raises:
-        ConfigError: on every rank, if a setting cannot be right.
+        ConfigError: On every rank, if a setting is unknown or wrong on one of them.
+        DesyncError: On every rank, if their settings differ.
     """
 
     def __init__(
@@ -78,69 +61,43 @@ class BestKeeper:
         *,
         directory: str | Path,
         metric_key: str,
-        tolerances: Sequence[int] | None = None,
-        model_names: Sequence[str] | None = None,
-        save_frozen_weights: bool = True,
-        higher_is_better: bool | None = None,
-        min_delta: float = 0.0,
-        keep_top_k: int = 1,
-        metric_reduction: MetricReduction = "mean",
-        on_nonfinite: Literal["ignore", "raise"] = "ignore",
-        format: FormatName = "torch",  # noqa: A002  # as above
-        async_save: bool = False,
-        on_save_error: Literal["raise", "warn"] = "raise",
-        id: str | None = None,  # noqa: A002  # the field's name in the config
-        remote: str | None = None,
-        resume: Literal["ledger"] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
-        rank_timeout: float = 120.0,
-        save_timeout: float = 1800.0,
+        **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        self._ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
+        # pydantic takes longer to import than all of keepbest, and who only loads does not need it.
+        from keepbest.settings import CheckedSettings, check_settings, timeouts_to_connect
+
+        self._ranks = Ranks.connect(process_group, **timeouts_to_connect(settings))
         self.metric_key = metric_key
         self.directory = Path(directory)
         self._model = model
-        self._on_nonfinite = on_nonfinite
-        self._on_save_error = on_save_error
-        self._remote = remote
-        self._resume = resume
 
-        settings: Settings = self._ranks.agree(
+        checked: CheckedSettings = self._ranks.agree(
             f"check the settings of the keeper of {metric_key}",
             lambda: check_settings(
+                settings,
                 model,
-                name=best_ref(metric_key, id),
                 directory=directory,
                 metric_key=metric_key,
-                tolerances=tolerances,
-                model_names=model_names,
-                save_frozen_weights=save_frozen_weights,
-                higher_is_better=higher_is_better,
-                min_delta=min_delta,
-                metric_reduction=metric_reduction,
-                keep_top_k=keep_top_k,
-                on_nonfinite=on_nonfinite,
-                file_format=format,
-                async_save=async_save,
-                on_save_error=on_save_error,
-                remote=remote,
-                resume=resume,
                 metric_property_provider=metric_property_provider,
             ),
-            state=lambda checked: str(checked).encode(),
+            state=lambda checked: checked.to_compare(),
         )
-        self.name, self.policy, self._reduction = settings.name, settings.policy, settings.reduction
+        given = checked.given
+        self._on_nonfinite, self._on_save_error = given.on_nonfinite, given.on_save_error
+        self._remote, self._resume = given.remote, given.resume
+        self.name, self.policy, self._reduction = checked.name, checked.policy, given.metric_reduction
         self._run = OpenRun(self.directory).share()
         self._saver = Saver(
             self.name,
             self.policy,
             self._run,
-            Items(model, settings.parts, save_frozen_weights),
-            find_format(settings.file_format),
+            Items(model, checked.parts, given.save_frozen_weights),
+            find_format(given.format),
             ranks=self._ranks,
-            in_background=async_save,
-            tolerates=on_save_error == "warn",
+            in_background=given.async_save,
+            tolerates=given.on_save_error == "warn",
         )
         self._run_id: str | None = None
         self._timeline: int | None = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, cast, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, runtime_checkable
 
 import torch
 
-from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
+from keepbest.errors import InvalidMetricError, MetricMismatchError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 
@@ -46,17 +46,6 @@ class Reading:
     weight: float | None = None
     absent: str = ""
     is_reduced: bool = False
-
-
-def check_reduction(reduction: str) -> MetricReduction:
-    """`reduction`, checked.
-
-    Raises:
-        ConfigError: if it is not one of the known ones.
-    """
-    if reduction not in get_args(MetricReduction):
-        raise ConfigError(f"metric_reduction must be one of {', '.join(get_args(MetricReduction))}, got {reduction!r}")
-    return cast("MetricReduction", reduction)
 
 
 def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Reading:

@@ -1,136 +1,212 @@
-"""The settings of a keeper, checked as a whole before any work starts."""
+"""The settings of a keeper: each is written once, here, and whoever takes settings takes these."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Annotated, Any, Literal, cast
 
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from torch import nn
+from typing_extensions import Self
 
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
 from keepbest.formats.registry import FormatName, check_format
-from keepbest.metric import MetricReduction, check_reduction
+from keepbest.metric import MetricReduction
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
 from keepbest.remote.storage import check_local, check_remote
+from keepbest.run.names import best_ref
+from keepbest.settings_dict import KeeperSettingsDict
+from keepbest.validation import describe
 
 
-class KeeperSettings(TypedDict, total=False):
-    """Keyword arguments of `BestKeeper` that mean the same wherever it is used; described there."""
-
-    tolerances: Sequence[int] | None
-    model_names: Sequence[str] | None
-    save_frozen_weights: bool
-    min_delta: float
-    keep_top_k: int
-    metric_reduction: MetricReduction
-    on_nonfinite: Literal["ignore", "raise"]
-    format: FormatName
-    async_save: bool
-    on_save_error: Literal["raise", "warn"]
-    id: str | None
-    remote: str | None
-    resume: Literal["ledger"] | None
-    rank_timeout: float
-    save_timeout: float
+def _as_list(value: object) -> object:
+    # A text is a sequence too, and pydantic says "an instance of Sequence", which is no word of YAML.
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise PydanticCustomError("list", "Input should be a list")
+    return list(value)
 
 
-def check_names(settings: Mapping[str, object]) -> None:
-    """See whether `settings` has the names of `KeeperSettings` only. **Rank-local**.
+def _sorted_if_unique(values: Sequence[int]) -> Sequence[int]:
+    if len(set(values)) != len(values):
+        raise PydanticCustomError("unique", "Input should be integers that differ from each other")
+    return tuple(sorted(values))
+
+
+# A timeout has to fit into the clocks of torch, and nobody waits for longer than 30 years.
+_Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+_Tolerances = Annotated[
+    Sequence[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), AfterValidator(_sorted_if_unique)
+]
+_Names = Annotated[Sequence[str], BeforeValidator(_as_list), AfterValidator(tuple)]
+_TIMEOUTS = ("rank_timeout", "save_timeout")
+
+
+class CommonSettings(BaseModel):
+    """The settings that a keeper has wherever it is used. No value is converted to the type of its setting.
 
     Raises:
-        ConfigError: if not; lists those that there are.
+        pydantic.ValidationError: If a setting is unknown or wrong. `KeeperSettings.of` raises `ConfigError` instead.
     """
-    known = KeeperSettings.__optional_keys__
-    if unknown := settings.keys() - known:
-        raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    tolerances: _Tolerances | None = Field(
+        default=None,
+        description="Unique integers of at least 0. Each keeps what early stopping would have kept that tolerates this "
+        "many intervals in a row without improvement.",
+    )
+    model_names: _Names | None = Field(
+        default=None, description="Names of the submodels to save, dotted for nested ones. `None` saves all of them."
+    )
+    save_frozen_weights: bool = Field(
+        default=True, description="Whether to save parameters that do not require grad at that moment."
+    )
+    higher_is_better: bool | None = Field(
+        default=None, description="Direction of the metric. `None` takes it from the name of the metric."
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Difference to the old best, in units of the metric, that a new best must exceed.",
+    )
+    keep_top_k: int = Field(
+        default=1,
+        gt=0,
+        description="Number of the best values that keep their weights, each with a ref. 1 is the best alone.",
+    )
+    metric_reduction: MetricReduction = Field(default="mean", description="How the values of the ranks become one.")
+    on_nonfinite: Literal["ignore", "raise"] = Field(
+        default="ignore", description="Whether NaN and infinities count as intervals without improvement, or raise."
+    )
+    format: FormatName = Field(
+        default="torch",
+        description="Format of the snapshots: one file for each part, written by `torch.save` or safetensors, or "
+        "`dcp`, a folder of torch's distributed checkpoints, to which every rank writes its share.",
+    )
+    async_save: bool = Field(
+        default=False,
+        description="Whether training continues as soon as the weights are copied, while a thread writes them. The "
+        "next call of the keeper raises what the thread fails at.",
+    )
+    on_save_error: Literal["raise", "warn"] = Field(
+        default="raise",
+        description="Whether a save that fails raises, or only costs that best, so that training continues with the "
+        "last one on the disk as the best to beat.",
+    )
+    id: str | None = Field(
+        default=None, description="Name that distinguishes this keeper from others of the same metric."
+    )
+    remote: str | None = Field(
+        default=None,
+        description="URL that fsspec knows, like `s3://bucket/runs/a`, where a copy of the run follows each commit in "
+        "the background.",
+    )
+    rank_timeout: _Seconds = Field(default=120.0, description="Seconds that ranks wait for each other.")
+    save_timeout: _Seconds = Field(default=1800.0, description="Seconds that ranks wait for rank 0 to write.")
+
+    @model_validator(mode="after")
+    def _check_background(self) -> Self:
+        if self.async_save and self.format == "dcp":
+            raise ConfigError(
+                "format 'dcp' is written by all ranks, which wait for each other; async_save goes with 'torch' and "
+                "'safetensors' only"
+            )
+        return self
+
+    def keeper_arguments(self) -> KeeperSettingsDict:
+        """These settings as keyword arguments of `BestKeeper`. **Rank-local**."""
+        names = [name for name in KeeperSettings.model_fields if name in type(self).model_fields]
+        return cast("KeeperSettingsDict", {name: getattr(self, name) for name in names})
+
+
+class KeeperSettings(CommonSettings):
+    """The settings of `BestKeeper` and of the adapters, where the loop or the framework says when a run is resumed."""
+
+    resume: Literal["ledger"] | None = Field(
+        default=None,
+        description="`ledger` resumes what the folder of the run holds. `None` needs an empty folder, or a state that "
+        "was loaded.",
+    )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """The settings in `settings`, checked; all others have their defaults. **Rank-local**.
+
+        Raises:
+            ConfigError: If a name is unknown or a value is wrong. Names the setting, what was expected, and what was
+                found, or the nearest known name.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise ConfigError("\n".join(describe(error, lambda _: cls.model_fields))) from None
+
+
+def timeouts_to_connect(settings: Mapping[str, Any]) -> dict[str, float]:
+    """The timeouts in `settings`, or the defaults if one of them is wrong. **Rank-local**.
+
+    Ranks that are not connected cannot report what is wrong. So this does not raise: `check_settings` does, which the
+    ranks call when they are connected.
+    """
+    try:
+        checked = KeeperSettings.model_validate({name: settings[name] for name in _TIMEOUTS if name in settings})
+    except ValidationError:
+        checked = KeeperSettings()
+    return {name: getattr(checked, name) for name in _TIMEOUTS}
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What `BestKeeper` was given, as far as all ranks must have been given the same.
+class CheckedSettings:
+    """The settings of a keeper, and what follows from them for its model and metric.
 
     Attributes:
-        name: of the keeper, which is that of its ref on the best.
-        policy: by which it decides.
-        reduction: how the values of the ranks become one.
-        parts: of the model, that are saved.
-        save_frozen_weights: whether parameters that do not require grad are saved.
-        on_nonfinite: whether NaN and infinities are no improvement, or an error.
-        on_save_error: whether a save that fails is an error, or training goes on.
-        file_format: of the snapshots.
-        async_save: whether they are written in the background.
-        remote: URL of a copy of the run.
+        given: Settings as they were given.
+        name: Name of the keeper, which is that of its ref on the best.
+        policy: Policy by which it decides.
+        parts: Parts of the model that are saved.
     """
 
+    given: KeeperSettings
     name: str
     policy: Policy
-    reduction: MetricReduction
     parts: tuple[Part, ...]
-    save_frozen_weights: bool
-    on_nonfinite: str
-    on_save_error: str
-    file_format: FormatName
-    async_save: bool
-    remote: str | None
+
+    def to_compare(self) -> bytes:
+        """What must be equal on all ranks: every setting, and what follows from them."""
+        found = f"higher is better: {self.policy.higher_is_better}, parts: {self.parts}"
+        return f"{self.name}: {self.given}, {found}".encode()
 
 
 def check_settings(
+    settings: Mapping[str, Any],
     model: nn.Module,
     *,
-    name: str,
     directory: str | Path,
     metric_key: str,
-    tolerances: Sequence[int] | None,
-    model_names: Sequence[str] | None,
-    save_frozen_weights: bool,
-    higher_is_better: bool | None,
-    min_delta: float,
-    metric_reduction: str,
-    keep_top_k: int,
-    on_nonfinite: str,
-    file_format: str,
-    async_save: bool,
-    on_save_error: str,
-    remote: str | None,
-    resume: str | None,
     metric_property_provider: MetricPropertyProvider | None,
-) -> Settings:
-    """The settings of `BestKeeper`, which describes them. **Rank-local**.
+) -> CheckedSettings:
+    """The arguments of `BestKeeper`, which describes them, checked. **Rank-local**.
 
     Raises:
-        ConfigError: if one of them, or two together, cannot be right.
+        ConfigError: If one of them, or two together, cannot be right.
     """
-    for setting, given, known in (
-        ("on_nonfinite", on_nonfinite, ("ignore", "raise")),
-        ("on_save_error", on_save_error, ("raise", "warn")),
-        ("resume", resume, (None, "ledger")),
-    ):
-        if given not in known:
-            raise ConfigError(f"{setting} must be one of {known}, got {given!r}")
+    given = KeeperSettings.of(settings)
     check_local(directory)
-    provider = metric_property_provider or MetricPropertyProvider()
-    direction = provider.higher_is_better(metric_key) if higher_is_better is None else higher_is_better
-    policy = Policy(direction, min_delta, tuple(tolerances or ()), keep_top_k)
-    parts = select_parts(model, model_names)
-    settings = Settings(
-        name=name,
-        policy=policy,
-        reduction=check_reduction(metric_reduction),
+    check_remote(given.remote)
+    higher_is_better = given.higher_is_better
+    if higher_is_better is None:
+        higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
+    parts = select_parts(model, given.model_names)
+    check_format(given.format, model, parts)
+    return CheckedSettings(
+        given=given,
+        name=best_ref(metric_key, given.id),
+        policy=Policy(higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k),
         parts=parts,
-        save_frozen_weights=save_frozen_weights,
-        on_nonfinite=on_nonfinite,
-        on_save_error=on_save_error,
-        file_format=check_format(file_format, model, parts),
-        async_save=async_save,
-        remote=check_remote(remote),
     )
-    if async_save and settings.file_format == "dcp":
-        raise ConfigError(
-            "format 'dcp' is written by all ranks, which wait for each other; async_save goes with 'torch' and "
-            "'safetensors' only"
-        )
-    return settings

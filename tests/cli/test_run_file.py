@@ -29,7 +29,7 @@ def test_settings_replace_those_of_the_file_at_any_depth(tmp_path):
     )
     assert run.config.trainer.epochs == 3
     assert run.config.seed == 5
-    assert run.config.trainer.callbacks[1].tolerances == [7]
+    assert run.config.trainer.callbacks[1].tolerances == (7,)
     assert run.config.build_model().encoder[2].p == 0.5
 
 
@@ -45,16 +45,19 @@ def test_saved_config_is_the_same_run(tmp_path):
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("trianer.epochs", "trianer: unknown key; did you mean 'trainer'"),
-        ("trainer.epoch", "trainer.epoch: unknown key; did you mean 'epochs'"),
-        ("trainer.callbacks.1.tolerance", "trainer.callbacks.1.tolerance: unknown key; did you mean 'tolerances'"),
+        ("trianer.epochs", "there is no setting 'trianer'; did you mean 'trainer'"),
+        ("trainer.epoch", "trainer: there is no setting 'epoch'; did you mean 'epochs'"),
+        (
+            "trainer.callbacks.1.tolerance",
+            "trainer.callbacks.1: there is no setting 'tolerance'; did you mean 'tolerances'",
+        ),
         (
             "trainer.callbacks.1.eval_callbacks.0.dataset",
-            "trainer.callbacks.1.eval_callbacks.0.dataset: unknown key; did you mean 'dataset_key'",
+            "trainer.callbacks.1.eval_callbacks.0: there is no setting 'dataset'; did you mean 'dataset_key'",
         ),
         ("trainer.callbacks.7.tolerances", "'7' must be the number of one of 2 items"),
         ("seed.x", "seed is 12 and has no keys"),
-        ("zzzz", "known: directory, seed, model"),
+        ("zzzz", "there is no setting 'zzzz'. The settings are: directory, seed, model"),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest(key, hint, tmp_path):

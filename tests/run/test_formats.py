@@ -39,7 +39,7 @@ class WithState(nn.Linear):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "pickle"}, "format must be one of torch, safetensors, dcp, got 'pickle'"),
+        ({"format": "pickle"}, "format must be 'torch', 'safetensors' or 'dcp', found 'pickle'"),
         ({"format": "safetensors"}, "holds tensors only, but 1 in 'model' has an extra state; use format 'torch'"),
         ({"format": "dcp", "async_save": True}, "async_save goes with 'torch' and 'safetensors' only"),
     ],

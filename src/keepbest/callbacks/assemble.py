@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from keepbest.callbacks.base import CallbackBase
-from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.callbacks.config import CallBackBaseConfig, known_settings
 from keepbest.errors import ConfigError
+from keepbest.validation import describe
 
 
 def assemble_callbacks(configs: Sequence[CallBackBaseConfig | Mapping[str, Any]], **context: Any) -> list[CallbackBase]:
@@ -40,7 +41,14 @@ def assemble_callbacks(configs: Sequence[CallBackBaseConfig | Mapping[str, Any]]
 
 def _build(index: int, given: CallBackBaseConfig | Mapping[str, Any], context: dict[str, Any]) -> CallbackBase:
     try:
-        config = CallBackBaseConfig.parse(given)
+        config = _parse(given)
         return config.callback_class(config, **context)
     except (ConfigError, ValidationError) as error:
         raise ConfigError(f"callbacks[{index}]: {error}") from error
+
+
+def _parse(given: CallBackBaseConfig | Mapping[str, Any]) -> CallBackBaseConfig:
+    try:
+        return CallBackBaseConfig.parse(given)
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(error, lambda place: known_settings(given, place)))) from error

@@ -15,11 +15,11 @@ from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.decision import Outcome
-from keepbest.formats.registry import FormatName
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
-from keepbest.metric import MetricReduction, read_scalar
+from keepbest.metric import read_scalar
 from keepbest.run.reader import ledger_exists
+from keepbest.settings import CommonSettings
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -27,63 +27,36 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class BestCheckpointCallbackConfig(CallBackBaseConfig):
+class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
     """Config of `BestCheckpointCallback`. The interval is that of the callback that logs the metric.
 
+    It has the settings of `CommonSettings` too, which docs/settings.md describes: all but `resume`, since the trainer
+    says when a run is resumed.
+
     Attributes:
-        metric_key: key of the monitored metric in the log.
-        tolerances: each answers from this one run what early stopping with that patience would have kept: a checkpoint
-            of the best before more than so many intervals in a row had passed without improvement.
-        model_names: submodels to save, dotted for nested ones; `None` saves all of them.
-        save_frozen_weights: whether to save parameters that do not require grad.
-        eval_callbacks: callbacks that run on each new best, by their `at_eval`; their own schedule is ignored, and
+        metric_key: Key of the monitored metric in the log.
+        eval_callbacks: Callbacks that run on each new best, by their `at_eval`. Their own schedule is ignored, and
             their keys start with `best=<metric key, with dots for slashes>/`.
-        higher_is_better: direction of the metric; `None` if its name tells.
-        min_delta: a new best must be better by more than this, in units of the metric.
-        keep_top_k: how many of the best values keep a checkpoint; 1 is the best alone.
-        metric_reduction: how the values of the ranks become one.
-        on_nonfinite: whether NaN and infinities count as intervals without improvement, or end training.
-        format: of the checkpoints: one file for each submodel, `torch` or `safetensors`, or `dcp`, to which every rank
-            writes its share.
-        async_save: whether training goes on as soon as rank 0 has copied the weights, while a thread writes them.
-        on_save_error: whether a save that fails ends training, or only costs that best.
-        remote: URL of fsspec, like s3://bucket/runs/a, where a copy of the run's checkpoints follows in the background.
-        id: tells two callbacks on the same metric apart.
-        rank_timeout: seconds that ranks wait for each other.
-        save_timeout: seconds that ranks wait for rank 0 to write.
     """
 
     name: Literal["BestCheckpointCallback"] = "BestCheckpointCallback"
     metric_key: str
-    tolerances: list[int] | None = None
-    model_names: list[str] | None = None
-    save_frozen_weights: bool = True
-    eval_callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] | None = None
-    higher_is_better: bool | None = None
-    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    keep_top_k: Annotated[int, Field(gt=0, strict=True)] = 1
-    metric_reduction: MetricReduction = "mean"
-    on_nonfinite: Literal["ignore", "raise"] = "ignore"
-    format: FormatName = "torch"
-    async_save: bool = False
-    on_save_error: Literal["raise", "warn"] = "raise"
-    remote: str | None = None
-    id: str | None = None
-    rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
-    save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
+    eval_callbacks: Annotated[list[Annotated[Any, Discriminated(CallBackBaseConfig)]] | None, Field(strict=False)] = (
+        None
+    )
 
 
 class BestCheckpointCallback(PeriodicCallback):
     """Saves the model whenever the monitored metric reaches a new best; a thin shell around `BestKeeper`.
 
     Attributes:
-        keeper: decides, saves and remembers.
-        metric_key, model_names, save_frozen_weights: as in the config.
-        higher_is_better: direction of the metric.
-        eval_callbacks: run on each new best.
+        keeper: The keeper, which decides, saves and remembers.
+        metric_key, model_names, save_frozen_weights: As in the config.
+        higher_is_better: Direction of the metric.
+        eval_callbacks: Callbacks that run on each new best.
 
     Raises:
-        ConfigError: on every rank, if a setting cannot be right.
+        ConfigError: On every rank, if a setting is wrong.
     """
 
     config_class: ClassVar[type[BestCheckpointCallbackConfig]] = BestCheckpointCallbackConfig
@@ -98,23 +71,9 @@ class BestCheckpointCallback(PeriodicCallback):
             self.model,
             directory=self.directory,
             metric_key=config.metric_key,
-            tolerances=config.tolerances,
-            model_names=config.model_names,
-            save_frozen_weights=config.save_frozen_weights,
-            higher_is_better=config.higher_is_better,
-            min_delta=config.min_delta,
-            keep_top_k=config.keep_top_k,
-            metric_reduction=config.metric_reduction,
-            on_nonfinite=config.on_nonfinite,
-            format=config.format,
-            async_save=config.async_save,
-            on_save_error=config.on_save_error,
-            remote=config.remote,
-            id=config.id,
             metric_property_provider=self.metric_property_provider,
             process_group=self.ranks.process_group,
-            rank_timeout=config.rank_timeout,
-            save_timeout=config.save_timeout,
+            **config.keeper_arguments(),
         )
         self.higher_is_better = self.keeper.policy.higher_is_better
         prefix = f"best={self.metric_key.replace('/', '.')}/"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from keepbest.errors import ConfigError
 from keepbest.interval import Interval
+from keepbest.validation import Place
 
 if TYPE_CHECKING:
     from keepbest.callbacks.base import CallbackBase
@@ -158,6 +159,17 @@ class CallBackBaseConfig(RegisteredConfig):
                 "import the module that defines it, or give its dotted path as kind"
             )
         return self.callback_type
+
+
+def known_settings(content: Any, place: Place) -> Iterable[str]:
+    """Names of the settings of the callback at `place` in `content`; none if there is no callback. **Rank-local**."""
+    for part in place:
+        is_index = isinstance(content, list | tuple) and isinstance(part, int)
+        if not is_index and not (isinstance(content, Mapping) and part in content):
+            return ()  # where a value may be of several types, pydantic adds the type to the place
+        content = content[part]
+    choice = {key: content.get(key) for key in ("kind", "name")} if isinstance(content, Mapping) else {}
+    return CallBackBaseConfig.find(**choice).model_fields if any(choice.values()) else ()
 
 
 def import_path(path: str, *, known: list[str]) -> Any:

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from keepbest.cli.history import print_history
 from keepbest.cli.plot import plot
 from keepbest.cli.report import report
-from keepbest.cli.run_file import describe
 from keepbest.cli.table import print_json, print_table
 from keepbest.cli.tolerance import parse_tolerances, print_tolerances
 from keepbest.cli.work import evaluate, train
@@ -27,6 +26,7 @@ from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
 from keepbest.run.maintenance import repair
 from keepbest.run.verify import verify
+from keepbest.validation import describe
 
 # Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
 _OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
@@ -226,6 +226,6 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
         if debug:
             raise
         if process.rank == 0 or isinstance(error, _OWN_ERRORS):
-            text = "\n".join(describe(error)) if isinstance(error, ValidationError) else str(error)
+            text = "\n".join(describe(error, lambda _: ())) if isinstance(error, ValidationError) else str(error)
             typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import yaml
 from pydantic import ValidationError
 from typing_extensions import Self
 
-from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.callbacks.config import known_settings
 from keepbest.errors import ConfigError
 from keepbest.training.config import RunConfig, TrainerConfig
+from keepbest.validation import Place, describe
 
 CONFIG_FILE = "config.yaml"
 
@@ -51,10 +52,11 @@ class RunFile:
             raise ConfigError(f"{path} must hold a mapping of settings, found {content!r}")
         for key, value in settings.items():
             _set(content, key, value)
+        known = partial(_known_settings, content)
         try:
             return cls(content, RunConfig.model_validate(content))
         except ValidationError as error:
-            raise ConfigError("\n".join([f"{path} does not describe a run:", *describe(error, content)])) from error
+            raise ConfigError("\n".join([f"{path} does not describe a run:", *describe(error, known)])) from error
 
     def save(self) -> None:
         """Write it to `config.yaml` in the directory of the run, so that it is there in whole or as before.
@@ -87,30 +89,6 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def describe(error: ValidationError, content: Any = None, at: tuple[int | str, ...] = ()) -> list[str]:
-    """What pydantic found, in one line for each: where, what is wrong, and the known key that is nearest.
-
-    Args:
-        error: the finding.
-        content: what was checked.
-        at: where in it `error` starts.
-    """
-    lines: list[str] = []
-    for each in error.errors(include_url=False):
-        place = (*at, *each["loc"])
-        cause = each.get("ctx", {}).get("error")
-        if isinstance(cause, ValidationError):
-            lines += describe(cause, content, place)
-            continue
-        where = ".".join(map(str, place)) or "the config"
-        if each["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key; {_hint(str(place[-1]), _known_keys(content, place[:-1]))}")
-        else:
-            found = "" if cause is not None or each["type"] == "missing" else f", found {each['input']!r}"
-            lines.append(f"{where}: {each['msg'].removeprefix('Value error, ')}{found}")
-    return lines
-
-
 class _Loader(yaml.SafeLoader):
     """Reads `1e-3` as a number, as YAML 1.2 and everybody who writes a learning rate do."""
 
@@ -139,17 +117,9 @@ def _index(items: list[Any], key: str, name: str) -> int:
     return int(name)
 
 
-def _known_keys(content: Any, place: tuple[int | str, ...]) -> Iterable[str]:
+def _known_settings(content: Any, place: Place) -> Iterable[str]:
     if not place:
         return RunConfig.model_fields
     if place == ("trainer",):
         return TrainerConfig.model_fields
-    for part in place:
-        content = content[part]
-    # Everything else that has keys of its own is a callback, at whatever depth.
-    return CallBackBaseConfig.find(kind=content.get("kind"), name=content.get("name")).model_fields
-
-
-def _hint(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return known_settings(content, place)

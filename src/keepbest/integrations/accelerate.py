@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]  # ships without types
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import nn
+from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
 from keepbest.keeper import BestKeeper
+from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest saved state names is kept under one tag: nothing tells which of them are removed.
 _PIN = "accelerate"
@@ -24,17 +28,31 @@ class AcceleratedKeeper(BestKeeper):
     the keeper starts, so before its block is entered.
 
     Args:
-        accelerator: of the loop.
-        model: as `accelerator.prepare` returned it.
-        directory: of the run; not the `project_dir` of an accelerator with `automatic_checkpoint_naming`, which takes
-            all that is in the folder `checkpoints` there for its own.
-        settings: the others of `BestKeeper`.
+        accelerator: Accelerator of the loop.
+        model: Model as `accelerator.prepare` returned it.
+        directory: Directory of the run. It must not be the `project_dir` of an accelerator with
+            `automatic_checkpoint_naming`, which takes all that is in the folder `checkpoints` there for its own.
+        metric_key: Name of the monitored metric.
+        metric_property_provider: As in `BestKeeper`.
+        process_group: As in `BestKeeper`.
+        **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
 
     Raises:
-        ConfigError: on every rank, if a setting cannot be right, or DeepSpeed or Megatron-LM has the weights.
+        ConfigError: On every rank, if a setting is unknown or wrong, or DeepSpeed or Megatron-LM has the weights.
+        DesyncError: On every rank, if their settings differ.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, *, directory: str | Path, **settings: Any) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        *,
+        directory: str | Path,
+        metric_key: str,
+        metric_property_provider: MetricPropertyProvider | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **settings: Unpack[KeeperSettingsDict],
+    ) -> None:
         if accelerator.distributed_type in _REFUSED:
             raise ConfigError(
                 f"expected a model on one device, or one of DDP or FSDP, but the accelerator has one of "
@@ -46,7 +64,14 @@ class AcceleratedKeeper(BestKeeper):
                 f"{directory} is the project_dir of an accelerator with automatic_checkpoint_naming, which counts and "
                 "removes what is in its folder 'checkpoints': give the keeper a directory of its own"
             )
-        super().__init__(model, directory=directory, **settings)
+        super().__init__(
+            model,
+            directory=directory,
+            metric_key=metric_key,
+            metric_property_provider=metric_property_provider,
+            process_group=process_group,
+            **settings,
+        )
         accelerator.register_for_checkpointing(self)
         self._hook = accelerator.register_save_state_pre_hook(self._pin)
 

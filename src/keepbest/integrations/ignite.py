@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ignite.engine import Engine, Events
 from torch import nn
+from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.settings import KeeperSettings, check_names
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from keepbest.settings import KeeperSettings
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of Ignite names is kept under one tag: no event tells which of them are removed.
 _PIN = "ignite"
@@ -28,18 +27,24 @@ class BestCheckpoint:
     """Observes a metric of an evaluator after each of its runs while the trainer runs.
 
     It belongs into the `to_save` of the `Checkpoint` that training is resumed from, and into what `load_objects` loads.
-    Everything that is not listed here is as in `BestKeeper`.
+
+    Ignite's metrics are reduced already, so they are the same on all ranks, and `metric_reduction="mean"` keeps exactly
+    this value. `"identical"` refuses values that were not reduced. `"sum"` would add the value up again.
 
     Args:
-        model: what is saved, in the form that is trained: as `ignite.distributed.auto_model` or `fully_shard` gave it.
-        metric_key: name of the metric in `evaluator.state.metrics`.
-        metric_reduction: what Ignite's metrics compute is reduced already, thus the same on all ranks, and `mean` gives
-            exactly this value; `identical` refuses values that were not reduced; `sum` would add it up again.
-        resume: "ledger" also takes up a folder that holds a run where no state was loaded: at the iteration that
-            training starts from, be it the first.
+        model: Model to save, in the form that is trained: as `ignite.distributed.auto_model` or `fully_shard` gave it.
+        metric_key: Name of the metric in `evaluator.state.metrics`.
+        directory: Directory of the run.
+        metric_property_provider: As in `BestKeeper`.
+        **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
+            `resume="ledger"` resumes a folder that holds a run even if no state was loaded: at the iteration that
+            training starts from, which may be the first.
 
     Attributes:
-        keeper: of the present or last run of the trainer; `None` before.
+        keeper: Keeper of the present or last run of the trainer. `None` before the first.
+
+    Raises:
+        ConfigError: If a setting is unknown or wrong.
     """
 
     def __init__(
@@ -48,22 +53,20 @@ class BestCheckpoint:
         metric_key: str,
         *,
         directory: str | Path,
-        higher_is_better: bool | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
-        **settings: Unpack[KeeperSettings],
+        **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        check_names(settings)
+        checked = KeeperSettings.of(settings)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
-        self._resume = settings.get("resume")
+        self._resume = checked.resume
         self._make_keeper = partial(
             BestKeeper,
             model,
             directory=directory,
             metric_key=metric_key,
-            higher_is_better=higher_is_better,
             metric_property_provider=metric_property_provider,
-            **settings,
+            **checked.keeper_arguments(),
         )
         self._trainer: Engine | None = None
         self._loaded: dict[str, Any] = {}

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
+from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.settings import KeeperSettings, check_names
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from keepbest.settings import KeeperSettings
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of Lightning names is kept under one tag: no hook tells which of them are removed.
 _PIN = "lightning"
@@ -26,22 +25,28 @@ _WEIGHT_AVERAGING: type | tuple[()] = getattr(callbacks, "WeightAveraging", ())
 
 
 class BestCheckpoint(Callback):
-    """Observes a metric of `trainer.callback_metrics` after each validation of `fit`, but for the sanity check.
+    """Observes a metric of `trainer.callback_metrics` after each validation of `fit`, except the sanity check.
 
-    Its state is in the checkpoints that Lightning writes; `fit(ckpt_path=...)` goes on from there. Everything that is
-    not listed here is as in `BestKeeper`.
+    Its state is in the checkpoints that Lightning writes. `fit(ckpt_path=...)` resumes it from there.
+
+    A value that Lightning has reduced already (`sync_dist=True`) is the same on all ranks, and
+    `metric_reduction="mean"` keeps exactly this value. `"identical"` refuses values that were not reduced. `"sum"`
+    would add the value up again.
 
     Args:
-        metric_key: name under which the LightningModule logs the metric in validation.
-        directory: of the run; `None` is the trainer's `default_root_dir`, which stays the same when a run is resumed,
-            while each start of a logger has a folder of its own.
-        metric_reduction: what Lightning has reduced already (`sync_dist=True`) is the same on all ranks, and `mean`
-            gives exactly this value; `identical` refuses values that were not reduced; `sum` would add it up again.
-        resume: "ledger" also takes up a folder that holds a run where Lightning has no checkpoint to go on from, or one
-            without this callback: at the iteration that training starts from, be it the first.
+        metric_key: Name under which the LightningModule logs the metric in validation.
+        directory: Directory of the run. `None` is the trainer's `default_root_dir`, which stays the same when a run is
+            resumed, while each start of a logger has a folder of its own.
+        metric_property_provider: As in `BestKeeper`.
+        **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
+            `resume="ledger"` resumes a folder that holds a run even if Lightning has no checkpoint to resume from, or
+            one without this callback: at the iteration that training starts from, which may be the first.
 
     Attributes:
-        keeper: of the present or last `fit` in this process; `None` before.
+        keeper: Keeper of the present or last `fit` in this process. `None` before the first.
+
+    Raises:
+        ConfigError: If a setting is unknown or wrong.
     """
 
     def __init__(
@@ -49,22 +54,20 @@ class BestCheckpoint(Callback):
         metric_key: str,
         *,
         directory: str | Path | None = None,
-        higher_is_better: bool | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
-        **settings: Unpack[KeeperSettings],
+        **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        check_names(settings)
+        checked = KeeperSettings.of(settings)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
         self._directory = directory
-        self._id = settings.get("id")
-        self._resume = settings.get("resume")
+        self._id = checked.id
+        self._resume = checked.resume
         self._make_keeper = partial(
             BestKeeper,
             metric_key=metric_key,
-            higher_is_better=higher_is_better,
             metric_property_provider=metric_property_provider,
-            **settings,
+            **checked.keeper_arguments(),
         )
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.settings import KeeperSettings, check_names
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from keepbest.settings import KeeperSettings
+from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of the Trainer names is kept under one tag: no hook tells which of them are removed.
 _PIN = "transformers"
@@ -27,24 +26,28 @@ _ONLY_EVALUATION = "eval_runtime"
 
 
 class BestCheckpoint(TrainerCallback, ExportableState):
-    """Observes a metric of each evaluation in `train`, but for that of `eval_on_start`.
+    """Observes a metric of each evaluation in `train`, except that of `eval_on_start`.
 
-    Its state is in the checkpoints that the Trainer writes; `train(resume_from_checkpoint=...)` goes on from there.
-    Everything that is not listed here is as in `BestKeeper`.
+    Its state is in the checkpoints that the Trainer writes. `train(resume_from_checkpoint=...)` resumes it from there.
+
+    What the Trainer reports is the same on all ranks already, and `metric_reduction="mean"` keeps exactly this value.
+    `"identical"` refuses values that differ. `"sum"` would add the value up again.
 
     Args:
-        metric_key: name of the metric in what an evaluation reports; `eval_` is put before it where it is absent.
+        metric_key: Name of the metric in what an evaluation reports. `eval_` is put before it where it is absent.
             `None` is the `metric_for_best_model` of the training arguments.
-        directory: of the run; `None` is the `output_dir` of the training arguments.
-        higher_is_better: direction of the metric; `None` is `greater_is_better` of the training arguments if the metric
-            is their `metric_for_best_model`, or else what the name of the metric tells.
-        metric_reduction: what the Trainer reports is the same on all ranks already, and `mean` gives exactly this
-            value; `identical` refuses values that differ; `sum` would add it up again.
-        resume: "ledger" also takes up a folder that holds a run where there is no checkpoint to go on from, or one
-            without this callback: at the step that training starts from, be it the first.
+        directory: Directory of the run. `None` is the `output_dir` of the training arguments.
+        **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md. Without
+            `higher_is_better` the direction is `greater_is_better` of the training arguments if the metric is their
+            `metric_for_best_model`, or else what the name of the metric says. `resume="ledger"` resumes a folder that
+            holds a run even if there is no checkpoint to resume from, or one without this callback: at the step that
+            training starts from, which may be the first.
 
     Attributes:
-        keeper: of the present or last `train` in this process; `None` before.
+        keeper: Keeper of the present or last `train` in this process. `None` before the first.
+
+    Raises:
+        ConfigError: If a setting is unknown or wrong.
     """
 
     def __init__(
@@ -52,19 +55,12 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         metric_key: str | None = None,
         *,
         directory: str | Path | None = None,
-        higher_is_better: bool | None = None,
-        **settings: Unpack[KeeperSettings],
+        **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        check_names(settings)
         self.keeper: BestKeeper | None = None
         self._metric_key = metric_key
         self._directory = None if directory is None else str(directory)
-        self._higher_is_better = higher_is_better
-        # The Trainer writes them as JSON.
-        self._settings: dict[str, Any] = {**settings}
-        for name in ("tolerances", "model_names"):
-            if self._settings.get(name) is not None:
-                self._settings[name] = list(self._settings[name])
+        self._settings = KeeperSettings.of(settings)
         self._open: BestKeeper | None = None
         self._is_due = False
         self._reported: set[str] = set()
@@ -75,8 +71,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             "args": {
                 "metric_key": self._metric_key if self._open is None else self._open.metric_key,
                 "directory": self._directory,
-                "higher_is_better": self._higher_is_better,
-                **self._settings,
+                # The Trainer writes them as JSON.
+                **self._settings.model_dump(mode="json", exclude_defaults=True),
             },
             "attributes": {"resumed_state": None if self._open is None else self._open.state_dict()},
         }
@@ -99,19 +95,19 @@ class BestCheckpoint(TrainerCallback, ExportableState):
                 "whose weights keepbest cannot gather: save it by its own means"
             )
         key = _reported_key(args, self._metric_key)
+        settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
         keeper = BestKeeper(
             kwargs["model"],
             directory=self._directory or str(args.output_dir),
             metric_key=key,
-            higher_is_better=self._direction(args, key),
-            **self._settings,
+            **settings,
         )
         loaded = self._take_out(state, key)
         # At step 0 it is no checkpoint that this comes from, but what this callback gave when `train` was called.
         if loaded is not None and state.global_step > 0:
             keeper.load_state_dict(loaded)
         begun = TrainingIteration(update=state.global_step)
-        keeper.start(at=begun if self._settings.get("resume") == "ledger" else None)
+        keeper.start(at=begun if self._settings.resume == "ledger" else None)
         self.keeper = self._open = keeper
         self._is_due, self._reported = False, set()
 
@@ -176,8 +172,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             keeper.close()
 
     def _direction(self, args: TrainingArguments, key: str) -> bool | None:
-        if self._higher_is_better is not None or args.metric_for_best_model is None:
-            return self._higher_is_better
+        if self._settings.higher_is_better is not None or args.metric_for_best_model is None:
+            return self._settings.higher_is_better
         if key != _reported_key(args, None):
             return None
         try:
@@ -218,7 +214,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         entries = everything.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]
         # Before training an entry has the name of the metric as it was given.
-        ids = [(key, self._settings.get("id")), (self._metric_key, self._settings.get("id"))]
+        ids = [(key, self._settings.id), (self._metric_key, self._settings.id)]
         mine = [entry for entry in entries if (entry["args"]["metric_key"], entry["args"].get("id")) in ids]
         everything[name] = [entry for entry in entries if entry not in mine]
         return mine[-1]["attributes"]["resumed_state"] if mine else None

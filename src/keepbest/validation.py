@@ -1,0 +1,47 @@
+"""What pydantic finds wrong with settings, in the words that every face of keepbest uses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+
+from pydantic import ValidationError
+
+Place = tuple[int | str, ...]
+
+
+def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at: Place = ()) -> list[str]:
+    """One line for each finding: the setting, what was expected, and what was found. **Rank-local**.
+
+    Args:
+        error: The findings.
+        known: Function that returns the names of the settings that there are at a place.
+        at: Place that the findings are relative to.
+    """
+    lines: list[str] = []
+    for each in error.errors(include_url=False):
+        place = (*at, *each["loc"])
+        where = ".".join(map(str, place))
+        cause = each.get("ctx", {}).get("error")
+        expected = each["msg"]
+        if isinstance(cause, ValidationError):
+            lines += describe(cause, known, place)
+        elif cause is not None:
+            lines.append(f"{where}: {cause}" if where else str(cause))
+        elif each["type"] == "extra_forbidden":
+            parent = ".".join(map(str, place[:-1]))
+            text = _unknown(str(place[-1]), list(known(place[:-1])))
+            lines.append(f"{parent}: {text}" if parent else text)
+        elif each["type"] == "missing":
+            lines.append(f"{where} is required")
+        elif expected.startswith("Input should be "):
+            lines.append(f"{where} must be {expected.removeprefix('Input should be ')}, found {each['input']!r}")
+        else:
+            lines.append(f"{where}: {expected}, found {each['input']!r}")
+    return lines
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"there is no setting {name!r}{hint} The settings are: {', '.join(known) or 'none'}"
