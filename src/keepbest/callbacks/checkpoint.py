@@ -1,6 +1,6 @@
-"""Resume checkpoints: everything that a run needs to go on as if it had never stopped, on any number of ranks.
+"""Resume checkpoints: everything that a run needs to continue as if it had never stopped, on any number of ranks.
 
-<run>/resume/E7_U140_S8960/      model, average and optimizers in torch's distributed format, each rank with its share
+<run>/resume/E7_U140_S8960/      model, average and optimizers in torch's distributed format, a share from each rank
               trainer.pt         update counter, states of the callbacks
               rng_0.pt ...       random number generators of each rank
 <run>/resume/latest              -> E7_U140_S8960
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
+from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
 from keepbest.formats.dcp import one_error
 from keepbest.interval import IntervalType
@@ -37,7 +38,6 @@ from keepbest.ranks import Ranks
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
-    from keepbest.training.trainer import Trainer
 
 # Flat keys: with lists of parameter groups FSDP1 cannot load on a rank that holds no part of a parameter.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -48,7 +48,7 @@ class CheckpointCallbackConfig(CallBackBaseConfig):
     """Config of `CheckpointCallback`.
 
     Attributes:
-        keep_last: how many resume checkpoints are kept; `None` keeps all.
+        keep_last: Number of resume checkpoints to keep; `None` keeps all.
     """
 
     name: Literal["CheckpointCallback"] = "CheckpointCallback"
@@ -59,7 +59,7 @@ class CheckpointCallbackConfig(CallBackBaseConfig):
 class CheckpointCallback(PeriodicCallback):
     """Saves resume checkpoints, after everything else that happens at the same iteration.
 
-    Checkpoints of later iterations are those of a timeline that a resume has left; they are removed like old ones.
+    Checkpoints of later iterations belong to an abandoned timeline. They are removed like old ones.
     """
 
     config_class: ClassVar[type[CheckpointCallbackConfig]] = CheckpointCallbackConfig
@@ -73,10 +73,16 @@ class CheckpointCallback(PeriodicCallback):
 
     @property
     def state_key(self) -> str:
-        """The same for all: two of them in one run would remove each other's checkpoints, and are refused."""
+        """One name for all: two of them in one run would remove each other's checkpoints, so they are refused."""
         return type(self).__name__
 
     def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
+        """Save a resume checkpoint. **Collective**. Nothing in evaluation.
+
+        Raises:
+            RankFailedError: On every rank, if a rank cannot write its share.
+            StorageError: On every rank, if the file system refuses.
+        """
         if interval_type == "eval":
             return
         self._save(str(update_counter.iteration))
@@ -105,7 +111,7 @@ class CheckpointCallback(PeriodicCallback):
         step = f"write the resume checkpoint {name}"
         self.ranks.agree(step, lambda: self._folder.begin(name) if self.ranks.is_main else None)
         with one_error(step, self.ranks, RankFailedError):
-            trainer: Trainer = self.trainer
+            trainer = self.trainer
             model, optimizers = get_state_dict(trainer.model, list(trainer.optimizers.values()), options=_OPTIONS)
             state = {_MODEL: model, _OPTIMIZERS: optimizers, **_weights_of_average(trainer)}
             save(state, checkpoint_id=self._folder.temporary(name), no_dist=self.ranks.world_size == 1)
@@ -114,7 +120,7 @@ class CheckpointCallback(PeriodicCallback):
     def _write_states(self, name: str) -> None:
         self._folder.write(name, f"rng_{self.ranks.rank}.pt", _serialized(read_random_state()))
         if self.ranks.is_main:
-            trainer: Trainer = self.trainer
+            trainer = self.trainer
             state = {
                 "world_size": self.ranks.world_size,
                 "update_counter": trainer.update_counter.state_dict(),
@@ -125,15 +131,15 @@ class CheckpointCallback(PeriodicCallback):
 
 
 def find_resume_checkpoint(directory: Path, resume: Path | str, ranks: Ranks) -> Path | None:
-    """The resume checkpoint that `resume` means, or `None` if that is "auto" and there is none yet. **Collective**.
+    """Find the resume checkpoint that `resume` means; `None` if that is "auto" and there is none yet. **Collective**.
 
     Args:
-        directory: folder of the run.
-        resume: path of a checkpoint (or a link to one), or "auto": the one saved last that is complete.
-        ranks: rank 0 looks, all get its answer.
+        directory: Directory of the run.
+        resume: Path of a checkpoint (or a link to one), or "auto" for the newest complete one.
+        ranks: Ranks of the run. Rank 0 looks, and all receive its answer.
 
     Raises:
-        ConfigError: if there is no complete checkpoint at the path.
+        ConfigError: If there is no complete checkpoint at the path.
     """
 
     def find() -> str | None:
@@ -145,31 +151,35 @@ def find_resume_checkpoint(directory: Path, resume: Path | str, ranks: Ranks) ->
 
 
 class _Saved(NamedTuple):
-    """What a rank reads of a checkpoint by itself."""
+    """The parts of a checkpoint that a rank reads by itself."""
 
     state: dict[str, Any]
     random_state: dict[str, Any] | None
     keys: frozenset[str]
 
 
-def load_resume_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any] | None:
+def load_resume_checkpoint(path: Path, trainer: TrainerView, ranks: Ranks) -> dict[str, Any] | None:
     """Load model, optimizers, update counter and callbacks from a complete checkpoint. **Collective**.
 
+    Args:
+        path: Path of the checkpoint.
+        trainer: Trainer whose model, optimizers, counter and callbacks are loaded.
+        ranks: Ranks that train together.
+
     Returns:
-        The state of this rank's random number generators for `restore_random_state`, or `None` if the checkpoint was
-        saved by another number of ranks.
+        The state of this rank's random number generators for `restore_random_state`; `None` if the checkpoint was saved
+        by another number of ranks.
 
     Raises:
-        ConfigError: if the run had epochs or batches of another size, or averaged its weights and this one does not, or
-            the other way round.
-        SnapshotError: if model or optimizers are not those that were saved.
+        ConfigError: If the run had epochs or batches of another size, or only one of the two runs averages its weights.
+        SnapshotError: If model or optimizers are not those that were saved.
     """
-    ranks, step = trainer.ranks, f"resume from {path}"
+    step = f"resume from {path}"
     saved = ranks.agree(step, lambda: _read(path, ranks), remedy="every rank must be able to read this folder")
     ranks.agree(step, lambda: trainer.update_counter.load_state_dict(saved.state["update_counter"]))
     ranks.agree(step, lambda: _load_average(saved.state.get("average"), trainer))
     with one_error(step, ranks, SnapshotError):
-        _load_weights(path, trainer, saved.keys)
+        _load_weights(path, ranks, trainer, saved.keys)
     states = saved.state["callbacks"]
 
     def load_callbacks() -> None:
@@ -189,7 +199,7 @@ def _read(path: Path, ranks: Ranks) -> _Saved:
     return _Saved(state, random_state, frozenset(FileSystemReader(path).read_metadata().state_dict_metadata))
 
 
-def _load_average(state: dict[str, int] | None, trainer: Trainer) -> None:
+def _load_average(state: dict[str, int] | None, trainer: TrainerView) -> None:
     if (state is None) != (trainer.average is None):
         had, has = ("no ", "an ") if state is None else ("an ", "no ")
         raise ConfigError(
@@ -200,16 +210,16 @@ def _load_average(state: dict[str, int] | None, trainer: Trainer) -> None:
         trainer.average.load_state_dict(state)
 
 
-def _weights_of_average(trainer: Trainer) -> dict[str, Any]:
+def _weights_of_average(trainer: TrainerView) -> dict[str, Any]:
     return {} if trainer.average is None else {_AVERAGE: get_model_state_dict(trainer.average.model, options=_OPTIONS)}
 
 
-def _load_weights(path: Path, trainer: Trainer, saved_keys: frozenset[str]) -> None:
+def _load_weights(path: Path, ranks: Ranks, trainer: TrainerView, saved_keys: frozenset[str]) -> None:
     optimizers = list(trainer.optimizers.values())
     model: dict[str, Any]
     states: dict[str, Any]
     model, states = get_state_dict(trainer.model, optimizers, options=_OPTIONS)
-    # A parameter that never had a gradient has no optimizer state yet; reading the states has just made one for it.
+    # A parameter that never had a gradient has no optimizer state yet. Reading the states has just made one for it.
     prefix = f"{_OPTIMIZERS}.state."
     stateful = {key.removeprefix(prefix).rpartition(".")[0] for key in saved_keys if key.startswith(prefix)}
     stored = {
@@ -218,7 +228,7 @@ def _load_weights(path: Path, trainer: Trainer, saved_keys: frozenset[str]) -> N
         if not key.startswith("state.") or key.removeprefix("state.").rpartition(".")[0] in stateful
     }
     loaded: dict[str, Any] = {_MODEL: model, _OPTIMIZERS: stored, **_weights_of_average(trainer)}
-    load(loaded, checkpoint_id=path, no_dist=trainer.ranks.world_size == 1)
+    load(loaded, checkpoint_id=path, no_dist=ranks.world_size == 1)
     set_state_dict(
         trainer.model,
         optimizers,
@@ -237,6 +247,6 @@ def _load_weights(path: Path, trainer: Trainer, saved_keys: frozenset[str]) -> N
 def _serialized(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    # What only unpickling arbitrary objects could read back is refused now, not when the run has to be resumed.
+    # A state that only unpickling of arbitrary objects could read back is refused now, not when the run has to resume.
     torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     return buffer.getvalue()

@@ -205,7 +205,7 @@ class Trainer:
         if self.resume is None:
             return None
         path = find_resume_checkpoint(self.directory, self.resume, self.ranks)
-        return None if path is None else load_resume_checkpoint(path, self)
+        return None if path is None else load_resume_checkpoint(path, self, self.ranks)
 
     def _build_loader(self) -> DataLoader[Any]:
         sampler = InterleavedSampler(
