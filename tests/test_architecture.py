@@ -45,6 +45,7 @@ PATH = [
     "staging",
     "modules",
     "metric",
+    "reduction",
     "ranks",
     "decision",
     "interval",

@@ -24,7 +24,7 @@ class MetricEarlyStopperConfig(CallBackBaseConfig):
         metric_key: Key of the metric in the log.
         tolerance: Number of intervals in a row without improvement that do not end training. The next one does.
         higher_is_better: Direction of the metric; `None` derives it from the metric's name.
-        min_delta: Amount by which a value must be better to count as an improvement, in units of the metric.
+        min_delta: Threshold of improvement. A new best must beat the old one by more than this, in units of the metric.
         metric_reduction: Way in which the values of the ranks become one.
     """
 
