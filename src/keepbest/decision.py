@@ -25,8 +25,8 @@ class Policy:
         top_k: Number of best values of a timeline that are kept. 1 is the best alone.
 
     Raises:
-        ConfigError: If `min_delta` is negative or not finite, if a tolerance is negative, not an integer or given twice,
-            or if `top_k` is not an integer >= 1.
+        ConfigError: If `min_delta` is negative or not finite, a tolerance is negative, given twice or not an integer,
+            or `top_k` is not an integer >= 1.
     """
 
     higher_is_better: bool

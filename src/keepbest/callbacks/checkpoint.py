@@ -99,7 +99,7 @@ class CheckpointCallback(PeriodicCallback):
         removed = self.ranks.broadcast(
             f"publish the resume checkpoint {name}",
             lambda: self._folder.publish(name, keep_last=self._keep_last),
-            remedy=f"see whether {self._folder.path} can be written",
+            remedy=f"Check that {self._folder.path} can be written",
             saving=True,
         )
         for old in removed:
@@ -175,7 +175,7 @@ def load_resume_checkpoint(path: Path, trainer: TrainerView, ranks: Ranks) -> di
         SnapshotError: If model or optimizers are not those that were saved.
     """
     step = f"resume from {path}"
-    saved = ranks.agree(step, lambda: _read(path, ranks), remedy="every rank must be able to read this folder")
+    saved = ranks.agree(step, lambda: _read(path, ranks), remedy="Every rank must be able to read this folder")
     ranks.agree(step, lambda: trainer.update_counter.load_state_dict(saved.state["update_counter"]))
     ranks.agree(step, lambda: _load_average(saved.state.get("average"), trainer))
     with one_error(step, ranks, SnapshotError):
