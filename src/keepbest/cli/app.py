@@ -131,7 +131,7 @@ def tolerance_command(
 def verify_command(context: typer.Context, run: Run) -> None:
     """Compare every file that RUN needs with what was written, and its refs with the ledger.
 
-    It prints a line for each fault. The exit status is 1 if there is one. Damage is permanent. What is unfinished is left
+    It prints a line for each fault. The exit status is 1 if there is one. Damage is permanent. Unfinished work is left
     from a crash, and the next resume, or repair, finishes or removes it.
     """
 

@@ -1,4 +1,4 @@
-"""The plain names of a model's weights, whatever it is wrapped in.
+"""The plain names of a model's weights, independent of its wrappers.
 
 Wrappers add their names to state-dict keys (`module.`, `_orig_mod.`, ...). These functions remove them by a walk over
 the modules, never by replacing text: a submodule that a user called `module` keeps its name.
