@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -14,57 +15,49 @@ from keepbest.training.counter import UpdateCounter
 from keepbest.training.strategy import Precision, autocast
 
 
+@dataclass(frozen=True, slots=True)
 class Hooks:
     """The hooks of all callbacks of a run. Calling one is as **collective** as the callbacks are.
 
-    Args:
+    Attributes:
         callbacks: Callbacks in the order in which they are called.
         update_counter: Counter that every hook receives.
-        batch_size: Number of samples of a micro-batch on one rank, which every hook inside of training receives.
+        batch_size: Number of samples of a micro-batch on one rank.
         precision: Precision of training. Callbacks evaluate the model in it.
         device: Device of the model.
     """
 
-    def __init__(
-        self,
-        callbacks: Sequence[CallbackBase],
-        update_counter: UpdateCounter,
-        *,
-        batch_size: int,
-        precision: Precision,
-        device: torch.device,
-    ) -> None:
-        self._callbacks = callbacks
-        self._update_counter = update_counter
-        self._batch_size = batch_size
-        self._precision = precision
-        self._device = device
+    callbacks: Sequence[CallbackBase]
+    update_counter: UpdateCounter
+    batch_size: int
+    precision: Precision
+    device: torch.device
 
     @property
     def sampler_configs(self) -> list[SamplerConfig]:
         """What the shared loader must deliver for callbacks, in their order."""
-        return [callback.sampler_config for callback in self._callbacks if _takes_batches(callback)]
+        return [callback.sampler_config for callback in self.callbacks if _takes_batches(callback)]
 
     def before_training(self) -> None:
         """Call `before_training`."""
-        self._call(self._callbacks, "before_training")
+        self._call(self.callbacks, "before_training")
 
     def after_training(self) -> None:
         """Call `after_training`."""
-        self._call(self._callbacks, "after_training")
+        self._call(self.callbacks, "after_training")
 
     def at_eval(self) -> None:
         """Call `at_eval`."""
-        self._call(self._callbacks, "at_eval", batch_size=self._batch_size)
+        self._call(self.callbacks, "at_eval", batch_size=self.batch_size)
 
     def before_preemption(self) -> None:
         """Call `before_preemption`."""
-        self._call(self._callbacks, "before_preemption", batch_size=self._batch_size)
+        self._call(self.callbacks, "before_preemption", batch_size=self.batch_size)
 
     def track(self, hook: str, **arguments: Any) -> None:
         """Call a tracking hook of the callbacks and of their children."""
-        with_children = [each for callback in self._callbacks for each in (callback, *callback.get_children())]
-        self._call(with_children, hook, batch_size=self._batch_size, **arguments)
+        with_children = [each for callback in self.callbacks for each in (callback, *callback.get_children())]
+        self._call(with_children, hook, batch_size=self.batch_size, **arguments)
 
     def after_update(self, data_iter: Iterator[Any]) -> None:
         """Call `after_update`, and `after_epoch` if the update ended an epoch.
@@ -72,19 +65,19 @@ class Hooks:
         Args:
             data_iter: Iterator over the shared loader. Callbacks take their batches from it.
         """
-        hooks = ["after_update", "after_epoch"] if self._update_counter.is_full_epoch else ["after_update"]
+        hooks = ["after_update", "after_epoch"] if self.update_counter.is_full_epoch else ["after_update"]
         # A resume checkpoint after an update must also hold what the callbacks do at the end of that update's epoch.
         for runs_last in (False, True):
-            callbacks = [callback for callback in self._callbacks if callback.runs_last == runs_last]
+            callbacks = [callback for callback in self.callbacks if callback.runs_last == runs_last]
             for hook in hooks:
                 for callback in callbacks:
                     batches = data_iter if _takes_batches(callback) else None
-                    self._call([callback], hook, batch_size=self._batch_size, data_iter=batches)
+                    self._call([callback], hook, batch_size=self.batch_size, data_iter=batches)
 
     def _call(self, callbacks: Sequence[CallbackBase], hook: str, **arguments: Any) -> None:
-        with autocast(self._precision, self._device):
+        with autocast(self.precision, self.device):
             for callback in callbacks:
-                getattr(callback, hook)(update_counter=self._update_counter, **arguments)
+                getattr(callback, hook)(update_counter=self.update_counter, **arguments)
 
 
 def _takes_batches(callback: CallbackBase) -> TypeGuard[PeriodicDataIteratorCallback]:

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from keepbest.callbacks.assemble import assemble_callbacks
-from keepbest.callbacks.checkpoint import CheckpointCallback, find_resume_checkpoint, load_resume_checkpoint
+from keepbest.callbacks.checkpoint import CheckpointCallback
+from keepbest.callbacks.resume_checkpoint import find_resume_checkpoint, load_resume_checkpoint
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.data.container import DataContainer
 from keepbest.data.interleaved import InterleavedSampler, build_loader, count_updates_per_epoch
@@ -114,13 +115,7 @@ class Trainer:
             ranks=ranks,
             directory=self.directory,
         )
-        self._hooks = Hooks(
-            self.callbacks,
-            self.update_counter,
-            batch_size=self.batch_size,
-            precision=config.precision,
-            device=self.device,
-        )
+        self._hooks = Hooks(self.callbacks, self.update_counter, self.batch_size, config.precision, self.device)
         self._update_step = UpdateStep(
             model=self.model,
             unwrapped=model,
