@@ -45,7 +45,7 @@ def _rows(lines: list[Line]) -> Iterator[tuple[str, str, str, str]]:
         elif event == "session":
             yield "", "", "", f"restart {line['restart']}"
         elif event == "begin" and line["timeline"] is not None:
-            yield keeper, line["at"] or "", "", "continues from here" if line["at"] else "starts over"
+            yield keeper, line["at"] or "", "", "goes on from here" if line["at"] else "starts over"
         elif event == "end":
             yield keeper, "", "", ", ".join(["training ended", *_moves(line)])
 
