@@ -49,6 +49,7 @@ PATH = [
     "modules",
     "run",
     "metric",
+    "reduction",
     "ranks",
     "decision",
     "interval",
@@ -60,7 +61,7 @@ SHELLS = ["callbacks", "cli", "data", "integrations", "launch", "training"]
 COLLECTIVES_LIVE_IN = ("ranks/", "capture/", "data/")
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
-    "callbacks/checkpoint.py",
+    "callbacks/resume_checkpoint.py",
     "formats/dcp.py",
     "modules/kinds.py",  # tells what is sharded
     "training/strategy.py",

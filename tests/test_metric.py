@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from keepbest import MetricPropertyProvider, TrainingIteration
 from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
-from keepbest.metric import agree_on_metric, read_scalar, read_value, reduce_numbers
+from keepbest.metric import agree_on_metric, read_scalar, read_value
 from keepbest.ranks import Number, Ranks
+from keepbest.reduction import reduce_numbers
 from keepbest.training.log_writer import LoggedScalar
 from tests.kit.pool import run_ranks
 
@@ -204,7 +205,7 @@ def test_a_bad_value_on_one_rank_is_the_same_error_on_every_rank():
     assert "rank 1 of 3" in text[1]
     assert "'high'" in text[1]
     assert one[0] is all_of_them[0] is main[0] is MissingMetricError
-    assert "missing on 1 of 3 ranks:\n  rank 1: observe() was given None\n" in one[1]
+    assert "missing on 1 of 3 ranks:\n  rank 1: observe() received None\n" in one[1]
     assert "missing on 3 of 3 ranks:\n  rank 0" in all_of_them[1]
     assert "  rank 1: 2.0\n" in differing[1]
     assert "not on ranks [1]" in weights[1]
@@ -237,7 +238,7 @@ def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank_that_tells_the_key
     assert "the monitored metric 'loss/val' is missing on 1 of 2 ranks:\n  rank 1:" in outcomes[0]
     assert "logged keys: accuracy, loss/train" in outcomes[0]
     assert (
-        "at this iteration and before it is looked at: a callback of the trainer that logs it needs the same every_n_*"
+        "at this iteration, before it is observed: a callback of the trainer that logs it needs the same every_n_*"
         in outcomes[0]
     )
 

@@ -8,7 +8,7 @@ _PACKAGES_OF_THE_EXTRA = ("typer", "rich", "yaml")
 
 
 def main() -> None:
-    """Run the command line, or tell how to install what it needs."""
+    """Run the command line, or exit with a message about how to install what it needs."""
     try:
         from keepbest.cli.app import app
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
 """What to do with an observation: a pure function of the state and the observation, the same on every rank.
 
-A state is the fold of `decide` over a timeline, so whoever has the observations has the state.
+A state is the fold of `decide` over a timeline, so the observations are enough to rebuild it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from keepbest.iteration import TrainingIteration
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When a metric counts as better, after how long a drought a tolerance is exceeded, and how many bests are kept.
+    """When a metric counts as better, how long it may fail to improve, and how many bests are kept.
 
     Attributes:
-        higher_is_better: the direction of the metric.
-        min_delta: a new best must beat the old one by more than this, in units of the metric.
-        tolerances: unique integers >= 0, in intervals, ascending.
-        top_k: how many of the best values of a timeline are kept; 1 is the best alone.
+        higher_is_better: Direction of the metric.
+        min_delta: Threshold of improvement. A new best must beat the old one by more than this, in units of the metric.
+        tolerances: Unique integers >= 0, in intervals, ascending.
+        top_k: Number of best values of a timeline that are kept. 1 is the best alone.
 
     Raises:
-        ConfigError: if `min_delta` is negative or not finite, a tolerance is negative, no integer or given twice, or
-            `top_k` is no integer >= 1.
+        ConfigError: If `min_delta` is negative or not finite, a tolerance is negative, given twice or not an integer,
+            or `top_k` is not an integer >= 1.
     """
 
     higher_is_better: bool
@@ -47,9 +47,9 @@ class Policy:
             raise ConfigError(f"keep_top_k must be an integer >= 1, got {self.top_k!r}")
 
     def entering(self, value: float, top: Sequence[Best]) -> int | None:
-        """The place, from 0, that `value` takes among the best `top`; `None` if it is not among the `top_k` best.
+        """Return the place, from 0, of `value` among the best `top`; `None` if it is not among the `top_k` best.
 
-        Of equal values the older one is the better; `min_delta` does not count.
+        Of equal values the older one ranks higher. `min_delta` does not count.
         """
         if self.top_k == 1 or not math.isfinite(value):
             return None
@@ -59,7 +59,7 @@ class Policy:
     def is_better(self, value: float, best: float | None, *, min_delta: float | None = None) -> bool:
         """Whether `value` beats `best` strictly, by more than `min_delta` (by default the policy's).
 
-        NaN and infinities are never better; any finite value beats `None`.
+        NaN and infinities are never better. Any finite value beats `None`.
         """
         if not math.isfinite(value):
             return False
@@ -74,9 +74,9 @@ class Observation:
     """One agreed value of the monitored metric.
 
     Attributes:
-        iteration: when it was observed.
-        value: may be NaN or infinite.
-        durable: False where it was a new best whose weights could not be saved; it then counts as not improving.
+        iteration: Iteration at which it was observed.
+        value: Value of the metric, possibly NaN or infinite.
+        durable: False if it was a new best whose weights could not be saved. It then counts as not improving.
     """
 
     iteration: TrainingIteration
@@ -86,7 +86,12 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """A value that was the best, and the iteration whose weights reached it."""
+    """A value that was the best.
+
+    Attributes:
+        value: Value of the metric.
+        iteration: Iteration whose weights reached it.
+    """
 
     value: float
     iteration: TrainingIteration
@@ -97,14 +102,14 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class BestState:
-    """All that is remembered between intervals.
+    """Everything that decisions remember between intervals.
 
     Attributes:
-        best: of the timeline; `None` before the first finite value.
-        tolerance_counter: intervals since the last improvement.
-        exceeded: for each tolerance that was exceeded, the best at that moment (`None` if there was none yet).
-        last_iteration: of the newest observation.
-        top: the best values that were kept, the best first; empty where only the best is.
+        best: Best of the timeline; `None` before the first finite value.
+        tolerance_counter: Number of intervals since the last improvement.
+        exceeded: For each tolerance that was exceeded, the best at that moment; `None` if there was none yet.
+        last_iteration: Iteration of the newest observation; `None` before the first.
+        top: Best values that are kept, the best first; empty if only the best is kept.
     """
 
     best: Best | None = None
@@ -119,7 +124,7 @@ class BestState:
         return f"best {self.best}, {self.tolerance_counter} intervals ago, {closed} closed, at {self.last_iteration}"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values only; `from_json` is the inverse."""
+        """Return the state as JSON values. `from_json` is the inverse."""
         return {
             "best": _best_to_json(self.best),
             "tolerance_counter": self.tolerance_counter,
@@ -130,7 +135,7 @@ class BestState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> BestState:
-        """The inverse of `to_json`."""
+        """Return the state that `to_json` made into JSON values."""
         last = state["last_iteration"]
         return cls(
             best=_best_from_json(state["best"]),
@@ -146,9 +151,9 @@ class Decision:
     """What follows from one observation.
 
     Attributes:
-        is_new_best: the value is the new best of the timeline.
-        newly_exceeded: tolerances that are closed by this observation, ascending.
-        enters_top: the value is among the `top_k` best.
+        is_new_best: Whether the value is the new best of the timeline.
+        newly_exceeded: Tolerances that this observation closes, ascending.
+        enters_top: Whether the value is among the `top_k` best.
     """
 
     is_new_best: bool
@@ -163,15 +168,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an observation led to; the same on every rank.
+    """The result of an observation, the same on every rank.
 
     Attributes:
-        iteration: that was observed.
-        value: the metric that all ranks agreed on.
-        is_new_best: whether it is the new best of the timeline; its weights are durable then.
-        newly_exceeded: tolerances that it closed, ascending.
-        enters_top: whether it is among the `keep_top_k` best; its weights are durable then too.
-        save_failed: whether a new best was lost because it could not be written (only with `on_save_error="warn"`).
+        iteration: Iteration that was observed.
+        value: Value of the metric on which all ranks agreed.
+        is_new_best: Whether it is the new best of the timeline. Its weights are durable then.
+        newly_exceeded: Tolerances that it closed, ascending.
+        enters_top: Whether it is among the `keep_top_k` best. Its weights are durable then too.
+        save_failed: Whether a new best was lost because it could not be written (only with `on_save_error="warn"`).
     """
 
     iteration: TrainingIteration
@@ -183,13 +188,13 @@ class Outcome:
 
 
 def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[BestState, Decision]:
-    """The state after `observation`, and what to do about it.
+    """Return the state after `observation`, and what to do about it.
 
-    A tolerance is exceeded when the number of intervals without improvement first becomes greater than it; it is then
+    A tolerance is exceeded when the number of intervals without improvement first becomes greater than it. It is then
     closed for good.
 
     Raises:
-        IterationError: if the observation does not come strictly after the last one, or names other parts.
+        IterationError: If the observation does not come strictly after the last one, or names other parts.
     """
     if state.last_iteration is not None and not observation.iteration.follows(state.last_iteration):
         raise IterationError(
@@ -222,7 +227,7 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
 
 
 def fold(policy: Policy, observations: Iterable[Observation], *, start: BestState | None = None) -> BestState:
-    """The state after all of `observations`, from `start` or the beginning of a timeline."""
+    """Return the state after all of `observations`, from `start` or the beginning of a timeline."""
     state = BestState() if start is None else start
     for observation in observations:
         state, _ = decide(policy, state, observation)

@@ -1,20 +1,20 @@
 """Every exception that keepbest raises on purpose.
 
     KeepBestError
-    ├── ConfigError (ValueError)           a setting, a name or a config that cannot be right
+    ├── ConfigError (ValueError)           an invalid setting, name or config
     ├── MetricError
     │   ├── MissingMetricError (KeyError)  a rank that needs the monitored metric does not have it
     │   ├── InvalidMetricError (ValueError)  not a number, bad weights, or NaN where that is refused
-    │   └── MetricMismatchError            ranks hold different values and `identical` was asked for
-    ├── IterationError (ValueError)        an iteration that goes back or names other parts
+    │   └── MetricMismatchError            ranks hold different values, which `identical` refuses
+    ├── IterationError (ValueError)        an iteration that does not increase or names other parts
     ├── RanksError (RuntimeError)
-    │   ├── RankFailedError                one or more ranks failed in a step; raised on every rank
+    │   ├── RankFailedError                at least one rank failed in a step; raised on every rank
     │   │   ├── StorageError               the same, where the file system refused
     │   │   └── RankLostError              contact with a rank was lost: its process has probably died
     │   ├── RankTimeoutError               ranks that did not arrive in time
     │   ├── DesyncError                    ranks that hold different states or run different steps
     │   └── PoisonedError                  an earlier failure left the ranks in different places
-    ├── PreemptedError                     training was asked to stop, and what it needs to go on is durable
+    ├── PreemptedError                     a signal asked training to stop, and what a resume needs is durable
     ├── RunExistsError (FileExistsError)   the folder holds another run, or a live process owns it
     ├── LedgerError                        a ledger that is damaged or of another format
     └── SnapshotError                      a snapshot that is missing, damaged, or of another model
@@ -34,7 +34,7 @@ class KeepBestError(Exception):
 
 
 class ConfigError(KeepBestError, ValueError):
-    """A setting that cannot be right, found before any work starts."""
+    """A setting is invalid. This is found before any work starts."""
 
 
 class MetricError(KeepBestError):
@@ -54,7 +54,7 @@ class MetricMismatchError(MetricError):
 
 
 class IterationError(KeepBestError, ValueError):
-    """A training iteration that does not follow the one before it."""
+    """A training iteration does not follow the one before it."""
 
 
 class RanksError(KeepBestError, RuntimeError):
@@ -62,15 +62,15 @@ class RanksError(KeepBestError, RuntimeError):
 
 
 class RankFailedError(RanksError):
-    """At least one rank failed in a step that every rank takes part in."""
+    """At least one rank failed in a step in which every rank takes part."""
 
 
 class StorageError(RankFailedError):
-    """The file system refused something on a rank, usually a write of rank 0."""
+    """The file system refused an operation of a rank, usually a write of rank 0."""
 
 
 class RankLostError(RankFailedError):
-    """Contact with a rank was lost; raised on the ranks that were talking to it."""
+    """Contact with a rank was lost. The ranks that were exchanging data with it raise this."""
 
 
 class RankTimeoutError(RanksError):
@@ -82,11 +82,11 @@ class DesyncError(RanksError):
 
 
 class PoisonedError(RanksError):
-    """An earlier failure left the ranks in different places; no collective may run any more."""
+    """An earlier failure left the ranks in different places, so no collective may run any more."""
 
 
 class PreemptedError(KeepBestError):
-    """Training was asked to stop, by a signal to one of the ranks; all that is needed to go on later is durable."""
+    """A signal to one of the ranks asked training to stop. Everything that a resume needs is durable."""
 
 
 class RunExistsError(KeepBestError, FileExistsError):

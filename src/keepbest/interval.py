@@ -1,7 +1,7 @@
 """How often something happens during training.
 
-Callbacks and the sampler that interleaves their evaluation batches both ask here, so that they cannot disagree about
-when a callback is due.
+Callbacks and the sampler that interleaves their evaluation batches share this rule, so they cannot disagree about when
+a callback is due.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ IntervalType = Literal["epoch", "update", "sample", "eval"]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Every n epochs, optimizer updates or samples; printed as `every_n_epochs=5`.
+    """Every n epochs, optimizer updates or samples. Its text is of the form `every_n_epochs=5`.
+
+    Attributes:
+        every_n_epochs: Number of epochs; `None` if something else is counted.
+        every_n_updates: Number of optimizer updates; `None` if something else is counted.
+        every_n_samples: Number of samples; `None` if something else is counted.
 
     Raises:
-        ConfigError: unless exactly one of the three is given, as an integer > 0.
+        ConfigError: Unless exactly one of the three is given, as an integer > 0.
     """
 
     every_n_epochs: int | None = None
@@ -42,12 +47,12 @@ class Interval:
 
     @property
     def n(self) -> int:
-        """How many of them."""
+        """The number of epochs, updates or samples."""
         return next(n for n in (self.every_n_epochs, self.every_n_updates, self.every_n_samples) if n is not None)
 
     @property
     def kind(self) -> Literal["epoch", "update", "sample"]:
-        """What is counted."""
+        """The unit that is counted."""
         if self.every_n_epochs is not None:
             return "epoch"
         return "update" if self.every_n_updates is not None else "sample"
@@ -55,8 +60,8 @@ class Interval:
     def is_due(self, *, update: int, updates_per_epoch: int, effective_batch_size: int) -> bool:
         """Whether the interval ends with the `update`-th completed update (the first one is 1).
 
-        An interval of samples is due at the update that completes a multiple of it; several multiples that one update
-        completes are one occasion.
+        An interval of samples is due at the update that completes a multiple of it, and only once if that update
+        completes several.
         """
         if self.kind == "epoch":
             return update % (updates_per_epoch * self.n) == 0

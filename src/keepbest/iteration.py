@@ -13,12 +13,17 @@ _PATTERN = re.compile(f"(?:E{_COUNT})?(?:(?:^|(?<=[0-9])_)U{_COUNT})?(?:(?:^|(?<
 
 @dataclass(frozen=True, slots=True)
 class TrainingIteration:
-    """How many epochs, optimizer updates and samples were completed; a part that is not counted is `None`.
+    """How many epochs, optimizer updates and samples were completed.
 
-    Printed as `E7_U140_S8960`, without the absent parts.
+    Its text is of the form `E7_U140_S8960`, without the absent parts.
+
+    Attributes:
+        epoch: Number of completed epochs; `None` if they are not counted.
+        update: Number of completed optimizer updates; `None` if they are not counted.
+        sample: Number of completed samples; `None` if they are not counted.
 
     Raises:
-        IterationError: if no part is given, or one is negative or not an integer.
+        IterationError: If no part is given, or one is negative or not an integer.
     """
 
     epoch: int | None = None
@@ -34,17 +39,17 @@ class TrainingIteration:
 
     @property
     def parts(self) -> tuple[int | None, int | None, int | None]:
-        """(epoch, update, sample)."""
+        """The parts in the order epoch, update, sample."""
         return (self.epoch, self.update, self.sample)
 
     def follows(self, earlier: TrainingIteration) -> bool:
         """Whether this comes strictly after `earlier`: no part is smaller and at least one is greater.
 
         Raises:
-            IterationError: if the two do not name the same parts.
+            IterationError: If the two do not name the same parts.
         """
-        goes_on = False
-        goes_back = False
+        has_greater = False
+        has_smaller = False
         for mine, theirs in zip(self.parts, earlier.parts, strict=True):
             if mine is None and theirs is None:
                 continue
@@ -53,9 +58,9 @@ class TrainingIteration:
                     f"iteration {self} does not name the same parts as {earlier}; "
                     "give the same of epoch, update and sample at every interval"
                 )
-            goes_on = goes_on or mine > theirs
-            goes_back = goes_back or mine < theirs
-        return goes_on and not goes_back
+            has_greater = has_greater or mine > theirs
+            has_smaller = has_smaller or mine < theirs
+        return has_greater and not has_smaller
 
     def __str__(self) -> str:
         epoch = "" if self.epoch is None else f"_E{self.epoch}"
@@ -65,10 +70,10 @@ class TrainingIteration:
 
     @classmethod
     def parse(cls, text: str) -> TrainingIteration:
-        """The inverse of `str()`.
+        """Return the iteration with the text `text`, the inverse of `str()`.
 
         Raises:
-            IterationError: if `text` is not of the form `E7_U140_S8960`.
+            IterationError: If `text` is not of the form `E7_U140_S8960`.
         """
         match = _PATTERN.fullmatch(text)
         if match is None or not text:

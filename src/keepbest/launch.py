@@ -1,12 +1,12 @@
-"""From the environment of torchrun or SLURM to a process group, and back.
+"""The default process group of a process that torchrun or SLURM started.
 
     with distributed() as process:
         ...                                # torch.distributed is initialised, or this is the only process
 
-torchrun's variables come first: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them, those that
-`srun` sets for each task: SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_ID and SLURM_STEP_NODELIST; the address
-is then the first node and the port follows from the job, unless MASTER_ADDR or MASTER_PORT say otherwise. With neither,
-the process is alone.
+torchrun's variables come first: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them, the variables of
+`srun` count: SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_ID and SLURM_STEP_NODELIST. The address is then the
+first node and the port is derived from the job, unless MASTER_ADDR or MASTER_PORT is set. Without variables of either
+kind, the process is alone.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Process:
     """The place of this process in a launch.
 
     Attributes:
-        rank: among all processes, from 0.
-        world_size: number of processes.
-        local_rank: among the processes of this host, from 0.
-        master_addr: host of rank 0; `None` for a process that was launched alone.
-        master_port: where rank 0 listens; `None` for a process that was launched alone.
+        rank: Rank among all processes, from 0.
+        world_size: Number of processes.
+        local_rank: Rank among the processes of this host, from 0.
+        master_addr: Host of rank 0; `None` for a process that was launched alone.
+        master_port: Port of rank 0; `None` for a process that was launched alone.
     """
 
     rank: int = 0
@@ -55,20 +55,21 @@ class Process:
 
 @contextmanager
 def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Process]:
-    """Initialise the default process group that the environment asks for, and destroy it at the end. **Collective**.
+    """Initialise the default process group that the environment describes, and destroy it at the end. **Collective**.
 
-    NCCL where CUDA is available, with the device of the local rank made current; gloo on CPUs. Nothing is initialised
-    if the process was launched alone.
+    The backend is NCCL where CUDA is available, and the device of the local rank becomes current. On CPUs it is gloo.
+    Nothing is initialised if the process was launched alone.
 
     Args:
-        timeout: of the rendezvous and of every collective in the default group.
+        timeout: Timeout of the rendezvous and of every collective in the default group.
 
     Yields:
         The place of this process.
 
     Raises:
-        ConfigError: if variables are missing or no numbers, naming them, or the host has no device for the local rank.
-        RankTimeoutError: if torchrun has started this process, but not all others in time.
+        ConfigError: If variables are missing or not numbers (it names them), or the host has no device for the local
+            rank.
+        RankTimeoutError: If torchrun has started this process, but not all others in time.
     """
     process = read_environment(os.environ)
     if process.master_addr is None or process.master_port is None:
@@ -86,17 +87,17 @@ def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Proce
     try:
         yield process
     finally:
-        # FSDP models keep their groups in reference cycles. Groups that are left to the exit of the interpreter end it,
-        # now and then, with "terminate called without an active exception" from gloo's threads.
+        # FSDP models keep their groups in reference cycles. Groups that survive until the interpreter exits sometimes
+        # end it with "terminate called without an active exception" from gloo's threads.
         gc.collect()
         dist.destroy_process_group()
 
 
 def read_environment(environment: Mapping[str, str]) -> Process:
-    """The place of this process according to `environment`. **Rank-local**.
+    """Return the place of this process according to `environment`. **Rank-local**.
 
     Raises:
-        ConfigError: if variables of the launcher are missing or have values that cannot be right.
+        ConfigError: If variables of the launcher are missing or have invalid values.
     """
     if any(name in environment for name in _TORCHRUN):
         _require(environment, (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT"), launcher="torchrun")
@@ -111,17 +112,17 @@ def read_environment(environment: Mapping[str, str]) -> Process:
 
 
 def expand_node_list(text: str) -> list[str]:
-    """The hosts of a SLURM node list: `a[1-2,07],b` is `a1`, `a2`, `a07`, `b`. **Rank-local**.
+    """Return the hosts of a SLURM node list: `a[1-2,07],b` is `a1`, `a2`, `a07`, `b`. **Rank-local**.
 
     Raises:
-        ConfigError: if `text` is not such a list.
+        ConfigError: If `text` is not such a list.
     """
     item = r"(?:[^\[\],\s]|\[[^\[\]\s]*\])+"
     if not re.fullmatch(rf"{item}(?:,{item})*", text):
         raise ConfigError(f"not a SLURM node list: {text!r}; expected a form like node[01-04,07],login1")
     hosts = []
     for host in re.findall(item, text):
-        # Split at brackets: even parts are literal, odd ones are what stood inside a pair.
+        # Split at brackets: even parts are literal, odd ones were inside a pair.
         parts = re.split(r"\[(.*?)\]", host)
         choices = [_expand_ranges(part, text) if i % 2 else [part] for i, part in enumerate(parts)]
         hosts += ["".join(choice) for choice in product(*choices)]
@@ -192,20 +193,20 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 def _rendezvous(process: Process, address: str, port: int, timeout: timedelta) -> dict[str, Any]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {"init_method": f"tcp://{_bracketed(address)}:{port}"}
-    # torchrun keeps one store for all attempts. Who starts again would find the addresses of processes that have ended.
+    # torchrun keeps one store for all attempts. A restarted process would find the addresses of processes that ended.
     store = TCPStore(address, port, is_master=False, timeout=timeout)
     return {"store": PrefixStore(_agree_on_attempt(store, process, timeout), store)}
 
 
 def _agree_on_attempt(store: Store, process: Process, timeout: timedelta) -> str:
-    """A word that these processes share, and none before them had. **Collective**.
+    """Agree on a word that these processes share, and none before them had. **Collective**.
 
-    Whatever is in the store may be from processes that have ended. So every rank asks with a word of its own, and
-    rank 0 answers whatever it finds, until all have confirmed what only it can have told them.
+    Everything in the store may be from processes that have ended. So every rank asks with a word of its own, and rank 0
+    answers every question, until each rank has confirmed the word that only this rank 0 can have sent.
 
     Raises:
-        RankTimeoutError: on rank 0, if a rank does not start in time.
-        RuntimeError: of torch, on the others, if rank 0 does not.
+        RankTimeoutError: On rank 0, if a rank does not start in time.
+        RuntimeError: From torch, on the others, if rank 0 does not start in time.
     """
     word = uuid.uuid4().hex
     if process.rank > 0:
@@ -219,7 +220,7 @@ def _agree_on_attempt(store: Store, process: Process, timeout: timedelta) -> str
         if time.monotonic() > deadline:
             raise RankTimeoutError(
                 f"rank 0 of {process.world_size} waited {timeout.total_seconds():g} s for ranks "
-                f"{', '.join(map(str, sorted(waiting)))} to start; see whether they have ended with an error"
+                f"{', '.join(map(str, sorted(waiting)))} to start; check whether they have ended with an error"
             )
         for rank in waiting:
             question = f"keepbest/question/{rank}"

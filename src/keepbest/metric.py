@@ -1,31 +1,30 @@
-"""From what each rank logged to one value that every rank agrees on."""
+"""The monitored metric: from what each rank logged to one value that every rank agrees on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsFloat, runtime_checkable
 
 import torch
 
-from keepbest.errors import InvalidMetricError, MetricMismatchError, MissingMetricError
+from keepbest.errors import InvalidMetricError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
-
-MetricReduction = Literal["mean", "sum", "min", "max", "rank0", "identical"]
+from keepbest.reduction import MetricReduction, reduce_numbers
 
 
 @runtime_checkable
 class Computable(Protocol):
-    """A metric that was updated with batches and gives its value when it is asked: that of torchmetrics."""
+    """A metric that was updated with batches and computes its value on demand, as those of torchmetrics do."""
 
     def compute(self) -> Any: ...
     def reset(self) -> None: ...
 
 
 class LoggedScalar(Protocol):
-    """An entry of a log cache: what `LogWriter.add_scalar` remembers."""
+    """An entry of a log cache, as `LogWriter.add_scalar` makes it."""
 
     @property
     def value(self) -> float: ...
@@ -37,9 +36,13 @@ class LoggedScalar(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What this rank holds of the metric: a number, or the reason why there is none (`absent`).
+    """The metric on this rank: a number, or the reason why there is none.
 
-    A number that `is_reduced` is that of all ranks already.
+    Attributes:
+        value: Value on this rank; `None` if there is none.
+        weight: Weight of the value; `None` if all ranks count the same.
+        absent: Reason why there is no value.
+        is_reduced: Whether the value is that of all ranks already.
     """
 
     value: float | None = None
@@ -49,20 +52,21 @@ class Reading:
 
 
 def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Reading:
-    """A reading from a number of any kind: Python, numpy, or a tensor with one element. **Rank-local**.
+    """Return the reading of a value that was passed to `observe`. **Rank-local**, except with a metric of torchmetrics.
 
-    From a `torchmetrics.Metric` or `MetricCollection` too, whose `compute` synchronizes the ranks, unless it was told
-    not to; it is then **collective**. And from a function without arguments that gives any of these.
+    The `compute` of a `torchmetrics.Metric` or `MetricCollection` synchronizes the ranks, unless `sync_on_compute` is
+    off. The reading is then **collective**.
 
     Args:
-        value: `None` where this rank has no value.
-        metric_key: which metric of a collection is asked for.
-        weight: how much this rank counts in a mean or sum, for example its number of samples; `None` where all count
-            the same.
+        value: Number from Python or numpy, tensor with one element, metric or collection of torchmetrics, or function
+            without arguments that returns one of these. `None` if this rank has no value.
+        weight: Weight of this rank in a mean or sum, for example its number of samples; `None` if all ranks count the
+            same.
+        metric_key: Key of the metric in a collection.
 
     Raises:
-        InvalidMetricError: if `value` or `weight` is not a real number, or the weight is negative or not finite, or a
-            collection has no metric of this name.
+        InvalidMetricError: If `value` or `weight` is not a real number, the weight is negative or not finite, or a
+            collection has no metric with this key.
     """
     is_reduced = False
     if callable(value) and not isinstance(value, torch.Tensor):
@@ -74,11 +78,11 @@ def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Readi
     weighed = None if weight is None else _real(weight, "weight of the metric")
     if weighed is not None and not 0.0 <= weighed < math.inf:
         raise InvalidMetricError(f"the weight of the metric must be finite and >= 0, got {weighed!r}")
-    return Reading(number, weighed, "" if number is not None else "observe() was given None", is_reduced)
+    return Reading(number, weighed, "" if number is not None else "observe() received None", is_reduced)
 
 
 def _computed(metric: Computable, metric_key: str) -> Any:
-    """The value of a metric; of a collection, that of the metric of this name, or of the last part of it."""
+    """The value of a metric. In a collection, that of the metric with this key, or with the last part of the key."""
     value = metric.compute()
     if not isinstance(value, Mapping):
         return value
@@ -89,10 +93,10 @@ def _computed(metric: Computable, metric_key: str) -> Any:
 
 
 def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteration: TrainingIteration) -> Reading:
-    """The reading of `metric_key` that was logged at `iteration`. **Rank-local**.
+    """Return the reading of `metric_key` that was logged at `iteration`. **Rank-local**.
 
     Raises:
-        InvalidMetricError: as `read_value`.
+        InvalidMetricError: If the logged weight is negative or not finite.
     """
     entry = log_cache.get(metric_key)
     if entry is None:
@@ -104,7 +108,12 @@ def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteratio
 
 
 class AgreedMetric(NamedTuple):
-    """The value that all ranks decide by, and what rank 0 had to tell."""
+    """The value by which all ranks decide.
+
+    Attributes:
+        value: Reduced value, with the same bits on every rank.
+        note: Text from rank 0.
+    """
 
     value: float
     note: str
@@ -120,22 +129,24 @@ def agree_on_metric(
     note: str = "",
     state: bytes = b"",
 ) -> AgreedMetric:
-    """One value from all ranks' readings, bit-equal on every rank. **Collective**: one exchange where all is well.
+    """Return one value from all ranks' readings, with the same bits on every rank. **Collective**.
+
+    It takes one exchange, unless a rank lacks the metric or rank 0 has a note.
 
     Args:
-        ranks: who agrees.
-        metric_key: for messages.
-        read: gets the reading of this rank; what it raises is raised on every rank.
-        reduction: how the values become one. Weights count in `mean` and `sum`; a rank of weight 0 is ignored.
-        failure: something that went wrong on this rank before; every rank raises it.
-        note: what rank 0 tells the others, at the cost of a second exchange.
-        state: bytes that must be equal on all ranks.
+        ranks: Ranks that agree.
+        metric_key: Key of the metric, for messages.
+        read: Function that returns the reading of this rank. What it raises is raised on every rank.
+        reduction: Way in which the values become one. Weights count in `mean` and `sum`. A rank of weight 0 is ignored.
+        failure: Earlier failure of this rank, which every rank raises.
+        note: Text from rank 0 to the others. It costs a second exchange.
+        state: Bytes that must be equal on all ranks.
 
     Raises:
-        MissingMetricError: on every rank, if a rank that is needed has no value; names these ranks.
-        InvalidMetricError: if all weights are 0, or some ranks gave a weight and others did not.
-        MetricMismatchError: if the reduction is `identical` and the values are not.
-        RanksError: see `Ranks.exchange`.
+        MissingMetricError: On every rank, if a rank that is needed has no value. It names these ranks.
+        InvalidMetricError: On every rank, if all weights are 0, or some ranks gave a weight and others did not.
+        MetricMismatchError: On every rank, if the reduction is `identical` and the values are not.
+        RanksError: On every rank, if a rank failed, does not arrive, or is in another step. See `Ranks.exchange`.
     """
     step = f"observe {metric_key}"
     reading = Reading()
@@ -143,7 +154,7 @@ def agree_on_metric(
         reading = read()
     except BaseException as error:  # noqa: BLE001  # raised again by exchange, on every rank
         failure = failure or error
-    # A sum over ranks must not be taken of what is the sum already; and all of them must see it so.
+    # What is the sum over ranks already must not be summed again, and all ranks must agree that it is.
     if reading.is_reduced and reduction == "sum":
         reduction, state = "identical", state + b", summed by the metric itself"
     numbers = ranks.exchange(step, Number(reading.value, reading.weight, note), failure=failure, state=state)
@@ -157,76 +168,14 @@ def agree_on_metric(
         )
         raise MissingMetricError(
             f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
-            f"{lines}\nIt must be there on each, at this iteration and before it is looked at: a callback of the "
+            f"{lines}\nEach of these ranks must log it at this iteration, before it is observed: a callback of the "
             "trainer that logs it needs the same every_n_* and an earlier place in the list."
         )
     return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
 
 
-def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> float:
-    """One float64 from the numbers of the ranks, by rank. Pure.
-
-    Equal values reduce to exactly that value (but for `sum`). NaN on a rank that counts gives NaN.
-
-    Raises:
-        InvalidMetricError, MetricMismatchError: see `agree_on_metric`.
-    """
-    values, weights = _values_that_count(numbers)
-    if reduction == "identical":
-        if not _all_same(values):
-            lines = "\n".join(f"  rank {rank}: {number.value!r}" for rank, number in enumerate(numbers))
-            raise MetricMismatchError(f"metric_reduction is 'identical', but the ranks hold different values:\n{lines}")
-        return values[0]
-    if any(map(math.isnan, values)):
-        return math.nan
-    if reduction == "min":
-        return min(values)
-    if reduction == "max":
-        return max(values)
-    if reduction == "sum":
-        return _sum([value * weight for value, weight in zip(values, weights, strict=True)])
-    if _all_same(values):
-        return values[0]
-    whole = math.fsum(weights)
-    total = _sum([value * weight for value, weight in zip(values, weights, strict=True)])
-    if math.isinf(total) and all(map(math.isfinite, values)):
-        return math.fsum(value * (weight / whole) for value, weight in zip(values, weights, strict=True))
-    return total / whole
-
-
-def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
-    given = [number.weight is not None for number in numbers]
-    if True in given and False in given:
-        without = [rank for rank, has_weight in enumerate(given) if not has_weight]
-        raise InvalidMetricError(
-            f"the metric has a weight on some ranks only, not on ranks {without}; give weight= on every rank or on none"
-        )
-    weights = [1.0 if number.weight is None else number.weight for number in numbers]
-    pairs = [
-        (number.value, weight)
-        for number, weight in zip(numbers, weights, strict=True)
-        if weight > 0.0 and number.value is not None
-    ]
-    if not pairs:
-        raise InvalidMetricError("the weight of the metric is 0 on every rank: there is nothing to reduce")
-    return [value for value, _ in pairs], [weight for _, weight in pairs]
-
-
-def _all_same(values: list[float]) -> bool:
-    return values.count(values[0]) == len(values) or all(map(math.isnan, values))
-
-
-def _sum(terms: Sequence[float]) -> float:
-    if not all(map(math.isfinite, terms)):
-        return sum(terms)
-    try:
-        return math.fsum(terms)
-    except OverflowError:
-        return math.copysign(math.inf, math.fsum(term / len(terms) for term in terms))
-
-
 def _real(value: Any, what: str) -> float:
-    if type(value) is float:  # the usual case, in the quiet interval that is to cost nothing
+    if type(value) is float:  # the usual case, in a quiet interval that should cost nothing
         return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:

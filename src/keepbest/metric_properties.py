@@ -1,4 +1,4 @@
-"""Which direction of a metric is better, known from its name."""
+"""The direction in which a metric is better, derived from its name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ HIGHER_IS_BETTER = (
 
 
 class MetricPropertyProvider:
-    """Says for a metric key whether higher is better, from patterns over its parts.
+    """Derives from a metric key whether higher is better, by patterns over its parts.
 
-    The parts of a key (between slashes) are asked from the last to the first, without regard to case, so
-    `loss/val/accuracy` is an accuracy. A part that patterns of both directions match answers nothing.
+    The parts of a key (between slashes) are matched from the last to the first, without regard to case, so
+    `loss/val/accuracy` is an accuracy. A part that matches patterns of both directions decides nothing.
 
     Args:
-        lower_is_better: further patterns (as in `fnmatch`), beside the built-in ones.
-        higher_is_better: likewise.
+        lower_is_better: Patterns (as in `fnmatch`) in addition to the built-in ones.
+        higher_is_better: Patterns in addition to the built-in ones.
     """
 
     def __init__(self, *, lower_is_better: Sequence[str] = (), higher_is_better: Sequence[str] = ()) -> None:
@@ -36,7 +36,7 @@ class MetricPropertyProvider:
         """Whether a higher value of `metric_key` is better. **Rank-local**.
 
         Raises:
-            ConfigError: if no pattern, or patterns of both directions, match: a guess could keep the worst model.
+            ConfigError: If no part decides. A guess could keep the worst model.
         """
         for part in reversed(metric_key.lower().split("/")):
             lower = any(fnmatchcase(part, pattern.lower()) for pattern in self._lower)

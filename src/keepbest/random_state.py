@@ -1,4 +1,4 @@
-"""The random number generators of this process: Python's, NumPy's where it is in use, torch's on CPU and CUDA."""
+"""The random number generators of this process: Python's, NumPy's if it is imported, torch's on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_random_state(seed: int) -> None:
-    """Start all generators anew from `seed`. **Rank-local**."""
+    """Seed all generators. **Rank-local**."""
     random.seed(seed)
     torch.manual_seed(seed)
     if numpy := sys.modules.get("numpy"):
@@ -18,7 +18,7 @@ def seed_random_state(seed: int) -> None:
 
 
 def read_random_state() -> dict[str, Any]:
-    """The state of all generators, in plain types and tensors that `torch.load` reads with `weights_only`.
+    """Return the state of all generators, in plain types and tensors that `torch.load` reads with `weights_only`.
 
     **Rank-local**.
     """
@@ -32,7 +32,7 @@ def read_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on from what `read_random_state` returned. **Rank-local**."""
+    """Continue from what `read_random_state` returned. **Rank-local**."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():

@@ -15,9 +15,9 @@ from typing_extensions import Self
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
 from keepbest.formats.registry import FormatName, check_format
-from keepbest.metric import MetricReduction
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
+from keepbest.reduction import MetricReduction
 from keepbest.remote.storage import check_local, check_remote
 from keepbest.run.names import best_ref
 from keepbest.settings_dict import KeeperSettingsDict

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from keepbest.formats.registry import FormatName
-from keepbest.metric import MetricReduction
+from keepbest.reduction import MetricReduction
 
 
 class KeeperSettingsDict(TypedDict, total=False):

@@ -47,10 +47,16 @@ def make_samples(length):
     ]
 
 
-class StopRecorder:
-    """The part of a trainer that a callback may call."""
+class StandInTrainer:
+    """What a callback sees of a trainer that trains nothing. It keeps the reasons why it was asked to stop."""
 
-    def __init__(self):
+    def __init__(self, resume=None):
+        self.model = Regression()
+        self.average = None
+        self.optimizers = {}
+        self.update_counter = make_counter()
+        self.callbacks = []
+        self.resume = resume
         self.reasons = []
 
     def stop(self, reason):
@@ -67,7 +73,7 @@ def make_context(datasets=None, *, update_counter=None, model=None):
     ranks = Ranks.connect()
     tracker = NoTracker()
     return {
-        "trainer": StopRecorder(),
+        "trainer": StandInTrainer(),
         "model": model or Regression(),
         "data_container": DataContainer(datasets or {"val": make_samples(4)}),
         "log_writer": LogWriter(tracker, update_counter or make_counter(), is_main=ranks.is_main),

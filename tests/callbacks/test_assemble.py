@@ -4,7 +4,13 @@ from typing import Literal
 
 import pytest
 
-from keepbest.callbacks import CallBackBaseConfig, OfflineLossCallbackConfig, PeriodicCallback, assemble_callbacks
+from keepbest.callbacks import (
+    CallBackBaseConfig,
+    OfflineLossCallbackConfig,
+    PeriodicCallback,
+    TrainerView,
+    assemble_callbacks,
+)
 from keepbest.errors import ConfigError
 from tests.callbacks.context import make_context, make_samples
 
@@ -76,3 +82,8 @@ def test_callbacks_that_cannot_be_told_apart_are_refused():
 def test_errors_name_the_place_in_the_list(config, message):
     with pytest.raises(ConfigError, match=rf"(?s)callbacks\[1\]: .*{message}"):
         assemble_callbacks([offline_loss(), config], **make_context())
+
+
+def test_stand_in_shows_all_that_a_trainer_shows():
+    [callback] = assemble_callbacks([NamedConfig(every_n_epochs=1)], **make_context())
+    assert isinstance(callback.trainer, TrainerView)

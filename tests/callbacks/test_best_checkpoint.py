@@ -21,7 +21,7 @@ from keepbest.callbacks import (
     assemble_callbacks,
 )
 from keepbest.errors import ConfigError, MissingMetricError
-from tests.callbacks.context import Regression, make_context, make_counter, make_samples
+from tests.callbacks.context import Regression, StandInTrainer, make_context, make_counter, make_samples
 from tests.callbacks.test_offline_loss import one_by_one
 from tests.kit.pool import run_ranks
 from tests.kit.runs import ledger, refs, snapshots
@@ -30,13 +30,6 @@ from tests.kit.toys import make_trainer
 KEY = "loss/val/total"
 REF = "best_model.loss.val.total"
 PREFIX = "best=loss.val.total/"
-
-
-class NoTrainer:
-    """The part of a trainer that this callback asks."""
-
-    def __init__(self, resume: str | None = None):
-        self.resume = resume
 
 
 class RecorderConfig(CallBackBaseConfig):
@@ -98,7 +91,7 @@ class Session:
         for _ in range(update):
             self.counter.next_update()
         self.context = make_context(datasets, update_counter=self.counter)
-        self.context |= {"directory": Path(directory), "trainer": NoTrainer(resume)}
+        self.context |= {"directory": Path(directory), "trainer": StandInTrainer(resume)}
         config = {"every_n_updates": 1, "metric_key": KEY} | settings
         self.callback = BestCheckpointCallback(BestCheckpointCallbackConfig(**config), **self.context)
 
@@ -315,7 +308,7 @@ def go_on_from_nothing(directory, tolerances):
 def test_tolerances_without_a_past_are_not_implemented_on_every_rank(tmp_path):
     outcomes = run_ranks(go_on_from_nothing, 2, tmp_path / "a", [2])
     assert outcomes == [outcomes[0]] * 2
-    assert outcomes[0].startswith("cannot go on at E1_U3_S36 with tolerances: there is neither a saved state")
+    assert outcomes[0].startswith("cannot resume at E1_U3_S36 with tolerances: there is neither a saved state")
     assert run_ranks(go_on_from_nothing, 2, tmp_path / "b", None) == [0, 0]
 
 
@@ -358,7 +351,7 @@ def test_snapshots_that_a_resume_checkpoint_names_stay_as_long_as_it(tmp_path):
 
 
 def test_two_on_the_same_metric_need_ids(tmp_path):
-    context = {**make_context(), "directory": tmp_path, "trainer": NoTrainer()}
+    context = {**make_context(), "directory": tmp_path, "trainer": StandInTrainer()}
     config = {"name": "BestCheckpointCallback", "every_n_updates": 1, "metric_key": KEY}
     with pytest.raises(ConfigError, match="cannot be told apart"):
         assemble_callbacks([config, config], **context)

@@ -72,8 +72,8 @@ def test_every_public_config_is_registered_under_the_name_of_its_callback():
             "no module 'keepbest.calbacks' .did you mean .*OfflineLossCallbackConfig",
         ),
         ({"kind": "OfflineLossCallback"}, "is not a dotted path .*did you mean"),
-        ({"kind": "keepbest.data.DataContainer"}, "is no CallBackBaseConfig"),
-        ({"kind": "keepbest.callbacks.PeriodicCallback"}, "is no CallBackBaseConfig"),
+        ({"kind": "keepbest.data.DataContainer"}, "is neither a CallBackBaseConfig nor"),
+        ({"kind": "keepbest.callbacks.PeriodicCallback"}, "is neither a CallBackBaseConfig nor"),
         ({"kind": 3}, "kind must be a string, found 3"),
         ({"name": "OfflineLoss"}, "unknown name 'OfflineLoss' .did you mean 'OfflineLossCallback'.*; known: "),
         ({}, "expected a kind .* or a name; known names: .*MetricEarlyStopper, .*OfflineLossCallback"),
@@ -180,7 +180,7 @@ def test_each_root_has_a_registry_of_its_own():
     assert ShapeConfig.registry == {"Circle": CircleConfig}
     with pytest.raises(ConfigError, match="unknown name 'Circle'"):
         CallBackBaseConfig.find(kind=None, name="Circle")
-    with pytest.raises(ConfigError, match="is no ShapeConfig"):
+    with pytest.raises(ConfigError, match="is neither a ShapeConfig nor"):
         ShapeConfig.find(kind="keepbest.callbacks.OfflineLossCallback", name=None)
     with pytest.raises(ConfigError, match=r"'Circle' of .*OtherCircleConfig is already taken by .*CircleConfig"):
 

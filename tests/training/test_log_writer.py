@@ -91,7 +91,7 @@ def test_tensorboard_gets_every_scalar_at_its_update(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracker = build_tracker("tensorboard", tmp_path, is_main=True)
-    tracker.go_on_from(TrainingIteration(epoch=0, update=3, sample=6))
+    tracker.resume_from(TrainingIteration(epoch=0, update=3, sample=6))
     tracker.log(TrainingIteration(epoch=0, update=4, sample=8), {"loss/val/total": 0.25})
     tracker.close()
     tracker.log(TrainingIteration(epoch=0, update=6, sample=12), {"loss/val/total": 0.125})

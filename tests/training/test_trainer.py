@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.data.container import DataContainer
 from keepbest.errors import ConfigError
 from keepbest.ranks import Ranks
@@ -233,6 +234,38 @@ def test_error_in_a_callback_comes_through_and_the_log_is_kept(tmp_path):
         trainer.train()
     [events] = (tmp_path / "tensorboard").iterdir()
     assert b"update" in events.read_bytes()
+
+
+class OnlookerConfig(CallBackBaseConfig):
+    name: Literal["Onlooker"] = "Onlooker"
+
+
+class Onlooker(CallbackBase):
+    """Keeps what it sees of the trainer after the second update."""
+
+    config_class = OnlookerConfig
+    seen: ClassVar[dict[str, Any]] = {}
+
+    def after_update(self, *, update_counter: Any, **kwargs: Any) -> None:
+        if update_counter.update == 2:
+            view = self.trainer
+            assert isinstance(view, TrainerView)
+            self.seen |= {"model": view.model, "average": view.average, "optimizers": list(view.optimizers)}
+            self.seen |= {"update": view.update_counter.update, "callbacks": view.callbacks, "resume": view.resume}
+
+
+def test_callback_sees_the_run_through_its_trainer(tmp_path):
+    trainer = toys.make_trainer(tmp_path, callbacks=[OnlookerConfig(every_n_updates=1)], ema_decay=0.5, resume="auto")
+    trainer.train()
+    assert Onlooker.seen == {
+        "model": trainer.model,
+        "average": trainer.average,
+        "optimizers": ["encoder", "decoder"],
+        "update": 2,
+        "callbacks": trainer.callbacks,
+        "resume": "auto",
+    }
+    assert trainer.average is not None
 
 
 class WithoutTotal(toys.AutoEncoder):

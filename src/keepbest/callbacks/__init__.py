@@ -1,4 +1,4 @@
-"""Callbacks, their configs, and how they are built.
+"""Callbacks of the trainer and their configs.
 
 Other modules of keepbest import from the modules of this package, not from the package itself.
 """
@@ -12,6 +12,7 @@ from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback, Perio
 from keepbest.callbacks.early_stop import MetricEarlyStopper, MetricEarlyStopperConfig
 from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCallbackConfig
 from keepbest.callbacks.periodic import PeriodicCallback
+from keepbest.callbacks.trainer_view import TrainerView
 
 __all__ = [
     "BestCheckpointCallback",
@@ -29,5 +30,6 @@ __all__ = [
     "PeriodicDataIteratorCallback",
     "PeriodicDataIteratorCallbackConfig",
     "RegisteredConfig",
+    "TrainerView",
     "assemble_callbacks",
 ]

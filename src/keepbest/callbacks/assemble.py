@@ -1,4 +1,4 @@
-"""From the configs of a run to its callbacks."""
+"""The assembly of a run's callbacks from their configs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from keepbest.validation import describe
 
 
 def assemble_callbacks(configs: Sequence[CallBackBaseConfig | Mapping[str, Any]], **context: Any) -> list[CallbackBase]:
-    """Build the callbacks of a run, in the order in which they are to be called.
+    """Build the callbacks of a run, in the order in which they are called. As **collective** as their constructors are.
 
-    That is the order of `configs`, but those that ask to run last come after all others.
+    This is the order of `configs`, except that callbacks that ask to run last come after all others.
 
     Args:
-        configs: configs, or mappings with a `kind` or `name` that describe one.
-        **context: what each callback is given beside its config; see `CallbackBase`.
+        configs: Configs, or mappings with a `kind` or `name` that describe one.
+        **context: Arguments that each callback receives in addition to its config. They are those of `CallbackBase`.
 
     Raises:
-        ConfigError: if a config is not right; names its place in the list. If two callbacks have the same state key, or
-            keys that differ in upper and lower case only.
+        ConfigError: If a config is invalid (it names its place in the list), or if the state keys of two callbacks are
+            equal, or differ in upper and lower case only.
     """
     callbacks = [_build(index, config, context) for index, config in enumerate(configs)]
     places: dict[str, int] = {}

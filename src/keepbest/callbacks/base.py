@@ -1,4 +1,4 @@
-"""The base of all callbacks: what they are given, and the hooks that the trainer calls."""
+"""The base of all callbacks: what they receive, and the hooks that the trainer calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.data.container import DataContainer
 from keepbest.ranks import Ranks
 
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
 class CallbackBase:
     """Something that happens at fixed points of training.
 
-    Every hook is called on every rank, in the same order, with keyword arguments; an override takes those that it needs
-    and `**kwargs`.
+    The trainer calls every hook on every rank, in the same order, with keyword arguments. An override takes those that
+    it needs and `**kwargs`.
 
     Attributes:
-        config_class: the config of this callback; `kind` in a config may name either of the two.
-        runs_last: whether it is called after all callbacks that do not ask for this, whatever the order in the config.
-        callback_config: the config.
-        trainer: who calls the hooks.
-        model: the model to evaluate and save, as wrapped by the strategy (DDP, FSDP, or not at all): the one that is
-            trained, or its average with `ema_decay`; `trainer.model` is the one that is trained.
-        data_container: the datasets of the run.
-        log_writer: where scalars are logged; rank-local until it is flushed.
-        tracker: where rank 0 sends what was logged.
-        metric_property_provider: tells of a metric whether higher is better.
-        ranks: this process among the others.
-        directory: folder of the run.
+        config_class: Config class of this callback. `kind` in a config may name either of the two.
+        runs_last: Whether it is called after all callbacks that do not ask for this, in any order of the config.
+        callback_config: Config of this callback.
+        trainer: Trainer that calls the hooks.
+        model: Model to evaluate and save, as wrapped by the strategy (DDP, FSDP, or not at all). This is the model in
+            training, or its average with `ema_decay`; `trainer.model` is always the one in training.
+        data_container: Datasets of the run.
+        log_writer: Writer of scalars. It is rank-local until it is flushed.
+        tracker: Tracker that receives from rank 0 what was logged.
+        metric_property_provider: Provider that knows whether a higher value of a metric is better.
+        ranks: This process among the ranks of the run.
+        directory: Directory of the run.
     """
 
     config_class: ClassVar[type[CallBackBaseConfig]]
@@ -45,7 +46,7 @@ class CallbackBase:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A config belongs to the first callback that names it; others that share it are chosen by `kind`.
+        # A config belongs to the first callback that names it. Others that share it are chosen by `kind`.
         if "config_class" in vars(cls) and "callback_type" not in vars(cls.config_class):
             cls.config_class.callback_type = cls
 
@@ -53,7 +54,7 @@ class CallbackBase:
         self,
         callback_config: CallBackBaseConfig,
         *,
-        trainer: Any,
+        trainer: TrainerView,
         model: nn.Module,
         data_container: DataContainer,
         log_writer: ScalarWriter,
@@ -79,19 +80,19 @@ class CallbackBase:
 
     @property
     def state_key_details(self) -> list[str]:
-        """What tells this callback from others of its class and interval: the config's `id`, where it declares one."""
+        """Parts of the state key after class and interval: the config's `id`, where it declares one."""
         identity: str | None = getattr(self.callback_config, "id", None)
         return [] if identity is None else [identity]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know. **Rank-local**, and the same on every rank."""
+        """The state that a resumed run needs. **Rank-local**, and the same on every rank."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, which is left as it is. **Rank-local**."""
+        """Continue from `state`, which stays unchanged. **Rank-local**."""
 
     def get_children(self) -> list[CallbackBase]:
-        """Callbacks that this one dispatches itself, for the trainer to call their tracking hooks too."""
+        """Callbacks that this one calls itself. The trainer calls their tracking hooks too."""
         return []
 
     def before_training(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:
@@ -120,7 +121,14 @@ class CallbackBase:
     def after_update(
         self, *, update_counter: UpdateCounter, batch_size: int, data_iter: Iterator[Any] | None = None, **kwargs: Any
     ) -> None:
-        """Called after every optimizer update. `batch_size`: samples of a micro-batch on one rank."""
+        """Called after every optimizer update.
+
+        Args:
+            update_counter: Counter of the completed updates.
+            batch_size: Number of samples of a micro-batch on one rank.
+            data_iter: Iterator that delivers this callback's evaluation batches next; `None` if it takes none.
+            **kwargs: Arguments of later versions.
+        """
 
     def after_epoch(
         self, *, update_counter: UpdateCounter, batch_size: int, data_iter: Iterator[Any] | None = None, **kwargs: Any
@@ -130,13 +138,13 @@ class CallbackBase:
     def at_eval(
         self, *, update_counter: UpdateCounter, batch_size: int, data_iter: Iterator[Any] | None = None, **kwargs: Any
     ) -> None:
-        """Called outside of training, to evaluate the model as it is now."""
+        """Called to evaluate the model as it is now, outside of the callback's own schedule."""
 
     def before_preemption(self, *, update_counter: UpdateCounter, batch_size: int, **kwargs: Any) -> None:
-        """Called when training ends before its time, to go on later from a resume checkpoint. **Collective**."""
+        """Called when a signal ends training, so that it can resume later. **Collective**."""
 
     def before_checkpoint(self, *, name: str) -> None:
         """Called before a resume checkpoint is written, to make durable what `state_dict` will name. **Collective**."""
 
     def after_checkpoint_removed(self, *, name: str) -> None:
-        """Called after a resume checkpoint was removed: nothing goes on from it any more. **Collective**."""
+        """Called after a resume checkpoint was removed, when nothing can resume from it any more. **Collective**."""

@@ -47,16 +47,20 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
 
 
 class BestCheckpointCallback(PeriodicCallback):
-    """Saves the model whenever the monitored metric reaches a new best; a thin shell around `BestKeeper`.
+    """Saves the model whenever the monitored metric reaches a new best. A thin shell around `BestKeeper`.
+
+    The constructor is **collective**.
 
     Attributes:
-        keeper: The keeper, which decides, saves and remembers.
-        metric_key, model_names, save_frozen_weights: As in the config.
+        keeper: Keeper that decides, saves and remembers.
+        metric_key: Key of the monitored metric.
+        model_names: Submodels to save; `None` saves all of them.
+        save_frozen_weights: Whether parameters that do not require grad are saved.
         higher_is_better: Direction of the metric.
         eval_callbacks: Callbacks that run on each new best.
 
     Raises:
-        ConfigError: On every rank, if a setting is wrong.
+        ConfigError: On every rank, if a setting is invalid.
     """
 
     config_class: ClassVar[type[BestCheckpointCallbackConfig]] = BestCheckpointCallbackConfig
@@ -88,7 +92,7 @@ class BestCheckpointCallback(PeriodicCallback):
 
     @property
     def best_metric_value(self) -> float:
-        """The best value so far; the worst infinity before there is one. **Rank-local**."""
+        """The best value so far; the worse infinity before there is one. **Rank-local**."""
         return self.keeper.best_metric_value
 
     @property
@@ -103,12 +107,12 @@ class BestCheckpointCallback(PeriodicCallback):
 
     @property
     def metric_at_exceeded_tolerance(self) -> dict[int, float]:
-        """For each exceeded tolerance the best value at that moment, NaN if there was none. **Rank-local**."""
+        """For each exceeded tolerance, the best value at that moment; NaN if there was none. **Rank-local**."""
         exceeded = self.keeper.state.exceeded.items()
         return {tolerance: math.nan if best is None else best.value for tolerance, best in exceeded}
 
     def get_children(self) -> list[CallbackBase]:
-        """The children that evaluate no dataset; those that do have data loaders of their own here."""
+        """The children that evaluate no dataset. Those that do use data loaders of their own here."""
         return [child for child in self.eval_callbacks if not isinstance(child, PeriodicDataIteratorCallback)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,22 +127,22 @@ class BestCheckpointCallback(PeriodicCallback):
         self._is_resumed = True
 
     def before_training(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:
-        """Take up the run folder. **Collective**.
+        """Start the keeper in the run's directory. **Collective**.
 
         Raises:
-            NotImplementedError: on every rank, if training goes on from a later iteration with tolerances, but neither
-                the state of this callback nor a ledger tells what happened before.
-            KeepBestError: as `BestKeeper.start`.
+            NotImplementedError: On every rank, if training resumes from a later iteration with tolerances, but neither
+                the state of this callback nor a ledger shows what happened before.
+            KeepBestError: What `BestKeeper.start` raises.
         """
-        goes_on = update_counter.update > 0
-        if goes_on and not self._is_resumed and self.keeper.policy.tolerances and not self._ledger_exists():
+        is_under_way = update_counter.update > 0
+        if is_under_way and not self._is_resumed and self.keeper.policy.tolerances and not self._ledger_exists():
             raise NotImplementedError(
-                f"cannot go on at {update_counter.iteration} with tolerances: there is neither a saved state of this "
-                f"callback nor a ledger in {self.directory} that tells for how long {self.metric_key} did not improve. "
+                f"cannot resume at {update_counter.iteration} with tolerances: there is neither a saved state of this "
+                f"callback nor a ledger in {self.directory} that shows for how long {self.metric_key} did not improve. "
                 "Resume from a checkpoint of CheckpointCallback, or remove the tolerances"
             )
-        # A run that is taken up again before its first resume checkpoint starts over, in the folder that it has.
-        may_resume = goes_on or self.trainer.resume is not None
+        # A run that restarts before its first resume checkpoint starts over, in the directory that it has.
+        may_resume = is_under_way or self.trainer.resume is not None
         self.keeper.start(at=update_counter.iteration if may_resume else None)
         for child in self.eval_callbacks:
             child.before_training(update_counter=update_counter, **kwargs)
@@ -150,16 +154,16 @@ class BestCheckpointCallback(PeriodicCallback):
     def periodic_callback(
         self, *, interval_type: IntervalType, update_counter: UpdateCounter, batch_size: int, **_kwargs: Any
     ) -> None:
-        """Look at the metric, save a new best, and evaluate it. **Collective**.
+        """Observe the metric, save a new best, and evaluate it. **Collective**.
 
-        Logs `best/<metric key>` at each new best, and `best/<metric key>/tolerance=<N>` when that tolerance is
-        exceeded; with an `id`, `best/<metric key>/id=<id>` and so on.
+        It logs `best/<metric key>` at each new best, and `best/<metric key>/tolerance=<N>` when that tolerance is
+        exceeded. With an `id` the keys start with `best/<metric key>/id=<id>`.
 
-        With `interval_type="eval"` the children run on the model as it is; nothing is saved or counted.
+        With `interval_type="eval"` the children run on the model as it is. Nothing is saved or counted.
 
         Raises:
-            MissingMetricError: a `KeyError`, on every rank, if a rank did not log the metric at this iteration.
-            KeepBestError: as `BestKeeper.observe`.
+            MissingMetricError: On every rank, if a rank did not log the metric at this iteration. It is a `KeyError`.
+            KeepBestError: What `BestKeeper.observe` raises.
         """
         if interval_type != "eval":
             iteration = update_counter.iteration
@@ -174,7 +178,7 @@ class BestCheckpointCallback(PeriodicCallback):
             child.at_eval(update_counter=update_counter, batch_size=batch_size)
 
     def _log_marks(self, outcome: Outcome, closed: AbstractSet[int]) -> None:
-        """Log a new best, and what the tolerances that were not `closed` before have kept, beside the metric."""
+        """Log a new best, and what the tolerances have kept that were not `closed` before."""
         mark = f"best/{self._logged_name}"
         if outcome.is_new_best:
             self.log_writer.add_scalar(mark, outcome.value)
@@ -183,7 +187,11 @@ class BestCheckpointCallback(PeriodicCallback):
                 self.log_writer.add_scalar(f"{mark}/tolerance={tolerance}", best.value)
 
     def after_training(self, **kwargs: Any) -> None:
-        """Close the keeper, and log the best value and those that the tolerances kept. **Collective**."""
+        """Close the keeper, and log the best value and those that the tolerances kept. **Collective**.
+
+        Raises:
+            KeepBestError: What `BestKeeper.close` raises.
+        """
         self.keeper.close()
         key = f"best_model/{self._logged_name}"
         if self.keeper.state.best is not None:
@@ -207,5 +215,5 @@ class BestCheckpointCallback(PeriodicCallback):
         self.keeper.flush(pin=name)
 
     def after_checkpoint_removed(self, *, name: str) -> None:
-        """Let go of what was kept for a checkpoint. **Collective**."""
+        """Release what was kept for a resume checkpoint. **Collective**."""
         self.keeper.release(name)

@@ -25,11 +25,15 @@ class RegisteredConfig(BaseModel):
     """A config whose class is chosen by the data: by `kind` or by the registered `name`.
 
     A direct subclass is the root of a registry of its own. Every class below a root that declares a default for `name`
-    is registered under it as soon as it is defined. `kind` is the dotted path of a config class, or of a class that has
-    its config as class attribute `config_class`; it is imported on demand, so it may be anybody's.
+    is registered under it as soon as it is defined.
+
+    Attributes:
+        kind: Dotted path of a config class, or of a class that has its config as class attribute `config_class`. It is
+            imported on demand, so it may belong to any package.
+        name: Registered name of the config class.
 
     Raises:
-        ConfigError: when a class is defined with a `name` that another class of the registry has.
+        ConfigError: If a class is defined with a `name` that another class of the registry has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,17 +61,17 @@ class RegisteredConfig(BaseModel):
 
     @classmethod
     def find(cls, *, kind: str | None, name: str | None) -> type[Self]:
-        """The config class below this root that `kind` leads to, or else `name`. **Rank-local**.
+        """Find the config class below this root by `kind`, or else by `name`. **Rank-local**.
 
         Raises:
-            ConfigError: if both are `None`, or nothing fitting is found; lists what is known and what is nearest.
+            ConfigError: If both are `None`, or nothing suitable is found. It lists what is known and what is nearest.
         """
         if kind is not None:
             found = import_path(kind, known=cls._known_paths())
             config = getattr(found, "config_class", found)
             if not (isinstance(config, type) and issubclass(config, cls)):
                 raise ConfigError(
-                    f"kind {kind!r} is no {cls.__name__}, and no class whose config_class is one: found {found!r}"
+                    f"kind {kind!r} is neither a {cls.__name__} nor a class whose config_class is one: found {found!r}"
                 )
             return config
         if name is None:
@@ -78,11 +82,14 @@ class RegisteredConfig(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """The config that `value` describes: a mapping with `kind` or `name`, or a config already. **Rank-local**.
+        """Return the config that `value` describes. **Rank-local**.
+
+        Args:
+            value: Mapping with `kind` or `name`, or a config already.
 
         Raises:
-            ConfigError: see `find`; also if `value` is something else.
-            pydantic.ValidationError: if the other keys do not fit the class that was found.
+            ConfigError: If `value` is something else, or its class cannot be found.
+            pydantic.ValidationError: If the other keys do not fit the class that was found.
         """
         if isinstance(value, cls):
             return value
@@ -113,14 +120,17 @@ class Discriminated(Generic[ConfigT]):
 
 
 class CallBackBaseConfig(RegisteredConfig):
-    """What every callback's config has. A subclass declares `name: Literal["MyCallback"] = "MyCallback"`.
+    """Base of every callback's config. A subclass declares `name: Literal["MyCallback"] = "MyCallback"`.
 
     Attributes:
-        kind: dotted path of the callback or config class.
-        name: registered name of the config class.
-        every_n_epochs, every_n_updates, every_n_samples: when the callback runs; exactly one of them, > 0.
-        batch_size: samples of one evaluation batch on one rank; `None` means as many as in training. Required with
-            `every_n_samples`.
+        kind: Dotted path of the callback or config class.
+        name: Registered name of the config class.
+        every_n_epochs: Number of epochs after which the callback runs, > 0. Exactly one of `every_n_epochs`,
+            `every_n_updates` and `every_n_samples` is set.
+        every_n_updates: Number of optimizer updates after which the callback runs, > 0.
+        every_n_samples: Number of samples after which the callback runs, > 0.
+        batch_size: Number of samples of one evaluation batch on one rank; `None` takes as many as in training. Required
+            with `every_n_samples`.
     """
 
     callback_type: ClassVar[type[CallbackBase]]
@@ -143,16 +153,16 @@ class CallBackBaseConfig(RegisteredConfig):
 
     @property
     def callback_class(self) -> type[CallbackBase]:
-        """The callback that this config is for: the one that `kind` names, or else the one that names this config.
+        """The callback class of this config: the one that `kind` names, or else the one that names this config.
 
         Raises:
-            ConfigError: if no callback names this config.
+            ConfigError: If no callback names this config.
         """
         if self.kind is not None:
             found = import_path(self.kind, known=self._known_paths())
             if hasattr(found, "config_class"):
                 return cast("type[CallbackBase]", found)
-        # Only its own: what a callback of its base would make of a derived config, nobody said.
+        # A derived config does not inherit the callback of its base, which knows nothing of its fields.
         if "callback_type" not in vars(type(self)):
             raise ConfigError(
                 f"no callback has config_class = {type(self).__name__}; "
@@ -173,14 +183,15 @@ def known_settings(content: Any, place: Place) -> Iterable[str]:
 
 
 def import_path(path: str, *, known: list[str]) -> Any:
-    """The object at a dotted path. **Rank-local**.
+    """Import the object at a dotted path. **Rank-local**.
 
     Args:
-        path: `package.module.Name`.
-        known: paths to suggest when there is nothing at `path`.
+        path: Path of the form `package.module.Name`.
+        known: Paths to suggest when there is nothing at `path`.
 
     Raises:
-        ConfigError: if there is no such module or no such name in it. Errors of the module itself come through.
+        ConfigError: If there is no such module, or no such name in it. Errors of the module itself are raised as they
+            are.
     """
     module_name, _, name = path.rpartition(".")
     hint = f"{_nearest(path, known)}; known: {_listed(known)}" if known else ""
@@ -202,7 +213,7 @@ def _path(config: type) -> str:
 
 
 def _nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
-    # The last part of a path is what was meant; its modules only drown the difference.
+    # The last part of a path is what the user meant. Its modules would only hide the difference.
     by_last_part = {path.rpartition(".")[2]: path for path in known}
     near = difflib.get_close_matches(word.rpartition(".")[2], by_last_part, n=1, cutoff=0.4)
     return f" (did you mean {by_last_part[near[0]]!r}?)" if near else ""

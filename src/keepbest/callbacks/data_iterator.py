@@ -1,4 +1,4 @@
-"""Callbacks that evaluate the model on a whole dataset, shared out among the ranks."""
+"""Callbacks that evaluate the model on a whole dataset, divided among the ranks."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ class PeriodicDataIteratorCallbackConfig(CallBackBaseConfig):
     """Config of a callback that evaluates a dataset.
 
     Attributes:
-        dataset_key: the dataset.
+        dataset_key: Key of the dataset.
     """
 
     dataset_key: str
 
 
 class PeriodicDataIteratorCallback(PeriodicCallback):
-    """Runs a dataset through the model and puts the ranks' results together.
+    """Runs a dataset through the model and merges the ranks' results.
 
-    A subclass says what is computed for a batch (`process_data`) and what is done with the results of all samples
-    (`process_results`), which do not depend on the number of ranks.
+    A subclass defines what is computed for a batch (`process_data`) and what is done with the results of all samples
+    (`process_results`). The results do not depend on the number of ranks.
+
+    Attributes:
+        dataset_key: Key of the dataset.
 
     Raises:
-        ConfigError: if there is no dataset of that key.
+        ConfigError: If there is no dataset with that key.
     """
 
     def __init__(self, callback_config: PeriodicDataIteratorCallbackConfig, **kwargs: Any) -> None:
@@ -55,23 +58,28 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
     @property
     def sampler_config(self) -> SamplerConfig:
-        """What `InterleavedSampler` needs in order to deliver this callback's batches."""
+        """The config by which `InterleavedSampler` delivers this callback's batches."""
         return SamplerConfig(self.dataset_key, self.interval, self.callback_config.batch_size)
 
     @abstractmethod
     def process_data(self, batch: Any) -> Results:
-        """The results for one batch: a tensor or a dict of tensors, of shape `[samples of the batch, ...]`.
+        """Compute the results for one batch: a tensor or a dict of tensors, of shape `[samples of the batch, ...]`.
 
-        Runs on every rank equally often, on the model's device, in eval mode and without gradients. What it raises on
-        one rank is raised on all.
+        Every rank calls it equally often, with a batch on the model's device, in eval mode and without gradients. An
+        error on one rank is raised on all.
         """
 
     @abstractmethod
     def process_results(self, results: Results, *, interval_type: IntervalType, update_counter: UpdateCounter) -> None:
         """Use the results of the whole dataset.
 
-        Called on every rank with the same `results`: CPU tensors of shape `[samples of the dataset, ...]`, in the
-        dataset's order. What can fail on one rank only, such as writing a file, belongs into `self.ranks.agree`.
+        Work that can fail on one rank only, such as writing a file, belongs into `self.ranks.agree`.
+
+        Args:
+            results: Results of all samples, in the order of the dataset, the same on every rank. CPU tensors of shape
+                `[samples of the dataset, ...]`.
+            interval_type: Kind of the interval that has ended; "eval" if it was called on demand.
+            update_counter: Counter of the completed updates.
         """
 
     def periodic_callback(
@@ -83,6 +91,11 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         data_iter: Iterator[Any] | None = None,
         **_kwargs: Any,
     ) -> None:
+        """Evaluate the dataset. **Collective**.
+
+        Raises:
+            KeepBestError: On every rank, if a rank failed. See `gather_in_dataset_order`.
+        """
         batch_size = self.callback_config.batch_size or batch_size
         results = gather_in_dataset_order(
             f"evaluate dataset {self.dataset_key!r} in {type(self).__name__}",
@@ -101,7 +114,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
             results = [_to_cpu(self.process_data(move_to_device(batch, device))) for batch in batches]
         if len(results) != count:
             raise RuntimeError(f"the data iterator ended after {len(results)} of {count} evaluation batches")
-        return _concatenate(results)
+        return _merge_batches(results)
 
     def _own_loader(self, batch_size: int) -> EvaluationLoader:
         if self._loader is None or self._loader.batch_size != batch_size:
@@ -138,13 +151,13 @@ def _to_cpu(results: Results) -> Results:
     return results.cpu() if isinstance(results, Tensor) else {name: part.cpu() for name, part in results.items()}
 
 
-def _concatenate(results: list[Results]) -> Results:
+def _merge_batches(results: list[Results]) -> Results:
     if isinstance(results[0], Tensor):
-        return _stack_rows(cast("list[Tensor]", results))
+        return _concatenate(cast("list[Tensor]", results))
     named = cast("list[dict[str, Tensor]]", results)
-    return {name: _stack_rows([part[name] for part in named]) for name in named[0]}
+    return {name: _concatenate([part[name] for part in named]) for name in named[0]}
 
 
-def _stack_rows(parts: list[Tensor]) -> Tensor:
-    # One number for a batch, such as its mean loss, becomes a row, so that the number of rows tells the mistake.
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    # One number for a batch, such as its mean loss, becomes one row. The number of rows then reveals the mistake.
     return torch.cat([torch.atleast_1d(part) for part in parts])  # type: ignore[no-untyped-call]

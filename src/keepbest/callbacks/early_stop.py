@@ -11,7 +11,8 @@ from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.decision import BestState, Observation, Policy, decide
 from keepbest.interval import IntervalType
-from keepbest.metric import MetricReduction, agree_on_metric, read_scalar
+from keepbest.metric import agree_on_metric, read_scalar
+from keepbest.reduction import MetricReduction
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -21,11 +22,11 @@ class MetricEarlyStopperConfig(CallBackBaseConfig):
     """Config of `MetricEarlyStopper`.
 
     Attributes:
-        metric_key: key of the metric in the log.
-        tolerance: intervals without improvement that are let pass; the next one ends training.
-        higher_is_better: direction of the metric; `None` if its name tells.
-        min_delta: an improvement is more than this, in units of the metric.
-        metric_reduction: how the values of the ranks become one.
+        metric_key: Key of the metric in the log.
+        tolerance: Number of intervals in a row without improvement that do not end training. The next one does.
+        higher_is_better: Direction of the metric; `None` derives it from the metric's name.
+        min_delta: Threshold of improvement. A new best must beat the old one by more than this, in units of the metric.
+        metric_reduction: Way in which the values of the ranks become one.
     """
 
     name: Literal["MetricEarlyStopper"] = "MetricEarlyStopper"
@@ -39,11 +40,15 @@ class MetricEarlyStopperConfig(CallBackBaseConfig):
 class MetricEarlyStopper(PeriodicCallback):
     """Ends training after more than `tolerance` intervals in a row without a new best of the metric.
 
-    It stops where `BestCheckpointCallback` with that tolerance takes its last decision about it. A resumed run that was
-    stopped before stops again at its first interval, unless the tolerance was changed.
+    It stops at the interval at which `BestCheckpointCallback` exceeds the same tolerance. If a run that was stopped
+    resumes, it stops again at its first interval, unless the tolerance was changed.
+
+    Attributes:
+        metric_key: Key of the metric in the log.
+        tolerance: Number of intervals in a row without improvement that do not end training.
 
     Raises:
-        ConfigError: if the direction is neither given nor known from the metric's name.
+        ConfigError: If the direction is neither given nor known from the metric's name.
     """
 
     config_class: ClassVar[type[MetricEarlyStopperConfig]] = MetricEarlyStopperConfig
@@ -73,8 +78,8 @@ class MetricEarlyStopper(PeriodicCallback):
         """Observe the metric that was logged at this iteration. **Collective**: one exchange. Nothing in evaluation.
 
         Raises:
-            MetricError: on every rank, if a rank did not log it or what it logged cannot be used.
-            IterationError: if the iteration does not come after the last one.
+            MetricError: On every rank, if a rank did not log the metric or its value cannot be used.
+            IterationError: If the iteration does not come after the last one.
         """
         if interval_type == "eval":
             return

@@ -27,18 +27,18 @@ class OfflineLossCallbackConfig(PeriodicDataIteratorCallbackConfig):
 class OfflineLossCallback(PeriodicDataIteratorCallback):
     """Logs `loss/<dataset_key>/<name>` for each of the model's losses: its mean over the samples of the dataset.
 
-    The mean is taken in float64 from a sum without rounding errors, so that it does not depend on the number of ranks.
-    It is logged on every rank, without a weight.
+    The mean is computed in float64 from a sum without rounding errors, so it does not depend on the number of ranks. It
+    is logged on every rank, without a weight.
 
     Raises:
-        ConfigError: if the model has no method `losses`, or there is no dataset of that key.
+        ConfigError: If the model has no method `losses`, or there is no dataset with that key.
     """
 
     config_class: ClassVar[type[OfflineLossCallbackConfig]] = OfflineLossCallbackConfig
 
     def __init__(self, callback_config: OfflineLossCallbackConfig, **kwargs: Any) -> None:
         super().__init__(callback_config, **kwargs)
-        # DDP and FSDP hide the method; they are only needed for the forward pass.
+        # DDP and FSDP hide the method. They are only needed for the forward pass.
         inner = unwrap(self.model)
         losses: Callable[..., dict[str, Tensor]] | None = getattr(inner, "losses", None)
         if losses is None:
@@ -49,7 +49,7 @@ class OfflineLossCallback(PeriodicDataIteratorCallback):
         self._losses = losses
 
     def process_data(self, batch: Any) -> Results:
-        """The losses of each sample: name -> tensor of shape `[samples of the batch]`."""
+        """Compute the losses of each sample: name -> tensor of shape `[samples of the batch]`."""
         return self._losses(self.model(batch), batch)
 
     def process_results(self, results: Results, *, interval_type: IntervalType, update_counter: UpdateCounter) -> None:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class PeriodicCallback(CallbackBase, ABC):
-    """Calls `periodic_callback` whenever the interval of its config is over, and on demand by `at_eval`.
+    """Calls `periodic_callback` whenever the interval of its config has ended, and on demand by `at_eval`.
 
     Attributes:
-        interval: when that is.
+        interval: Interval of the config.
     """
 
     def __init__(self, callback_config: CallBackBaseConfig, **kwargs: Any) -> None:
@@ -35,15 +35,15 @@ class PeriodicCallback(CallbackBase, ABC):
         data_iter: Iterator[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """What is to be done at the interval. **Collective**: called on every rank at the same iteration.
+        """Do the work of the interval. **Collective**: every rank calls it at the same iteration.
 
         Args:
-            interval_type: kind of the interval that is over; "eval" if that is not why it is called.
-            update_counter: how far training has come.
-            batch_size: samples of a training micro-batch on one rank.
-            data_iter: the trainer's iterator, which delivers this callback's evaluation batches next; `None` if it
-                does not.
-            **kwargs: whatever else the hook was given.
+            interval_type: Kind of the interval that has ended; "eval" if it is called on demand.
+            update_counter: Counter of the completed updates.
+            batch_size: Number of samples of a training micro-batch on one rank.
+            data_iter: Iterator of the trainer that delivers this callback's evaluation batches next; `None` if it does
+                not.
+            **kwargs: Further arguments of the hook.
         """
 
     def after_update(

@@ -1,4 +1,4 @@
-"""The folder with a run's resume checkpoints: which are complete, which is the latest, which are outdated."""
+"""The folder of a run's resume checkpoints: which are complete, which is the latest, which are outdated."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ _TEMPORARY = ".tmp"
 
 
 class ResumeFolder:
-    """`<run>/resume`. Everything here is **rank-local**, and for rank 0 only where it changes the folder.
+    """`<run>/resume`. Every method is **rank-local**. Those that change the folder are for rank 0, except `write`.
 
-    A checkpoint is a folder named by its iteration. It is written under a name that ends in `.tmp`, and renamed once it
-    is complete; the link `latest` leads to the one that was published last.
+    A checkpoint is a folder named by its iteration. It is written under a name that ends in `.tmp`, and renamed when it
+    is complete. The link `latest` points at the checkpoint that was published last.
+
+    Args:
+        run_directory: Directory of the run.
+
+    Attributes:
+        path: Path of the folder.
     """
 
     def __init__(self, run_directory: Path) -> None:
@@ -26,16 +32,24 @@ class ResumeFolder:
         self._files = Files()
 
     def temporary(self, name: str) -> Path:
-        """Where the checkpoint `name` is written before it is published."""
+        """The path where the checkpoint `name` is written before it is published."""
         return self.path / (name + _TEMPORARY)
 
     def begin(self, name: str) -> None:
-        """Make an empty folder to write the checkpoint `name` into."""
+        """Make an empty folder for the checkpoint `name`.
+
+        Raises:
+            OSError: If the file system refuses.
+        """
         self._files.remove(self.temporary(name))
         self._files.make_folder(self.temporary(name))
 
     def write(self, name: str, file_name: str, content: bytes) -> None:
-        """Write a file of the checkpoint `name` durably."""
+        """Write a file of the checkpoint `name` durably.
+
+        Raises:
+            OSError: If the file system refuses.
+        """
         with self._files.create(self.temporary(name) / file_name) as file:
             file.write(content)
             file.sync()
@@ -44,15 +58,18 @@ class ResumeFolder:
         """Make the checkpoint `name` visible, then remove outdated ones.
 
         Args:
-            name: of a checkpoint that is written.
-            keep_last: how many to keep; `None` keeps all of this timeline.
+            name: Name of a checkpoint that is completely written.
+            keep_last: Number of checkpoints to keep; `None` keeps all of this timeline.
 
         Returns:
             The names of the checkpoints that were removed.
+
+        Raises:
+            OSError: If the file system refuses.
         """
         final = self.path / name
         self._files.sync_folder(self.temporary(name))
-        if final.exists():  # it belongs to a timeline that a resume has left
+        if final.exists():  # it belongs to an abandoned timeline
             self._files.rename(final, self.temporary(f"{name}.replaced"))
         self._files.rename(self.temporary(name), final)
         self._files.sync_folder(self.path)
@@ -69,10 +86,10 @@ class ResumeFolder:
         return outdated
 
     def find(self, resume: Path | str) -> Path | None:
-        """The checkpoint that `resume` means; `None` if that is "auto" and there is none.
+        """Find the checkpoint that `resume` means; `None` if that is "auto" and there is none.
 
         Raises:
-            ConfigError: if there is no complete checkpoint at a path.
+            ConfigError: If there is no complete checkpoint at a path.
         """
         complete = self._complete()
         if resume == "auto":
@@ -87,7 +104,7 @@ class ResumeFolder:
 
     def _outdated(self, newest: str, keep_last: int | None) -> list[str]:
         complete = self._complete()
-        # Those of later iterations belong to a timeline that a resume has left.
+        # Those of later iterations belong to an abandoned timeline.
         past = [name for name in complete if _update(name) <= _update(newest)]
         kept = past if keep_last is None else past[-keep_last:]
         return [name for name in complete if name not in kept]

@@ -1,1 +1,1 @@
-"""The command line: `python -m keepbest train | eval | show`. Needs the extra `cli`."""
+"""The command line: `python -m keepbest COMMAND`. It needs the extra `cli`."""

@@ -1,4 +1,4 @@
-"""The commands, and what becomes of their errors."""
+"""The commands, and how their errors become exit statuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from keepbest.run.maintenance import repair
 from keepbest.run.verify import verify
 from keepbest.validation import describe
 
-# Errors that each rank has for itself; all others are the same on every rank, and rank 0 tells them.
+# Errors that differ between ranks. All others are the same on every rank, and rank 0 reports them.
 _OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
 
 app = typer.Typer(
@@ -67,8 +67,8 @@ def train_command(
 ) -> None:
     """Train as CONFIG says, and show the checkpoints that were kept.
 
-    The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training before its time: start it again with
-    trainer.resume=auto to go on.
+    The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training early. Start it again with
+    trainer.resume=auto to continue.
     """
     _run(lambda: train(config, overrides or []), timeout=timeout, debug=context.obj)
 
@@ -80,7 +80,7 @@ def eval_command(
     overrides: Overrides = None,
     ref: Annotated[
         Optional[str],  # noqa: UP045  # as above
-        typer.Option(help="Which checkpoint; without it, the best of a run that monitors one metric."),
+        typer.Option(help="Name of the checkpoint. The default is the best of a run that monitors one metric."),
     ] = None,
     timeout: Timeout = 600.0,
 ) -> None:
@@ -134,11 +134,11 @@ def tolerance_command(
 def verify_command(context: typer.Context, run: Run) -> None:
     """Compare every file that RUN needs with what was written, and its refs with the ledger.
 
-    Prints a line for each fault; the exit status is 1 if there is one. Damage is lost for good; what is unfinished is
-    left from a crash, and the next resume, or repair, mends it.
+    It prints a line for each fault. The exit status is 1 if there is one. Damage is permanent. Unfinished work is left
+    from a crash, and the next resume, or repair, finishes or removes it.
     """
 
-    def tell() -> None:
+    def check() -> None:
         faults = verify_run(run)
         for fault in faults:
             typer.echo(f"{fault.kind}: {fault.message}")
@@ -146,20 +146,18 @@ def verify_command(context: typer.Context, run: Run) -> None:
         if faults:
             raise typer.Exit(1)
 
-    _run(tell, debug=context.obj)
+    _run(check, debug=context.obj)
 
 
 @app.command("export")
 def export_command(
     context: typer.Context,
     run: Run,
-    ref: Annotated[str, typer.Argument(metavar="REF", help="Which checkpoint, as show names it.")],
-    to: Annotated[
-        Path, typer.Option(help="A file that ends in .pt or .safetensors; anything else is a folder of safetensors.")
-    ],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="Name of the checkpoint, as show prints it.")],
+    to: Annotated[Path, typer.Option(help="File that ends in .pt or .safetensors, or a folder for safetensors files.")],
     part: Annotated[
         Optional[str],  # noqa: UP045  # as above
-        typer.Option(help="One submodel alone, with keys of its own."),
+        typer.Option(help="Submodel to export alone, with keys of its own."),
     ] = None,
 ) -> None:
     """Write a checkpoint of RUN, of any format, to a file or a folder that others read, with little memory."""
@@ -175,36 +173,36 @@ def export_command(
 def repair_command(context: typer.Context, run: LocalRun) -> None:
     """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
 
-    def mend() -> None:
+    def repair_and_report() -> None:
         directory = check_local(run)
         before = verify(directory)
         repair(directory)
         after = verify(directory)
         for fault in before:
-            typer.echo(f"{'left' if fault in after else 'mended'}: {fault.message}")
-        typer.echo(f"{run}: {len(before) - len(after)} mended, {len(after)} left")
+            typer.echo(f"{'left' if fault in after else 'repaired'}: {fault.message}")
+        typer.echo(f"{run}: {len(before) - len(after)} repaired, {len(after)} left")
         if after:
             raise typer.Exit(1)
 
-    _run(mend, debug=context.obj)
+    _run(repair_and_report, debug=context.obj)
 
 
 @app.command("upload")
 def upload_command(
     context: typer.Context,
     run: LocalRun,
-    to: Annotated[str, typer.Argument(metavar="URL", help="Where the remote copy of the run is, or shall be.")],
+    to: Annotated[str, typer.Argument(metavar="URL", help="URL of the remote copy of the run.")],
 ) -> None:
-    """Bring what RUN keeps to its remote copy, where a storage that could not be reached has left that behind."""
+    """Upload what RUN keeps to its remote copy, if the storage could not be reached during training."""
 
-    def bring() -> None:
+    def upload_run() -> None:
         try:
             upload(check_local(run), to)
         except OSError as error:
             raise KeepBestError(str(error)) from error
         typer.echo(f"{to}: everything that {run} keeps is there")
 
-    _run(bring, debug=context.obj)
+    _run(upload_run, debug=context.obj)
 
 
 def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:

@@ -1,13 +1,13 @@
-"""Where tables are printed."""
+"""The console that tables are printed on."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
-_WIDTH_OF_A_FILE = 160
+_WIDTH_WITHOUT_TERMINAL = 160
 
 
 def console() -> Console:
-    """The terminal, or what stands in for it: there, lines are as wide as tables need."""
+    """Return the terminal. If the output is not a terminal, lines are wide enough for tables."""
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=_WIDTH_OF_A_FILE)
+    return terminal if terminal.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)

@@ -1,4 +1,4 @@
-"""What a ledger tells of one metric, ready to be drawn or tabled. Pure."""
+"""The history of one metric in a ledger, prepared for pictures and tables. Pure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Point:
     """One observation.
 
     Attributes:
-        iteration: when.
-        value: may be NaN or infinite.
-        is_new_best: whether it was, in its timeline.
+        iteration: Iteration at which it was observed.
+        value: Value of the metric, possibly NaN or infinite.
+        is_new_best: Whether it was a new best in its timeline.
     """
 
     iteration: TrainingIteration
@@ -33,9 +33,9 @@ class Patience:
     """What early stopping with some tolerance keeps.
 
     Attributes:
-        tolerance: intervals without improvement that are put up with.
-        kept: the best when it was exceeded, or now if it is not; `None` if there is none.
-        exceeded_at: when it was exceeded; `None` if it is not.
+        tolerance: Number of intervals in a row without improvement that do not end training.
+        kept: Best at the moment when the tolerance was exceeded, or the present best; `None` if there is none.
+        exceeded_at: Iteration at which it was exceeded; `None` if it was not.
     """
 
     tolerance: int
@@ -48,13 +48,13 @@ class Curve:
     """One metric of a run.
 
     Attributes:
-        keeper: name of the keeper.
-        metric_key: that it monitors.
-        unit: of the axis that iterations are drawn on: the finest that they all have.
-        points: of the present timeline.
-        abandoned: what other timelines have beyond what they share with the next.
-        restarts: the last iterations before the run was taken up again, of the present timeline.
-        patiences: of the keeper's own tolerances.
+        keeper: Name of the keeper.
+        metric_key: Key of the metric that it monitors.
+        unit: Unit of the axis of iterations: the finest one that all of them have.
+        points: Points of the present timeline.
+        abandoned: Points of other timelines that the next timeline does not share.
+        restarts: Last iterations before each restart in the present timeline.
+        patiences: Patiences of the keeper's own tolerances.
     """
 
     keeper: str
@@ -66,16 +66,16 @@ class Curve:
     patiences: list[Patience]
 
     def position(self, iteration: TrainingIteration) -> int:
-        """Of `iteration` on the axis."""
+        """Return the position of `iteration` on the axis."""
         place: int | None = getattr(iteration, self.unit)
         return 0 if place is None else place
 
 
 def curves(history: History) -> list[Curve]:
-    """One for each keeper of the run that has observed something, in the order in which they began.
+    """Return a curve for each keeper of the run that has observed something, in the order in which they began.
 
     Raises:
-        SnapshotError: if there is none.
+        SnapshotError: If there is none.
     """
     found = [curve(name, keeper) for name, keeper in history.keepers.items() if keeper.present.entries]
     if not found:
@@ -84,7 +84,7 @@ def curves(history: History) -> list[Curve]:
 
 
 def curve(name: str, keeper: KeeperHistory) -> Curve:
-    """That of one keeper, which has observed something."""
+    """Return the curve of one keeper that has observed something."""
     present = keeper.present
     first = present.entries[0].observation.iteration
     unit = next(unit for unit in _UNITS if getattr(first, unit) is not None)
@@ -108,7 +108,7 @@ def curve(name: str, keeper: KeeperHistory) -> Curve:
 
 
 def patiences(keeper: KeeperHistory, tolerances: Sequence[int]) -> list[Patience]:
-    """What each of `tolerances`, whether the run had them or not, has kept in the present timeline."""
+    """Return what each of `tolerances` keeps in the present timeline, whether the run had it or not."""
     policy = replace(keeper.policy, tolerances=tuple(tolerances))
     state: BestState = keeper.present.base
     found: dict[int, Patience] = {}
@@ -129,6 +129,6 @@ def _points(keeper: KeeperHistory, timeline: Timeline) -> list[Point]:
 
 
 def _shared(mine: Sequence[Entry], others: Sequence[Entry]) -> int:
-    """How many entries at the beginning of two timelines are the same."""
+    """Count the entries at the beginning of two timelines that are the same."""
     pairs = zip(mine, others, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one is not other), min(len(mine), len(others)))

@@ -1,4 +1,4 @@
-"""What happened in a run, line by line of its ledger. **Rank-local**; needs no process group."""
+"""The history of a run, line by line of its ledger. **Rank-local**, without a process group."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from keepbest.run.reader import read_history
 
 
 def print_history(run: Path | str) -> None:
-    """Print every observation of a run, what it led to, and where the run was taken up again.
+    """Print every observation of a run, what it led to, and where the run restarted.
+
+    Args:
+        run: Directory of the run, or URL of its remote copy.
 
     Raises:
-        SnapshotError: if there is no ledger.
-        LedgerError: if it is damaged or of another format.
+        SnapshotError: If there is no ledger.
+        LedgerError: If it is damaged or of another format.
     """
     with local_copy(run) as directory:
         read_history(directory)

@@ -38,12 +38,16 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def plot(run: Path | str, to: Path) -> None:
-    """Draw a run, as its ledger tells it, into the file `to`. **Rank-local**.
+    """Draw a run from its ledger into a file. **Rank-local**.
+
+    Args:
+        run: Directory of the run, or URL of its remote copy.
+        to: Path of the picture.
 
     Raises:
-        ConfigError: if `to` is neither .png nor .svg, or matplotlib is not installed.
-        SnapshotError: if there is no ledger, or nothing was observed yet.
-        LedgerError: if the ledger is damaged or of another format.
+        ConfigError: If `to` is neither .png nor .svg, or matplotlib is not installed.
+        SnapshotError: If there is no ledger, or nothing was observed yet.
+        LedgerError: If the ledger is damaged or of another format.
     """
     if to.suffix not in _FORMATS:
         raise ConfigError(f"a picture ends in {' or '.join(_FORMATS)}, got {to}")
@@ -55,7 +59,19 @@ def plot(run: Path | str, to: Path) -> None:
 
 
 def draw(drawn: list[Curve], file_format: str, *, transparent: bool = False) -> bytes:
-    """The curves, one above the other, as a PNG or SVG. Raises `ConfigError` if matplotlib is not installed."""
+    """Draw curves one above the other.
+
+    Args:
+        drawn: Curves to draw.
+        file_format: Format of the picture, "png" or "svg".
+        transparent: Whether to leave out the background.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
     try:
         from matplotlib import rc_context  # an extra, and slow to import
         from matplotlib.figure import Figure  # as above
@@ -78,7 +94,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
     best = [point for point in curve.points if point.is_new_best]
     axes.plot(*_line(curve, best), "o", color=_BEST, ms=4, label="new best")
     if lost := [curve.position(point.iteration) for point in curve.points if not math.isfinite(point.value)]:
-        # Where they have no height, at the bottom.
+        # They have no height, so they are drawn at the bottom.
         bottom = axes.get_xaxis_transform()
         axes.plot(lost, [0.02] * len(lost), "x", color=_BEST, ms=5, transform=bottom, label="NaN or infinite")
     for number, restart in enumerate(curve.restarts):
@@ -91,13 +107,13 @@ def _draw(axes: Axes, curve: Curve) -> None:
         ylabel=_shortened(curve.metric_key, _LONGEST_LABEL),
     )
     axes.locator_params(axis="x", integer=True)
-    # Below, where it hides nothing.
+    # Below the axes, where it hides nothing.
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False, fontsize=8, borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_patience(axes: Axes, curve: Curve, patience: Patience, color: str) -> None:
-    """What it keeps, and how long was waited in vain. Marked by form as well as by color."""
+    """Draw what a tolerance keeps, and the wait for an improvement after it. The marks differ in shape and color."""
     if patience.kept is None:
         return
     until = patience.exceeded_at or curve.points[-1].iteration
@@ -110,18 +126,18 @@ def _draw_patience(axes: Axes, curve: Curve, patience: Patience, color: str) -> 
 
 
 def _once(label: str, number: int) -> str | None:
-    """The label of the first of several marks that mean the same."""
+    """Return the label for the first of several marks with the same meaning."""
     return label if number == 0 else None
 
 
 def _shortened(name: str, longest: int) -> str:
-    """The beginning and the end of a name that does not fit; what cannot be printed is replaced."""
+    """Return the beginning and the end of a name that does not fit, with unprintable characters replaced."""
     name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
     half = longest // 2
     return name if len(name) <= longest else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
 def _line(curve: Curve, points: list[Point]) -> tuple[list[int], list[float]]:
-    # Infinities would leave nothing of the other values; NaN leaves a gap.
+    # Infinities would flatten the other values. NaN leaves a gap.
     values = [point.value if math.isfinite(point.value) else math.nan for point in points]
     return [curve.position(point.iteration) for point in points], values

@@ -1,4 +1,4 @@
-"""A report on a run: one HTML file with its picture and its table, which needs no other file and no network."""
+"""A report on a run: one HTML file with its picture and its table, without other files or a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keepbest.cli.table import Checkpoint, read_checkpoints
 from keepbest.remote.download import local_copy
 from keepbest.run.reader import read_history
 
-# The browser runs no script and loads nothing for this page, whatever the names in a run are.
+# The browser runs no script and loads nothing for this page, so hostile names in a run do no harm.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --damage: #b00020 }
@@ -31,21 +31,23 @@ code { font-size: .9em; overflow-wrap: anywhere }
 
 
 def report(run: Path | str, to: Path) -> None:
-    """Write the report on a run to the file `to`. **Rank-local**.
+    """Write the report on a run. **Rank-local**.
+
+    Args:
+        run: Directory of the run, or URL of its remote copy.
+        to: Path of the HTML file.
 
     Raises:
-        ConfigError: if matplotlib is not installed.
-        SnapshotError: if there is no ledger, or nothing was observed yet.
-        LedgerError: if the ledger is damaged or of another format.
+        ConfigError: If matplotlib is not installed.
+        SnapshotError: If there is no ledger, or nothing was observed yet.
+        LedgerError: If the ledger is damaged or of another format.
     """
     with local_copy(run) as directory:
         history = read_history(directory)
     picture = draw(curves(history), "svg", transparent=True).decode().replace(FOREGROUND, "currentColor")
     rows = "\n".join(map(_row, read_checkpoints(run)))
     name = html.escape(str(run))
-    restarts = {0: "never taken up again", 1: "taken up again once"}.get(
-        history.restarts, f"taken up again {history.restarts} times"
-    )
+    restarts = {0: "never restarted", 1: "restarted once"}.get(history.restarts, f"restarted {history.restarts} times")
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">

@@ -1,4 +1,4 @@
-"""The YAML file of a run: read, changed by settings of the command line, checked, saved. **Rank-local**."""
+"""The YAML file of a run, with settings of the command line. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
-    """A run as it was written, and what that means.
+    """A run as it was written, and its config.
 
     Attributes:
-        content: of the file, with the settings that were changed; plain YAML values.
-        config: the same, checked.
+        content: Content of the file in plain YAML values, with the settings that were changed.
+        config: Validated config.
     """
 
     content: dict[str, Any]
@@ -38,11 +38,12 @@ class RunFile:
         """Read the file at `path`.
 
         Args:
-            path: of a YAML file.
-            settings: dotted key -> value that replaces the one in the file; items of lists are keyed by number.
+            path: Path of a YAML file.
+            settings: Values by dotted key, which replace those in the file. Items of lists have numbers as keys.
 
         Raises:
-            ConfigError: if the file cannot be read, or does not describe a run; says where, and what is known there.
+            ConfigError: If the file cannot be read, or does not describe a run. It names the place, and what is known
+                there.
         """
         try:
             content = yaml.load(path.read_text(), _Loader)  # noqa: S506  # a SafeLoader
@@ -59,10 +60,10 @@ class RunFile:
             raise ConfigError("\n".join([f"{path} does not describe a run:", *describe(error, known)])) from error
 
     def save(self) -> None:
-        """Write it to `config.yaml` in the directory of the run, so that it is there in whole or as before.
+        """Write the content to `config.yaml` in the directory of the run. A crash leaves the old file or the new one.
 
         Raises:
-            OSError: whatever the file system answers.
+            OSError: If the file system refuses.
         """
         path = self.config.directory / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +73,10 @@ class RunFile:
 
 
 def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Dotted key -> value of arguments like `trainer.epochs=3`; values are YAML.
+    """Return the values by dotted key of arguments like `trainer.epochs=3`. Values are YAML.
 
     Raises:
-        ConfigError: if an argument has another form.
+        ConfigError: If an argument has another form.
     """
     settings: dict[str, Any] = {}
     for argument in arguments:
@@ -90,7 +91,7 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number, as YAML 1.2 and everybody who writes a learning rate do."""
+    """Reads `1e-3` as a number, as YAML 1.2 does and as users expect of a learning rate."""
 
 
 _Loader.add_implicit_resolver(

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as its ledger and its snapshots tell. **Rank-local**; needs no process group."""
+"""The checkpoints of a run, from its ledger and its snapshots. **Rank-local**, without a process group."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _DIGITS_SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a ref names.
+    """The checkpoint that a ref names.
 
     Attributes:
-        ref: name of the ref.
-        metric_key: of the keeper that the ref belongs to.
-        value: of the metric.
-        iteration: whose weights they are.
-        tolerance: that the ref answers; `None` for the best.
-        exceeded: whether the tolerance was exceeded; if not, the ref is provisional: the best so far. `None` for the
-            best.
-        snapshot: name of the folder.
-        bytes: of all files together.
-        digest: of the manifest, which holds those of the files.
-        files: name -> bytes, digest and its algorithm.
-        damage: why the snapshot cannot be used, if so; iteration, bytes and files are then not known.
+        ref: Name of the ref.
+        metric_key: Key of the metric that the ref's keeper monitors.
+        value: Value of the metric; `None` if it is unknown.
+        iteration: Iteration that the weights are from; `None` if the snapshot is damaged.
+        tolerance: Tolerance that the ref belongs to; `None` for the best.
+        exceeded: Whether the tolerance was exceeded. If not, the ref is provisional and names the best so far. `None`
+            for the best.
+        snapshot: Name of the folder.
+        bytes: Number of bytes of all files together; `None` if the snapshot is damaged.
+        digest: Digest of the manifest, which holds those of the files.
+        files: Bytes, digest and its algorithm, by file name. Empty if the snapshot is damaged.
+        damage: Reason why the snapshot cannot be used; `None` if it can.
     """
 
     ref: str
@@ -57,11 +57,14 @@ class Checkpoint:
 
 
 def read_checkpoints(run: Path | str) -> list[Checkpoint]:
-    """Every ref of a run, by directory or URL: for each metric the best, the tolerances from low to high, the top k.
+    """Return the checkpoint of every ref of a run: for each metric the best, the tolerances, ascending, and the top k.
+
+    Args:
+        run: Directory of the run, or URL of its remote copy.
 
     Raises:
-        SnapshotError: if there is no ledger.
-        LedgerError: if it is damaged or of another format.
+        SnapshotError: If there is no ledger.
+        LedgerError: If it is damaged or of another format.
     """
     with local_copy(run, lambda history: set(history.refs.values()), has_files=lambda _: False) as directory:
         history = read_history(directory)
@@ -73,7 +76,7 @@ def read_checkpoints(run: Path | str) -> list[Checkpoint]:
 
 
 def print_table(run: Path | str) -> None:
-    """Print the checkpoints for people. Raises as `read_checkpoints`."""
+    """Print the checkpoints for people. Raises what `read_checkpoints` raises."""
     table = Table(title=f"checkpoints of {run}", title_justify="left", box=box.SIMPLE)
     for heading in ("ref", "value", "iteration", "tolerance", "files", "bytes", "digest"):
         is_number = heading in ("value", "bytes")
@@ -84,21 +87,21 @@ def print_table(run: Path | str) -> None:
             "?" if each.value is None else f"{each.value:.9g}",
             each.iteration or "?",
             "" if each.tolerance is None else "exceeded" if each.exceeded else "not exceeded (provisional)",
-            _told(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
+            _list_files(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
             "?" if each.bytes is None else f"{each.bytes:,}",
             each.digest[:_DIGITS_SHOWN],
         )
     console().print(table)
 
 
-def _told(files: Collection[str]) -> str:
-    """The names of files; of those that all ranks wrote, only the folder and how many there are."""
+def _list_files(files: Collection[str]) -> str:
+    """Return the names of files. Files that all ranks wrote are shown as their folder and their number."""
     counts = Counter(name.partition("/")[0] for name in files)
     return ", ".join(name if name in files else f"{name} ({count} files)" for name, count in counts.items())
 
 
 def print_json(run: Path | str) -> None:
-    """Print the checkpoints for programs: a list with one object for each ref. Raises as `read_checkpoints`."""
+    """Print the checkpoints for programs: a list of one object per ref. Raises what `read_checkpoints` raises."""
     typer.echo(json.dumps([dataclasses.asdict(each) for each in read_checkpoints(run)], indent=1))
 
 
@@ -139,6 +142,6 @@ def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tol
 
 
 def _value(keeper: KeeperHistory, snapshot: str) -> float | None:
-    """The keeper's own metric there: the manifest of a snapshot that two keepers share has that of one of them."""
+    """Return the keeper's own value. The manifest of a snapshot that two keepers share holds that of one of them."""
     entries = (entry for timeline in reversed(keeper.timelines) for entry in timeline.entries)
     return next((entry.observation.value for entry in entries if entry.snapshot == snapshot), None)

@@ -1,4 +1,4 @@
-"""What any patience would have kept, whether the run was asked for it or not. From the ledger alone. **Rank-local**."""
+"""What any tolerance would have kept, from the ledger alone, whether the run had it or not. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.remote.download import local_copy
 from keepbest.run.reader import read_history
 
-_MOST = 1000
+_MOST_TOLERANCES = 1000
 
 
 def parse_tolerances(text: str) -> list[int]:
-    """`0..20`, or `1,2,5`, as numbers.
+    """Return the numbers that a text like `0..20` or `1,2,5` names.
 
     Raises:
-        ConfigError: if it is neither, or there are too many.
+        ConfigError: If it has another form, or names too many.
     """
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", text):
         found = list(range(int(bounds[1]), int(bounds[2]) + 1))
@@ -29,17 +29,21 @@ def parse_tolerances(text: str) -> list[int]:
         found = sorted({int(number) for number in text.split(",")})
     else:
         raise ConfigError(f"tolerances must be like 0..20 or 1,2,5, got {text!r}")
-    if not 0 < len(found) <= _MOST:
-        raise ConfigError(f"expected 1 to {_MOST} tolerances, got {len(found)}: {text!r}")
+    if not 0 < len(found) <= _MOST_TOLERANCES:
+        raise ConfigError(f"expected 1 to {_MOST_TOLERANCES} tolerances, got {len(found)}: {text!r}")
     return found
 
 
 def print_tolerances(run: Path | str, tolerances: list[int]) -> None:
     """Print for each metric and tolerance the best that it keeps, and whether its weights are on the disk.
 
+    Args:
+        run: Directory of the run, or URL of its remote copy.
+        tolerances: Tolerances to show.
+
     Raises:
-        SnapshotError: if there is no ledger, or nothing was observed yet.
-        LedgerError: if it is damaged or of another format.
+        SnapshotError: If there is no ledger, or nothing was observed yet.
+        LedgerError: If it is damaged or of another format.
     """
     with local_copy(run) as directory:
         history = read_history(directory)

@@ -1,4 +1,4 @@
-"""What the commands do on every rank. **Collective**, inside `keepbest.launch.distributed()` or in one process."""
+"""The commands that run on every rank. **Collective**, inside `keepbest.launch.distributed()` or in one process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from keepbest.training.trainer import build_trainer
 
 
 def train(config: Path, arguments: Sequence[str]) -> None:
-    """Train as the file at `config` says; its settings are kept in the directory of the run.
+    """Train as a config file says, and save its settings in the directory of the run.
 
     Args:
-        config: of the run, in YAML.
-        arguments: settings that replace those of the file, like `trainer.epochs=3`.
+        config: Path of the config of the run, in YAML.
+        arguments: Settings that replace those of the file, like `trainer.epochs=3`.
 
     Raises:
-        KeepBestError: on every rank; nothing was written if the config is not right.
+        KeepBestError: On every rank. Nothing was written if the config is invalid.
     """
     ranks = Ranks.connect()
     run = _read(ranks, config, lambda: parse_settings(arguments))
@@ -35,9 +35,9 @@ def train(config: Path, arguments: Sequence[str]) -> None:
 
     def keep_config() -> None:
         save = run.save if ranks.is_main else lambda: None
-        ranks.agree(f"save {CONFIG_FILE} in {run.config.directory}", save, remedy="see whether it can be written")
+        ranks.agree(f"save {CONFIG_FILE} in {run.config.directory}", save, remedy="Check that it can be written")
 
-    # Not earlier: the directory may turn out to hold another run.
+    # Not before training starts: until then the directory may turn out to hold another run.
     trainer.train(on_start=keep_config)
     if ranks.is_main and ledger_exists(run.config.directory):
         print_table(run.config.directory)
@@ -47,18 +47,18 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
     """Evaluate a checkpoint with the callbacks of its run, and print what they log. Nothing is written.
 
     Args:
-        directory: of the run.
-        ref: name of the checkpoint; `None` is the best of the only metric that the run monitors.
-        arguments: settings that replace those of the run.
+        directory: Directory of the run.
+        ref: Name of the checkpoint; `None` is the best of the only metric that the run monitors.
+        arguments: Settings that replace those of the run.
 
     Raises:
-        KeepBestError: on every rank.
+        KeepBestError: On every rank, if the checkpoint cannot be found, loaded or evaluated.
     """
     ranks = Ranks.connect()
 
     def settings() -> dict[str, Any]:
         here = {"trainer.tracker": "none", "trainer.resume": None, "trainer.ema_decay": None}
-        # The ranks there are now need not be those that the run was trained on.
+        # The run may have been trained on another number of ranks.
         if ranks.world_size == 1:
             here["trainer.strategy"] = "single"
         return {**here, **parse_settings(arguments), "directory": str(directory)}
@@ -73,7 +73,9 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
     typer.echo(f"{name} of {loaded.iteration}: {loaded.metric_key} was {loaded.value!r} when it was saved")
     manifest = find_ref(directory, read_history(directory), name).manifest
     for missing in _not_loaded(select_parts(trainer.model), loaded.parts, manifest.left_out):
-        typer.echo(f"note: {missing} was not saved and is as the config builds it; what depends on it may differ")
+        typer.echo(
+            f"note: {missing} was not saved and is as the config builds it; metrics that depend on it may differ"
+        )
     for key, value in metrics.items():
         typer.echo(f"{key} {value!r}")
 
@@ -91,7 +93,7 @@ def _only_best(directory: Path) -> str:
     bests = [name for name in history.keepers if name in history.refs]
     if len(bests) != 1:
         known = ", ".join(sorted(history.refs)) or "none yet"
-        raise ConfigError(f"{directory} has {len(bests)} best checkpoints; say which one with --ref: {known}")
+        raise ConfigError(f"{directory} has {len(bests)} best checkpoints; choose one with --ref: {known}")
     return bests[0]
 
 

@@ -1,3 +1,5 @@
+"""Datasets, and the loaders that divide them among the ranks for training and evaluation."""
+
 from keepbest.data.container import Collator, DataContainer, MapDataset
 from keepbest.data.device import move_to_device
 from keepbest.data.evaluation import EvaluationLoader, evaluation_indices

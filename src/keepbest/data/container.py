@@ -1,4 +1,4 @@
-"""The datasets of a run, by key."""
+"""`DataContainer`: the datasets of a run, and how their samples become batches."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ Collator = Callable[[list[Any]], Any]
 
 
 class MapDataset(Protocol):
-    """A dataset with a length whose samples are found by their number; every rank sees the same ones."""
+    """A dataset with a length, whose samples have numbers. It must be the same on every rank."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """Sample number `index`."""
+        """Return sample number `index`."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
 
 class DataContainer:
     """The datasets of a run, by key, and how their samples become batches.
 
     Args:
-        datasets: one of them is trained on, the others are evaluated.
-        collators: for these keys, what makes a batch of a list of samples; torch's `default_collate` for the others.
-        num_workers: processes that load data, for each loader; 0 loads in the training process.
+        datasets: Datasets by key. Training uses one of them, evaluations use the others.
+        collators: Functions that make a batch of a list of samples, by key. Other datasets use torch's
+            `default_collate`.
+        num_workers: Number of processes that load data, for each loader. 0 loads in the training process.
+
+    Attributes:
+        num_workers: Number of processes that load data, for each loader.
 
     Raises:
-        ConfigError: if a dataset has no samples or no length, a collator is for no dataset, or `num_workers` < 0.
+        ConfigError: If a dataset has no samples or no length, a collator belongs to no dataset, or `num_workers` < 0.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class DataContainer:
             if len(dataset) == 0:
                 raise ConfigError(f"dataset {key!r} has no samples")
         if unknown := sorted(self._collators.keys() - self._datasets.keys()):
-            raise ConfigError(f"collators for {unknown}, but the datasets are {self.keys}")
+            raise ConfigError(f"there are collators for {unknown}, but the datasets are {self.keys}")
         if num_workers < 0:
             raise ConfigError(f"num_workers must be >= 0, found {num_workers}")
 
@@ -62,22 +66,30 @@ class DataContainer:
         return list(self._datasets)
 
     def get_dataset(self, key: str) -> MapDataset:
-        """The dataset of that key.
+        """Return the dataset with that key.
 
         Raises:
-            ConfigError: if there is none; lists the keys that exist.
+            ConfigError: If there is none. It lists the keys that exist.
         """
         if key not in self._datasets:
             raise ConfigError(f"there is no dataset {key!r}; the datasets are {self.keys}")
         return self._datasets[key]
 
     def get_collator(self, key: str) -> Collator:
-        """What makes a batch of a list of samples of that dataset. Raises as `get_dataset`."""
+        """Return the function that makes a batch of a list of samples of that dataset.
+
+        Raises:
+            ConfigError: If there is no such dataset.
+        """
         self.get_dataset(key)
         return self._collators.get(key, default_collate)
 
     def load_batch(self, key: str, indices: Sequence[int]) -> Any:
-        """The batch of these samples of that dataset. Raises as `get_dataset`, and what the dataset raises."""
+        """Load the batch of these samples of that dataset. Errors of the dataset are raised as they are.
+
+        Raises:
+            ConfigError: If there is no such dataset.
+        """
         dataset = self.get_dataset(key)
         # torch's convention for datasets that are faster at many samples at once.
         load_many: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)

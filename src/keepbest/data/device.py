@@ -1,3 +1,5 @@
+"""The transfer of batches to a device."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,9 +9,9 @@ from torch import Tensor
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with all its tensors on `device`, through dicts, lists, tuples and named tuples. **Rank-local**.
+    """Return `batch` with all its tensors on `device`, through dicts, lists, tuples and named tuples. **Rank-local**.
 
-    Whatever else is in it stays as it is.
+    Everything else in it stays as it is.
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Evaluating a dataset on all ranks: who gets which samples, and the loader that delivers them."""
+"""The evaluation of a dataset on all ranks: which rank gets which samples, and the loader that delivers them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from keepbest.data.container import DataContainer
 
 
 def evaluation_indices(length: int, *, rank: int, world_size: int) -> list[int]:
-    """The samples that `rank` evaluates: every `world_size`-th, so that they interleave to the dataset's order.
+    """Return the samples that `rank` evaluates: every `world_size`-th, so that they interleave to the dataset's order.
 
-    Every rank gets equally many, because a sharded model needs all ranks at every forward pass; where `length` does not
-    divide, the last ones are repetitions, which `gather_in_dataset_order` drops.
+    Every rank gets the same number of them, because a sharded model needs all ranks at every forward pass. If
+    `world_size` does not divide `length`, the last ones are repetitions, which `gather_in_dataset_order` drops.
     """
     return list(_sampler(length, rank=rank, world_size=world_size))
 
 
 class EvaluationLoader:
-    """Goes through one dataset, in order, on all ranks; independent of the loader that training uses. **Rank-local**.
+    """Delivers this rank's batches of one dataset, in order, independently of the training loader. **Rank-local**.
 
     Args:
-        data_container: the datasets.
-        dataset_key: the one to evaluate.
-        batch_size: samples of a batch on one rank.
-        rank, world_size: of this process.
+        data_container: Datasets.
+        dataset_key: Key of the dataset to evaluate.
+        batch_size: Number of samples of a batch on one rank.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+
+    Attributes:
+        batch_size: Number of samples of a batch on one rank.
 
     Raises:
-        ConfigError: if there is no such dataset.
+        ConfigError: If there is no such dataset.
     """
 
     def __init__(
@@ -46,8 +50,8 @@ class EvaluationLoader:
             num_workers=data_container.num_workers,
             persistent_workers=data_container.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # An iterator draws a seed for its workers: not from the global generator, so that evaluations on a new best
-            # do not change the training that follows.
+            # An iterator draws a seed for its workers. It must not draw it from the global generator, or evaluations on
+            # a new best would change the training that follows.
             generator=torch.Generator(),
         )
 
@@ -59,5 +63,5 @@ class EvaluationLoader:
 
 
 def _sampler(length: int, *, rank: int, world_size: int) -> DistributedSampler[Any]:
-    samples: Any = range(length)  # only its length is looked at
+    samples: Any = range(length)  # only its length is used
     return DistributedSampler(samples, num_replicas=world_size, rank=rank, shuffle=False)

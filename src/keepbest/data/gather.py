@@ -1,4 +1,4 @@
-"""From every rank's share of an evaluation to the results of the whole dataset, on every rank."""
+"""The exchange of evaluation results: from every rank's share to those of the whole dataset, on every rank."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Results: TypeAlias = Tensor | dict[str, Tensor]
 def gather_in_dataset_order(
     step: str, work: Callable[[], Results], *, dataset_length: int, ranks: Ranks, remedy: str = ""
 ) -> Results:
-    """Do `work` on every rank and put the results together. **Collective**.
+    """Do `work` on every rank and merge the results. **Collective**.
 
-    The ranks must have evaluated what `evaluation_indices` gives them.
+    The ranks must have evaluated the samples that `evaluation_indices` gives them.
 
     Args:
-        step: what is being done, in words; the same on every rank.
-        work: rank-local; returns a CPU tensor of any dtype, or a dict of them, each of shape
+        step: Description of the work, in words. The same on every rank.
+        work: Rank-local function that returns a CPU tensor of any dtype, or a dict of them, each of shape
             `[ceil(dataset_length / world_size), ...]`.
-        dataset_length: number of samples of the dataset.
-        ranks: who takes part.
-        remedy: what the user can do if `work` fails.
+        dataset_length: Number of samples of the dataset.
+        ranks: Ranks that take part.
+        remedy: What the user can do if `work` fails.
 
     Returns:
         The same structure with tensors of shape `[dataset_length, ...]`: one row for each sample, in the order of the
         dataset, without repetitions; the same bits on every rank.
 
     Raises:
-        KeepBestError: on every rank, if `work` failed on any or gave another number of rows; see `Ranks.agree`.
-        DesyncError: if the names, shapes or dtypes differ between ranks.
+        KeepBestError: On every rank, if `work` failed on a rank or returned another number of rows. See `Ranks.agree`.
+        DesyncError: On every rank, if the names, shapes or dtypes differ between ranks.
     """
     results: list[Results] = []
 
@@ -48,8 +48,11 @@ def gather_in_dataset_order(
 
     layouts = ranks.gather_json(step, describe, remedy=remedy)
     if any(layout != layouts[0] for layout in layouts):
-        told = "; ".join(f"rank {rank}: {', '.join(layout)}" for rank, layout in enumerate(layouts))
-        raise DesyncError(f"the ranks have results of different names, shapes or dtypes in step '{step}': {told}")
+        found = "; ".join(f"rank {rank}: {', '.join(layout)}" for rank, layout in enumerate(layouts))
+        raise DesyncError(
+            f"the ranks have results of different names, shapes or dtypes in step '{step}': {found}. "
+            "They must be the same on every rank"
+        )
     named = _by_name(results[0])
     shares = _all_gather(list(named.values()), ranks)
     whole = [share.transpose(0, 1).flatten(0, 1)[:dataset_length] for share in shares]
@@ -57,10 +60,10 @@ def gather_in_dataset_order(
 
 
 def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Each of the tensors from all ranks, stacked by rank: `[world_size, rows, ...]`."""
+    """Gather each of the tensors from all ranks, stacked by rank: `[world_size, rows, ...]`."""
     if ranks.control_group is None:
         return [tensor.unsqueeze(0) for tensor in tensors]
-    # One collective for all of them; as bytes, because gloo does not know every dtype.
+    # One collective for all of them, as bytes, because gloo does not know every dtype.
     parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
     sent = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
     received = torch.empty(ranks.world_size, len(sent), dtype=torch.uint8)
@@ -70,7 +73,7 @@ def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
         ranks.poison("a gather of evaluation results was cut off")
         raise RankFailedError(
             f"rank {ranks.rank} of {ranks.world_size} lost contact with another rank while it gathered evaluation "
-            f"results: {error}. A process has probably died: look for the first error in the other ranks' output."
+            f"results: {error}. A process has probably died: look for the first error in the output of the other ranks."
         ) from error
     columns = torch.split(received, [len(part) for part in parts], dim=1)
     return [

@@ -1,7 +1,7 @@
 """One loader for training and for the evaluations between its updates.
 
-Batches of both come from one `DataLoader`, so that its workers already load the evaluation batches while the last
-training batches are processed.
+Batches of both come from one `DataLoader`, so that its workers load the evaluation batches while training still
+processes its last ones.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class SamplerConfig:
     """An evaluation that takes its batches from the training loader.
 
     Attributes:
-        dataset_key: what is evaluated.
-        interval: when.
-        batch_size: samples of a batch on one rank; `None` means as many as in a training micro-batch.
+        dataset_key: Key of the dataset that is evaluated.
+        interval: Interval of the evaluation.
+        batch_size: Number of samples of a batch on one rank; `None` takes as many as in a training micro-batch.
     """
 
     dataset_key: str
@@ -35,7 +35,12 @@ class SamplerConfig:
 
 
 class BatchRequest(NamedTuple):
-    """Which samples of which dataset make a batch."""
+    """The samples that make a batch.
+
+    Attributes:
+        dataset_key: Key of the dataset.
+        indices: Numbers of the samples.
+    """
 
     dataset_key: str
     indices: list[int]
@@ -44,28 +49,29 @@ class BatchRequest(NamedTuple):
 class InterleavedSampler(Sampler[BatchRequest]):
     """The batches of one rank: for every update its micro-batches, then those of the evaluations that are due.
 
-    One permutation of the training set, made from seed and epoch, is cut into global batches of `effective_batch_size`
-    samples; what does not fill the last one is left out in that epoch. A rank takes every `world_size`-th sample of a
-    global batch. So the samples of an update do not depend on the number of ranks, nor on how they are accumulated.
+    A permutation of the training set, made from seed and epoch, is cut into global batches of `effective_batch_size`
+    samples. Samples that do not fill the last one are left out in that epoch. A rank takes every `world_size`-th sample
+    of a global batch. So the samples of an update depend neither on the number of ranks nor on the accumulation.
 
     After an update come the evaluations with intervals of updates and samples, then those with intervals of epochs,
-    each in the order of `configs`: the order in which the hooks `after_update` and `after_epoch` consume them.
+    each in the order of `configs`. This is the order in which the hooks `after_update` and `after_epoch` consume them.
 
     All of it is **rank-local**.
 
     Args:
-        data_container: the datasets.
-        train_key: the one that is trained on.
-        batch_size: samples of a micro-batch on one rank.
-        accumulation_steps: micro-batches of an update.
-        configs: the evaluations.
-        rank, world_size: of this process.
-        seed: of the permutations; the same on every rank.
-        start_update: updates that were completed before; their batches are skipped without being loaded.
-        end_update: updates that are completed at the end.
+        data_container: Datasets.
+        train_key: Key of the dataset to train on.
+        batch_size: Number of samples of a micro-batch on one rank.
+        accumulation_steps: Number of micro-batches in an update.
+        configs: Evaluations.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        seed: Seed of the permutations. The same on every rank.
+        start_update: Number of updates that were completed before. Their batches are skipped without being loaded.
+        end_update: Number of updates that are completed at the end.
 
     Raises:
-        ConfigError: if the training set is smaller than the effective batch, or there is no dataset of a key.
+        ConfigError: If the training set is smaller than the effective batch, or a key names no dataset.
     """
 
     def __init__(
@@ -134,10 +140,10 @@ class InterleavedSampler(Sampler[BatchRequest]):
 
 
 def count_updates_per_epoch(data_container: DataContainer, train_key: str, *, effective_batch_size: int) -> int:
-    """How many full effective batches the training set has.
+    """Count the full effective batches of the training set. **Rank-local**.
 
     Raises:
-        ConfigError: if it has none, or there is no such dataset.
+        ConfigError: If it has none, or there is no such dataset.
     """
     length = len(data_container.get_dataset(train_key))
     if length < effective_batch_size:
@@ -149,9 +155,9 @@ def count_updates_per_epoch(data_container: DataContainer, train_key: str, *, ef
 
 
 def build_loader(sampler: InterleavedSampler) -> DataLoader[Any]:
-    """The loader that delivers the batches that `sampler` names, collated, in its order. **Rank-local**."""
+    """Make the loader that delivers the batches that `sampler` requests, collated, in its order. **Rank-local**."""
     container = sampler.data_container
-    # The global generator is left alone; ranks and resumed runs get workers with seeds of their own.
+    # The global generator stays as it is. Ranks and resumed runs get workers with seeds of their own.
     worker_seed = sampler.seed + sampler.rank + sampler.world_size * sampler.start_update
     return DataLoader(
         _RequestedBatches(container),

@@ -1,4 +1,4 @@
-"""What a model must offer so that the trainer can train it and its parts can be saved one by one."""
+"""The base classes of models: the trainer can train them, and their parts can be saved one by one."""
 
 from keepbest.models.composite import CompositeModel
 from keepbest.models.model import Model

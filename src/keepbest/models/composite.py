@@ -18,10 +18,10 @@ class CompositeModel(Model):
     parameter belongs to exactly one of them. A submodel may be a `CompositeModel` itself.
 
     Args:
-        submodels: name -> module. Names are Python identifiers.
+        submodels: Modules by name. Names are Python identifiers.
 
     Raises:
-        ConfigError: if there is no submodel, or a name cannot be registered.
+        ConfigError: If there is no submodel, or a name cannot be registered.
     """
 
     def __init__(self, submodels: Mapping[str, nn.Module]) -> None:
@@ -31,19 +31,19 @@ class CompositeModel(Model):
         for name, submodel in submodels.items():
             if not name.isidentifier() or hasattr(self, name):
                 raise ConfigError(
-                    f"{type(self).__name__}: {name!r} cannot name a submodel; it must be an identifier that is not an "
-                    "attribute of the model already"
+                    f"{type(self).__name__}: {name!r} cannot name a submodel; it must be an identifier that is not yet "
+                    "an attribute of the model"
                 )
             self.add_module(name, submodel)
         self._submodel_names = tuple(submodels)
 
     @property
     def submodels(self) -> dict[str, nn.Module]:
-        """Name -> submodel, in the order they were given; each may be wrapped by FSDP1 by now. Rank-local."""
+        """The submodels by name, in their order. FSDP1 may have wrapped them. **Rank-local**."""
         return {name: self.get_submodule(name) for name in self._submodel_names}
 
     def leaves(self) -> dict[str, nn.Module]:
-        """The submodels that are no composites, by dotted name: `encoder`, `autoencoder.decoder`. Rank-local."""
+        """Return the submodels that are not composites, by dotted name, as in `autoencoder.decoder`. **Rank-local**."""
         found: dict[str, nn.Module] = {}
         for name, submodel in self.submodels.items():
             inner = unwrap(submodel)

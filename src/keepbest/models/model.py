@@ -1,4 +1,4 @@
-"""`Model`: a module that also says what its losses are."""
+"""`Model`: a module that also computes its losses."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 class Model(nn.Module, ABC):
-    """A module with its losses; the trainer minimizes the mean of the loss called `total`.
+    """A module with its losses. The trainer minimizes the mean of the loss called `total`.
 
-    Outputs and losses are separate steps because DDP and FSDP act on `forward` only: `losses` is called on the
+    Outputs and losses are separate steps because DDP and FSDP act on `forward` only. `losses` is called on the
     unwrapped model and must not use its parameters.
     """
 
     @abstractmethod
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """The outputs for one collated batch, as named tensors with the samples along dim 0."""
+        """Compute the outputs for one collated batch, as named tensors with the samples along dim 0."""
 
     @abstractmethod
     def losses(self, outputs: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The losses of each sample: name -> floating tensor of shape [batch]. `total` must be one of them."""
+        """Compute the losses of each sample: name -> floating tensor of shape [batch]. `total` must be one of them."""
 
     @property
     def is_frozen(self) -> bool:
-        """Whether no parameter requires grad at this moment. Rank-local."""
+        """Whether no parameter requires grad at this moment. **Rank-local**."""
         return not any(parameter.requires_grad for parameter in self.parameters())

@@ -1,1 +1,1 @@
-"""A model as torch sees it: wrappers and plain names, kinds of sharding, parts, and the modules they lie in."""
+"""The structure of a model: its wrappers and plain names, kinds of sharding, parts, and the modules of the parts."""

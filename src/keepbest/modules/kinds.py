@@ -1,6 +1,6 @@
-"""Tells torch's sharded modules and tensors without importing what defines them, which takes half a second.
+"""Tests for torch's sharded modules and tensors that do not import their modules, which takes half a second.
 
-Where nobody has imported it there can be none.
+If nothing has imported such a module, no object of it can exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_fsdp1(module: object) -> TypeGuard[FullyShardedDataParallel]:
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
-    """Whether `value` is a `DTensor`, as FSDP2 and tensor parallelism have them."""
+    """Whether `value` is a `DTensor`, as used by FSDP2 and tensor parallelism."""
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(value, tensor.DTensor)
 

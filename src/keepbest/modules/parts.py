@@ -20,9 +20,9 @@ class Part:
     """A part of the model that becomes one file.
 
     Attributes:
-        name: of the file, without its ending: `encoder`, `autoencoder.encoder`, or `model` for the whole model.
-        path: plain dotted path of the module in the model; empty for the model itself.
-        apart: plain paths, relative to `path`, that are parts of their own and not in this file.
+        name: Name of the file, without its ending: `encoder`, `autoencoder.encoder`, or `model` for the whole model.
+        path: Plain dotted path of the module in the model; empty for the model itself.
+        apart: Plain paths, relative to `path`, of parts of their own that are not in this file.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Part:
 
 
 def select_parts(model: nn.Module, model_names: Sequence[str] | None = None) -> tuple[Part, ...]:
-    """The parts of `model` that `model_names` names. **Rank-local**.
+    """Return the parts of `model` that `model_names` names. **Rank-local**.
 
     Args:
-        model: plain or wrapped.
-        model_names: submodels of a `CompositeModel` (dotted for nested ones), or dotted module paths of any module;
+        model: Model, plain or wrapped.
+        model_names: Submodels of a `CompositeModel` (dotted for nested ones), or dotted module paths of any module.
             `None` selects everything: each submodel of a `CompositeModel`, or a plain module as one part.
 
     Raises:
-        ConfigError: if a name does not exist (it lists those that do), or names are empty or given twice, also where
-            they differ only in upper and lower case.
+        ConfigError: If a name does not exist (it lists those that do), names are empty, or two are equal or differ in
+            upper and lower case only.
     """
     if model_names is not None and len(model_names) == 0:
-        raise ConfigError("model_names is empty: nothing would be saved; leave it out to save everything")
+        raise ConfigError("model_names is empty, so nothing would be saved; leave it out to save everything")
     parts: list[Part] = []
     for path in [""] if model_names is None else model_names:
         along = modules_along(model, path)

@@ -1,4 +1,4 @@
-"""The modules whose state dicts the parts of a snapshot are cut out of, and put back into. **Rank-local**."""
+"""The modules whose state dicts contain the parts of a snapshot. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FLAT = "_flat_param"  # how FSDP1 names the one parameter of a unit without ori
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A module whose state dict is taken in one piece, and the parts that are cut out of it.
+    """A module whose state dict is read in one piece, and the parts that are in it.
 
     Attributes:
-        path: plain dotted path of the module in the model.
-        module: as it is wrapped.
-        parts: those that lie in it.
-        is_frozen: whether a plain key is a parameter that does not require grad.
+        path: Plain dotted path of the module in the model.
+        module: Module as it is wrapped.
+        parts: Parts that are in it.
+        is_frozen: Function that tests whether a plain key is a parameter that does not require grad.
     """
 
     path: str
@@ -36,15 +36,16 @@ class Source:
 
     @property
     def holds_fsdp1(self) -> bool:
+        """Whether a module in it is wrapped by FSDP1."""
         return any(is_fsdp1(module) for module in self.module.modules())
 
     def path_of(self, part: Part) -> str:
-        """What the keys of `part` start with in this module: empty, or a path with a dot at its end."""
+        """Return the prefix of the keys of `part` in this module: empty, or a path that ends with a dot."""
         inside = part.path[len(self.path) :].lstrip(".")
         return f"{inside}." if inside else ""
 
     def key_in(self, part: Part, key: str) -> str | None:
-        """`key` of this module as a key of `part`; `None` if it is not in it."""
+        """Return `key` of this module as a key of `part`; `None` if it is not in the part."""
         inside = self.path_of(part)
         if not key.startswith(inside):
             return None
@@ -53,17 +54,17 @@ class Source:
 
 
 def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool) -> list[Source]:
-    """The sources that `parts` of `model` are in, in the order of the parts.
+    """Return the sources that contain `parts` of `model`, in the order of the parts.
 
     Raises:
-        SnapshotError: if a part is not in the model (any more).
+        SnapshotError: If a part is not, or no longer, in the model.
     """
     sources: dict[str, Source] = {}
     for part in parts:
         along = modules_along(model, part.path)
         if along is None:
             raise SnapshotError(f"the snapshot is not of this model: there is no submodel {part.path!r} in it")
-        # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit: only its root has them.
+        # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit. Only its root has them.
         path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
         if path not in sources:
             test = (lambda _: False) if save_frozen_weights else _frozen_test(module)
@@ -73,19 +74,19 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
 
 
 def plain_state_dict(module: nn.Module) -> StateDict:
-    """The state dict of `module` with plain keys; its tensors are the parameters themselves. **Rank-local**."""
+    """Return the state dict of `module` with plain keys. Its tensors are the parameters themselves. **Rank-local**."""
     wrapping = keys_of_wrappers(module)
     state = module.state_dict(keep_vars=True).items()
     return {plain_key(module, key): value for key, value in state if key not in wrapping}
 
 
 def _frozen_test(module: nn.Module) -> Callable[[str], bool]:
-    """Whether the parameter with a plain key does not require grad at this moment."""
+    """Return a test of whether the parameter with a plain key does not require grad at this moment."""
     requires_grad = {
         plain_key(module, key): parameter.requires_grad
         for key, parameter in module.named_parameters(remove_duplicate=False)
     }
-    # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole: ask the innermost unit.
+    # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
     units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
     buffers = {plain_key(module, key) for key, _ in module.named_buffers(remove_duplicate=False)}
 

@@ -1,7 +1,7 @@
-"""The plain names of a model's weights, whatever it is wrapped in.
+"""The plain names of a model's weights, independent of its wrappers.
 
-Wrappers put themselves into the names of state-dict keys (`module.`, `_orig_mod.`, ...). Here they are taken out again
-by walking the modules, never by replacing text: a submodule that a user called `module` keeps its name.
+Wrappers add their names to state-dict keys (`module.`, `_orig_mod.`, ...). These functions remove them by a walk over
+the modules, never by replacing text: a submodule that a user called `module` keeps its name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WRAPPED_CHILD_NAMES = ("_orig_mod", *_NAMES_LEFT_OUT_OF_STATE_DICTS)
 
 
 def wrapped_child(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of what `module` wraps; `None` if it is no wrapper."""
+    """Return name and module of what `module` wraps; `None` if it is not a wrapper."""
     if isinstance(module, DistributedDataParallel | DataParallel | AveragedModel):
         return "module", module.module
     children = dict(module.named_children())
@@ -26,20 +26,20 @@ def wrapped_child(module: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def keys_of_wrappers(module: nn.Module) -> set[str]:
-    """The keys of `module.state_dict()` that belong to a wrapper: how many models were averaged is none of a weight."""
+    """Return the keys of `module.state_dict()` that belong to a wrapper, such as its count of averaged models."""
     averaged = (name for name, inner in module.named_modules() if isinstance(inner, AveragedModel))
     return {f"{name}.n_averaged" if name else "n_averaged" for name in averaged}
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The user's own module inside all wrappers around it."""
+    """Return the user's own module inside all wrappers around it."""
     while (wrapped := wrapped_child(module)) is not None:
         module = wrapped[1]
     return module
 
 
 def plain_key(module: nn.Module, key: str) -> str:
-    """`key`, a name of `module`'s state dict or parameters, without the names of wrappers."""
+    """Return `key`, a name of `module`'s state dict or parameters, without the names of wrappers."""
     parts, plain = key.split("."), list[str]()
     while parts:
         if (wrapped := wrapped_child(module)) is not None:
@@ -56,7 +56,7 @@ def plain_key(module: nn.Module, key: str) -> str:
 
 
 def state_dict_key(module: nn.Module, plain: str) -> str:
-    """The inverse of `plain_key` for the keys of `module.state_dict()` and `module.load_state_dict()`."""
+    """Return the key of `module.state_dict()` for a `plain` key, the inverse of `plain_key`."""
     parts, key = plain.split("."), list[str]()
     while True:
         if (wrapped := wrapped_child(module)) is not None:
@@ -72,7 +72,7 @@ def state_dict_key(module: nn.Module, plain: str) -> str:
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its plain dotted path, wrappers before what they wrap (under the same path), parents first."""
+    """Yield every module with its plain dotted path: parents first, wrappers before what they wrap (with one path)."""
     yield path, module
     if (wrapped := wrapped_child(module)) is not None:
         yield from walk(wrapped[1], path)
@@ -82,9 +82,9 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def modules_along(module: nn.Module, path: str) -> list[tuple[str, nn.Module]] | None:
-    """The modules from `module` down to the plain dotted `path`, wrappers included; `None` if there is no such path.
+    """Return the modules from `module` down to the plain dotted `path`, with wrappers; `None` if there is no such path.
 
-    The first module under `path` ends the list: a wrapper counts as the module that it wraps.
+    The first module with this path ends the list, so a wrapper stands for the module that it wraps.
     """
     here, found = "", [("", module)]
     for name in path.split(".") if path else []:

@@ -1,6 +1,7 @@
-"""The control plane: tiny collectives by which the ranks agree on facts."""
+"""The control plane: small collectives by which the ranks agree on facts."""
 
 from keepbest.ranks.flag import SharedFlag
-from keepbest.ranks.ranks import Number, Ranks
+from keepbest.ranks.frame import Number
+from keepbest.ranks.ranks import Ranks
 
 __all__ = ["Number", "Ranks", "SharedFlag"]

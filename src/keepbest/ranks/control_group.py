@@ -1,51 +1,30 @@
-"""The gloo group of the control plane, and what becomes of a rank that does not answer."""
+"""The gloo group of the control plane, and the errors for ranks that do not answer."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
 
 from keepbest.errors import ConfigError, PoisonedError, RankLostError, RankTimeoutError
+from keepbest.ranks.attendance import absent_ranks, sign_in
+from keepbest.ranks.buffers import Buffers
 
 _PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
-_GRACE_FOR_SIGN_INS = 3.0
-
-
-class Frames:
-    """Memory of one all_gather: what this rank sends, and what all of them sent.
-
-    Args:
-        size: bytes that each rank sends.
-        world_size: number of ranks.
-    """
-
-    def __init__(self, size: int, world_size: int) -> None:
-        self.sent = bytearray(size)
-        self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
-        self._gathered = [bytearray(size) for _ in range(world_size)]
-        self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._gathered]
-
-    def received(self) -> list[bytes]:
-        """What the ranks sent, by rank."""
-        return [bytes(row) for row in self._gathered]
 
 
 class Started(NamedTuple):
-    """An all_gather that is under way.
+    """An all_gather in flight.
 
     Attributes:
-        work: of torch; `None` where there is one rank.
-        round: its number among those of the group.
-        time: when it was started, in seconds.
+        work: Handle from torch. `None` where there is one rank.
+        round: Number of this collective among those of the group.
+        time: Moment of the start, in seconds of the monotonic clock.
     """
 
     work: dist.Work | None
@@ -55,15 +34,15 @@ class Started(NamedTuple):
 
 @dataclass(slots=True)
 class ControlGroup:
-    """One gloo group for each process group, shared by everybody who agrees on something in it.
+    """One gloo group for each process group, shared by everything that needs an agreement in it.
 
     Attributes:
-        group: `None` where there is one rank.
-        rank: of this process in it.
-        world_size: number of its ranks.
-        members: their ranks in the default group.
-        poison: why no collective may run any more, if so.
-        round: number of collectives that were started.
+        group: Gloo group. `None` where there is one rank.
+        rank: Rank of this process in the group.
+        world_size: Number of ranks in the group.
+        members: Ranks of the members in the default group.
+        poison: Reason why no collective may run any more. `None` as long as they may.
+        round: Number of collectives that were started.
     """
 
     group: dist.ProcessGroup | None
@@ -72,15 +51,15 @@ class ControlGroup:
     members: tuple[int, ...] = (0,)
     poison: str | None = None
     round: int = 0
-    _frames: Frames | None = None
+    _buffers: Buffers | None = None
     _patient: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | None, timeout: timedelta) -> ControlGroup:
-        """The one for `process_group`. **Collective** where it is made; `timeout` bounds that.
+        """Return the control group of `process_group`. **Collective** on first use, which `timeout` bounds.
 
         Raises:
-            ConfigError: if this process is not in `process_group`.
+            ConfigError: If this process is not a member of `process_group`, or torch.distributed is not initialised.
         """
         if not dist.is_initialized():
             if process_group is not None:
@@ -98,11 +77,11 @@ class ControlGroup:
         return control
 
     def patient_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
-        """A second gloo group, whose own timeout is that of the first call. **Collective** then.
+        """Return a second gloo group, with the timeout of the first call. **Collective** on the first call.
 
         Raises:
-            RankLostError: if the ranks cannot be connected.
-            PoisonedError: as `all_gather`.
+            RankLostError: If the ranks cannot be connected.
+            PoisonedError: If an earlier failure left the ranks in different places.
         """
         if self.group is not None and self._patient is None:
             self.refuse_if_poisoned()
@@ -113,46 +92,53 @@ class ControlGroup:
         return self._patient
 
     def all_gather(self, mine: bytes, step: str, timeout: timedelta) -> list[bytes]:
-        """Every rank's bytes, by rank; all of them give equally many. **Collective**, one all_gather.
+        """Return every rank's bytes, by rank. **Collective**, one all_gather of the same number of bytes on each rank.
 
         Raises:
-            RankTimeoutError: if a rank does not arrive in time.
-            RankLostError: if a rank is gone.
-            PoisonedError: if an earlier failure left the ranks in different places.
+            RankTimeoutError: If a rank does not arrive in time.
+            RankLostError: If a rank is gone.
+            PoisonedError: If an earlier failure left the ranks in different places.
         """
-        if self._frames is None or len(self._frames.sent) != len(mine):
-            self._frames = Frames(len(mine), self.world_size)  # kept, since nearly all exchanges have the same size
-        self._frames.sent[:] = mine
-        self.finish(self.start(self._frames, step, timeout), step, timeout)
-        return self._frames.received()
+        if self._buffers is None or len(self._buffers.sent) != len(mine):
+            self._buffers = Buffers(len(mine), self.world_size)  # kept, because nearly all exchanges have the same size
+        self._buffers.sent[:] = mine
+        self.finish(self.start(self._buffers, step, timeout), step, timeout)
+        return self._buffers.received()
 
-    def start(self, frames: Frames, step: str, timeout: timedelta) -> Started:
-        """Start an all_gather of `frames`. **Collective**; to be finished, and the frames left alone until then.
+    def start(self, buffers: Buffers, step: str, timeout: timedelta) -> Started:
+        """Start an all_gather of `buffers`. **Collective**. They must stay untouched until `finish`.
 
         Raises:
-            RankLostError, PoisonedError: as `all_gather`.
+            RankLostError: If a rank is gone.
+            PoisonedError: If an earlier failure left the ranks in different places.
         """
         self.refuse_if_poisoned()
         if self.group is None:
-            frames.rows[0].copy_(frames.row)
+            buffers.rows[0].copy_(buffers.row)
             return Started(None, 0, time.monotonic())
         self.round += 1
         options = AllgatherOptions()
         options.timeout = timeout
         started = time.monotonic()  # before gloo begins to count
         try:
-            work = self.group.allgather([frames.rows], [frames.row], options)
+            work = self.group.allgather([buffers.rows], [buffers.row], options)
         except RuntimeError as error:
             raise self._lost(step, error) from error
         return Started(work, self.round, started)
 
     def finish(self, started: Started, step: str, timeout: timedelta) -> None:
-        """Wait until what was started has arrived from all ranks. Raises as `all_gather`."""
+        """Wait until an all_gather has arrived from all ranks. **Collective**.
+
+        Raises:
+            RankTimeoutError: If a rank does not arrive in time.
+            RankLostError: If a rank is gone.
+        """
         if self.group is None or started.work is None:
             return
         try:
             if not _finished_within(started.work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
-                self._sign_in(self.group)
+                # Only ranks that have to wait sign in, so that a quiet interval does not use the store.
+                sign_in(self.group, self.rank, self.round)
                 started.work.wait()
         except RuntimeError as error:
             if time.monotonic() - started.time >= timeout.total_seconds():
@@ -164,57 +150,31 @@ class ControlGroup:
         if self.poison is not None:
             raise PoisonedError(
                 f"rank {self.rank} of {self.world_size} runs no more collectives: {self.poison}. "
-                "Restart the job; what was committed is safe."
+                "Restart the job. Everything that was committed is safe."
             )
 
     def _lost(self, step: str, error: RuntimeError) -> RankLostError:
         self._poison_by_lost_contact(step)
         return RankLostError(
             f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "
-            "A process has probably died: look for the first error in the other ranks' output."
+            "A process has probably died: look for the first error in the output of the other ranks."
         )
 
     def _timed_out(self, group: dist.ProcessGroup, number: int, step: str, timeout: timedelta) -> RankTimeoutError:
         self._poison_by_lost_contact(step)
-        absent = self._ranks_that_did_not_sign_in(group, number)
+        absent = absent_ranks(group, self.rank, number)
         names = ", ".join(map(str, absent)) if absent else "unknown (all of them reached the step in the end)"
         return RankTimeoutError(
             f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s in step '{step}'; "
-            f"ranks that did not arrive: {names}. Every rank must make the same calls; "
-            "raise rank_timeout (or save_timeout for slow storage) if they only need more time."
+            f"ranks that did not arrive: {names}. Every rank must make the same calls. "
+            "Raise rank_timeout (or save_timeout for slow storage) if they only need more time."
         )
 
     def _poison_by_lost_contact(self, step: str) -> None:
         self.poison = f"contact with the other ranks was lost in step '{step}'"
 
-    def _sign_in(self, group: dist.ProcessGroup) -> None:
-        # Only who has to wait does this, so that a quiet interval costs no talk with the store.
-        group.get_group_store().set(f"keepbest/arrived/{self.rank}", str(self.round))
 
-    def _ranks_that_did_not_sign_in(self, group: dist.ProcessGroup, number: int) -> list[int]:
-        store = group.get_group_store()
-        deadline = time.monotonic() + _GRACE_FOR_SIGN_INS
-        absent = [rank for rank in range(self.world_size) if rank != self.rank]
-
-        def look() -> None:
-            # Where the host of the store is gone nothing more can be known.
-            with contextlib.suppress(RuntimeError):
-                self._sign_in(group)
-                while absent and time.monotonic() < deadline:
-                    for rank in list(absent):
-                        key = f"keepbest/arrived/{rank}"
-                        if store.check([key]) and int(store.get(key)) >= number:
-                            absent.remove(rank)
-                    time.sleep(0.05)  # the store cannot wait for any of several keys
-
-        # On a thread, since the store waits for its host for ever where the network has swallowed it.
-        looking = threading.Thread(target=look, name="keepbest-sign-in", daemon=True)
-        looking.start()
-        looking.join(_GRACE_FOR_SIGN_INS + 1.0)
-        return list(absent)
-
-
-# One control group per process group: a second one would cost a mesh of connections and bring no separation.
+# One control group per process group: a second one would cost a mesh of connections and separate nothing.
 _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlGroup] = weakref.WeakKeyDictionary()
 
 

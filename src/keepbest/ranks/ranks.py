@@ -1,63 +1,41 @@
 """`Ranks`: how the ranks agree.
 
-Every method that talks does it with one `all_gather` of a fixed-size frame over a gloo group of our own, so that two
-ranks that are in different steps still understand each other well enough to say so. Only where a frame announces a text
-(an error, a JSON value) a second `all_gather` follows, and every rank knows that from the frames.
+Every collective method runs one `all_gather` of fixed-size frames over a gloo group of our own, so that two ranks in
+different steps still understand each other well enough to report it. Only if a frame announces a text (an error, a JSON
+value) does a second `all_gather` follow, and every rank knows that from the frames.
 
-World size 1, with or without an initialised process group, goes through the same calls and sends nothing.
+World size 1, with or without an initialised process group, uses the same calls and sends nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from keepbest import errors
-from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError, StorageError
+from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError
 from keepbest.ranks.control_group import ControlGroup
+from keepbest.ranks.failure import FailureReport, shared_error
 from keepbest.ranks.flag import SharedFlag
+from keepbest.ranks.frame import Frame, Number, digest_place
 
 T = TypeVar("T")
 
-_FRAME = struct.Struct("<16s?Q?d?d5x")
-
-
-class Number(NamedTuple):
-    """What one rank holds of a number: value and weight are float64; `None` where the rank has none.
-
-    A `note` is for the other ranks to read; it costs a second exchange, where a rank has one.
-    """
-
-    value: float | None
-    weight: float | None
-    note: str = ""
-
-
-class _Frame(NamedTuple):
-    step: bytes
-    failed: bool
-    text_bytes: int
-    has_value: bool
-    value: float
-    has_weight: bool
-    weight: float
+_PLACE_WIDTH = 1024  # bytes of a step and its state in the message about ranks in different places
 
 
 class Ranks:
     """This process among the ranks that keep one run together.
 
     Attributes:
-        rank: of this process within its process group; 0 without one.
-        world_size: number of ranks in the process group; 1 without one.
-        members: their ranks in the default group, in order.
-        process_group: the data-plane group that was passed to `connect`; `None` is the default group.
+        rank: Rank of this process within its process group. 0 without one.
+        world_size: Number of ranks in the process group. 1 without one.
+        members: Ranks of the members in the default group, in order.
+        process_group: Data-plane group that was passed to `connect`. `None` is the default group.
     """
 
     def __init__(
@@ -87,12 +65,12 @@ class Ranks:
         """Join the control plane of `process_group` (the default group, or none at all). **Collective** on first use.
 
         Args:
-            process_group: whose ranks agree with each other; the calling process must be a member.
-            rank_timeout: seconds that ranks wait for each other at an agreement.
-            save_timeout: seconds that ranks wait for rank 0 to finish a write; at least `rank_timeout`.
+            process_group: Group whose ranks agree with each other. The calling process must be a member.
+            rank_timeout: Seconds that ranks wait for each other at an agreement.
+            save_timeout: Seconds that ranks wait for rank 0 to finish a write; at least `rank_timeout`.
 
         Raises:
-            ConfigError: if a timeout is not a positive number, or this process is not in `process_group`.
+            ConfigError: If a timeout is not a positive number, or this process is not in `process_group`.
         """
         for name, seconds in (("rank_timeout", rank_timeout), ("save_timeout", save_timeout)):
             if not 0 < seconds < math.inf:
@@ -116,13 +94,13 @@ class Ranks:
         return self._control.group
 
     def patient_group(self) -> dist.ProcessGroup | None:
-        """A gloo group for collectives of others, in which ranks wait for `save_timeout`. **Collective** at first.
+        """Return a gloo group for collectives of other libraries, in which ranks wait for `save_timeout`.
 
-        `None` where there is one rank.
+        **Collective** on the first call. `None` where there is one rank.
 
         Raises:
-            RankLostError: if the ranks cannot be connected.
-            PoisonedError: see `exchange`.
+            RankLostError: If the ranks cannot be connected.
+            PoisonedError: If an earlier failure left the ranks in different places.
         """
         return self._control.patient_group(self._save_timeout)
 
@@ -135,22 +113,25 @@ class Ranks:
         state: Callable[[T], bytes] = lambda _: b"",
         saving: bool = False,
     ) -> T:
-        """Do `work` on this rank and make its failure everybody's. **Collective**, one exchange.
+        """Do `work` on this rank, and raise its failure on every rank. **Collective**, one exchange.
 
         Args:
-            step: what is being done, in words; the same on every rank.
-            work: rank-local and free of collectives.
-            remedy: what the user can do if the file system refuses.
-            state: from the result of `work` to bytes that must be equal on all ranks.
-            saving: wait with `save_timeout` rather than `rank_timeout`.
+            step: Description of the work, in words. The same on every rank.
+            work: Function that is rank-local and runs no collective.
+            remedy: What the user can do if the file system refuses.
+            state: Function from the result of `work` to bytes that must be equal on all ranks.
+            saving: Whether to wait for `save_timeout` rather than `rank_timeout`.
 
         Returns:
             What `work` returned on this rank.
 
         Raises:
-            KeepBestError: on every rank if any rank failed: of the class that the lowest failing rank raised if that
-                is one of ours, else `RankFailedError` (`StorageError` where the file system refused).
-            RankTimeoutError, DesyncError, PoisonedError: see `exchange`.
+            KeepBestError: On every rank, if any rank failed. It has the class that the lowest failing rank raised if
+                that is one of this library. Otherwise it is a `RankFailedError` (a `StorageError` where the file system
+                refused).
+            RankTimeoutError: If a rank does not arrive in time.
+            DesyncError: If ranks are in different steps or hold a different `state`.
+            PoisonedError: If an earlier failure left the ranks in different places.
         """
 
         def work_and_state() -> tuple[T, bytes]:
@@ -162,12 +143,12 @@ class Ranks:
         return outcome[0]  # type: ignore[index]  # exchange raised if there is no outcome
 
     def broadcast(self, step: str, work: Callable[[], Any], *, remedy: str = "", saving: bool = False) -> Any:
-        """Do `work` on rank 0 and hand its JSON value to every rank. **Collective**. Raises as `agree` does."""
+        """Do `work` on rank 0, and return its JSON value on every rank. **Collective**. Raises what `agree` raises."""
         mine = work if self.is_main else lambda: None
         return self.gather_json(step, mine, remedy=remedy, saving=saving)[0]
 
     def gather_json(self, step: str, work: Callable[[], Any], *, remedy: str = "", saving: bool = False) -> list[Any]:
-        """Do `work` on every rank and hand every rank all JSON values, by rank. **Collective**. Raises as `agree`."""
+        """Do `work` on every rank, and return all their JSON values, by rank. **Collective**. Raises as `agree`."""
         text, failure = self._attempt(lambda: json.dumps(work()))
         frames = self._meet(step, Number(None, None), failure=failure, remedy=remedy, text=text or "", saving=saving)
         return [json.loads(text) for text in self._texts(text or "", frames, saving=saving)]
@@ -182,35 +163,32 @@ class Ranks:
         state: bytes = b"",
         saving: bool = False,
     ) -> list[Number]:
-        """Show every rank everybody's number. **Collective**: one all_gather where nobody failed or has a note.
+        """Return the numbers of all ranks. **Collective**: one all_gather where no rank failed or has a note.
 
         Args:
-            step: as in `agree`.
-            number: what this rank holds.
-            failure: something that went wrong on this rank before; every rank raises it.
-            remedy: as in `agree`.
-            state: as in `agree`.
-            saving: as in `agree`.
+            step: Description of the work, in words. The same on every rank.
+            number: Number that this rank holds.
+            failure: Earlier failure of this rank, which every rank raises.
+            remedy: What the user can do if the file system refuses.
+            state: Bytes that must be equal on all ranks.
+            saving: Whether to wait for `save_timeout` rather than `rank_timeout`.
 
         Returns:
-            The numbers by rank; the same float64 bits on every rank.
+            The numbers by rank. They have the same float64 bits on every rank.
 
         Raises:
-            KeepBestError: see `agree`.
-            RankTimeoutError: a rank did not arrive in time; names those that did not, as far as can be known.
-            DesyncError: ranks are in different steps or hold a different `state`.
-            PoisonedError: an earlier failure left the ranks in different places.
+            KeepBestError: On every rank, if any rank has a `failure`. Its class is chosen as in `agree`.
+            RankTimeoutError: If a rank does not arrive in time. Names those that did not, as far as can be known.
+            DesyncError: If ranks are in different steps or hold a different `state`.
+            PoisonedError: If an earlier failure left the ranks in different places.
         """
         note = number.note
         frames = self._meet(step, number, failure=failure, remedy=remedy, state=state, text=note, saving=saving)
         notes = self._texts(note, frames, saving=saving)
-        return [
-            Number(frame.value if frame.has_value else None, frame.weight if frame.has_weight else None, note)
-            for frame, note in zip(frames, notes, strict=True)
-        ]
+        return [Number(frame.value, frame.weight, note) for frame, note in zip(frames, notes, strict=True)]
 
     def flag(self) -> SharedFlag:
-        """A new flag, that is not raised. **Rank-local**; every rank makes one, and polls it as often as the others."""
+        """Return a new flag that is not raised. **Rank-local**. Every rank makes one and polls it equally often."""
         return SharedFlag(self._control, self._save_timeout)
 
     def poison(self, reason: str) -> None:
@@ -220,19 +198,21 @@ class Ranks:
     def lose(self, step: str, error: BaseException) -> NoReturn:
         """Raise for an `error` that may have left the others in the middle of a collective. **Rank-local**.
 
+        No collective may run any more.
+
         Raises:
-            RankFailedError: which names this rank and the step; or `error` itself, where it is one of ours or an
-                interruption. No collective may run any more.
+            RankFailedError: Names this rank and the step. If `error` is one of this library or an interruption, it is
+                raised itself.
         """
-        told = f"failed to {step}: {type(error).__name__}: {error}"
+        reason = f"failed to {step}: {type(error).__name__}: {error}"
         if self.world_size > 1:
-            self.poison(told)
+            self.poison(reason)
         if isinstance(error, KeepBestError) or not isinstance(error, Exception):
             raise error
-        raise RankFailedError(f"rank {self.rank} of {self.world_size} {told}") from error
+        raise RankFailedError(f"rank {self.rank} of {self.world_size} {reason}") from error
 
     def _attempt(self, work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-        # Not even this rank's interruption may leave the others waiting: it is told, then raised again.
+        # Not even an interruption of this rank may leave the others waiting: it is reported, then raised again.
         self._control.refuse_if_poisoned()
         try:
             return work(), None
@@ -249,28 +229,19 @@ class Ranks:
         state: bytes = b"",
         text: str = "",
         saving: bool,
-    ) -> list[_Frame]:
-        report = text if failure is None else _report(step, failure, remedy)
-        key = hashlib.blake2b(step.encode(errors="surrogatepass") + b"\0" + state, digest_size=16).digest()
-        value, weight, _ = number
-        mine = _FRAME.pack(
-            key,
-            failure is not None,
-            len(report.encode()),
-            value is not None,
-            0.0 if value is None else value,
-            weight is not None,
-            0.0 if weight is None else weight,
-        )
-        frames = [_Frame._make(_FRAME.unpack(raw)) for raw in self._all_gather(mine, step, saving=saving)]
-        # A failure explains why steps differ, so it comes first.
-        if any(other.failed for other in frames):
-            self._raise_failures(failure, self._texts(report, frames, saving=saving), frames)
-        if any(other.step != key for other in frames):
+    ) -> list[Frame]:
+        text = text if failure is None else FailureReport.of(step, failure, remedy).to_text()
+        place = digest_place(step, state)
+        mine = Frame(place, failure is not None, len(text.encode()), number.value, number.weight)
+        frames = [Frame.unpack(raw) for raw in self._all_gather(mine.pack(), step, saving=saving)]
+        # A failure explains why places differ, so it comes first.
+        if any(frame.failed for frame in frames):
+            self._raise_failures(failure, self._texts(text, frames, saving=saving), frames)
+        if any(frame.place != place for frame in frames):
             self._raise_desync(step, state, saving)
         return frames
 
-    def _texts(self, mine: str, frames: list[_Frame], *, saving: bool) -> list[str]:
+    def _texts(self, mine: str, frames: list[Frame], *, saving: bool) -> list[str]:
         longest = max([frame.text_bytes for frame in frames])
         if not longest:
             return [""] * self.world_size
@@ -278,30 +249,19 @@ class Ranks:
         texts = self._all_gather(padded, "exchange texts", saving=saving)
         return [text[: frame.text_bytes].decode() for text, frame in zip(texts, frames, strict=True)]
 
-    def _raise_failures(self, mine: BaseException | None, texts: list[str], frames: list[_Frame]) -> None:
-        if mine is not None and not isinstance(mine, Exception):
-            raise mine
-        reports = {rank: json.loads(texts[rank]) for rank, frame in enumerate(frames) if frame.failed}
-        first = next(iter(reports.values()))
-        kind = getattr(errors, first["type"], None)
-        ours: type[KeepBestError] | None = kind if isinstance(kind, type) and issubclass(kind, KeepBestError) else None
-        otherwise = StorageError if first["refused"] else RankFailedError
-        shared = len(reports) == self.world_size and all(report == first for report in reports.values())
-        if ours is not None and mine is not None and shared:
-            raise mine
-        told = "; ".join(
-            f"rank {rank} of {self.world_size}: {report['type']}: {report['message']}"
-            for rank, report in reports.items()
-        )
-        remedy = f". {first['remedy']}" if first["refused"] and first["remedy"] else ""
-        raise (ours or otherwise)(f"failed to {first['step']} on {told}{remedy}") from mine
+    def _raise_failures(self, mine: BaseException | None, texts: list[str], frames: list[Frame]) -> NoReturn:
+        reports = {rank: FailureReport.from_text(texts[rank]) for rank, frame in enumerate(frames) if frame.failed}
+        error = shared_error(mine, reports, self.world_size)
+        if error is mine:
+            raise error
+        raise error from mine
 
-    def _raise_desync(self, step: str, state: bytes, saving: bool) -> None:
-        width = 1024
-        mine = f"{step} {state.decode(errors='replace')}".strip().encode(errors="replace")[:width].ljust(width, b"\0")
-        told = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(mine, step, saving=saving)]
+    def _raise_desync(self, step: str, state: bytes, saving: bool) -> NoReturn:
+        mine = f"{step} {state.decode(errors='replace')}".strip().encode(errors="replace")
+        padded = mine[:_PLACE_WIDTH].ljust(_PLACE_WIDTH, b"\0")
+        texts = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(padded, step, saving=saving)]
         self.poison("the ranks are not in the same step")
-        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(told))
+        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(texts))
         raise DesyncError(
             f"the ranks are not in the same place:\n{lines}\n"
             "Call the keeper on every rank, in the same order, with the same settings and iterations."
@@ -309,15 +269,3 @@ class Ranks:
 
     def _all_gather(self, mine: bytes, step: str, *, saving: bool) -> list[bytes]:
         return self._control.all_gather(mine, step, self._save_timeout if saving else self._rank_timeout)
-
-
-def _report(step: str, failure: BaseException, remedy: str) -> str:
-    return json.dumps(
-        {
-            "step": step,
-            "type": type(failure).__name__,
-            "message": str(failure),
-            "remedy": remedy,
-            "refused": isinstance(failure, OSError) and not isinstance(failure, KeepBestError),
-        }
-    )

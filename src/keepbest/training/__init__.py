@@ -1,5 +1,5 @@
-"""The small trainer.
+"""A small trainer, for users who have none.
 
-`Trainer` is in `keepbest.training.trainer`, the configs are in `keepbest.training.config`. This package imports nothing
-itself, because callbacks need some of its modules and the trainer needs callbacks.
+`Trainer` is in `keepbest.training.trainer` and the configs are in `keepbest.training.config`. The package itself
+imports nothing, because callbacks need some of its modules and the trainer needs callbacks.
 """

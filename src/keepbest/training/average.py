@@ -13,20 +13,22 @@ from keepbest.training.strategy import Precision, StrategyName, expect_new_weigh
 
 
 class Average:
-    """Averages the weights of a model, in a copy that is shared among the ranks as the model is.
+    """Averages the weights of a model, in a copy that the ranks share as they share the model.
 
-    The first update copies the weights; each further one makes a weight `decay` of itself and `1 - decay` of the one in
-    training. Buffers are copied from the model in training: many count, or are averages already.
+    The first update copies the weights. Each later one makes a weight `decay` of itself and `1 - decay` of the one in
+    training. Buffers are copied from the model in training, because many of them count or are averages already.
 
-    Making one is **collective**.
+    The constructor is **collective**.
 
     Args:
-        model: as it is before `place`, since what is sharded cannot be copied.
-        decay: > 0 and < 1.
-        strategy, precision, device: of the model in training.
+        model: Model before `place`, because sharded weights cannot be copied.
+        decay: Share of the average that stays at each update, > 0 and < 1.
+        strategy: Strategy of the model in training.
+        precision: Precision of the model in training.
+        device: Device of the model in training.
 
     Attributes:
-        model: the averaged weights, as wrapped by the strategy.
+        model: Copy with the averaged weights, as wrapped by the strategy.
     """
 
     def __init__(
@@ -39,18 +41,31 @@ class Average:
         self._averaged.module = self.model
 
     def update(self, model: nn.Module) -> None:
-        """Take in the weights of `model`, as wrapped by the strategy, after an update of it. **Rank-local**."""
+        """Add the weights of `model` to the average. **Rank-local**.
+
+        Args:
+            model: Model in training, as wrapped by the strategy, after an update.
+        """
         expect_new_weights(self.model)
         self._averaged.update_parameters(model)
-        # What is frozen by now tells what need not be saved.
+        # Frozen weights may be left out of snapshots, so the copy must be frozen where the model is.
         for averaged, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             if averaged.requires_grad != parameter.requires_grad:
                 averaged.requires_grad_(parameter.requires_grad)
 
     def state_dict(self) -> dict[str, int]:
-        """What is needed to go on beside the weights of `model`. **Rank-local**."""
+        """What is needed to resume, in addition to the weights of `model`. **Rank-local**."""
         return {"updates": int(self._averaged.n_averaged)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from `state`. **Rank-local**."""
+        """Continue from `state`. **Rank-local**."""
         self._averaged.n_averaged.fill_(state["updates"])
+
+
+def build_average(
+    model: Model, decay: float | None, *, strategy: StrategyName, precision: Precision, device: torch.device
+) -> Average | None:
+    """Make the `Average` of a model; `None` without a `decay`. **Collective**."""
+    if decay is None:
+        return None
+    return Average(model, decay, strategy=strategy, precision=precision, device=device)

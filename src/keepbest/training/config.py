@@ -1,4 +1,4 @@
-"""A run as plain data, for example from a YAML file, and the trainer that it describes."""
+"""The config of a run: plain data, for example from a YAML file, that describes a trainer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ class TrainerConfig(BaseModel):
     """How to train.
 
     Attributes:
-        epochs, updates, samples: when training ends; exactly one of them.
-        effective_batch_size: samples of one update, over all ranks and accumulation steps; divisible by their product.
-        accumulation_steps: micro-batches of one update on each rank.
-        precision: of parameters and computation; "bf16" keeps the parameters in float32 and computes with autocast.
-        strategy: how the ranks share the model.
-        ema_decay: evaluate and keep the exponential moving average of the weights, of which this much stays at each
-            update, instead of the weights themselves; `None` keeps no average.
-        train_dataset: key of the dataset to train on.
-        tracker: where logged scalars go, in the folder of the run.
-        callbacks: their configs, in the order in which they are called.
-        resume: a resume checkpoint to go on from; "auto" is the newest complete one of this run, if there is any.
-        rank_timeout: seconds that ranks wait for each other where they agree on something.
-        save_timeout: seconds that they wait for a rank that writes, or is busy with an update.
+        epochs: Number of epochs after which training ends. Exactly one of `epochs`, `updates` and `samples` is set.
+        updates: Number of optimizer updates after which training ends.
+        samples: Number of samples after which training ends.
+        effective_batch_size: Number of samples in one update, over all ranks and accumulation steps. It must be a
+            multiple of the product of both.
+        accumulation_steps: Number of micro-batches in one update on each rank.
+        precision: Precision of parameters and computation. "bf16" keeps the parameters in float32 and computes with
+            autocast.
+        strategy: Way in which the ranks share the model.
+        ema_decay: Share of the exponential moving average that stays at each update. The average is then evaluated and
+            kept instead of the weights themselves. `None` keeps no average.
+        train_dataset: Key of the dataset to train on.
+        tracker: Place for logged scalars, in the directory of the run.
+        callbacks: Configs of the callbacks, in the order in which they are called.
+        resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any.
+        rank_timeout: Seconds that ranks wait for each other where they agree on something.
+        save_timeout: Seconds that ranks wait for a rank that writes, or is busy with an update.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,14 +70,14 @@ class TrainerConfig(BaseModel):
 
     @property
     def end(self) -> TrainingIteration:
-        """When training ends, as an iteration with one part."""
+        """The end of training, as an iteration with one part."""
         return TrainingIteration(epoch=self.epochs, update=self.updates, sample=self.samples)
 
     def batch_size(self, world_size: int) -> int:
-        """Samples of a micro-batch on one of `world_size` ranks.
+        """Number of samples of a micro-batch on one of `world_size` ranks.
 
         Raises:
-            ConfigError: if the effective batch cannot be divided evenly.
+            ConfigError: If the effective batch cannot be divided evenly.
         """
         parts = world_size * self.accumulation_steps
         if self.effective_batch_size % parts:
@@ -85,9 +89,12 @@ class TrainerConfig(BaseModel):
 
 
 class Component(BaseModel):
-    """Something that is built by calling what `kind` names with the other keys as keyword arguments.
+    """Something that is built by a call of what `kind` names, with the other keys as keyword arguments.
 
-    Mappings with a `kind` among the arguments, however deep, are built first.
+    Mappings with a `kind` among the arguments are built first, at any depth.
+
+    Attributes:
+        kind: Dotted path of a class or function.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -95,10 +102,13 @@ class Component(BaseModel):
     kind: str
 
     def build(self, *arguments: Any) -> Any:
-        """Call it. **Rank-local**.
+        """Call what `kind` names. **Rank-local**.
+
+        Args:
+            *arguments: Positional arguments, before the keys of this config.
 
         Raises:
-            ConfigError: if there is nothing at `kind`, or it does not take these arguments.
+            ConfigError: If there is nothing at `kind`, or it does not take these arguments.
         """
         factory = import_path(self.kind, known=[])
         named = {name: _built(value) for name, value in (self.model_extra or {}).items()}
@@ -111,17 +121,17 @@ class Component(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """A whole run; keys that are not known are refused.
+    """A whole run. Unknown keys are refused.
 
     Attributes:
-        directory: folder of the run.
-        seed: of the model's weights, of the order of the samples, and of all random numbers in training.
-        model: the model.
-        data: the datasets, by key.
-        num_workers: processes that load data, for each loader of each rank; 0 loads in the training process.
-        optimizer: of all submodels; give either this or `optimizers`.
-        optimizers: of each submodel, by its dotted name.
-        trainer: how to train.
+        directory: Directory of the run.
+        seed: Seed of the model's weights, of the order of the samples, and of all random numbers in training.
+        model: Model to train.
+        data: Datasets by key.
+        num_workers: Number of processes that load data, for each loader of each rank. 0 loads in the training process.
+        optimizer: Optimizer of all submodels. Give either this or `optimizers`.
+        optimizers: Optimizers of the submodels, by dotted name.
+        trainer: Settings of training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -142,10 +152,10 @@ class RunConfig(BaseModel):
         return self
 
     def build_model(self) -> Model:
-        """The model; seeds the random numbers, so that every rank builds the same weights. **Rank-local**.
+        """Build the model, with seeded random numbers, so that every rank builds the same weights. **Rank-local**.
 
         Raises:
-            ConfigError: if it cannot be built, or is no `Model`.
+            ConfigError: If it cannot be built, or is not a `Model`.
         """
         seed_random_state(self.seed)
         model = self.model.build()
@@ -154,16 +164,16 @@ class RunConfig(BaseModel):
         return model
 
     def build_data(self) -> DataContainer:
-        """The datasets. **Rank-local**.
+        """Build the datasets. **Rank-local**.
 
         Raises:
-            ConfigError: if one cannot be built.
+            ConfigError: If one cannot be built.
         """
         datasets = {key: component.build() for key, component in self.data.items()}
         return DataContainer(datasets, num_workers=self.num_workers)
 
     def optimizer_factories(self) -> OptimizerFactory | dict[str, OptimizerFactory]:
-        """What makes the optimizers of parameters."""
+        """The functions that make optimizers of parameters: one for all submodels, or one for each. **Rank-local**."""
         if self.optimizer is not None:
             return _optimizer_factory(self.optimizer)
         return {name: _optimizer_factory(component) for name, component in (self.optimizers or {}).items()}

@@ -12,13 +12,13 @@ class UpdateCounter:
     """Counts completed optimizer updates; epochs and samples follow from them.
 
     Args:
-        updates_per_epoch: optimizer updates in one pass over the training set, >= 1.
-        effective_batch_size: samples in one update, over all ranks and accumulation steps, >= 1.
-        end: when training is finished; exactly one part is set and > 0. A number of samples that is no multiple of the
+        updates_per_epoch: Number of optimizer updates in one pass over the training set, >= 1.
+        effective_batch_size: Number of samples in one update, over all ranks and accumulation steps, >= 1.
+        end: End of training. Exactly one part is set and > 0. A number of samples that is not a multiple of the
             effective batch size is rounded up to a whole update.
 
     Raises:
-        ConfigError: if one of these is out of its range.
+        ConfigError: If one of these is out of range.
     """
 
     def __init__(self, *, updates_per_epoch: int, effective_batch_size: int, end: TrainingIteration) -> None:
@@ -73,7 +73,7 @@ class UpdateCounter:
         self._update += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as plain integers. Rank-local and pure."""
+        """The state, as plain integers. **Rank-local** and pure."""
         return {
             "update": self.update,
             "updates_per_epoch": self.updates_per_epoch,
@@ -81,16 +81,16 @@ class UpdateCounter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Rank-local.
+        """Continue from `state`. **Rank-local**.
 
         Raises:
-            ConfigError: if the epochs or batches of that run had another size, because its iterations would then mean
-                something else in this one.
+            ConfigError: If the epochs or batches of that run had another size, because its iterations would then mean
+                something else in this run.
         """
         for name in ("updates_per_epoch", "effective_batch_size"):
             if state[name] != getattr(self, name):
                 raise ConfigError(
                     f"the run to resume had {name}={state[name]}, this one has {getattr(self, name)}; "
-                    "give it the training set and the effective_batch_size of that run"
+                    "use the training set and the effective_batch_size of that run"
                 )
         self._update = state["update"]

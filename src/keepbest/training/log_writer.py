@@ -15,7 +15,13 @@ from keepbest.training.trackers import Tracker
 
 @dataclass(frozen=True, slots=True)
 class LoggedScalar:
-    """A value as one rank logged it, the weight it has in a mean over ranks, and when."""
+    """A value that one rank logged.
+
+    Attributes:
+        value: Value as a float64.
+        weight: Weight of the value in a mean over ranks; `None` if all ranks count the same.
+        iteration: Iteration at which it was logged.
+    """
 
     value: float
     weight: float | None
@@ -23,26 +29,26 @@ class LoggedScalar:
 
 
 class ScalarWriter(Protocol):
-    """What can log a scalar: a `LogWriter`, or a view of one with a prefix."""
+    """Anything that can log a scalar: a `LogWriter`, or a view of one with a prefix."""
 
     @property
     def log_cache(self) -> dict[str, LoggedScalar]:
-        """What was logged since the last flush, under its full keys."""
+        """What this rank logged since the last flush, by full key. **Rank-local**."""
 
     def add_scalar(self, key: str, value: float | Tensor, *, weight: float | None = None) -> None:
-        """See `LogWriter.add_scalar`."""
+        """Log `value` at the current iteration, as `LogWriter.add_scalar` does. **Rank-local**."""
 
     def prefixed(self, prefix: str) -> ScalarWriter:
-        """A view that puts `prefix` before every key."""
+        """A view that puts `prefix` before every key. **Rank-local**."""
 
 
 class LogWriter:
     """Caches the scalars of this rank until they are flushed to the tracker of rank 0.
 
     Args:
-        tracker: receives the scalars of rank 0.
-        update_counter: stamps each scalar with the training iteration.
-        is_main: whether this is rank 0.
+        tracker: Tracker that receives the scalars of rank 0.
+        update_counter: Counter that stamps each scalar with the training iteration.
+        is_main: Whether this is rank 0.
     """
 
     def __init__(self, tracker: Tracker, update_counter: UpdateCounter, *, is_main: bool) -> None:
@@ -53,21 +59,22 @@ class LogWriter:
 
     @property
     def log_cache(self) -> dict[str, LoggedScalar]:
-        """What this rank logged since the last flush, by key."""
+        """What this rank logged since the last flush, by key. **Rank-local**."""
         return self._log_cache
 
     def add_scalar(self, key: str, value: float | Tensor, *, weight: float | None = None) -> None:
-        """Log `value` at the current iteration; a later value of the same key replaces it. Rank-local.
+        """Log `value` at the current iteration. A later value of the same key replaces it. **Rank-local**.
 
-        NaN, infinities and odd weights are accepted here: whoever monitors the key judges them, on all ranks together.
+        NaN, infinities and invalid weights are accepted here. The callback that monitors the key judges them, on all
+        ranks together.
 
         Args:
-            key: for example `loss/val/total`.
-            value: a number, or a tensor with one element (of any dtype, on any device).
-            weight: what this rank's value counts in a mean over ranks, usually its number of samples.
+            key: Key of the scalar, for example `loss/val/total`.
+            value: Number, or tensor with one element (of any dtype, on any device).
+            weight: Weight of this rank's value in a mean over ranks, usually its number of samples.
 
         Raises:
-            TypeError: if `value` is no number.
+            TypeError: If `value` is not a number.
         """
         if isinstance(value, Tensor):
             if value.numel() != 1:
@@ -81,14 +88,14 @@ class LogWriter:
         )
 
     def prefixed(self, prefix: str) -> ScalarWriter:
-        """A view that puts `prefix` before every key; same cache, same tracker. Rank-local."""
+        """A view that puts `prefix` before every key, with the same cache and tracker. **Rank-local**."""
         return _PrefixedWriter(self, prefix)
 
     def flush(self) -> None:
-        """Hand the cached scalars to the tracker, one record for each iteration, and forget them. Rank-local.
+        """Pass the cached scalars to the tracker, one record for each iteration, and clear the cache. **Rank-local**.
 
         Raises:
-            OSError: on rank 0, if the tracker cannot write.
+            OSError: On rank 0, if the tracker cannot write.
         """
         cached, self._log_cache = self._log_cache, {}
         if not self._is_main:

@@ -12,7 +12,12 @@ _SECONDS_BETWEEN_LINES = 0.2
 
 
 class Progress:
-    """Shows the current iteration on rank 0's terminal, and nothing where the output is no terminal. **Rank-local**."""
+    """Shows the current iteration on rank 0's terminal; nothing where the output is not a terminal. **Rank-local**.
+
+    Args:
+        update_counter: Counter to show.
+        is_main: Whether this is rank 0.
+    """
 
     def __init__(self, update_counter: UpdateCounter, *, is_main: bool) -> None:
         self._update_counter = update_counter
@@ -23,7 +28,7 @@ class Progress:
         return self
 
     def advance(self) -> None:
-        """Show the iteration of the update counter, unless that was done a moment ago."""
+        """Show the iteration of the update counter, unless a line was shown a moment ago."""
         if self._is_shown and (now := time.monotonic()) >= self._next_line:
             self._next_line = now + _SECONDS_BETWEEN_LINES
             self._show()

@@ -1,4 +1,4 @@
-"""How the ranks share one model: alone, DDP, FSDP1 or FSDP2."""
+"""How the ranks share one model: on a single rank, with DDP, FSDP1 or FSDP2."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ StrategyName = Literal["single", "ddp", "fsdp1", "fsdp2"]
 Precision = Literal["float32", "float64", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-_ORDERLESS = 2  # ranks whose gradients add up to the same in any order
-_MODEL = "model"  # the name of the one optimizer of a model that is no composite
+_MOST_RANKS_WITH_ONE_SUM = 2  # the gradients of two ranks add up to the same bits in either order
+_MODEL = "model"  # name of the one optimizer of a model that is not a composite
 
 
 def training_device() -> torch.device:
-    """Where this process trains: its current CUDA device unless the process group is one for CPUs. **Rank-local**."""
+    """The device of this process: the current CUDA device if there is one and the process group uses it, else the CPU.
+
+    **Rank-local**.
+    """
     on_cpu = torch.distributed.is_initialized() and "nccl" not in torch.distributed.get_backend()
     if on_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -38,7 +41,8 @@ def check_strategy(strategy: StrategyName, ranks: Ranks) -> None:
     """Refuse a strategy that these ranks cannot train with. **Rank-local**.
 
     Raises:
-        ConfigError: "single" with several ranks; another one without a process group; ranks of a subgroup.
+        ConfigError: If the strategy is "single" and there are several ranks, it is another one and there is no process
+            group, or the ranks are those of a subgroup.
     """
     if strategy == "single" and ranks.world_size > 1:
         raise ConfigError(
@@ -55,10 +59,10 @@ def check_strategy(strategy: StrategyName, ranks: Ranks) -> None:
 
 
 def place(model: Model, strategy: StrategyName, *, precision: Precision, device: torch.device) -> nn.Module:
-    """The model as it is to be called: on `device`, with rank 0's weights, wrapped by the strategy. **Collective**.
+    """Return the model to call: on `device`, with rank 0's weights, wrapped by the strategy. **Collective**.
 
-    FSDP shards every submodel of a `CompositeModel` on its own, so that each can be gathered alone. `model` itself is
-    changed; optimizers are to be made afterwards, from its parameters.
+    FSDP shards every submodel of a `CompositeModel` on its own, so that each can be gathered alone. `model` itself
+    changes, so optimizers must be made afterwards, from its parameters.
     """
     model.to(device)
     if precision == "float64":
@@ -67,11 +71,13 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
     if strategy == "single":
         return model
     if strategy == "ddp":
-        # DDP orders its buckets anew after its first backward pass, and with them its sums: a resumed run, which has a
-        # first pass of its own, would differ in the last bit from one that went through. Not so with this, which torch
-        # warns is seldom needed; and the sum of two has one order only.
-        return DistributedDataParallel(model, find_unused_parameters=torch.distributed.get_world_size() > _ORDERLESS)
-    # FSDP shards the weights that each rank has, and FSDP1 can only synchronise them itself on accelerators.
+        # DDP reorders its buckets, and with them its sums, after its first backward pass. A resumed run has a first
+        # pass of its own and would differ in the last bit from an uninterrupted one. If DDP looks for unused parameters
+        # it keeps its order. torch warns that this is seldom needed, and the sum of two ranks has one order only.
+        return DistributedDataParallel(
+            model, find_unused_parameters=torch.distributed.get_world_size() > _MOST_RANKS_WITH_ONE_SUM
+        )
+    # FSDP shards the weights that each rank has. FSDP1 can synchronise them itself on accelerators only.
     mine = model.state_dict() if torch.distributed.get_rank() == 0 else {}
     set_model_state_dict(model, mine, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     parts = model.leaves() if isinstance(model, CompositeModel) else {}
@@ -90,42 +96,43 @@ def place(model: Model, strategy: StrategyName, *, precision: Precision, device:
 def place_for_evaluation(
     model: Model, strategy: StrategyName, *, precision: Precision, device: torch.device
 ) -> nn.Module:
-    """As `place`, for a model whose weights change between its evaluations, but not by training. **Collective**.
+    """Return what `place` returns, for a model whose weights change other than by training. **Collective**.
 
     Call `expect_new_weights` before they change.
     """
     placed = place(model, strategy, precision=precision, device=device)
     if isinstance(placed, FullyShardedDataParallel):
-        # FSDP1 leaves its outermost unit gathered for a backward pass, and would evaluate it as it was before.
+        # FSDP1 leaves its outermost unit gathered for a backward pass, and would evaluate it with the old weights.
         return FullyShardedDataParallel(placed, device_id=device, use_orig_params=True)
     return placed
 
 
 def expect_new_weights(model: nn.Module) -> None:
-    """Have the next evaluation use the weights and buffers as they are by then. **Rank-local**, on every rank.
+    """Make the next evaluation use the weights and buffers of that moment. **Rank-local**, but every rank must call it.
 
     Args:
-        model: from `place_for_evaluation`.
+        model: Model from `place_for_evaluation`.
     """
     if isinstance(model, DistributedDataParallel):
-        # Buffers are rank 0's; DDP broadcasts them in evaluations only once after each training pass.
+        # Buffers are rank 0's. DDP broadcasts them in evaluations only once after each training pass.
         model.require_forward_param_sync = True
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # lets go of what was left gathered for a backward pass that never came
+            module.reshard()  # frees what was left gathered for a backward pass that never came
 
 
 def build_optimizers(
     model: Model, factories: OptimizerFactory | Mapping[str, OptimizerFactory]
 ) -> dict[str, Optimizer]:
-    """One optimizer for each submodel that has something to train, or one named `model`. **Rank-local**.
+    """Make one optimizer for each submodel that has something to train, or one named `model`. **Rank-local**.
 
     Args:
-        model: after `place`, unwrapped.
-        factories: what makes an optimizer of parameters; one for all submodels, or one for each, by dotted name.
+        model: Unwrapped model after `place`.
+        factories: Function that makes an optimizer of parameters. One for all submodels, or one for each, by dotted
+            name.
 
     Raises:
-        ConfigError: if a submodel that trains has no factory, a factory has no submodel, a parameter that requires grad
+        ConfigError: If a submodel that trains has no factory, a factory has no submodel, a parameter that requires grad
             belongs to no submodel or to two, or there is nothing to train.
     """
     parts: Mapping[str, nn.Module] = model.leaves() if isinstance(model, CompositeModel) else {_MODEL: model}
@@ -133,25 +140,28 @@ def build_optimizers(
     _check_every_parameter_is_in_one_part(model, trainable)
     if isinstance(factories, Mapping):
         if unknown := sorted(set(factories) - set(parts)):
-            raise ConfigError(f"optimizers for {unknown}, but the submodels are {sorted(parts)}")
+            raise ConfigError(f"there are optimizers for {unknown}, but the submodels are {sorted(parts)}")
         by_name = dict(factories)
     else:
         by_name = dict.fromkeys(parts, factories)
     trainable = {name: parameters for name, parameters in trainable.items() if parameters}
     if missing := sorted(set(trainable) - set(by_name)):
-        raise ConfigError(f"no optimizer for {missing}; give them one, or set requires_grad to False to freeze them")
+        raise ConfigError(f"there is no optimizer for {missing}; add one, or set requires_grad to False to freeze them")
     if not trainable:
         raise ConfigError("there is nothing to train: no parameter requires grad")
     return {name: by_name[name](parameters) for name, parameters in trainable.items()}
 
 
 def without_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Accumulate gradients on each rank only, where the strategy can; the next backward outside reduces them all."""
+    """Accumulate gradients on each rank only, where the strategy can. **Rank-local**.
+
+    The next backward pass outside of the context reduces them all.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Compute in bfloat16 where torch deems it safe, if that is the precision. **Rank-local**."""
+    """Compute in bfloat16 where torch considers it safe, if that is the precision. **Rank-local**."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 

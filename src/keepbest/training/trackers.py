@@ -1,4 +1,4 @@
-"""Where logged scalars end up: nowhere, a JSON-lines file, or TensorBoard. Only rank 0 has a real tracker."""
+"""Trackers store logged scalars: in a JSON-lines file, in TensorBoard, or nowhere. Only rank 0 has a real one."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ TrackerName = Literal["none", "jsonl", "tensorboard"]
 class Tracker(Protocol):
     """Receives the scalars of one rank."""
 
-    def go_on_from(self, iteration: TrainingIteration) -> None:
-        """Let go of what was logged for later iterations, in a timeline that was left. Rank-local, before any `log`."""
+    def resume_from(self, iteration: TrainingIteration) -> None:
+        """Discard what an abandoned timeline logged after `iteration`. **Rank-local**, before any `log`."""
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
-        """Record `scalars`, all of one iteration. Rank-local."""
+        """Record `scalars`, all of one iteration. **Rank-local**."""
 
     def close(self) -> None:
-        """Write out what is buffered; `log` may be called again afterwards. Rank-local."""
+        """Write out what is buffered. `log` may be called again afterwards. **Rank-local**."""
 
 
 class NoTracker:
-    """Forgets everything: the tracker of a run without one, and of every rank but 0."""
+    """Discards everything: the tracker of a run without one, and of every rank except 0."""
 
-    def go_on_from(self, iteration: TrainingIteration) -> None:
+    def resume_from(self, iteration: TrainingIteration) -> None:
         """Do nothing."""
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
@@ -45,21 +45,24 @@ class NoTracker:
 class JsonLinesTracker:
     """Appends one JSON object for each iteration: `{"epoch": 1, "update": 20, "sample": 640, "loss/val/total": 0.5}`.
 
-    NaN and infinities are the strings `"nan"`, `"inf"` and `"-inf"`, since JSON has no numbers for them. A run that is
-    resumed from an earlier iteration repeats the ones after it; the last record of an iteration is the valid one.
+    NaN and infinities are the strings `"nan"`, `"inf"` and `"-inf"`, because JSON has no numbers for them. A run that
+    resumes from an earlier iteration repeats the ones after it. The last record of an iteration is the valid one.
+
+    Args:
+        path: Path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def go_on_from(self, iteration: TrainingIteration) -> None:
+    def resume_from(self, iteration: TrainingIteration) -> None:
         """Do nothing: the later record of an iteration replaces the earlier one."""
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
         """Append one line.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: If the file cannot be written.
         """
         parts = {"epoch": iteration.epoch, "update": iteration.update, "sample": iteration.sample}
         values = {key: value if math.isfinite(value) else str(value) for key, value in scalars.items()}
@@ -80,28 +83,32 @@ class JsonLinesTracker:
 
 
 class TensorBoardTracker:
-    """Writes event files for TensorBoard; the step is the update. The first `log` opens the file."""
+    """Writes event files for TensorBoard. The step is the update. The first `log` opens the file.
+
+    Args:
+        directory: Directory of the event files.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._writer: SummaryWriter | None = None
-        self._left_from: int | None = None
+        self._purge_step: int | None = None
 
-    def go_on_from(self, iteration: TrainingIteration) -> None:
-        """Have TensorBoard leave out what the event files so far have beyond `iteration`."""
-        self._left_from = (iteration.update or 0) + 1
+    def resume_from(self, iteration: TrainingIteration) -> None:
+        """Make TensorBoard hide what the event files so far have after `iteration`."""
+        self._purge_step = (iteration.update or 0) + 1
 
     def log(self, iteration: TrainingIteration, scalars: dict[str, float]) -> None:
         """Add each scalar at `iteration.update`.
 
         Raises:
-            ModuleNotFoundError: if the package `tensorboard` is not installed.
+            ModuleNotFoundError: If the package `tensorboard` is not installed.
         """
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._directory), purge_step=self._left_from)
-            self._left_from = None  # what is logged from now on stays, also when the file was closed in between
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
+            self._purge_step = None  # what is logged from now on stays, even if the file is closed in between
         for key, value in scalars.items():
             self._writer.add_scalar(key, value, global_step=iteration.update)
 
@@ -113,7 +120,7 @@ class TensorBoardTracker:
 
 
 def build_tracker(name: TrackerName, directory: Path, *, is_main: bool) -> Tracker:
-    """The tracker of a run in `directory`: `metrics.jsonl`, or event files in `tensorboard/`. Rank-local."""
+    """Make the tracker of a run in `directory`: `metrics.jsonl`, or event files in `tensorboard/`. **Rank-local**."""
     if not is_main or name == "none":
         return NoTracker()
     if name == "jsonl":

@@ -1,0 +1,57 @@
+"""Which ranks have arrived at a collective.
+
+A rank that has to wait for a collective signs in with the number of it, in the rendezvous store of the group. When the
+time is up, the ranks that did not sign in are those that are missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import torch.distributed as dist
+
+_GRACE_PERIOD = 3.0  # seconds for ranks that run into their own timeout a little later
+
+
+def sign_in(group: dist.ProcessGroup, rank: int, number: int) -> None:
+    """Record that `rank` has arrived at collective `number` of `group`. **Rank-local**.
+
+    Raises:
+        RuntimeError: If the store cannot be reached.
+    """
+    group.get_group_store().set(_key(rank), str(number))
+
+
+def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int]:
+    """Return the ranks that have not signed in to collective `number` of `group`. **Rank-local**, takes seconds.
+
+    Args:
+        group: Group of the collective.
+        rank: Rank of this process in it. It is signed in too, and never absent.
+        number: Number of the collective.
+    """
+    store = group.get_group_store()
+    deadline = time.monotonic() + _GRACE_PERIOD
+    absent = [other for other in range(dist.get_world_size(group)) if other != rank]
+
+    def look() -> None:
+        # Where the host of the store is gone nothing more can be known.
+        with contextlib.suppress(RuntimeError):
+            sign_in(group, rank, number)
+            while absent and time.monotonic() < deadline:
+                for other in list(absent):
+                    if store.check([_key(other)]) and int(store.get(_key(other))) >= number:
+                        absent.remove(other)
+                time.sleep(0.05)  # the store cannot wait for any of several keys
+
+    # On a thread, because the store waits forever for a host that the network has cut off.
+    looking = threading.Thread(target=look, name="keepbest-sign-in", daemon=True)
+    looking.start()
+    looking.join(_GRACE_PERIOD + 1.0)
+    return list(absent)
+
+
+def _key(rank: int) -> str:
+    return f"keepbest/arrived/{rank}"

@@ -1,0 +1,29 @@
+"""The memory that an all_gather of bytes works on."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Buffers:
+    """Bytes that this rank sends in one all_gather, and those that it receives from every rank.
+
+    Args:
+        size: Number of bytes that each rank sends.
+        world_size: Number of ranks.
+
+    Attributes:
+        sent: Bytes that this rank sends.
+        row: Tensor over the same memory as `sent`.
+        rows: Tensors over the received bytes, by rank.
+    """
+
+    def __init__(self, size: int, world_size: int) -> None:
+        self.sent = bytearray(size)
+        self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
+        self._received = [bytearray(size) for _ in range(world_size)]
+        self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._received]
+
+    def received(self) -> list[bytes]:
+        """Return what the ranks sent, by rank."""
+        return [bytes(row) for row in self._received]

@@ -1,0 +1,76 @@
+"""How the failure of a rank travels to the others, and which error they raise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from typing_extensions import Self
+
+from keepbest import errors
+from keepbest.errors import KeepBestError, RankFailedError, StorageError
+
+
+class FailureReport(NamedTuple):
+    """A failure in the words of the rank that failed.
+
+    Attributes:
+        step: Step that failed.
+        error_name: Name of the exception's class.
+        message: Message of the exception.
+        remedy: What the user can do if the file system refused.
+        refused: Whether the file system refused.
+    """
+
+    step: str
+    error_name: str
+    message: str
+    remedy: str
+    refused: bool
+
+    @classmethod
+    def of(cls, step: str, failure: BaseException, remedy: str) -> Self:
+        """Return the report on `failure`."""
+        refused = isinstance(failure, OSError) and not isinstance(failure, KeepBestError)
+        return cls(step, type(failure).__name__, str(failure), remedy, refused)
+
+    def to_text(self) -> str:
+        """Return the report as text. `from_text` is the inverse."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Return the report that `to_text` wrote."""
+        return cls(**json.loads(text))
+
+    @property
+    def error_class(self) -> type[KeepBestError] | None:
+        """The exception's class if it is one of this library."""
+        found = getattr(errors, self.error_name, None)
+        return found if isinstance(found, type) and issubclass(found, KeepBestError) else None
+
+
+def shared_error(mine: BaseException | None, reports: Mapping[int, FailureReport], world_size: int) -> BaseException:
+    """Return the error that this rank raises when at least one rank failed. Pure.
+
+    It has the class that the lowest failing rank raised if that is one of this library. Otherwise it is a
+    `StorageError` where the file system refused, and a `RankFailedError` elsewhere.
+
+    Args:
+        mine: Failure of this rank. An interruption is returned as it is.
+        reports: Reports of the ranks that failed, by rank.
+        world_size: Number of ranks.
+    """
+    if mine is not None and not isinstance(mine, Exception):
+        return mine
+    first = next(iter(reports.values()))
+    is_shared = len(reports) == world_size and all(report == first for report in reports.values())
+    if mine is not None and is_shared and first.error_class is not None:
+        return mine
+    error_class = first.error_class or (StorageError if first.refused else RankFailedError)
+    failures = "; ".join(
+        f"rank {rank} of {world_size}: {report.error_name}: {report.message}" for rank, report in reports.items()
+    )
+    remedy = f". {first.remedy}" if first.refused and first.remedy else ""
+    return error_class(f"failed to {first.step} on {failures}{remedy}")

@@ -1,0 +1,79 @@
+"""How the numbers of the ranks become one, in float64 and with the same bits on every rank. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from keepbest.errors import InvalidMetricError, MetricMismatchError
+from keepbest.ranks import Number
+
+MetricReduction = Literal["mean", "sum", "min", "max", "rank0", "identical"]
+
+
+def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> float:
+    """Reduce the numbers of the ranks to one float64.
+
+    Equal values reduce to exactly that value, except with `sum`. NaN on a rank that counts gives NaN.
+
+    Args:
+        numbers: Numbers by rank.
+        reduction: Way in which they become one.
+
+    Raises:
+        InvalidMetricError: If all weights are 0, or some ranks gave a weight and others did not.
+        MetricMismatchError: If the reduction is `identical` and the values are not.
+    """
+    values, weights = _values_that_count(numbers)
+    if reduction == "identical":
+        if not _all_same(values):
+            lines = "\n".join(f"  rank {rank}: {number.value!r}" for rank, number in enumerate(numbers))
+            raise MetricMismatchError(f"metric_reduction is 'identical', but the ranks hold different values:\n{lines}")
+        return values[0]
+    if any(map(math.isnan, values)):
+        return math.nan
+    if reduction == "min":
+        return min(values)
+    if reduction == "max":
+        return max(values)
+    if reduction == "sum":
+        return _sum([value * weight for value, weight in zip(values, weights, strict=True)])
+    if _all_same(values):
+        return values[0]
+    total_weight = math.fsum(weights)
+    total = _sum([value * weight for value, weight in zip(values, weights, strict=True)])
+    if math.isinf(total) and all(map(math.isfinite, values)):
+        return math.fsum(value * (weight / total_weight) for value, weight in zip(values, weights, strict=True))
+    return total / total_weight
+
+
+def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
+    given = [number.weight is not None for number in numbers]
+    if True in given and False in given:
+        without = [rank for rank, has_weight in enumerate(given) if not has_weight]
+        raise InvalidMetricError(
+            f"the metric has a weight on some ranks only, not on ranks {without}; give weight= on every rank or on none"
+        )
+    weights = [1.0 if number.weight is None else number.weight for number in numbers]
+    pairs = [
+        (number.value, weight)
+        for number, weight in zip(numbers, weights, strict=True)
+        if weight > 0.0 and number.value is not None
+    ]
+    if not pairs:
+        raise InvalidMetricError("the weight of the metric is 0 on every rank: there is nothing to reduce")
+    return [value for value, _ in pairs], [weight for _, weight in pairs]
+
+
+def _all_same(values: list[float]) -> bool:
+    return values.count(values[0]) == len(values) or all(map(math.isnan, values))
+
+
+def _sum(terms: Sequence[float]) -> float:
+    if not all(map(math.isfinite, terms)):
+        return sum(terms)
+    try:
+        return math.fsum(terms)
+    except OverflowError:
+        return math.copysign(math.inf, math.fsum(term / len(terms) for term in terms))
