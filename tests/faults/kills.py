@@ -36,7 +36,7 @@ CALLBACKS = [
 ]
 BEST_CHECKPOINT = {"name": "BestCheckpointCallback", "metric_key": METRIC, "tolerances": TOLERANCES, **EVERY_UPDATE}
 
-# What becomes durable in one piece, and the operations of the file layer that it comes to, with how many it takes about;
+# What becomes durable in one piece, the operations of the file layer that it comes to, and how many it takes about.
 # "append" is a write to the ledger.
 COMMITS = {
     "save": {
@@ -204,7 +204,6 @@ def _train(session: Session, started: float) -> dict[str, Any]:
         ],
         strategy=session.strategy,
         resume="auto",
-        epochs=None,
         updates=UPDATES,
     )
     trained = [started]

@@ -47,9 +47,13 @@ def ranks_that_keep_bests_until(
 ):
     """Each rank observes 9, 8, ... in the steps that the files in `signs` allow: 'cut', 'mended'; 'end' ends them."""
     os.environ.update(environment)
-    run = Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings)
-    with use(directory, patience=patience), run.keeper as keeper:
-        number = 0
+    with use(directory, patience=patience):
+        return _keep_bests(Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings), signs)
+
+
+def _keep_bests(run: Run, signs: Path) -> float:
+    number = 0
+    with run.keeper as keeper:
         for sign in ("cut", "mended", "end"):
             for _ in range(3):
                 number += 1
