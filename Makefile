@@ -21,9 +21,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -n 2 --dist worksteal
 
-# All tests that start no process, with fewer random histories and power cuts. Under a minute.
+# All tests that start no process, with fewer random histories, power cuts and refusals. Under a minute on two cores.
 quick: $(INSTALLED)
-	$(PYTEST) -n 2 --dist worksteal --quick --histories 100 --crash-points few
+	$(PYTEST) -n 2 --dist worksteal --quick
 
 # Kills runs two hundred times, and cuts the power at every point of a commit. Minutes.
 faults: $(INSTALLED)

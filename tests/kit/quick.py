@@ -1,6 +1,6 @@
 """`--quick`: a test that starts a process is skipped at the moment that it does.
 
-So no test is marked, and no mark can be missing or out of date. What is left runs within a minute.
+No test is marked, so no mark can be missing or out of date.
 """
 
 from __future__ import annotations

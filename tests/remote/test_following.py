@@ -38,12 +38,11 @@ class Watch:
 
     def look(self):
         try:
-            before = self.place.objects()
-            after = self.place.objects()
+            before, between, after = (self.place.objects() for _ in range(3))
         except (BotoCoreError, ClientError):  # the server is down, or starting
             return
-        if before.get("ledger.jsonl") == after.get("ledger.jsonl"):  # or the first look is of two states
-            self.broken += broken_promises(before)
+        if before.get("ledger.jsonl") == after.get("ledger.jsonl"):  # or the look between them is of two states
+            self.broken += broken_promises(between)
             self.looks += 1
 
     def _look(self):
