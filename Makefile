@@ -6,7 +6,11 @@ INSTALLED := .venv/.installed
 EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
-.PHONY: demo test faults test-slurm test-hosts test-browser soak check docs clean bench bench-setup
+# For pytest wherever it runs, such as --durations=25.
+PYTEST_ARGS ?=
+PYTEST := $(BIN)/pytest -q $(PYTEST_ARGS)
+
+.PHONY: demo test quick faults test-slurm test-hosts test-browser soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -15,34 +19,38 @@ demo: $(INSTALLED)
 
 # worksteal, because a few tests take seconds and most take milliseconds.
 test: $(INSTALLED)
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(PYTEST) -n 2 --dist worksteal
+
+# All tests that start no process, with fewer random histories, power cuts and refusals. Under a minute on two cores.
+quick: $(INSTALLED)
+	$(PYTEST) -n 2 --dist worksteal --quick
 
 # Kills runs two hundred times, and cuts the power at every point of a commit. Minutes.
 faults: $(INSTALLED)
-	$(BIN)/pytest -q -s tests/faults --kills 200 --crash-points all
+	$(PYTEST) -s tests/faults --kills 200 --crash-points all
 
 # Starts a SLURM cluster of two nodes on this machine, and submits the scripts of launch/. As root, it installs SLURM.
 test-slurm: $(INSTALLED)
-	$(BIN)/pytest -q --slurm --override-ini faulthandler_timeout=600 tests/slurm
+	$(PYTEST) --slurm --override-ini faulthandler_timeout=600 tests/slurm
 
 # Trains on two hosts, which are network namespaces of this machine, and cuts the network between them. As root.
 test-hosts: $(INSTALLED)
-	$(BIN)/pytest -q tests/hosts
+	$(PYTEST) tests/hosts
 
 # Opens the report of a run in Chromium. As root on Debian, it installs Chromium.
 test-browser: $(INSTALLED)
-	$(BIN)/pytest -q --browser tests/cli/test_report_in_browser.py
+	$(PYTEST) --browser tests/cli/test_report_in_browser.py
 
 # Interrupts jobs five times in each way: by a signal, by their return to the queue, and by time limits, which SLURM keeps
 # to the minute.
 soak: $(INSTALLED)
-	$(BIN)/pytest -q --slurm --rounds 5 --override-ini faulthandler_timeout=1800 tests/slurm/test_requeue.py
+	$(PYTEST) --slurm --rounds 5 --override-ini faulthandler_timeout=1800 tests/slurm/test_requeue.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_architecture.py
+	$(PYTEST) tests/test_architecture.py
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 # Builds the site of the documentation in site/, without a network. A warning is an error, also about a link that leads

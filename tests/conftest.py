@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.kit.quick import NoProcesses
+
 torch.set_num_threads(1)
 # How long an example takes depends on what the other test process does.
 settings.register_profile("keepbest", deadline=None)
@@ -19,17 +21,28 @@ settings.load_profile("keepbest")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="skip the tests that start a process, and explore a part of what others do"
+    )
     group = parser.getgroup("faults")
     group.addoption("--kills", type=int, default=20, help="how many processes of runs are killed")
     group.addoption("--fault-seed", type=int, default=0, help="repeats the faults of an earlier test run")
     group.addoption(
-        "--crash-points", choices=["some", "all"], default="some", help="how many of the states after a power cut"
+        "--crash-points",
+        choices=["some", "all"],
+        default="some",
+        help="how many of the states after a power cut",
     )
     group = parser.getgroup("slurm")
     group.addoption("--slurm", action="store_true", help="also the tests that start a SLURM cluster, and install it")
     group.addoption("--rounds", type=int, default=1, help="how often a job of a SLURM cluster is interrupted")
     group = parser.getgroup("browser")
     group.addoption("--browser", action="store_true", help="also the tests that start Chromium, and install it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        config.pluginmanager.register(NoProcesses())
 
 
 # {path: the option that it needs}

@@ -91,7 +91,7 @@ def trained(directory: Path, *callbacks: Any, **settings: Any) -> Trainer:
 
 
 def run(directory: Path, strategy: str, resume: str | None, updates: int) -> tuple[dict[str, Tensor], list[int]]:
-    trainer = trained(directory, EVERY_UPDATE, NOTING, strategy=strategy, resume=resume, epochs=None, updates=updates)
+    trainer = trained(directory, EVERY_UPDATE, NOTING, strategy=strategy, resume=resume, updates=updates)
     [noting] = [callback for callback in trainer.callbacks if isinstance(callback, Noting)]
     return toys.whole_weights(trainer), noting.updates
 
@@ -124,7 +124,6 @@ def draw(directory: Path, strategy: str, resume: str | None, updates: int) -> tu
         model=toys.auto_encoder(dropout=0.5),
         strategy=strategy,
         resume=resume,
-        epochs=None,
         updates=updates,
     )
     return toys.whole_weights(trainer), torch.rand(()).item()
@@ -158,7 +157,7 @@ def test_auto_without_a_checkpoint_starts_afresh(tmp_path):
     [(1, ["E2_U5_S120"]), (2, ["E2_U4_S96", "E2_U5_S120"]), (None, None)],
 )
 def test_older_checkpoints_are_removed(keep_last, kept, tmp_path):
-    trained(tmp_path, {**EVERY_UPDATE, "keep_last": keep_last}, epochs=None, updates=5)
+    trained(tmp_path, {**EVERY_UPDATE, "keep_last": keep_last}, updates=5)
     everything = ["E0_U1_S24", "E1_U2_S48", "E1_U3_S72", "E2_U4_S96", "E2_U5_S120"]
     assert names_in(tmp_path) == (everything if kept is None else kept)
     assert (tmp_path / "resume" / "latest").readlink() == Path("E2_U5_S120")
@@ -171,7 +170,7 @@ def test_checkpoint_holds_what_callbacks_do_at_the_end_of_the_epoch(tmp_path):
 
 
 def test_keepers_pin_before_a_checkpoint_and_release_after_it_is_removed(tmp_path):
-    trainer = trained(tmp_path, EVERY_UPDATE, PinningConfig(every_n_updates=1), epochs=None, updates=3)
+    trainer = trained(tmp_path, EVERY_UPDATE, PinningConfig(every_n_updates=1), updates=3)
     assert trainer.callbacks[0].told == [
         ("pin", "E0_U1_S24", []),
         ("pin", "E1_U2_S48", ["E0_U1_S24"]),
@@ -183,13 +182,12 @@ def test_keepers_pin_before_a_checkpoint_and_release_after_it_is_removed(tmp_pat
 
 def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
     keep_all = {**EVERY_UPDATE, "keep_last": None}
-    trained(tmp_path, keep_all, NOTING, epochs=None, updates=5)
+    trained(tmp_path, keep_all, NOTING, updates=5)
     resumed = trained(
         tmp_path,
         {**EVERY_UPDATE, "keep_last": 2},
         NOTING,
         PinningConfig(every_n_updates=1),
-        epochs=None,
         updates=3,
         resume=tmp_path / "resume" / "E1_U2_S48",
     )
@@ -197,19 +195,19 @@ def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path
     assert names_in(tmp_path) == ["E1_U2_S48", "E1_U3_S72"]
     released = [tag for told, tag, _ in resumed.callbacks[1].told if told == "release"]
     assert released == ["E0_U1_S24", "E2_U4_S96", "E2_U5_S120"]
-    again = trained(tmp_path, EVERY_UPDATE, NOTING, epochs=None, updates=4, resume="auto")
+    again = trained(tmp_path, EVERY_UPDATE, NOTING, updates=4, resume="auto")
     assert again.callbacks[0].updates == [1, 2, 3, 4]
 
 
 def test_interrupted_checkpoint_is_never_resumed_and_swept_later(tmp_path):
-    trained(tmp_path, EVERY_UPDATE, NOTING, epochs=None, updates=2)
+    trained(tmp_path, EVERY_UPDATE, NOTING, updates=2)
     folder = tmp_path / "resume"
     shutil.copytree(folder / "E1_U2_S48", folder / "E1_U3_S72.tmp")
     shutil.copytree(folder / "E1_U2_S48", folder / "E2_U4_S96")
     (folder / "E2_U4_S96" / "trainer.pt").unlink()
     (folder / "latest").unlink()
     (folder / "latest").symlink_to("E9_U18_S432")
-    resumed = trained(tmp_path, EVERY_UPDATE, NOTING, epochs=None, updates=4, resume="auto")
+    resumed = trained(tmp_path, EVERY_UPDATE, NOTING, updates=4, resume="auto")
     assert resumed.callbacks[0].updates == [1, 2, 3, 4]
     assert names_in(tmp_path) == ["E2_U4_S96"]
 
@@ -306,7 +304,6 @@ def train_a_late_layer(directory: Path, strategy: str, resume: str | None, updat
         optimizers=optimizers,
         strategy=strategy,
         resume=resume,
-        epochs=None,
         updates=updates,
     )
     return toys.whole_weights(trainer)
@@ -347,9 +344,7 @@ def test_rank_that_cannot_write_its_share_fails_all_and_spoils_nothing(rank, tmp
 def train_the_decoder(directory: Path, strategy: str, resume: str | None, updates: int) -> dict[str, Tensor]:
     model = toys.auto_encoder()
     model.encoder.requires_grad_(requires_grad=False)
-    trainer = trained(
-        directory, EVERY_UPDATE, model=model, strategy=strategy, resume=resume, epochs=None, updates=updates
-    )
+    trainer = trained(directory, EVERY_UPDATE, model=model, strategy=strategy, resume=resume, updates=updates)
     return toys.whole_weights(trainer)
 
 

@@ -36,8 +36,8 @@ CALLBACKS = [
 ]
 BEST_CHECKPOINT = {"name": "BestCheckpointCallback", "metric_key": METRIC, "tolerances": TOLERANCES, **EVERY_UPDATE}
 
-# What becomes durable in one piece, and the operations of the file layer that it comes to, with how many it takes
-# about; "append" is a write to the ledger.
+# What becomes durable in one piece, the operations of the file layer that it comes to, and how many it takes about.
+# "append" is a write to the ledger.
 COMMITS = {
     "save": {
         "make_folder": 1, "create": 3, "write": 60, "sync": 4, "sync_folder": 4, "rename": 2, "append": 1, "link": 1,
@@ -204,7 +204,6 @@ def _train(session: Session, started: float) -> dict[str, Any]:
         ],
         strategy=session.strategy,
         resume="auto",
-        epochs=None,
         updates=UPDATES,
     )
     trained = [started]

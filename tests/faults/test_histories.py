@@ -253,10 +253,13 @@ class Histories(RuleBasedStateMachine):
             self.keeper.abandon()
 
 
-def test_2000_histories_end_as_the_rules_say():
+def test_random_histories_end_as_the_rules_say(request):
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=2000, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=50 if request.config.getoption("--quick") else 2000,
+            stateful_step_count=14,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )

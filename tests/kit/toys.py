@@ -84,7 +84,13 @@ def make_trainer(
     resume: Path | str | None = None,
     **settings: Any,
 ) -> Trainer:
-    defaults = {"epochs": 3, "effective_batch_size": EFFECTIVE_BATCH_SIZE, "precision": "float64", "tracker": "none"}
+    epochs = None if "updates" in settings else 3
+    defaults = {
+        "epochs": epochs,
+        "effective_batch_size": EFFECTIVE_BATCH_SIZE,
+        "precision": "float64",
+        "tracker": "none",
+    }
     return Trainer(
         TrainerConfig(**{**defaults, **settings}),
         auto_encoder() if model is None else model,

@@ -48,15 +48,18 @@ def ranks_that_keep_bests_until(
     """Each rank observes 9, 8, ... in the steps that the files in `signs` allow: 'cut', 'mended'; 'end' ends them."""
     os.environ.update(environment)
     with use(directory, patience=patience):
-        run = Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings)
-        with run.keeper as keeper:
-            number = 0
-            for sign in ("cut", "mended", "end"):
-                for _ in range(3):
-                    number += 1
-                    set_weights(run.model, number)
-                    keeper.observe(10.0 - number, TrainingIteration(update=number))
-                child.announce(f"before {sign}")
-                while not (signs / sign).exists():
-                    time.sleep(0.01)  # the test makes it, in another process
+        return _keep_bests(Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings), signs)
+
+
+def _keep_bests(run: Run, signs: Path) -> float:
+    number = 0
+    with run.keeper as keeper:
+        for sign in ("cut", "mended", "end"):
+            for _ in range(3):
+                number += 1
+                set_weights(run.model, number)
+                keeper.observe(10.0 - number, TrainingIteration(update=number))
+            child.announce(f"before {sign}")
+            while not (signs / sign).exists():
+                time.sleep(0.01)  # the test makes it, in another process
     return keeper.state.best.value

@@ -73,7 +73,6 @@ def train(directory, kind, strategy, updates=UPDATES, resume=None, **settings):
         optimizers=FAST,
         callbacks=CALLBACKS,
         strategy=strategy,
-        epochs=None,
         updates=updates,
         resume=resume,
         **{"ema_decay": DECAY, **settings},

@@ -39,7 +39,6 @@ def train(directory, values, resume, updates):
     trainer = toys.make_trainer(
         directory,
         strategy="ddp",
-        epochs=None,
         updates=updates,
         tracker="tensorboard",
         resume=resume,

@@ -197,7 +197,6 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_parameters(tmp_path):
         model=model,
         precision="bf16",
         updates=2,
-        epochs=None,
         callbacks=[{"name": "OfflineLossCallback", "dataset_key": "val", "every_n_updates": 2}],
     )
     trainer.train()

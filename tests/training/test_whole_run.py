@@ -37,7 +37,6 @@ def run(directory: Path, strategy: str, resume: str | None, updates: int) -> dic
         optimizers=OPTIMIZERS,
         strategy=strategy,
         resume=resume,
-        epochs=None,
         updates=updates,
         tracker="jsonl",
     )
