@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +28,44 @@ PUBLIC_NAMES = [
     "load",
 ]
 
+# What docs/reference.md documents: a name that goes, or comes, is seen here.
+DOCUMENTED_NAMES = [
+    "BestKeeper",
+    "Outcome",
+    "TrainingIteration",
+    "MetricPropertyProvider",
+    "decision.BestState",
+    "load",
+    "LoadedSnapshot",
+    "integrations.lightning.BestCheckpoint",
+    "integrations.transformers.BestCheckpoint",
+    "integrations.accelerate.AcceleratedKeeper",
+    "integrations.ignite.BestCheckpoint",
+    "callbacks.BestCheckpointCallbackConfig",
+    "callbacks.BestCheckpointCallback",
+    "callbacks.OfflineLossCallbackConfig",
+    "callbacks.OfflineLossCallback",
+    "callbacks.CheckpointCallbackConfig",
+    "callbacks.CheckpointCallback",
+    "callbacks.MetricEarlyStopperConfig",
+    "callbacks.MetricEarlyStopper",
+    "callbacks.CallbackBase",
+    "callbacks.TrainerView",
+    "callbacks.CallBackBaseConfig",
+    "callbacks.PeriodicCallback",
+    "callbacks.PeriodicDataIteratorCallbackConfig",
+    "callbacks.PeriodicDataIteratorCallback",
+    "training.config.RunConfig",
+    "training.config.TrainerConfig",
+    "training.config.Component",
+    "models.Model",
+    "models.CompositeModel",
+    "launch.distributed",
+    "launch.Process",
+    "training.preemption.Preemption",
+    "errors",
+]
+
 # Decisions must be the same on all ranks: these modules see no tensors, no clock, no chance and no disk.
 PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py"]
 IMPURE_MODULES = {
@@ -46,25 +86,44 @@ PATH = [
     "remote",
     "staging",
     "formats",
+    "modules/sources",
+    "modules/parts",  # knows the submodels of a composite
+    "models",
     "modules",
     "run",
     "metric",
     "reduction",
     "ranks",
+    "worker",
     "decision",
     "interval",
     "iteration",
+    "metric_properties",
     "errors",
 ]
-SHELLS = ["callbacks", "cli", "data", "integrations", "launch", "training"]
+SHELLS = ["__main__", "callbacks", "cli", "data", "integrations", "launch", "random_state", "training"]
 
-COLLECTIVES_LIVE_IN = ("ranks/", "capture/", "data/")
+# What may not be imported where, beside the order of the path.
+WALLS = {
+    "run/": ("ranks",),
+    "formats/": ("ranks",),
+    "remote/": ("ranks",),
+    "saving/job.py": ("ranks",),
+    "worker.py": ("ranks",),
+    "staging/": ("ranks", "run"),
+}
+
+COLLECTIVES_LIVE_IN = (
+    "ranks/",
+    "capture/",
+    "data/",
+    "callbacks/resume_checkpoint.py",  # torch's distributed checkpoints, which save optimizers too
+    "training/strategy.py",  # hands the same first weights to all ranks
+)
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
-    "callbacks/resume_checkpoint.py",
     "formats/dcp.py",
-    "modules/kinds.py",  # tells what is sharded
-    "training/strategy.py",
+    "modules/kinds.py",  # recognizes what is sharded
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)
 SHARDED_APIS = ("checkpoint", "fsdp", "tensor", "device_mesh")
@@ -77,6 +136,11 @@ COLLECTIVES = {
 }  # fmt: skip
 # Collectives as methods of tensors and of process groups, whatever the object is called.
 COLLECTIVE_METHODS = {"allgather", "allreduce", "full_tensor", "redistribute"}
+# Functions of torch.distributed.checkpoint that every rank calls.
+COLLECTIVE_CHECKPOINTS = {
+    "async_save", "get_model_state_dict", "get_optimizer_state_dict", "get_state_dict", "load", "load_state_dict",
+    "save", "save_state_dict", "set_model_state_dict", "set_optimizer_state_dict", "set_state_dict",
+}  # fmt: skip
 FILE_FUNCTIONS = {"open", "mkdir", "read_bytes", "read_text", "rename", "rmtree", "unlink", "write_bytes", "write_text"}
 
 
@@ -128,10 +192,19 @@ def uses(is_forbidden: Callable[[str], bool], *, outside: tuple[str, ...] = ()) 
     return [f"{name}:{line}: {used}" for name in names for line, used in used_names(parse(name)) if is_forbidden(used)]
 
 
-def module_of(dotted: str) -> str:
-    """The part after `keepbest.` that names a module or folder of this package, or an empty string."""
-    parts = dotted.split(".")
-    return parts[1] if parts[0] == "keepbest" and len(parts) > 1 else ""
+def place_of(path: str) -> str:
+    """The entry of PATH or SHELLS that a path below the package belongs to: the longest one."""
+    stem = path.removesuffix(".py")
+    entries = [entry for entry in [*PATH, *SHELLS] if stem == entry or stem.startswith(f"{entry}/")]
+    return max(entries, key=len, default="")
+
+
+def imported(name: str) -> Iterator[str]:
+    """Paths, without ending, of what a source imports of this package."""
+    for dotted in imports(parse(name)).values():
+        package, _, rest = dotted.partition(".")
+        if package == "keepbest" and rest:
+            yield rest.replace(".", "/")
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -158,16 +231,30 @@ print(sorted(module for module in sys.modules if module.partition(".")[0] == "to
 @pytest.mark.parametrize("position", range(len(PATH)), ids=PATH)
 def test_no_step_of_the_path_calls_back_up(position: int):
     step, above = PATH[position], {*PATH[:position], *SHELLS}
-    names = [name for name in SOURCES if name == f"{step}.py" or name.startswith(f"{step}/")]
-    upward = [
-        f"{name}: {dotted}" for name in names for dotted in imports(parse(name)).values() if module_of(dotted) in above
-    ]
-    assert upward == []
+    names = [name for name in SOURCES if place_of(name) == step]
+    assert names
+    assert [f"{name}: {path}" for name in names for path in imported(name) if place_of(path) in above] == []
+
+
+def test_every_module_has_its_place():
+    assert [name for name in SOURCES if name != "__init__.py" and not place_of(name)] == []
+
+
+@pytest.mark.parametrize("room", WALLS)
+def test_no_room_looks_over_its_wall(room: str):
+    names = [name for name in SOURCES if name.startswith(room)]
+    assert names
+    over = [f"{name}: {path}" for name in names for path in imported(name) if path.partition("/")[0] in WALLS[room]]
+    assert over == []
 
 
 def is_collective(used: str) -> bool:
     prefix, _, last = used.rpartition(".")
-    return last in COLLECTIVE_METHODS or (prefix.startswith("torch.distributed") and last in COLLECTIVES)
+    return (
+        last in COLLECTIVE_METHODS
+        or (prefix.startswith("torch.distributed") and last in COLLECTIVES)
+        or (prefix.startswith("torch.distributed.checkpoint") and last in COLLECTIVE_CHECKPOINTS)
+    )
 
 
 def is_sharded_api(used: str) -> bool:
@@ -197,11 +284,14 @@ def test_no_barrier_anywhere():
     assert uses(is_barrier) == []
 
 
-def test_keeper_opens_no_file():
+@pytest.mark.parametrize("room", ["keeper.py", "capture/", "ranks/", "staging/", "modules/"])
+def test_room_opens_no_file(room: str):
     def is_file_access(used: str) -> bool:
-        return used in {"torch.save", "torch.load"} or used.rpartition(".")[2] in FILE_FUNCTIONS
+        # What capture/place.py packs goes to memory: plain data on its way to other ranks.
+        is_torchs = used in {"torch.save", "torch.load"} and room != "capture/"
+        return is_torchs or used.rpartition(".")[2] in FILE_FUNCTIONS
 
-    assert uses(is_file_access, outside=tuple(name for name in SOURCES if name != "keeper.py")) == []
+    assert uses(is_file_access, outside=tuple(name for name in SOURCES if not name.startswith(room))) == []
 
 
 def test_no_assert_validates():
@@ -221,6 +311,8 @@ def test_no_assert_validates():
         "def late():\n    from torch.distributed import all_reduce",
         "group().allreduce([x])",
         "parameter.full_tensor()",
+        "from torch.distributed.checkpoint.state_dict_saver import save\nsave(state)",
+        "import torch.distributed.checkpoint as dcp\ndcp.load(state)",
     ],
 )
 def test_collectives_are_seen_however_they_are_spelled(source: str):
@@ -244,3 +336,15 @@ def test_no_file_is_longer_than_400_lines():
 def test_public_names():
     assert sorted(keepbest.__all__) == sorted(PUBLIC_NAMES)
     assert all(hasattr(keepbest, name) for name in PUBLIC_NAMES)
+
+
+def test_documented_names_are_those_that_are_pinned_here():
+    documented = re.findall(r"^::: keepbest\.(\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(DOCUMENTED_NAMES)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED_NAMES)
+def test_documented_name_can_be_imported(name: str):
+    module, _, attribute = f"keepbest.{name}".rpartition(".")
+    found = importlib.import_module(module)
+    assert hasattr(found, attribute) or importlib.import_module(f"{module}.{attribute}")
