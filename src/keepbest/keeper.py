@@ -39,8 +39,8 @@ class BestKeeper:
     """Keeps the best checkpoints of one metric of a run.
 
     Creating one is **collective** over the ranks of `process_group`, as are `start`, `observe`, `flush`, `release`,
-    `close` and `restore_best`. Used in a `with` block it starts at its beginning and closes at its end; a block that is
-    left by an exception records nothing more.
+    `close` and `restore_best`. In a `with` block it starts at the beginning and closes at the end. A block that is left
+    by an exception records nothing more.
 
     Args:
         model: Model to save: plain, or wrapped by DDP, FSDP1, FSDP2, tensor parallelism, `torch.compile`.
@@ -107,20 +107,20 @@ class BestKeeper:
         self._has_joined = False
 
     def start(self, at: TrainingIteration | None = None) -> None:
-        """Take up the run folder, so that what is wrong with it shows before training. **Collective**; once.
+        """Open the run folder, so that problems with it show before training. **Collective**; once.
 
         `observe` does this where it was not done before.
 
         Args:
-            at: resume from the ledger, at this iteration; what the ledger has beyond it is abandoned. `None` is the
-                end of the ledger, with `resume="ledger"`. A state that was loaded wins over both.
+            at: Iteration to resume at, from the ledger. What the ledger has beyond it is abandoned. `None` is the end
+                of the ledger, with `resume="ledger"`. A state that was loaded wins over both.
 
         Raises:
-            RunExistsError: on every rank, if the folder holds another run, one that is not resumed, or one in use.
-            LedgerError: on every rank, if the ledger is damaged or of another format.
-            ConfigError: on every rank, if another keeper in the folder has the same name.
-            SnapshotError: on every rank, if the remote copy cannot be read, or is damaged.
-            StorageError: on every rank, if the folder, or the remote storage, cannot be written.
+            RunExistsError: On every rank, if the folder holds another run, one that is not resumed, or one in use.
+            LedgerError: On every rank, if the ledger is damaged or of another version.
+            ConfigError: On every rank, if another keeper in the folder has the same name.
+            SnapshotError: On every rank, if the remote copy cannot be read, or is damaged.
+            StorageError: On every rank, if the folder, or the remote storage, cannot be written.
         """
         if self._phase != "new":
             return
@@ -141,27 +141,29 @@ class BestKeeper:
         self._phase = "started"
 
     def observe(self, value: Any, iteration: TrainingIteration, *, weight: Any = None) -> Outcome:
-        """Take in the metric of one interval; save the model if it is the new best. **Collective**.
+        """Observe the metric of one interval, and save the model if it is the new best. **Collective**.
 
         Costs one small all_gather where there is no new best.
 
         Args:
-            value: this rank's value: a number, a tensor with one element, a metric of torchmetrics (its own sync of the
-                ranks is the only one) or a function that gives it. Ranks that are not asked may pass `None`.
-            iteration: what was completed; increases from call to call and always names the same parts.
-            weight: what this rank counts in the reduction, for example its number of samples; on all ranks or on none.
+            value: Value of this rank: a number, a tensor with one element, a metric of torchmetrics (its own sync of
+                the ranks is the only one) or a function that returns one of these. Ranks that are not asked may pass
+                `None`.
+            iteration: Training iteration that was completed. It increases from call to call and always names the same
+                parts.
+            weight: Weight of this rank in the reduction, for example its number of samples; on all ranks or on none.
 
         Raises:
-            MetricError: on every rank: a value that is missing or is no number, bad weights, values that differ though
-                they must not, or a NaN with `on_nonfinite="raise"`.
-            IterationError: on every rank, if `iteration` does not follow the last one.
-            StorageError: on every rank, if the new best, or an earlier record, could not be written.
-            RanksError: if the ranks could not agree (see `Ranks.exchange`).
+            MetricError: On every rank, if a value is missing or no number, weights are invalid, values differ that must
+                be equal, or a value is NaN with `on_nonfinite="raise"`.
+            IterationError: On every rank, if `iteration` does not follow the last one.
+            StorageError: On every rank, if the new best, or an earlier record, could not be written.
+            RanksError: If the ranks could not agree (see `Ranks.exchange`).
         """
         return self.observe_reading(lambda: read_value(value, weight, metric_key=self.metric_key), iteration)
 
     def observe_reading(self, read: Callable[[], Reading], iteration: TrainingIteration) -> Outcome:
-        """As `observe`, with a function that gets this rank's reading; what it raises reaches every rank."""
+        """As `observe`, with a function that reads the value of this rank. What it raises is raised on every rank."""
         self.start()
         self._refuse_if_closed()
         value = self._agree(read, iteration)
@@ -184,17 +186,17 @@ class BestKeeper:
         return Outcome(iteration, value, decision.is_new_best, decision.newly_exceeded, decision.enters_top)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here; the same on every rank. **Rank-local**."""
+        """The state that `load_state_dict` resumes from; the same on every rank. **Rank-local**."""
         return LoadedState(self._run_id, self._timeline, self._state).to_json()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave. **Rank-local**: call it on every rank, before `start`.
+        """Resume from a state that `state_dict` returned. **Rank-local**: call it on every rank, before `start`.
 
         Raises:
-            ConfigError: if the keeper has started, or `state_dict` is none of a keeper.
+            ConfigError: If the keeper has started, or `state_dict` is no state of a keeper.
         """
         if self._phase != "new":
-            raise ConfigError("load_state_dict comes too late: load the state before start(), with or observe()")
+            raise ConfigError("load_state_dict comes too late: load the state before start(), `with` or observe()")
         self._loaded = loaded = LoadedState.from_json(state_dict)
         self._run_id, self._timeline, self._state = loaded.run_id, loaded.timeline, loaded.state
 
@@ -202,11 +204,11 @@ class BestKeeper:
         """Make everything observed so far durable. **Collective**.
 
         Args:
-            pin: keep the snapshots that the present state names until this tag is pinned anew or released; a resume
-                checkpoint that holds `state_dict()` pins them under its own name.
+            pin: Tag under which the snapshots that the present state names are kept, until it is pinned again or
+                released. A resume checkpoint that holds `state_dict()` pins them under its own name.
 
         Raises:
-            StorageError: on every rank, if something could not be written.
+            StorageError: On every rank, if something could not be written.
         """
         self.start()
         self._refuse_if_closed()
@@ -219,7 +221,7 @@ class BestKeeper:
         self._settle(f"flush {self.name}", write)
 
     def release(self, pin: str) -> None:
-        """Let go of what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
+        """Release what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
         self._refuse_if_closed()
         self._settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))
 
@@ -229,7 +231,7 @@ class BestKeeper:
         A second call does nothing.
 
         Raises:
-            StorageError: on every rank, if something could not be written, here or in the remote storage.
+            StorageError: On every rank, if something could not be written, here or in the remote storage.
         """
         phase, self._phase = self._phase, "closed"
         if phase != "started":
@@ -241,7 +243,7 @@ class BestKeeper:
             self._leave()
 
     def abandon(self) -> None:
-        """Leave the run as it is, for another process to resume. **Rank-local**; for use when training failed."""
+        """Leave the run as it is, for another process to resume, when training failed. **Rank-local**."""
         self._phase = "closed"
         self._leave()
 
@@ -283,7 +285,7 @@ class BestKeeper:
         """Load the best that the run ever saved into the live model. **Collective**.
 
         Raises:
-            SnapshotError: on every rank, if there is none yet, or it is damaged; the model is then as it was.
+            SnapshotError: On every rank, if there is none yet, or it is damaged. The model is then as it was.
         """
         if self._phase == "started":
             self.flush()
@@ -306,13 +308,13 @@ class BestKeeper:
         self._has_joined = True
 
     def _leave(self) -> None:
-        # A keeper that was refused, for its name say, must not end the one that has it.
+        # A keeper that was refused, for example because of its name, must not end the one that has it.
         if self._has_joined:
             self._has_joined = False
             self._run.leave(self.name)
 
     def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
-        """The metric that all ranks agree on; before that, they hear what rank 0 could not write."""
+        """The metric that all ranks agree on. What rank 0 could not write before is raised first."""
         failure = self._saver.take_failure()
         revised = None if failure is not None else self._saver.revised_state()
         value, news = agree_on_metric(
@@ -329,7 +331,7 @@ class BestKeeper:
         return value
 
     def _revise(self, state: BestState) -> None:
-        """Take over the state without bests that could not be written; closes the tolerances that this closes."""
+        """Adopt the state without bests that could not be written, and close the tolerances that this closes."""
         before, self._state = self._state.exceeded, state
         exceeded = state.exceeded.items()
         self._saver.losses.all_know()

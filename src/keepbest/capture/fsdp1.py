@@ -22,7 +22,7 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
     No more than one gathered unit is held at a time. What is in no unit is there on every rank, as the module holds it.
 
     Args:
-        module: as it is wrapped.
+        module: Module, as it is wrapped.
         take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
             gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
             it; `None` if it need not be there.

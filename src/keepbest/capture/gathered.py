@@ -1,4 +1,4 @@
-"""From a model, in whatever way it is distributed, to full CPU tensors on rank 0."""
+"""From a model, however it is distributed, to full CPU tensors on rank 0."""
 
 from __future__ import annotations
 

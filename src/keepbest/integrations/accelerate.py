@@ -16,7 +16,7 @@ from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.settings_dict import KeeperSettingsDict
 
-# What the newest saved state names is kept under one tag: nothing tells which of them are removed.
+# What the newest saved state names is kept under one tag: nothing says which of them are removed.
 _PIN = "accelerate"
 _REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 

@@ -19,7 +19,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
-# What the newest checkpoint of Ignite names is kept under one tag: no event tells which of them are removed.
+# What the newest checkpoint of Ignite names is kept under one tag: no event says which of them are removed.
 _PIN = "ignite"
 
 
@@ -78,7 +78,7 @@ class BestCheckpoint:
         On every rank, and before a `Checkpoint` is attached to `evaluator`.
 
         Raises:
-            ConfigError: if it is attached already.
+            ConfigError: If it is attached already.
         """
         if self._trainer is not None:
             raise ConfigError(f"the BestCheckpoint of {self.metric_key} is attached already; make one for each trainer")
@@ -96,8 +96,8 @@ class BestCheckpoint:
         left to be resumed, and nothing that the state names is removed any more.
 
         Raises:
-            StorageError: on every rank, if something could not be written.
-            RankTimeoutError: if the `Checkpoint` is not attached on all ranks.
+            StorageError: On every rank, if something could not be written.
+            RankTimeoutError: If the `Checkpoint` is not attached on all ranks.
         """
         if self._trainer is not None and self._trainer.last_event_name == Events.EXCEPTION_RAISED:
             self._let_go()
@@ -112,7 +112,7 @@ class BestCheckpoint:
     def _start(self, trainer: Engine) -> None:
         """Take up the run folder. **Collective**. Raises as `BestKeeper` and its `start`."""
         self._let_go()
-        # A trainer that runs on, for more epochs say, goes on from where this handler was.
+        # A trainer that runs on, for example for more epochs, continues from where this handler was.
         runs_on = self.keeper is not None and trainer.state.iteration > 0
         state, self._loaded = self._state() if self._loaded or runs_on else {}, {}
         self.keeper = self._make_keeper()

@@ -18,7 +18,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
-# What the newest checkpoint of Lightning names is kept under one tag: no hook tells which of them are removed.
+# What the newest checkpoint of Lightning names is kept under one tag: no hook says which of them are removed.
 _PIN = "lightning"
 # Lightning has it since 2.6.
 _WEIGHT_AVERAGING: type | tuple[()] = getattr(callbacks, "WeightAveraging", ())
@@ -90,8 +90,8 @@ class BestCheckpoint(Callback):
         By now the strategy has wrapped the model and restored what is resumed from, and the sanity check is over.
 
         Raises:
-            ConfigError: on every rank, if a `WeightAveraging` callback is there too.
-            KeepBestError: on every rank, as `BestKeeper` and its `start`.
+            ConfigError: On every rank, if a `WeightAveraging` callback is there too.
+            KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
         # Lightning's Trainer sets both in a helper, where type checkers do not see them.
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ class BestCheckpoint(Callback):
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
 
         Raises:
-            KeepBestError: on every rank, as `BestKeeper.observe`.
+            KeepBestError: On every rank, as `BestKeeper.observe`.
         """
         if self._open is not None:
             iteration = TrainingIteration(epoch=trainer.current_epoch + 1, update=trainer.global_step)

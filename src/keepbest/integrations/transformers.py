@@ -18,7 +18,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
-# What the newest checkpoint of the Trainer names is kept under one tag: no hook tells which of them are removed.
+# What the newest checkpoint of the Trainer names is kept under one tag: no hook says which of them are removed.
 _PIN = "transformers"
 _PREFIX = "eval_"
 # Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
@@ -85,10 +85,10 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         By now the Trainer has wrapped the model and restored what is resumed from.
 
         Raises:
-            ConfigError: on every rank, if the metric or its direction is not known, or DeepSpeed has the weights.
-            KeepBestError: on every rank, as `BestKeeper` and its `start`.
+            ConfigError: On every rank, if the metric or its direction is not known, or DeepSpeed has the weights.
+            KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
-        self._leave()  # a training that ended by an exception told nobody
+        self._leave()  # a training that ended by an exception calls no hook
         if args.deepspeed_plugin is not None:
             raise ConfigError(
                 "expected a model on one device, or one of DDP or FSDP, but the Trainer has one of DeepSpeed, "
@@ -112,7 +112,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._is_due, self._reported = False, set()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """From now on an evaluation tells something new. **Collective** where a checkpoint follows, as `flush`."""
+        """From now on an evaluation observes something new. **Collective** where a checkpoint follows, as `flush`."""
         self._is_due = True
         self._prepare_checkpoint(control.should_save)
 
@@ -126,7 +126,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         """Observe the metric, if this is the first evaluation since the last step that reports it. **Collective**.
 
         Raises:
-            KeepBestError: on every rank, as `BestKeeper.observe`.
+            KeepBestError: On every rank, as `BestKeeper.observe`.
         """
         metrics: Mapping[str, Any] = kwargs["metrics"]
         if self._open is None or not self._is_due:
@@ -142,7 +142,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what the checkpoint names until there is a newer one. **Collective**. Raises as `BestKeeper.flush`.
 
-        No observation came between, so that nothing of it was let go of; and until here the last one was pinned.
+        No observation came between, so nothing of it was removed. Until here the last one was pinned.
         """
         if self._open is not None:
             self._open.flush(pin=_PIN)
@@ -154,7 +154,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         """**Collective** where the evaluations at the last step reported everything but the metric.
 
         Raises:
-            MissingMetricError: on every rank.
+            MissingMetricError: On every rank.
         """
         self._refuse_what_was_not_reported(state)
 
@@ -164,7 +164,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         """Close the keeper: the last checkpoint is written by now. **Collective**.
 
         Raises:
-            KeepBestError: on every rank, as `BestKeeper.close` and `on_step_begin`.
+            KeepBestError: On every rank, as `BestKeeper.close` and `on_step_begin`.
         """
         self._refuse_what_was_not_reported(state)
         keeper, self._open = self._open, None

@@ -1,4 +1,4 @@
-"""Brings a run from a remote storage to those that read it, or go on with it. **Rank-local**."""
+"""Brings a run from a remote storage to those that read or resume it. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def local_copy(
     """The directory of a run, to read in this block: `run` itself, or a temporary copy of what is at this URL.
 
     Args:
-        run: a directory, or a URL of fsspec.
-        wanted: the snapshots that are copied, of those that the ledger tells. Their files are not verified yet, and one
+        run: Directory, or URL of fsspec.
+        wanted: Snapshots that are copied, of those that the ledger knows. Their files are not verified yet, and one
             that is not there is left out.
         has_files: Function that says whether the files of a snapshot are copied too, beside its manifest.
 
     Raises:
-        ConfigError: if the URL cannot be opened here.
-        SnapshotError: if there is no run, or it cannot be read.
-        LedgerError: if its ledger is damaged or of another format.
-        OSError: if there is no room for the copy.
+        ConfigError: If the URL cannot be opened here.
+        SnapshotError: If there is no run, or it cannot be read.
+        LedgerError: If its ledger is damaged or of another version.
+        OSError: If there is no room for the copy.
     """
     if not is_remote(run):
         yield Path(run)
@@ -68,7 +68,7 @@ def local_copy(
             history = read_history(directory)
             names = wanted(history)
             complete = [_fetch_if_there(remote, directory, history, name, has_files) for name in names]
-            # A run that goes on may have removed what its ledger named a moment ago.
+            # A live run may have removed what its ledger named a moment ago.
             if all(complete) or read_remote_ledger(remote) == ledger:
                 break
         try:
@@ -91,19 +91,19 @@ def bring_up_to(
     The ledger comes last, when every snapshot that it keeps is there and verified.
 
     Args:
-        remote: the copy.
+        remote: Copy of the run.
         folder: `<run>/checkpoints`.
-        files: by which the folder is changed.
-        ledger_bytes: of the whole lines of the ledger in the folder.
-        check: is asked, before anything is changed, whether the run may be brought here; raises if not.
+        files: Operations that change the folder.
+        ledger_bytes: Bytes of the whole lines of the ledger in the folder.
+        check: Function that raises, before anything is changed, if the run may not be brought here.
 
     Returns:
         Whether the folder has another ledger now.
 
     Raises:
-        SnapshotError: if the copy cannot be read, or is damaged.
-        LedgerError: if the two have gone different ways, or the copy has lost its ledger.
-        OSError: whatever the file system answers.
+        SnapshotError: If the copy cannot be read, or is damaged.
+        LedgerError: If the two have gone different ways, or the copy has lost its ledger.
+        OSError: Any refusal of the file system.
     """
     path, temporary = folder / LEDGER, folder / f"{TEMPORARY}{LEDGER}"
     there = read_remote_ledger(remote)
@@ -121,7 +121,7 @@ def bring_up_to(
     if not ours.is_empty and not there.startswith(here):
         raise LedgerError(
             f"{remote.url} and {folder} hold runs, or ends of one run, that have gone different ways: choose an empty "
-            "directory to go on with what is there, or another remote"
+            "directory to continue with what is there, or another remote"
         )
     files.remove(temporary)
     try:
@@ -145,7 +145,7 @@ def bring_up_to(
 
 @contextmanager
 def raising_unreadable(remote: Remote) -> Iterator[None]:
-    """What the client of the storage raises becomes a `SnapshotError`, but for what is missing there, or full here."""
+    """Turn errors of the storage's client into a `SnapshotError`, except for what is missing there, or full here."""
     try:
         yield
     except (KeepBestError, FileNotFoundError):

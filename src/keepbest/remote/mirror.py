@@ -1,7 +1,7 @@
 """Brings what is committed in a run folder to a remote storage, on a thread of its own.
 
 What a ledger names has arrived before the ledger does; what it does not name any more is removed after. So whenever the
-run is cut off, the remote ledger tells an earlier state of the run, and all of it is there.
+run is cut off, the remote ledger records an earlier state of the run, and all of it is there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from keepbest.worker import Threaded
 
 _logger = logging.getLogger(__name__)
 _PATIENCE_AT_THE_END = 10.0
-# What waiting does not mend, as long as nothing has ever arrived: a bucket that is not there, or is somebody else's.
+# Waiting does not help here, as long as nothing has ever arrived: a bucket that is missing, or is somebody else's.
 _WRONG_PLACE = (FileNotFoundError, PermissionError)
 
 
@@ -88,14 +88,14 @@ class Mirror:
         """Wait until the newest state has arrived.
 
         Raises:
-            OSError: if it cannot.
+            OSError: If it cannot.
         """
         self._uploader.drain()
         if (failure := self.failure) is not None:
             raise failure
 
     def close(self) -> None:
-        """Wait for what is under way, but not for long, and end."""
+        """Wait for what is under way, but not for long, and end. A second call does nothing."""
         atexit.unregister(self.close)
         self._is_closing.set()
         has_ended = self._uploader.close(timeout=_PATIENCE_AT_THE_END)
@@ -159,7 +159,7 @@ class Mirror:
             if path not in self._arrived or found.get(path) != digest.bytes:
                 self._put(path, digest)
                 brought.add(path)
-        # Clients try again by themselves, and do not tell: a storage may have lost its memory since.
+        # Clients try again by themselves and do not report it: a storage may have lost its memory since.
         found = self._remote.sizes()
         if missing := [path for path, digest in wanted.items() if found.get(path) != digest.bytes]:
             raise ConnectionError(f"{missing[0]} was brought there, and is not there")
@@ -167,8 +167,8 @@ class Mirror:
         self._remote.write_ledger(ledger)
         self._is_right_place = True
         others = {snapshot_in(path) for path in found} - committed.kept.keys() - {None}
-        needless = {name for name in others if name in committed.known or self._is_of(committed.run_id, name)}
-        self._remove([path for path in found if snapshot_in(path) in needless])
+        unneeded = {name for name in others if name in committed.known or self._is_of(committed.run_id, name)}
+        self._remove([path for path in found if snapshot_in(path) in unneeded])
 
     def _put(self, path: str, digest: Digest) -> None:
         self._refuse_if_over()
@@ -202,7 +202,7 @@ class Mirror:
         """Path below `checkpoints` and digest of every file that `committed` needs, by its ledger and its manifests.
 
         Raises:
-            SnapshotError: if a snapshot is damaged; one that is missing in the folder may be there.
+            SnapshotError: If a snapshot is damaged; one that is missing in the folder may be there.
         """
         for name, digest in sorted(committed.kept.items()):
             prefix, folder = f"{SNAPSHOTS}/{name}/", self._folder / SNAPSHOTS / name

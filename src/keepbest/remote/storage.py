@@ -24,10 +24,10 @@ def is_remote(run: str | Path) -> bool:
 
 
 def check_local(directory: str | Path) -> Path:
-    """`directory`, after it was found to be a path and no URL, be it one that was taken for a path before.
+    """`directory`, after a check that it is a path and no URL, not even one that became a `Path`.
 
     Raises:
-        ConfigError: if it is a URL.
+        ConfigError: If it is a URL.
     """
     if re.match(r"[\w+.-]+:/", str(directory)):
         raise ConfigError(f"expected a directory of this machine, got {str(directory)!r}; a URL is for remote copies")
@@ -35,10 +35,10 @@ def check_local(directory: str | Path) -> Path:
 
 
 def check_remote(url: str | None) -> str | None:
-    """`url`, after it was found to be one that fsspec can open here; nothing is asked of the storage. **Rank-local**.
+    """`url`, after a check that fsspec can open it here. The storage itself is not contacted. **Rank-local**.
 
     Raises:
-        ConfigError: if it is no URL, or a package that opens it is not installed.
+        ConfigError: If it is no URL, or a package that opens it is not installed.
     """
     if url is None:
         return None
@@ -54,10 +54,10 @@ class Remote:
     Its methods raise what the client of the storage raises, which need not be an `OSError`.
 
     Attributes:
-        url: of the run.
+        url: URL of the run.
 
     Raises:
-        ConfigError: as `check_remote`.
+        ConfigError: As `check_remote`.
     """
 
     def __init__(self, url: str) -> None:

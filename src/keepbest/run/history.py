@@ -25,11 +25,11 @@ class Timeline:
     """Observations that led to a state. A resume leaves it for a new one, which starts with a part of it.
 
     Attributes:
-        number: among the timelines of the keeper, from 0.
-        base: the state that it starts from; empty unless a state was loaded that the ledger did not know.
-        entries: what was observed, in order.
-        saved: the iterations that a snapshot was taken of, and its name, in order.
-        best_snapshot: the newest one that was taken of a new best.
+        number: Number among the timelines of the keeper, from 0.
+        base: State that it starts from; empty unless a state was loaded that the ledger did not know.
+        entries: Observations, in order.
+        saved: Iteration and name of each snapshot, in order.
+        best_snapshot: Newest snapshot of a new best.
     """
 
     number: int
@@ -49,7 +49,7 @@ class Timeline:
         return [entry for entry in self.entries if not entry.observation.iteration.follows(iteration)]
 
     def reaches(self, iteration: TrainingIteration | None) -> bool:
-        """Whether the state at `iteration` can be told: not before the one that the timeline starts from."""
+        """Whether the timeline knows the state at `iteration`, which must not be before its start."""
         start = self.base.last_iteration
         return start is None or (iteration is not None and not start.follows(iteration))
 
@@ -75,7 +75,7 @@ class Timeline:
 
     @property
     def last_iteration(self) -> TrainingIteration | None:
-        """Of the newest observation."""
+        """The iteration of the newest observation."""
         return self.entries[-1].observation.iteration if self.entries else self.base.last_iteration
 
 
@@ -84,10 +84,10 @@ class KeeperHistory:
     """What one keeper of the run has seen.
 
     Attributes:
-        metric_key: what it monitors.
-        policy: as it was when the keeper last began.
-        timelines: one for each time that it began; the last is the present one.
-        kept_best: the value of what the ref on the best points at; the best of all that was ever saved.
+        metric_key: Metric that it monitors.
+        policy: Policy with which the keeper last began.
+        timelines: One for each time that it began; the last is the present one.
+        kept_best: Value of the snapshot that the ref on the best points at; the best that was ever saved.
     """
 
     metric_key: str
@@ -97,7 +97,7 @@ class KeeperHistory:
 
     @property
     def present(self) -> Timeline:
-        """The timeline that goes on."""
+        """The newest timeline."""
         return self.timelines[-1]
 
     def timeline(self, number: int | None) -> Timeline:
@@ -120,12 +120,12 @@ class History:
     """The whole of a run folder.
 
     Attributes:
-        run_id: of the run; `None` while the ledger is empty.
-        restarts: how often the run was taken up again.
-        keepers: by the name of their ref on the best.
-        refs: name of the ref -> name of the snapshot.
+        run_id: Id of the run; `None` while the ledger is empty.
+        restarts: Number of times that the run was resumed.
+        keepers: History of each keeper, by the name of its ref on the best.
+        refs: Name of the ref -> name of the snapshot.
         pins: (keeper, tag) -> snapshots that must stay while the tag is pinned.
-        manifests: name of the snapshot -> digest of its `snapshot.json`.
+        manifests: Name of the snapshot -> digest of its `snapshot.json`.
     """
 
     run_id: str | None = None

@@ -69,7 +69,7 @@ def _is_waited_for(raw: bytes) -> bool:
 class LedgerFile:
     """Appends lines to a ledger.
 
-    An observation is a fact, whatever the disk says: one that could not be written is written before the next line. A
+    An observation is a fact, also if the disk refuses it: it is then written before the next line. A
     commit is true only when it is on the disk: one that could not be written is taken back.
     """
 
@@ -94,7 +94,7 @@ class LedgerFile:
             withdraw: Whether to forget it if it cannot be written; else it is written before the next one.
 
         Raises:
-            OSError: whatever the file system answers; the file then ends as it did before, or does so before anything
+            OSError: Any refusal of the file system. The file then ends as it did before, or does so before anything
                 else is written (`is_torn`).
         """
         text = _encode(event_to_json(event)).encode() + b"\n"

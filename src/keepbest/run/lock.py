@@ -20,11 +20,11 @@ class RunLock:
     """An advisory lock on a file in the run folder, held while this process lives.
 
     It is a POSIX record lock: the kernel drops it when the process dies, child processes (data loader workers) do not
-    inherit it, and NFS carries it. A second lock of the same process on the same file would not be refused; the store
-    is shared within a process for that reason.
+    inherit it, and NFS carries it. A second lock of the same process on the same file would not be refused, so
+    the keepers of a process share one `OpenRun`.
 
     Raises:
-        RunExistsError: if another process holds it; names the process as far as the file tells.
+        RunExistsError: If another process holds it. The message names the process, if the file does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class RunLock:
         os.pwrite(self._descriptor, owner.encode(), 0)
 
     def release(self) -> None:
-        """Give the folder free; a second call does nothing."""
+        """Release the folder. A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

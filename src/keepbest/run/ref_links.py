@@ -29,7 +29,7 @@ class RefLinks:
     def move(self, refs: Mapping[str, str | None]) -> None:
         """Point each ref at its snapshot; `None` removes the ref.
 
-        On a file system that refuses links nothing is done: the ledger alone answers then.
+        On a file system that refuses links nothing is done: the refs are in the ledger alone then.
 
         Raises:
             OSError: Any refusal of the file system.

@@ -1,4 +1,4 @@
-"""Which refs move, and where to, because of what was observed. Pure, but for asking which snapshots are there."""
+"""Which refs move, and where to, because of an observation. Pure, except that it asks which snapshots are there."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Kept(NamedTuple):
     """An observation whose weights are saved.
 
     Attributes:
-        observation: the value, and when.
-        is_new_best: of the timeline; else it is one of the `top_k` best only.
-        exceeded: the tolerances that it closes, and the best that each keeps.
+        observation: Value and training iteration.
+        is_new_best: Whether it is a new best of the timeline; else it is one of the `top_k` best only.
+        exceeded: Tolerances that it closes, and the best that each keeps.
     """
 
     observation: Observation

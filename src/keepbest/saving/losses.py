@@ -56,7 +56,7 @@ class Losses:
         return None
 
     def announce(self) -> bool:
-        """Whether bests were lost that not all ranks know of; they are about to be told."""
+        """Whether bests were lost that not all ranks know of; they are about to be announced."""
         self._announced = self._lost_bests
         return self._lost_bests > 0
 
