@@ -93,12 +93,12 @@ def test_page_names_every_key_of_a_manifest():
 SETTINGS = {
     "loss": {"tolerances": [0, 1, 3], "keep_top_k": 2, "min_delta": 0.1},
     "accuracy/val": {"tolerances": [1], "async_save": True, "id": "b/c", "format": "safetensors"},
-    "speed": {"higher_is_better": True, "async_save": True},
+    "speed": {"higher_is_better": True, "async_save": True, "tolerances": [1]},
 }
 VALUES = {
     "loss": [5.0, 4.95, 4.5, 4.0, math.nan, 3.0, 3.5, 3.4],
     "accuracy/val": [0.1, 0.2, 0.15, 0.3, 0.1, 0.2, 0.1, 0.05],
-    "speed": [1.0, 2.0, 3.0, math.inf, 2.5, 1.0, 1.0, 1.0],
+    "speed": [1.0, 0.5, 2.0, 0.5, 3.0, math.inf],
 }
 
 
@@ -161,7 +161,7 @@ def supersede_a_best(directory: Path, disk: Disk) -> None:
     disk.is_writing.clear()
     observe(keepers, 1)
     assert disk.is_writing.wait(30)
-    observe(keepers, 2, 3, 4, 5)
+    observe(keepers, 2, 3, 4, 5, 6)
     disk.may_write.set()
     keeper.close()
 
