@@ -35,6 +35,7 @@ class PendingSnapshot:
         format: Format of the files.
         kept: Observation whose weights these are.
         directory: Directory of the run.
+        files: Operations that change the folder.
         selection: What is saved; distinguishes snapshots of one iteration.
         record: On rank 0, the record of the keeper that took it; `None` elsewhere.
     """
@@ -46,16 +47,17 @@ class PendingSnapshot:
         kept: Kept,
         *,
         directory: Path,
+        files: Files,
         selection: str,
         record: KeeperRecord | None,
     ) -> None:
-        self._share = share
+        self._share: Share | None = share  # `None` once it is written, so that the weights are freed
         self._format = format
         self._observation = kept.observation
         self._directory = directory
         self._selection = selection
         self._record = record
-        self._files = Files() if record is None else record.folder.files
+        self._files = files
         self._name = ""
         self._receipts: Callable[[], list[Receipt]] | None = None
         self._written: Written | None = None
@@ -68,11 +70,14 @@ class PendingSnapshot:
         Raises:
             KeepBestError: On every rank, if a rank could not write its share.
         """
+        share = self._unwritten()
         try:
-            self._receipts = self._share.writers(self._begin, self._write)
+            self._receipts = share.writers(self._begin, self._write)
         except BaseException:
             self._drop()
             raise
+        if self._record is None:
+            self._share = None  # this rank has written what it had
 
     def need(self) -> None:
         """Have it written even if a better one follows, since something else names it. **Rank-local**."""
@@ -85,7 +90,8 @@ class PendingSnapshot:
             if self._is_begun or self._is_needed:
                 return None
             self._is_given_up = True
-            return self._share.slot
+            slot, self._share = self._unwritten().slot, None
+            return slot
 
     def begin(self) -> bool:
         """Whether it is to be written; from now on it cannot be given up. **Rank-local**, on rank 0."""
@@ -112,7 +118,8 @@ class PendingSnapshot:
             self._drop()
             raise
         finally:
-            self._share.slot.release()
+            self._unwritten().slot.release()
+            self._share = None
         return self._written
 
     def drop_unless_needed(self) -> None:
@@ -129,12 +136,13 @@ class PendingSnapshot:
         return self._name
 
     def _write(self, name: str) -> Receipt:
-        self._share.slot.wait()
+        share = self._unwritten()
+        share.slot.wait()
         folder = unfinished_folder(snapshots_folder(self._directory), name)
-        return self._format.write(self._files, folder, self._share)
+        return self._format.write(self._files, folder, share)
 
     def _complete(self, receipts: Callable[[], list[Receipt]]) -> Written:
-        record, share = _of_rank_0(self._record), self._share
+        record, share = _of_rank_0(self._record), self._unwritten()
         if not share.files:
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
@@ -153,6 +161,11 @@ class PendingSnapshot:
             left_out=share.left_out,
         )
         return Written(self._name, record.folder.snapshots.publish(self._name, manifest))
+
+    def _unwritten(self) -> Share:
+        if self._share is None:
+            raise RuntimeError(f"the snapshot of {self._observation.iteration} was written or given up")
+        return self._share
 
     def _drop(self) -> None:
         if self._record is not None and self._name:

@@ -83,13 +83,17 @@ class Saver:
             StorageError: On every rank, if they do not.
         """
         if self._way.is_spread:
-            check_is_shared(self._run.directory, self._ranks, step)
+            check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def start(self, record: KeeperRecord) -> None:
         """Get ready to write. **Rank-local**, on rank 0, when the record has begun."""
         self._record = record
         if self._in_background:
             self._run.write_in_the_background()
+
+    def stop(self) -> None:
+        """Free what was staged, once nothing is being written any more. **Rank-local**."""
+        self._staging, self._queued = Unstaged(), None
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
@@ -188,6 +192,7 @@ class Saver:
             self._format,
             kept,
             directory=self._run.directory,
+            files=self._run.files,
             selection=self._selection,
             record=self._record,
         )
