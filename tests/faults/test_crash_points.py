@@ -50,8 +50,8 @@ def pending(record: KeeperRecord, kept: Kept, selection: str) -> PendingSnapshot
 
 
 def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot) -> None:
-    snapshot.meet()
-    SaveJob(kept, snapshot, record).run()
+    snapshot.meet(lambda: None)
+    SaveJob(kept, snapshot, record, is_first=True).run()
 
 
 def observe(

@@ -13,7 +13,7 @@ from typing import Any
 
 from keepbest.decision import BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
-from keepbest.run.names import is_safe
+from keepbest.run.names import REF_PREFIX, is_safe
 
 VERSION = 2
 """Of the ledger and the manifests; another version is refused."""
@@ -250,7 +250,7 @@ def _parse_observation(line: Mapping[str, Any]) -> Observed:
         iteration=TrainingIteration.parse(line["iteration"]),
         value=float(line["value"]),
         snapshot=None if snapshot is None else _safe(snapshot),
-        manifest=None if snapshot is None else line["manifest"],
+        manifest=None if snapshot is None else _text(line["manifest"]),
         is_best=line.get("best", True),
         superseded=line.get("superseded", False),
         lost=line.get("lost", False),
@@ -260,7 +260,19 @@ def _parse_observation(line: Mapping[str, Any]) -> Observed:
 
 def _parse_moves(line: Mapping[str, Any]) -> Moves:
     moves = line.get("refs", {}).items()
-    return {_safe(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+    return {_ref(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+
+
+def _ref(name: str) -> str:
+    if not name.startswith(REF_PREFIX):
+        raise ValueError(f"{name!r} is no name of a ref")
+    return _safe(name)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
 
 
 def _safe(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,15 +65,18 @@ class PendingSnapshot:
         self._lock = threading.Lock()
         self._is_begun = self._is_needed = self._is_given_up = False
 
-    def meet(self) -> None:
+    def meet(self, drain: Callable[[], None]) -> None:
         """Let the ranks that write come together. **Collective** where several ranks write.
+
+        Args:
+            drain: Function that waits on rank 0 for what is being written, whose commits remove unfinished folders.
 
         Raises:
             KeepBestError: On every rank, if a rank could not write its share.
         """
         share = self._unwritten()
         try:
-            self._receipts = share.writers(self._begin, self._write)
+            self._receipts = share.writers(partial(self._begin, drain), self._write)
         except BaseException:
             self._drop()
             raise
@@ -90,7 +94,7 @@ class PendingSnapshot:
             if self._is_begun or self._is_needed:
                 return None
             self._is_given_up = True
-            slot, self._share = self._unwritten().slot, None
+            slot, self._share, self._receipts = self._unwritten().slot, None, None
             return slot
 
     def begin(self) -> bool:
@@ -125,11 +129,13 @@ class PendingSnapshot:
     def drop_unless_needed(self) -> None:
         """Remove it from the disk after a commit that failed. **Rank-local**, on rank 0."""
         with self._lock:
-            is_needed = self._is_needed
-        if not is_needed:
-            self._drop()
+            if self._is_needed:
+                return
+            self._written = None  # who needs it from now on has to do without it
+        self._drop()
 
-    def _begin(self) -> str:
+    def _begin(self, drain: Callable[[], None]) -> str:
+        drain()
         record = _of_rank_0(self._record)
         self._name = record.new_name(self._observation.iteration, self._selection)
         record.folder.snapshots.begin(self._name)
@@ -179,12 +185,20 @@ class SaveJob:
         kept: Observation whose weights are saved, and what follows from it.
         snapshot: Snapshot of the weights.
         record: Record of the keeper.
+        is_first: Whether this keeper took the snapshot, rather than another one at the same iteration.
+
+    Attributes:
+        is_superseded: Whether the snapshot was given up, since a better one followed.
     """
 
-    def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord) -> None:
+    def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord, *, is_first: bool) -> None:
         self._kept = kept
         self._snapshot = snapshot
         self._record = record
+        self._is_first = is_first
+        self.is_superseded = False
+        if not is_first:
+            snapshot.need()
 
     def run(self) -> None:
         """Write the snapshot and commit it, or record that it was skipped, if it was given up.
@@ -193,7 +207,8 @@ class SaveJob:
             ConfigError: If there is nothing to save.
             OSError: Any refusal of the file system. Nothing was saved or recorded then.
         """
-        if not self._snapshot.begin():
+        self.is_superseded = self._is_first and not self._snapshot.begin()
+        if self.is_superseded:
             self._record.supersede(self._kept.observation)
             return
         written = self._snapshot.write()

@@ -55,7 +55,11 @@ class OpenRun:
         return _open_runs.setdefault(self.directory.resolve(), self)
 
     def open_folder(self) -> RunFolder:
-        """Open the folder, unless it is open. **Rank-local**, on rank 0. Raises as `RunFolder`."""
+        """The folder, opened if need be, when nothing is being written into it. **Rank-local**, on rank 0.
+
+        Raises as `RunFolder`.
+        """
+        self.worker.drain()
         if self.folder is None:
             copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)
             self.folder = RunFolder(self.directory, self.files, copy)
