@@ -130,7 +130,7 @@ class Contract:
         ]
         assert set(refs(tmp_path)) == {self.face.ref, f"{self.face.ref}.tolerance=5"}  # closed
 
-    def test_given_directory_takes_the_place_of_the_framework_s(self, tmp_path):
+    def test_given_directory_replaces_that_of_the_framework(self, tmp_path):
         self.face.train(tmp_path / "own", VALUES[:2], directory=tmp_path / "given")
         assert refs(tmp_path / "given") == {self.face.ref: self.face.iteration(2)}
         assert not (tmp_path / "own" / "checkpoints").exists()

@@ -61,6 +61,6 @@ def test_keepers_of_two_metrics_are_saved_with_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_libraries_that_have_the_weights_to_themselves_are_refused(kind, tmp_path):
+def test_libraries_that_hold_the_weights_themselves_are_refused(kind, tmp_path):
     with pytest.raises(ConfigError, match=f"one of {kind.value}, whose weights keepbest cannot gather"):
         AcceleratedKeeper(SimpleNamespace(distributed_type=kind), Model(), directory=tmp_path, metric_key="loss")

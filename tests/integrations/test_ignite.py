@@ -28,7 +28,7 @@ def observed(directory):
     return [line["iteration"] for line in ledger(directory) if line["event"] == "observation"]
 
 
-def test_min_delta_is_the_threshold_of_early_stopping_that_is_cumulative(tmp_path):
+def test_min_delta_equals_a_cumulative_early_stopping_threshold(tmp_path):
     FACE.train(tmp_path / "run", SLOW, save_every=None, tolerances=[0, 1, 2], min_delta=0.5)
 
     def stop_early(name, **stopper):
@@ -60,7 +60,7 @@ def resume_from_failure(directory):
     engines.train(4)
 
 
-def test_checkpoint_that_is_written_when_one_rank_fails_waits_for_nobody(tmp_path):
+def test_checkpoint_of_a_rank_that_fails_waits_for_nobody(tmp_path):
     with start_ranks(fail_on_rank_0, 2, tmp_path) as ranks:
         outcomes = ranks.collect()
     assert type(outcomes[0].exception) is ZeroDivisionError
@@ -75,7 +75,7 @@ def evaluate_within_epochs(directory):
     engines.evaluator.run([None])  # after training, of some other data
 
 
-def test_evaluations_every_so_many_iterations_and_at_the_end_are_observed_once_each(tmp_path):
+def test_evaluation_at_the_end_is_not_observed_twice(tmp_path):
     run_ranks(evaluate_within_epochs, 2, tmp_path)
     assert observed(tmp_path) == ["E2_U3", "E3_U6", "E5_U9", "E6_U12"]
 
@@ -95,7 +95,7 @@ def test_run_resumed_within_an_epoch_observes_the_same(tmp_path):
     assert sorted(set(observed(tmp_path / "parts"))) == sorted(observed(tmp_path / "whole"))
 
 
-def test_two_evaluations_of_one_iteration_are_refused_rather_than_chosen_from(tmp_path):
+def test_two_evaluations_of_one_iteration_are_refused(tmp_path):
     engines = make_engines(VALUES)
     engines.attach(tmp_path)
     engines.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: engines.evaluator.run([None]))
@@ -103,7 +103,7 @@ def test_two_evaluations_of_one_iteration_are_refused_rather_than_chosen_from(tm
         engines.train(2)
 
 
-def test_trainer_that_runs_for_more_epochs_continues_in_its_folder(tmp_path):
+def test_trainer_that_runs_more_epochs_continues_in_its_folder(tmp_path):
     engines = make_engines(VALUES)
     best = engines.attach(tmp_path / "parts", tolerances=[1, 5])
     engines.train(3)
@@ -127,7 +127,7 @@ def test_terminated_run_is_closed_unless_its_end_is_skipped(skip_completed, expe
     assert observed(tmp_path)[-1] == "E1_U2"
 
 
-def test_handlers_of_exceptions_are_called_and_the_exception_is_raised_all_the_same(tmp_path):
+def test_exception_reaches_other_handlers_and_is_raised_again(tmp_path):
     engines, heard = make_engines(VALUES, fails_at=2), []
     engines.attach(tmp_path)
     engines.trainer.add_event_handler(Events.EXCEPTION_RAISED, heard.append)

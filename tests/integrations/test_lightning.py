@@ -44,7 +44,7 @@ def observed(directory):
     return [line["iteration"] for line in ledger(directory) if line["event"] == "observation"]
 
 
-def test_validations_that_are_not_of_the_training_are_not_observed(tmp_path):
+def test_validations_outside_the_training_are_not_observed(tmp_path):
     best = BestCheckpoint(METRIC, directory=tmp_path / "best")
     trainer = fit(tmp_path, VALUES[:2], [best], num_sanity_val_steps=2, enable_checkpointing=True)
     trainer.validate(trainer.lightning_module, trainer.val_dataloaders, verbose=False)
@@ -63,16 +63,16 @@ def test_checkpoint_of_an_exception_is_pinned_and_resumed(tmp_path):
     assert observed(tmp_path) == ["E1_U2", "E2_U4", "E3_U6", "E4_U8"]
 
 
-def run_unreduced(directory, reduction):
-    best = BestCheckpoint(METRIC, metric_reduction=reduction)
-    fit(directory, VALUES, [best], sync=False)
-    return best.keeper.best_metric_value
-
-
-def test_values_that_lightning_did_not_reduce_are_reduced_or_refused(tmp_path):
-    assert run_ranks(run_unreduced, 2, tmp_path / "mean", "mean") == [2.0, 2.0]
+def run_unreduced(directory):
+    mean, identical = (BestCheckpoint(METRIC, metric_reduction=reduction) for reduction in ("mean", "identical"))
+    fit(directory / "mean", VALUES, [mean], sync=False)
     with pytest.raises(MetricMismatchError, match=r"rank 0: -3\.0\n  rank 1: 13\.0"):
-        run_ranks(run_unreduced, 2, tmp_path / "identical", "identical")
+        fit(directory / "identical", VALUES, [identical], sync=False)
+    return mean.keeper.best_metric_value
+
+
+def test_values_not_reduced_by_lightning_are_reduced_or_refused(tmp_path):
+    assert run_ranks(run_unreduced, 2, tmp_path) == [2.0, 2.0]
 
 
 def test_two_of_one_metric_need_ids_and_have_states_of_their_own(tmp_path):
@@ -86,6 +86,6 @@ def test_two_of_one_metric_need_ids_and_have_states_of_their_own(tmp_path):
     assert [str(each.keeper.state.best) for each in both] == ["2.0 at E6_U12", "2.0 at E6_U12"]
 
 
-def test_averaged_weights_that_were_validated_are_not_confused_with_those_in_training(tmp_path):
+def test_weight_averaging_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="WeightAveraging"):
         fit(tmp_path, VALUES, [BestCheckpoint(METRIC), WeightAveraging()])

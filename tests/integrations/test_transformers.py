@@ -38,7 +38,7 @@ def test_best_is_that_of_the_save_strategy_best(tmp_path):
     assert FACE.kept(tmp_path)[""] == ("U6", 2.0, FACE.weights_of_checkpoint(path))
 
 
-def test_what_older_checkpoints_name_is_let_go(tmp_path):
+def test_what_older_checkpoints_name_is_released(tmp_path):
     make_trainer(tmp_path, [5.0, 4.0, 3.0, 2.0], [BestCheckpoint()], save_total_limit=1).train()
     assert snapshots(tmp_path) == {"U4"}
 
@@ -52,7 +52,7 @@ def test_what_older_checkpoints_name_is_let_go(tmp_path):
         ({"save_steps": 3, "eval_steps": 2}, [2, 6, 8]),
     ],
 )
-def test_what_a_checkpoint_names_is_on_the_disk_before_it_is_written(arguments, expected, tmp_path, monkeypatch):
+def test_what_a_checkpoint_names_is_on_disk_before_it(arguments, expected, tmp_path, monkeypatch):
     create, found = Files.create, []
 
     def create_slowly(self, path):
@@ -102,12 +102,12 @@ def run_with_other_evaluations(directory):
     trainer.predict(trainer.eval_dataset)
 
 
-def test_only_one_evaluation_of_the_training_at_each_step_is_observed(tmp_path):
+def test_one_evaluation_of_the_training_per_step_is_observed(tmp_path):
     run_ranks(run_with_other_evaluations, 2, tmp_path)
     assert FACE.observed(tmp_path) == [("U2", 3.0), ("U4", 6.0), ("U6", 2.0), ("U8", 2.5)]
 
 
-def test_of_several_data_sets_the_one_with_the_metric_is_observed(tmp_path):
+def test_data_set_with_the_metric_is_observed_among_several(tmp_path):
     make_trainer(
         tmp_path / "run",
         callbacks=[BestCheckpoint("second_loss"), BestCheckpoint()],
@@ -119,17 +119,20 @@ def test_of_several_data_sets_the_one_with_the_metric_is_observed(tmp_path):
     assert [len(FACE.observed(tmp_path / "run", name)) for name in names] == [8, 8]
 
 
-def run_with_metric_on_rank_0(directory, settings):
+def run_with_metric_on_rank_0(directory):
     def look_up(_):
         return {"score": 1.0} if dist.get_rank() == 0 else {}
 
-    best = BestCheckpoint("score", higher_is_better=False, **settings)
-    make_trainer(directory, callbacks=[best], trainer={"compute_metrics": look_up}, metric_for_best_model=None).train()
+    for reduction in ("rank0", "mean"):
+        best = BestCheckpoint("score", higher_is_better=False, metric_reduction=reduction)
+        settings = {"trainer": {"compute_metrics": look_up}, "metric_for_best_model": None}
+        make_trainer(directory / reduction, callbacks=[best], **settings).train()
 
 
-def test_metric_that_one_rank_lacks_is_reported_on_every_rank(tmp_path):
-    with start_ranks(run_with_metric_on_rank_0, 2, tmp_path, {}) as ranks:
+def test_metric_that_only_rank_0_has_is_enough_if_asked_for(tmp_path):
+    with start_ranks(run_with_metric_on_rank_0, 2, tmp_path) as ranks:
         outcomes = ranks.collect()
+    assert set(refs(tmp_path / "rank0")) == {"best_model.eval_score"}
     for outcome in outcomes:
         with pytest.raises(MissingMetricError, match="missing on 1 of 2 ranks"):
             raise outcome.exception
@@ -137,12 +140,7 @@ def test_metric_that_one_rank_lacks_is_reported_on_every_rank(tmp_path):
         assert reported in str(outcome.exception)
 
 
-def test_metric_that_only_rank_0_has_is_enough_where_that_is_said(tmp_path):
-    run_ranks(run_with_metric_on_rank_0, 2, tmp_path, {"metric_reduction": "rank0"})
-    assert set(refs(tmp_path)) == {"best_model.eval_score"}
-
-
-def test_metric_of_none_of_several_data_sets_is_told(tmp_path):
+def test_metric_of_none_of_several_data_sets_is_reported(tmp_path):
     data = make_trainer(tmp_path).eval_dataset
     trainer = make_trainer(
         tmp_path,
@@ -168,7 +166,7 @@ def test_trainer_that_failed_refuses_to_start_over_and_resumes(tmp_path):
     assert FACE.observed(tmp_path) == [(f"U{number}", value) for number, value in enumerate(VALUES, start=1)]
 
 
-def test_callback_may_join_a_run_that_was_begun_without_it(tmp_path):
+def test_callback_may_join_a_run_that_began_without_it(tmp_path):
     make_trainer(tmp_path, VALUES[:4]).train()
     make_trainer(tmp_path, callbacks=[BestCheckpoint()]).train(resume_from_checkpoint=True)
     assert FACE.observed(tmp_path) == [("U5", 3.5), ("U6", 2.0), ("U7", 7.0), ("U8", 2.5)]
@@ -182,7 +180,7 @@ def test_callback_may_join_a_run_that_was_begun_without_it(tmp_path):
         ({"metric_key": "eval_runtime", "higher_is_better": True}, {}, None),
     ],
 )
-def test_direction_is_that_of_the_arguments_unless_another_is_given(settings, arguments, best, tmp_path):
+def test_direction_is_that_of_the_arguments_unless_one_is_given(settings, arguments, best, tmp_path):
     callback = BestCheckpoint(**settings)
     make_trainer(tmp_path, callbacks=[callback], save_strategy="no", **arguments).train()
     assert best is None or set(refs(tmp_path).values()) == {best}

@@ -84,7 +84,8 @@ class Face(ABC):
             strategy: How several ranks train one model.
             save_every: Steps between two checkpoints of the framework; `None` writes none.
             resume_from: Checkpoint of an earlier training.
-            fails_at: Step that raises a `ZeroDivisionError`. It is caught, and all is left as if the process had ended.
+            fails_at: Step that raises a `ZeroDivisionError`. It is caught. Where the framework does not report it to
+                the adapter, the keeper is abandoned as by the end of the process.
             beside: Settings of a second keeper.
             framework: Settings of the framework, in terms that this face defines.
             settings: Those of the adapter.
