@@ -2,10 +2,9 @@
 
 To add a framework:
 
-1. Write `faces/<framework>.py` with a subclass of `EpochFace` or `UpdateFace` (see `faces/face.py`). It provides
-   `ref`, `strategies` and `resumes`, and the methods `model`, `construct`, `train`, `compare` and
-   `weights_of_checkpoint`, each explained there. A face imports its framework, and no other face does.
-   Its values, checkpoints and early stopping are the framework's own: they are the oracle of what keepbest keeps.
+1. Write `faces/<framework>.py` with a subclass of `Face`: `ref`, `strategies`, `updates` and `resumes`, and the methods
+   `model`, `construct`, `run`, `compare` and `weights_of_checkpoint`, each explained there. The metric, the checkpoints
+   and the early stopping are the framework's own: they are the oracle of what keepbest keeps.
 2. Write `test_<framework>.py`. Where the framework has the training loop and computes the metric, the face also
    provides `missing` and `stop_early`, and the tests are
 
@@ -13,9 +12,9 @@ To add a framework:
            face = Framework()
 
    Where the loop is the user's, as with Accelerate, `Contract` takes the place of `TrainerContract`.
-3. What only this framework does is tested below that, in the same file.
+3. Test below that what only this framework does.
 
-Ranks get the face pickled. So it has no state, and it is imported from its module.
+Ranks get the face pickled. So it has no state.
 """
 
 from __future__ import annotations
@@ -31,44 +30,37 @@ from tests.integrations.faces.face import VALUES, Face
 from tests.ranks.pool import run_ranks, start_ranks
 from tests.run.runs import ledger, refs, snapshots
 
-WHOLE = len(VALUES)
 ALL_REFS = {"tolerances": [0, 1, 2], "keep_top_k": 3}
 
-# (id, strategy, settings) of trainings whose snapshots are compared with what the framework has.
-COMPARED = [
-    ("alone", "alone", {}),
-    ("ddp", "ddp", {}),
-    ("ddp-safetensors", "ddp", {"async_save": True, "format": "safetensors"}),
-    ("fsdp1", "fsdp1", {}),
-    ("fsdp2", "fsdp2", {}),
-    ("fsdp2-dcp", "fsdp2", {"format": "dcp"}),
-]
+# {id: (strategy, settings)} of trainings whose snapshots are compared with what the framework has.
+COMPARED = {
+    "alone": ("alone", {}),
+    "ddp": ("ddp", {}),
+    "ddp-safetensors": ("ddp", {"async_save": True, "format": "safetensors"}),
+    "fsdp1": ("fsdp1", {}),
+    "fsdp2": ("fsdp2", {}),
+    "fsdp2-dcp": ("fsdp2", {"format": "dcp"}),
+}
 
-# (id, pieces, options): each piece is (its last step, the step that fails), and starts from the checkpoint of the
-# one before.
-RESUMES = [
-    ("closed", [(3, None), (WHOLE, None)], {}),
-    ("failed-twice", [(WHOLE, 4), (WHOLE, 7), (WHOLE, None)], {"async_save": True}),
-    (
-        "two-keepers",
-        [(WHOLE, 6), (WHOLE, None)],
-        {"save_every": 2, "beside": {**ALL_REFS, "id": "b", "min_delta": 1.5}},
-    ),
-]
+# {id: how a training is interrupted, and its other arguments}. It ends at, or fails at, each of these steps, and
+# starts again from the newest checkpoint.
+RESUMES = {
+    "closed": {"ends_at": [3]},
+    "failed-twice": {"fails_at": [4, 7], "async_save": True},
+    "two-keepers": {"fails_at": [6], "save_every": 2, "beside": {**ALL_REFS, "id": "b", "min_delta": 1.5}},
+}
 
 
-def train_in_pieces(face: Face, root: Path, pieces, options):
-    """The states of the keepers at the end of the last piece."""
-    trained = None
-    for last, fails_at in pieces:
-        arguments = {**ALL_REFS, **options, "fails_at": fails_at}
-        trained = face.train(root, VALUES[:last], resume_from=trained and trained.checkpoint, **arguments)
-    return trained.states
-
-
-def train_whole_and_in_pieces(face: Face, root: Path, pieces, options):
-    whole = train_in_pieces(face, root / "whole", [(WHOLE, None)], options)
-    return whole, train_in_pieces(face, root / "resumed", pieces, options)
+def train_with_and_without_interruption(face: Face, root: Path, ends_at=(), fails_at=(), **arguments):
+    """The states of the keepers at both ends."""
+    arguments = {**ALL_REFS, **arguments}
+    whole = face.train(root / "whole", VALUES, **arguments)
+    root, checkpoint = root / "resumed", None
+    for step in ends_at:
+        checkpoint = face.train(root, VALUES[:step], resume_from=checkpoint, **arguments).checkpoint
+    for step in fails_at:
+        checkpoint = face.train(root, VALUES, resume_from=checkpoint, fails_at=step, **arguments).checkpoint
+    return whole.states, face.train(root, VALUES, resume_from=checkpoint, **arguments).states
 
 
 class Contract:
@@ -77,14 +69,12 @@ class Contract:
     face: Face
 
     def pytest_generate_tests(self, metafunc):
-        if {"strategy", "settings"} <= {*metafunc.fixturenames}:
-            cases = [case for case in COMPARED if case[1] in self.face.strategies]
-            metafunc.parametrize(
-                ("strategy", "settings"), [case[1:] for case in cases], ids=[case[0] for case in cases]
-            )
-        elif {"pieces", "options"} <= {*metafunc.fixturenames}:
-            cases = [*RESUMES, *self.face.resumes]
-            metafunc.parametrize(("pieces", "options"), [case[1:] for case in cases], ids=[case[0] for case in cases])
+        if "strategy" in metafunc.fixturenames:
+            cases = {name: case for name, case in COMPARED.items() if case[0] in self.face.strategies}
+            metafunc.parametrize(("strategy", "settings"), cases.values(), ids=cases)
+        elif "interrupted" in metafunc.fixturenames:
+            cases = {**RESUMES, **self.face.resumes}
+            metafunc.parametrize("interrupted", cases.values(), ids=cases)
 
     def test_kept_weights_equal_those_of_the_framework(self, strategy, settings, tmp_path):
         world_size = 1 if strategy == "alone" else 2
@@ -99,8 +89,8 @@ class Contract:
         assert [value for value, _ in top] == [VALUES[step - 1] for step in steps.values()]
         assert len({str(weights) for _, weights in top}) == 3
 
-    def test_resumed_run_ends_like_an_uninterrupted_one(self, pieces, options, tmp_path):
-        results = run_ranks(train_whole_and_in_pieces, 2, self.face, tmp_path, pieces, options)
+    def test_resumed_run_ends_like_an_uninterrupted_one(self, interrupted, tmp_path):
+        results = run_ranks(partial(train_with_and_without_interruption, self.face, tmp_path, **interrupted), 2)
         for whole, resumed in results:
             assert resumed == whole == results[0][0]
         assert self.face.kept(tmp_path / "resumed") == self.face.kept(tmp_path / "whole")

@@ -23,23 +23,23 @@ class TestContract(Contract):
 
 
 def test_state_may_be_saved_before_the_start_and_after_the_end(tmp_path):
-    loop = Loop(tmp_path / "best", project=ProjectConfiguration(tmp_path, automatic_checkpoint_naming=True))
+    loop = Loop(tmp_path / "best", {}, project=ProjectConfiguration(tmp_path, automatic_checkpoint_naming=True))
     loop.accelerator.save_state()
     loop.train(VALUES[:3], save_every=1)
     loop.accelerator.save_state()
-    resumed = Loop(tmp_path / "best")
+    resumed = Loop(tmp_path / "best", {})
     resumed.train(resume_from=tmp_path / "checkpoints" / "checkpoint_4")
     assert FACE.observed(tmp_path / "best") == [(f"U{number}", value) for number, value in enumerate(VALUES, start=1)]
 
 
 def test_folder_that_accelerate_tidies_up_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="give the keeper a directory of its own"):
-        Loop(tmp_path, project=ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, total_limit=1))
+        Loop(tmp_path, {}, project=ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, total_limit=1))
 
 
 def test_abandoned_keeper_pins_nothing_and_loads_no_state(tmp_path):
     failed = FACE.train(tmp_path, VALUES, fails_at=5, save_every=2)
-    loop = Loop(tmp_path)
+    loop = Loop(tmp_path, {})
     loop.keepers[0].abandon()
     loop.accelerator.save_state(tmp_path / "other")
     with pytest.raises(ConfigError, match="too late"):
@@ -48,7 +48,7 @@ def test_abandoned_keeper_pins_nothing_and_loads_no_state(tmp_path):
 
 def test_keepers_of_two_metrics_are_saved_with_each_other(tmp_path):
     def loop_and_other():
-        loop = Loop(tmp_path)
+        loop = Loop(tmp_path, {})
         return loop, loop.keeper(directory=tmp_path, metric_key="loss")
 
     loop, other = loop_and_other()

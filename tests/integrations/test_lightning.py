@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 
 from keepbest.errors import ConfigError, MetricMismatchError
 from keepbest.integrations.lightning import BestCheckpoint
-from tests.integrations.contract import TrainerContract, train_whole_and_in_pieces
+from tests.integrations.contract import TrainerContract, train_with_and_without_interruption
 from tests.integrations.faces.face import VALUES, failing
 from tests.integrations.faces.lightning import METRIC, Lightning, fit
 from tests.ranks.pool import run_ranks
@@ -28,8 +30,8 @@ class TestContract(TrainerContract):
     ],
 )
 def test_run_resumed_within_an_epoch_observes_the_same(framework, tmp_path):
-    pieces, options = [(8, 5), (8, None)], {"framework": framework}
-    for whole, resumed in run_ranks(train_whole_and_in_pieces, 2, FACE, tmp_path, pieces, options):
+    train = partial(train_with_and_without_interruption, FACE, tmp_path, fails_at=[5], framework=framework)
+    for whole, resumed in run_ranks(train, 2):
         assert resumed == whole
 
     def without_weights(directory):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from typing import ClassVar
 
 import safetensors.torch
 import torch
@@ -14,26 +15,15 @@ from torch.utils.data import DataLoader
 
 from keepbest import TrainingIteration
 from keepbest.integrations.accelerate import AcceleratedKeeper
-from tests.integrations.faces.face import (
-    VALUES,
-    Compared,
-    Trained,
-    UpdateFace,
-    best_three,
-    failing,
-    use_ranks,
-    weights_of,
-    whole_weights,
-)
+from tests.integrations.faces import face
 from tests.integrations.faces.on_accelerate import FSDP, Model, examples, shard_on_cpu
 
-WHOLE = len(VALUES)
 ACCUMULATED = 2  # batches in each update
 
 
 def make_accelerator(strategy="ddp", **settings):
     warnings.simplefilter("ignore")
-    use_ranks()
+    face.use_ranks()
     if not strategy.startswith("fsdp"):
         return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED, **settings)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=int(strategy[-1]), **FSDP)
@@ -45,7 +35,7 @@ def make_accelerator(strategy="ddp", **settings):
 class Loop:
     """Trains a model with gradient accumulation; what its keepers observe after the k-th update is the k-th value."""
 
-    def __init__(self, root, *more, strategy="ddp", project=None, **settings):
+    def __init__(self, root, *keepers, strategy="ddp", project=None):
         self.accelerator = make_accelerator(strategy, project_config=project)
         model = Model()
         if strategy == "fsdp1":  # which wants its optimizer to be made of the parameters that it has made
@@ -54,7 +44,7 @@ class Loop:
         self.model, self.optimizer, self.batches = self.accelerator.prepare(
             model, optimizer, DataLoader(examples(64), batch_size=2)
         )
-        self.keepers = [self.keeper(**{"directory": root, **each}) for each in (settings, *more)]
+        self.keepers = [self.keeper(**{"directory": root, **each}) for each in keepers]
         self.update = 0
         self.weights = {}  # at each update
         self.accelerator.register_for_checkpointing(self)
@@ -69,7 +59,7 @@ class Loop:
     def load_state_dict(self, state_dict):
         self.update = state_dict["update"]
 
-    def train(self, values=VALUES, *, save_every=None, fails_at=None, resume_from=None, save_to=None):
+    def train(self, values=face.VALUES, *, save_every=None, fails_at=None, resume_from=None, save_to=None):
         """Takes the first batches away where it is resumed, as Accelerate asks of its users."""
         if resume_from is not None:
             self.accelerator.load_state(resume_from)
@@ -100,42 +90,40 @@ class Loop:
     def whole_weights(self):
         """As Accelerate puts them together on rank 0; for FSDP1 torch does, where Accelerate would crash on a CPU."""
         if isinstance(self.model, FullyShardedDataParallel):
-            return whole_weights(self.model)
-        return weights_of(self.accelerator.get_state_dict(self.model))
+            return face.whole_weights(self.model)
+        return face.weights_of(self.accelerator.get_state_dict(self.model))
 
 
-class Accelerate(UpdateFace):
-    """`framework` is the `ProjectConfiguration`."""
-
+class Accelerate(face.Face):
     ref = "best_model.eval_score"
     strategies = ("alone", "ddp", "fsdp1", "fsdp2")
-    resumes = (
-        ("fsdp1", [(WHOLE, 6), (WHOLE, None)], {"strategy": "fsdp1", "save_every": 2}),
-        ("fsdp2", [(WHOLE, 6), (WHOLE, None)], {"strategy": "fsdp2", "save_every": 2}),
-    )
+    resumes: ClassVar = {name: {"fails_at": [6], "strategy": name, "save_every": 2} for name in ("fsdp1", "fsdp2")}
 
     def model(self):
         return Model()
 
     def construct(self, root, **settings):
-        return Loop(root, **settings).keepers[0]
+        return Loop(root, settings).keepers[0]
 
-    def train(
-        self, root, values, *, strategy="ddp", save_every=1, resume_from=None, fails_at=None, beside=None,
-        framework=None, **settings,
-    ):  # fmt: skip
-        more = [] if beside is None else [beside]
-        loop = Loop(root, *more, strategy=strategy, project=framework, **settings)
-        arguments = {"save_every": save_every, "save_to": root / "state", "resume_from": resume_from}
-        with failing(fails_at):
-            loop.train(values, fails_at=fails_at, **arguments)
-        return Trained([keeper.state for keeper in loop.keepers], root / "state")
+    def run(self, training, keepers):
+        loop = Loop(training.root, *keepers, strategy=training.strategy)
+        state = training.root / "state"
+        with face.failing(training.fails_at):
+            loop.train(
+                training.values,
+                save_every=training.save_every,
+                save_to=state,
+                fails_at=training.fails_at,
+                resume_from=training.resume_from,
+            )
+        return face.Trained([keeper.state for keeper in loop.keepers], state)
 
     def compare(self, root, strategy, **settings):
-        loop = Loop(root, strategy=strategy, **settings)
+        loop = Loop(root, settings, strategy=strategy)
         loop.train()
-        assert len({str(each) for each in loop.weights.values()}) == len(VALUES) or loop.accelerator.process_index > 0
-        return Compared(loop.keepers[0].state, best_three(VALUES, loop.weights.get), None)
+        if loop.accelerator.is_main_process:
+            assert len({str(each) for each in loop.weights.values()}) == len(face.VALUES)
+        return face.Compared(loop.keepers[0].state, face.best_three(loop.weights.get))
 
     def weights_of_checkpoint(self, path):
-        return weights_of(safetensors.torch.load_file(path / "model.safetensors"))
+        return face.weights_of(safetensors.torch.load_file(path / "model.safetensors"))

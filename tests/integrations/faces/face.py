@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from keepbest import load
-from keepbest.decision import BestState
 from keepbest.run.reader import read_history
 from tests.run.runs import refs
 
@@ -26,20 +26,33 @@ Weights = dict[str, list]  # as lists, so that two are compared with ==
 
 
 @dataclass(frozen=True)
+class Training:
+    """What the contract asks a framework to do, on the ranks of the default process group or alone."""
+
+    root: Path  # folder that the framework writes to, and the run too unless the adapter has a directory
+    values: list[float]  # the metric after each step; the last step is len(values)
+    strategy: str = "ddp"  # how several ranks train one model
+    save_every: int | None = 1  # steps between two checkpoints of the framework; `None` writes none
+    resume_from: Path | None = None  # the checkpoint of an earlier training
+    fails_at: int | None = None  # the step that raises a ZeroDivisionError
+    framework: dict[str, Any] = field(default_factory=dict)  # settings that only this framework has
+
+
+@dataclass(frozen=True)
 class Trained:
     """What a training leaves on one rank."""
 
-    states: list[BestState]  # of its keepers, in the order in which they were asked for
-    checkpoint: Path | None = None  # the newest of the framework
+    states: list  # of its keepers
+    checkpoint: Path | None  # the newest of the framework
 
 
 @dataclass(frozen=True)
 class Compared:
     """What keepbest ends with on one rank, and what the framework itself has of the same training."""
 
-    state: BestState
-    top: list[tuple[float, Weights]]  # what it wrote or gathered at its three best steps, best first; on rank 0
-    best: tuple[float, Weights] | None  # what its own option for the best ends with; `None` if this rank has none
+    state: Any  # of the keeper
+    top: list[tuple[float, Weights]]  # what the framework wrote or gathered at its three best steps; on rank 0
+    best: tuple[float, Weights] | None = None  # what its own option for the best ends with; `None` if there is none
 
 
 class Face(ABC):
@@ -47,12 +60,9 @@ class Face(ABC):
 
     ref: str  # of the best
     strategies: tuple[str, ...]  # of "alone", "ddp", "fsdp1", "fsdp2": those in which it trains
-    resumes: tuple  # (id, pieces, options) of the resumes that only this framework has, as in `contract.RESUMES`
-    missing = ""  # what is said of a metric "accuracy" that was not computed, up to those that were
-
-    @abstractmethod
-    def iteration(self, step: int) -> str:
-        """How a snapshot of the step is named."""
+    updates: int | None = None  # in a step, where a step is an epoch
+    resumes: ClassVar[dict[str, dict]] = {}  # resumes that only this framework has, as in `contract.RESUMES`
+    missing: str  # what is said of a metric "accuracy" that was not computed; a pattern
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -60,35 +70,14 @@ class Face(ABC):
 
     @abstractmethod
     def construct(self, root: Path, **settings):
-        """The adapter, of a run in `root`."""
+        """The adapter of a run in `root`."""
 
     @abstractmethod
-    def train(
-        self,
-        root: Path,
-        values,
-        *,
-        strategy: str = "ddp",
-        save_every: int | None = 1,
-        resume_from: Path | None = None,
-        fails_at: int | None = None,
-        beside: dict | None = None,
-        framework: dict | None = None,
-        **settings,
-    ) -> Trained:
-        """Trains up to step `len(values)`, on the ranks of the default process group or alone.
+    def run(self, training: Training, keepers: list[dict]) -> Trained:
+        """Trains with one adapter for each of the settings in `keepers`.
 
-        Args:
-            root: Folder that the framework writes to. It is also the directory of the run unless `settings` name one.
-            values: Metric after each step.
-            strategy: How several ranks train one model.
-            save_every: Steps between two checkpoints of the framework; `None` writes none.
-            resume_from: Checkpoint of an earlier training.
-            fails_at: Step that raises a `ZeroDivisionError`. It is caught. Where the framework does not report it to
-                the adapter, the keeper is abandoned as by the end of the process.
-            beside: Settings of a second keeper.
-            framework: Settings of the framework, in terms that this face defines.
-            settings: Those of the adapter.
+        The failure that is asked for is caught. Where the framework does not report it to the adapter, the keeper is
+        abandoned as by the end of the process.
         """
 
     @abstractmethod
@@ -107,6 +96,14 @@ class Face(ABC):
         """
         raise NotImplementedError
 
+    def train(self, root: Path, values, *, beside: dict | None = None, **arguments) -> Trained:
+        """Trains with the fields of `Training` and the settings of an adapter; `beside` has those of a second one."""
+        own = {each.name: arguments.pop(each.name) for each in fields(Training) if each.name in arguments}
+        return self.run(Training(root, values, **own), [arguments] if beside is None else [arguments, beside])
+
+    def iteration(self, step: int) -> str:
+        return f"U{step}" if self.updates is None else f"E{step}_U{self.updates * step}"
+
     def kept(self, root: Path) -> dict[str, tuple[str, float, Weights]]:
         """{ref without `self.ref`: (iteration, value, weights)}, each loaded into a fresh model."""
         found = {}
@@ -122,22 +119,6 @@ class Face(ABC):
         return [(str(entry.observation.iteration), entry.observation.value) for entry in entries]
 
 
-class EpochFace(Face):
-    """A step is an epoch of two updates."""
-
-    UPDATES = 2
-
-    def iteration(self, step):
-        return f"E{step}_U{self.UPDATES * step}"
-
-
-class UpdateFace(Face):
-    """A step is an update."""
-
-    def iteration(self, step):
-        return f"U{step}"
-
-
 def network() -> nn.Module:
     """A network with buffers."""
     torch.manual_seed(0)
@@ -145,7 +126,6 @@ def network() -> nn.Module:
 
 
 def failing(fails_at: int | None) -> AbstractContextManager:
-    """Expects the failure that `train` was asked for."""
     return nullcontext() if fails_at is None else pytest.raises(ZeroDivisionError)
 
 
@@ -179,7 +159,7 @@ def whole_weights(model: nn.Module) -> Weights:
         return weights_of({name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in named})
 
 
-def best_three(values, weights) -> list[tuple[float, Weights]]:
-    """[(value, weights)] of the three best steps, where `weights(step)` gives those of a step."""
-    steps = sorted(range(1, len(values) + 1), key=lambda step: values[step - 1])[:3]
-    return [(values[step - 1], weights(step)) for step in steps]
+def best_three(weights) -> list[tuple[float, Weights]]:
+    """[(value, weights)] of the three best steps of `VALUES`, where `weights(step)` gives those of a step."""
+    steps = sorted(range(1, len(VALUES) + 1), key=lambda step: VALUES[step - 1])[:3]
+    return [(VALUES[step - 1], weights(step)) for step in steps]

@@ -15,21 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.integrations.ignite import BestCheckpoint
-from tests.integrations.faces.face import (
-    VALUES,
-    Compared,
-    EpochFace,
-    Trained,
-    best_three,
-    failing,
-    given,
-    network,
-    weights_of,
-    whole_weights,
-)
+from tests.integrations.faces import face
 
 METRIC = "loss"
-UPDATES = EpochFace.UPDATES
+UPDATES = 2  # in each epoch
 
 
 @dataclass
@@ -53,7 +42,7 @@ class Engines:
 
 def make_engines(values, *, strategy="ddp", fails_at=None, evaluate_at=Events.EPOCH_COMPLETED):
     """Without handlers that keep anything."""
-    model = network()
+    model = face.network()
     if idist.get_world_size() > 1 and strategy == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (idist.get_world_size(),)))
     elif idist.get_world_size() > 1 and strategy == "ddp":
@@ -68,7 +57,7 @@ def make_engines(values, *, strategy="ddp", fails_at=None, evaluate_at=Events.EP
         optimizer.step()
 
     trainer = Engine(learn)
-    evaluator = Engine(lambda *_: given(values[trainer.state.epoch - 1]))
+    evaluator = Engine(lambda *_: face.given(values[trainer.state.epoch - 1]))
     Average().attach(evaluator, METRIC)
     trainer.add_event_handler(evaluate_at, lambda: evaluator.run([None]))
     torch.manual_seed(1 + idist.get_rank())
@@ -88,10 +77,10 @@ class Peer(Checkpoint):
         )
         engines.evaluator.add_event_handler(Events.COMPLETED, self)
 
-    def ours(self, face):
+    def ours(self, framework):
         """[(value, weights)], best first."""
         saved = sorted((-each.priority, each.filename) for each in self._saved)
-        return [(value, face.weights_of_checkpoint(self.save_handler.dirname / name)) for value, name in saved]
+        return [(value, framework.weights_of_checkpoint(self.save_handler.dirname / name)) for value, name in saved]
 
 
 class Resume:
@@ -113,53 +102,47 @@ class Resume:
             Checkpoint.load_objects(self.objects, path)
 
 
-class Ignite(EpochFace):
+class Ignite(face.Face):
     """`framework` has settings of `make_engines`."""
 
     ref = "best_model.loss"
     strategies = ("alone", "ddp", "fsdp2")
-    resumes = ()
+    updates = UPDATES
     missing = "'accuracy' is not among the metrics of the evaluator; there are: loss"
 
     def model(self):
-        return network()
+        return face.network()
 
     def construct(self, root, **settings):
-        return BestCheckpoint(network(), METRIC, directory=root, **settings)
+        return BestCheckpoint(face.network(), METRIC, directory=root, **settings)
 
-    def train(
-        self, root, values, *, strategy="ddp", save_every=1, resume_from=None, fails_at=None, beside=None,
-        framework=None, **settings,
-    ):  # fmt: skip
-        engines = make_engines(values, strategy=strategy, fails_at=fails_at, **(framework or {}))
-        adapters = [engines.attach(root, **each) for each in (settings, beside) if each is not None]
-        resume = Resume(root, engines, *adapters)
-        if save_every is not None:
-            engines.trainer.add_event_handler(Events.EPOCH_COMPLETED(every=save_every), resume.write)
-        resume.load(resume_from)
-        with failing(fails_at):
-            engines.train(len(values))
-        if fails_at is not None:
+    def run(self, training, keepers):
+        arguments = {"strategy": training.strategy, "fails_at": training.fails_at, **training.framework}
+        engines = make_engines(training.values, **arguments)
+        adapters = [engines.attach(training.root, **each) for each in keepers]
+        resume = Resume(training.root, engines, *adapters)
+        if training.save_every is not None:
+            engines.trainer.add_event_handler(Events.EPOCH_COMPLETED(every=training.save_every), resume.write)
+        resume.load(training.resume_from)
+        with face.failing(training.fails_at):
+            engines.train(len(training.values))
+        if training.fails_at is not None:
             for adapter in adapters[1:]:  # Ignite calls no handler after the first, which raises the exception again
                 adapter.keeper.abandon()
-        return Trained([adapter.keeper.state for adapter in adapters], resume.newest)
+        return face.Trained([adapter.keeper.state for adapter in adapters], resume.newest)
 
     def compare(self, root, strategy, **settings):
-        if strategy == "fsdp2":
-            return self._compare_sharded(root, **settings)
-        engines = make_engines(VALUES, strategy=strategy)
-        adapter, one, three = engines.attach(root, **settings), Peer(root, engines, 1), Peer(root, engines, 3)
-        engines.train(len(VALUES))
+        engines = make_engines(face.VALUES, strategy=strategy)
+        adapter, whole = engines.attach(root, **settings), []
+        if strategy == "fsdp2":  # of which Ignite's Checkpoint writes the shards of one rank
+            record = lambda: whole.append(face.whole_weights(engines.model))  # noqa: E731
+            engines.evaluator.add_event_handler(Events.COMPLETED, record)
+            engines.train(len(face.VALUES))
+            return face.Compared(adapter.keeper.state, face.best_three(lambda step: whole[step - 1]))
+        one, three = Peer(root, engines, 1), Peer(root, engines, 3)
+        engines.train(len(face.VALUES))
         idist.barrier()
-        return Compared(adapter.keeper.state, three.ours(self), *one.ours(self))
-
-    def _compare_sharded(self, root, **settings):
-        # Ignite's Checkpoint writes the shards of one rank, so the oracle is what torch puts together.
-        engines, whole = make_engines(VALUES, strategy="fsdp2"), []
-        engines.evaluator.add_event_handler(Events.COMPLETED, lambda: whole.append(whole_weights(engines.model)))
-        adapter = engines.attach(root, **settings)
-        engines.train(len(VALUES))
-        return Compared(adapter.keeper.state, best_three(VALUES, lambda step: whole[step - 1]), None)
+        return face.Compared(adapter.keeper.state, three.ours(self), *one.ours(self))
 
     def stop_early(self, root, values, patience, stopper=None, **settings):
         """`stopper` has further settings of the early stopping."""
@@ -176,4 +159,4 @@ class Ignite(EpochFace):
 
     def weights_of_checkpoint(self, path):
         state = torch.load(path, weights_only=True)
-        return weights_of(state.get("model", state))
+        return face.weights_of(state.get("model", state))

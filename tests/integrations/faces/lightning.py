@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import ClassVar
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -14,22 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from keepbest.integrations.lightning import BestCheckpoint
-from tests.integrations.faces.face import (
-    VALUES,
-    Compared,
-    EpochFace,
-    Trained,
-    best_three,
-    failing,
-    given,
-    network,
-    use_ranks,
-    weights_of,
-    whole_weights,
-)
+from tests.integrations.faces import face
 
 METRIC = "loss/val"
-WHOLE = len(VALUES)
 
 
 class Model(LightningModule):
@@ -37,7 +25,7 @@ class Model(LightningModule):
 
     def __init__(self, values=(), *, sync=True, fails_at=None):
         super().__init__()
-        self.layers = network()
+        self.layers = face.network()
         self.values, self.sync, self.fails_at = values, sync, fails_at
 
     def training_step(self, batch, batch_idx):
@@ -47,7 +35,7 @@ class Model(LightningModule):
 
     def validation_step(self, batch, batch_idx):
         value = self.values[min(self.current_epoch, len(self.values) - 1)]
-        self.log(METRIC, given(value), sync_dist=self.sync)
+        self.log(METRIC, face.given(value), sync_dist=self.sync)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -76,10 +64,10 @@ class Peer(ModelCheckpoint):
     def state_key(self):
         return f"{super().state_key} {self.save_top_k}"
 
-    def ours(self, face):
+    def ours(self, framework):
         """[(value, weights)], best first."""
         found = sorted((value.item(), path) for path, value in self.best_k_models.items())
-        return [(value, face.weights_of_checkpoint(path)) for value, path in found]
+        return [(value, framework.weights_of_checkpoint(path)) for value, path in found]
 
 
 class Recorder(Callback):
@@ -90,7 +78,7 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
-            self.weights.append(whole_weights(trainer.model))
+            self.weights.append(face.whole_weights(trainer.model))
 
 
 STRATEGIES = {
@@ -107,7 +95,7 @@ def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, **setti
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     model_settings = {name: settings.pop(name) for name in ("sync", "fails_at") if name in settings}
-    ranks = use_ranks()
+    ranks = face.use_ranks()
     model = (ShardedModel if strategy == "fsdp2" else Model)(values, **model_settings)
     settings = {"max_epochs": len(values), "logger": False, "enable_progress_bar": False, **settings}
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
@@ -128,26 +116,19 @@ def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, **setti
     return trainer
 
 
-class Lightning(EpochFace):
+class Lightning(face.Face):
     """`framework` may have settings of its `checkpoint` and of its `trainer`."""
 
     ref = "best_model.loss.val"
     strategies = ("alone", "ddp", "fsdp1", "fsdp2")
     missing = "'accuracy' was not logged by the end of validation; logged: loss/val"
-    resumes = (
-        ("saved-at-the-end", [(3, None), (WHOLE, None)], {"framework": {"checkpoint": {"save_top_k": 0}}}),
-        (
-            "saved-after-validation",
-            [(5, None), (WHOLE, None)],
-            {"framework": {"checkpoint": {"save_on_train_epoch_end": False}}},
-        ),
-        (
-            "saved-after-the-epoch",
-            [(3, None), (WHOLE, None)],
-            {"framework": {"checkpoint": {"save_on_train_epoch_end": True}}},
-        ),
-        ("fsdp2", [(WHOLE, 5), (WHOLE, None)], {"strategy": "fsdp2"}),
-    )
+    updates = 2
+    resumes: ClassVar = {
+        "saved-at-the-end": {"ends_at": [3], "framework": {"checkpoint": {"save_top_k": 0}}},
+        "saved-after-validation": {"ends_at": [5], "framework": {"checkpoint": {"save_on_train_epoch_end": False}}},
+        "saved-after-the-epoch": {"ends_at": [3], "framework": {"checkpoint": {"save_on_train_epoch_end": True}}},
+        "fsdp2": {"fails_at": [5], "strategy": "fsdp2"},
+    }
 
     def model(self):
         return Model()
@@ -155,33 +136,26 @@ class Lightning(EpochFace):
     def construct(self, root, **settings):
         return BestCheckpoint(**{"metric_key": METRIC, **settings})
 
-    def train(
-        self, root, values, *, strategy="ddp", save_every=1, resume_from=None, fails_at=None, beside=None,
-        framework=None, **settings,
-    ):  # fmt: skip
-        adapters = [self.construct(root, **each) for each in (settings, beside) if each is not None]
-        framework = {"checkpoint": {}, "trainer": {}, **(framework or {})}
-        saves = {"filename": "any", "save_last": True, "every_n_epochs": save_every, **framework["checkpoint"]}
-        last = [] if save_every is None else [ModelCheckpoint(root / "last", **saves)]
-        with failing(fails_at):
-            fit(
-                root, values, [*adapters, *last],
-                strategy=strategy, ckpt_path=resume_from, fails_at=fails_at, **framework["trainer"],
-            )  # fmt: skip
-        return Trained([adapter.keeper.state for adapter in adapters], root / "last" / "last.ckpt")
+    def run(self, training, keepers):
+        settings = {"checkpoint": {}, "trainer": {}, **training.framework}
+        saves = {"filename": "any", "save_last": True, "every_n_epochs": training.save_every, **settings["checkpoint"]}
+        folder = training.root / "last"
+        callbacks = [] if training.save_every is None else [ModelCheckpoint(folder, **saves)]
+        adapters = [self.construct(training.root, **each) for each in keepers]
+        arguments = {"strategy": training.strategy, "ckpt_path": training.resume_from, "fails_at": training.fails_at}
+        with face.failing(training.fails_at):
+            fit(training.root, training.values, [*adapters, *callbacks], **arguments, **settings["trainer"])
+        return face.Trained([adapter.keeper.state for adapter in adapters], folder / "last.ckpt")
 
     def compare(self, root, strategy, **settings):
-        if strategy == "fsdp1":
-            return self._compare_fsdp1(root, **settings)
-        adapter, one, three = self.construct(root, **settings), Peer(root, 1), Peer(root, 3)
-        fit(root, VALUES, [one, three, adapter], strategy=strategy)
-        return Compared(adapter.keeper.state, three.ours(self), *one.ours(self))
-
-    def _compare_fsdp1(self, root, **settings):
+        if strategy != "fsdp1":
+            adapter, one, three = self.construct(root, **settings), Peer(root, 1), Peer(root, 3)
+            fit(root, face.VALUES, [one, three, adapter], strategy=strategy)
+            return face.Compared(adapter.keeper.state, three.ours(self), *one.ours(self))
         # There is no ModelCheckpoint: where there is no GPU, torch crashes when Lightning reads the weights.
         adapter, recorder = self.construct(root, model_names=["layers"], **settings), Recorder()
-        fit(root, VALUES, [recorder, adapter], strategy="fsdp1")
-        return Compared(adapter.keeper.state, best_three(VALUES, lambda step: recorder.weights[step - 1]), None)
+        fit(root, face.VALUES, [recorder, adapter], strategy=strategy)
+        return face.Compared(adapter.keeper.state, face.best_three(lambda step: recorder.weights[step - 1]))
 
     def stop_early(self, root, values, patience, **settings):
         only = Peer(root, 1)
@@ -190,4 +164,4 @@ class Lightning(EpochFace):
         return trainer.current_epoch, *only.ours(self)[0]
 
     def weights_of_checkpoint(self, path):
-        return weights_of(torch.load(path, weights_only=True)["state_dict"])
+        return face.weights_of(torch.load(path, weights_only=True)["state_dict"])

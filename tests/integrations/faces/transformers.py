@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import safetensors.torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -12,20 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from keepbest.integrations.transformers import BestCheckpoint
-from tests.integrations.faces.face import (
-    VALUES,
-    Compared,
-    Trained,
-    UpdateFace,
-    best_three,
-    failing,
-    use_ranks,
-    weights_of,
-    whole_weights,
-)
+from tests.integrations.faces import face
 from tests.integrations.faces.on_accelerate import FSDP, Model, examples, shard_on_cpu
-
-WHOLE = len(VALUES)
 
 
 class ScriptedTrainer(Trainer):
@@ -58,15 +47,15 @@ class Recorder(TrainerCallback):
         self.weights = []
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.weights.append(whole_weights(kwargs["model"]))
+        self.weights.append(face.whole_weights(kwargs["model"]))
 
 
-def make_trainer(directory, values=VALUES, callbacks=(), *, strategy="ddp", trainer=None, **arguments):
+def make_trainer(directory, values=face.VALUES, callbacks=(), *, strategy="ddp", trainer=None, **arguments):
     """A trainer of as many steps as there are values; `trainer` has further settings of it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    use_ranks()
+    face.use_ranks()
     if strategy.startswith("fsdp"):
         arguments |= {"fsdp": True, "fsdp_config": {"version": int(strategy[-1]), **FSDP}}
     arguments = {
@@ -99,40 +88,23 @@ def make_trainer(directory, values=VALUES, callbacks=(), *, strategy="ddp", trai
     )
 
 
-def adapters_of(trainer):
-    """Those that it has now: it may have made them anew from a checkpoint."""
-    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, BestCheckpoint)]
-
-
-class Transformers(UpdateFace):
+class Transformers(face.Face):
     """`framework` has training arguments."""
 
     ref = "best_model.eval_score"
     strategies = ("alone", "ddp", "fsdp1", "fsdp2")
     missing = "'eval_accuracy' was not reported by the evaluation; reported: epoch, eval_loss.*, eval_score"
-    resumes = (
-        (
-            "best-only",
-            [(WHOLE, 5), (WHOLE, None)],
-            {"framework": {"save_strategy": "best", "eval_on_start": True}},
-        ),
-        (
-            "adapter-made-anew",
-            [(WHOLE, 6), (WHOLE, None)],
-            {"framework": {"restore_callback_states_from_checkpoint": True}},
-        ),
-        (
-            "saved-between-evaluations",
-            [(WHOLE, 5), (WHOLE, None)],
-            {"save_every": 3, "framework": {"eval_steps": 2, "eval_on_start": True}},
-        ),
-        (
-            "accumulated-gradients",
-            [(WHOLE, 5), (WHOLE, None)],
-            {"framework": {"gradient_accumulation_steps": 3}},
-        ),
-        ("fsdp2", [(WHOLE, 6), (WHOLE, None)], {"strategy": "fsdp2", "save_every": 2}),
-    )
+    resumes: ClassVar = {
+        "best-only": {"fails_at": [5], "framework": {"save_strategy": "best", "eval_on_start": True}},
+        "adapter-made-anew": {"fails_at": [6], "framework": {"restore_callback_states_from_checkpoint": True}},
+        "saved-between-evaluations": {
+            "fails_at": [5],
+            "save_every": 3,
+            "framework": {"eval_steps": 2, "eval_on_start": True},
+        },
+        "accumulated-gradients": {"fails_at": [5], "framework": {"gradient_accumulation_steps": 3}},
+        "fsdp2": {"fails_at": [6], "strategy": "fsdp2", "save_every": 2},
+    }
 
     def model(self):
         return Model()
@@ -140,30 +112,25 @@ class Transformers(UpdateFace):
     def construct(self, root, **settings):
         return BestCheckpoint(**settings)
 
-    def train(
-        self, root, values, *, strategy="ddp", save_every=1, resume_from=None, fails_at=None, beside=None,
-        framework=None, **settings,
-    ):  # fmt: skip
+    def run(self, training, keepers):
+        save_every = training.save_every
         saves = {"save_strategy": "no"} if save_every is None else {"save_steps": save_every}
-        trainer = make_trainer(
-            root,
-            values,
-            [self.construct(root, **each) for each in (settings, beside) if each is not None],
-            strategy=strategy,
-            trainer={"fails_at": fails_at},
-            **{**saves, **(framework or {})},
-        )
-        with failing(fails_at):
-            trainer.train(resume_from_checkpoint=resume_from)
-        keepers = [adapter.keeper for adapter in adapters_of(trainer)]
-        if fails_at is not None:
+        arguments = {"trainer": {"fails_at": training.fails_at}, "strategy": training.strategy, **saves}
+        adapters = [self.construct(training.root, **each) for each in keepers]
+        trainer = make_trainer(training.root, training.values, adapters, **{**arguments, **training.framework})
+        with face.failing(training.fails_at):
+            trainer.train(resume_from_checkpoint=training.resume_from)
+        # It may have made the adapters anew from a checkpoint.
+        callbacks = trainer.callback_handler.callbacks
+        keepers = [callback.keeper for callback in callbacks if isinstance(callback, BestCheckpoint)]
+        if training.fails_at is not None:
             for keeper in keepers:
-                keeper.abandon()  # as the end of the process would
-        return Trained([keeper.state for keeper in keepers], get_last_checkpoint(root))
+                keeper.abandon()
+        return face.Trained([keeper.state for keeper in keepers], get_last_checkpoint(training.root))
 
     def compare(self, root, strategy, **settings):
         adapter, recorder = self.construct(root, **settings), Recorder()
-        trainer = make_trainer(root, VALUES, [recorder, adapter], strategy=strategy, load_best_model_at_end=True)
+        trainer = make_trainer(root, face.VALUES, [recorder, adapter], strategy=strategy, load_best_model_at_end=True)
         trainer.train()
 
         def written(step):
@@ -171,15 +138,15 @@ class Transformers(UpdateFace):
                 return recorder.weights[step - 1]
             return self.weights_of_checkpoint(root / f"checkpoint-{step}")
 
-        best = trainer.state.best_metric, weights_of(trainer.model.state_dict())
-        return Compared(adapter.keeper.state, best_three(VALUES, written), best)
+        best = trainer.state.best_metric, face.weights_of(trainer.model.state_dict())
+        return face.Compared(adapter.keeper.state, face.best_three(written), best)
 
     def stop_early(self, root, values, patience, **settings):
         adapters = [self.construct(root, **settings)] if settings else []
         stopper = EarlyStoppingCallback(early_stopping_patience=patience)
         trainer = make_trainer(root, values, [*adapters, stopper], load_best_model_at_end=True)
         trainer.train()
-        return trainer.state.global_step, trainer.state.best_metric, weights_of(trainer.model.state_dict())
+        return trainer.state.global_step, trainer.state.best_metric, face.weights_of(trainer.model.state_dict())
 
     def weights_of_checkpoint(self, path):
-        return weights_of(safetensors.torch.load_file(Path(path) / "model.safetensors"))
+        return face.weights_of(safetensors.torch.load_file(Path(path) / "model.safetensors"))
