@@ -130,16 +130,16 @@ class Transformers(face.Face):
 
     def compare(self, root, strategy, **settings):
         adapter, recorder = self.construct(root, **settings), Recorder()
-        trainer = make_trainer(root, face.VALUES, [recorder, adapter], strategy=strategy, load_best_model_at_end=True)
+        is_sharded = strategy.startswith("fsdp")  # then the Trainer writes shards, and rarely because that takes long
+        arguments = {"load_best_model_at_end": True, "save_steps": 2 if is_sharded else 1}
+        trainer = make_trainer(root, face.VALUES, [recorder, adapter], strategy=strategy, **arguments)
         trainer.train()
 
-        def written(step):
-            if strategy.startswith("fsdp"):  # of which the Trainer writes the shards
-                return recorder.weights[step - 1]
-            return self.weights_of_checkpoint(root / f"checkpoint-{step}")
+        def whole(step):
+            return recorder.weights[step - 1] if is_sharded else self.weights_of_checkpoint(root / f"checkpoint-{step}")
 
         best = trainer.state.best_metric, face.weights_of(trainer.model.state_dict())
-        return face.Compared(adapter.keeper.state, face.best_three(written), best)
+        return face.Compared(adapter.keeper.state, face.best_three(whole), best)
 
     def stop_early(self, root, values, patience, **settings):
         adapters = [self.construct(root, **settings)] if settings else []
