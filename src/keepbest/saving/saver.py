@@ -93,6 +93,7 @@ class Saver:
 
     def stop(self) -> None:
         """Free what was staged, once nothing is being written any more. **Rank-local**."""
+        self._staging.close()
         self._staging, self._queued = Unstaged(), None
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
