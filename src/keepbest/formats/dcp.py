@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -60,10 +59,6 @@ class DistributedCheckpoint(Format):
 
     name = "dcp"
     capture = "local"
-
-    def check(self, part: str, module: nn.Module) -> None:
-        """It holds everything that torch saves."""
-        del part, module
 
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
         records: dict[str, FileRecord] = {}
