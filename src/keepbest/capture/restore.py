@@ -15,7 +15,6 @@ from keepbest.capture.place import place_weights
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict, list_sources
-from keepbest.modules.wrappers import state_dict_key
 from keepbest.ranks import Ranks
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot
@@ -147,12 +146,12 @@ def _load_rest(source: Source, present: StateDict, readers: Mapping[str, PartRea
         source.path_of(part) + key: value for part in source.parts for key, value in readers[part.name].others.items()
     }
     if source.holds_fsdp1:
-        whole = {state_dict_key(source.module, key): value for key, value in {**present, **others}.items()}
+        whole = {source.names.key(key): value for key, value in {**present, **others}.items()}
         try:
             with sharded_fsdp1_state(source.module):
                 source.module.load_state_dict(whole, strict=False)
         except BaseException as error:  # noqa: BLE001  # lose raises
             ranks.lose(step, error)
     elif others:
-        named = {state_dict_key(source.module, key): value for key, value in others.items()}
+        named = {source.names.key(key): value for key, value in others.items()}
         ranks.agree(step, lambda: source.module.load_state_dict(named, strict=False))
