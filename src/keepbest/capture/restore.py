@@ -109,7 +109,7 @@ def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> 
         def fill(source: Source = source, present: StateDict = present) -> None:
             for part in source.parts:
                 reader, inside = readers[part.name], source.path_of(part)
-                reader.fill({key: present[inside + key] for key in reader.kinds})
+                reader.fill({key: present[inside + key] for key in (*reader.kinds, *reader.tied)})
 
         ranks.agree(step, fill, saving=True)
         _load_rest(source, present, readers, ranks, step)
@@ -137,7 +137,8 @@ def _present(sources: Sequence[Source], ranks: Ranks, step: str) -> dict[str, St
 
 
 def _stand_ins(reader: PartReader) -> dict[str, Any]:
-    return {key: torch.empty((), dtype=kind.dtype).expand(tuple(kind.shape)) for key, kind in reader.kinds.items()}
+    kinds = {**reader.kinds, **{key: reader.kinds[first] for key, first in reader.tied.items()}}
+    return {key: torch.empty((), dtype=kind.dtype).expand(tuple(kind.shape)) for key, kind in kinds.items()}
 
 
 def _load_rest(source: Source, present: StateDict, readers: Mapping[str, PartReader], ranks: Ranks, step: str) -> None:
