@@ -78,12 +78,13 @@ def unwrap(module: nn.Module) -> nn.Module:
 class PlainNames:
     """The plain names of the weights of a module, as it is wrapped now. **Rank-local**.
 
-    Each module in it is looked at once, so a name costs no more than its depth.
+    Each module in it is looked at once, and each name, which costs no more than its depth.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._seen: dict[int, tuple[Wrapper | None, frozenset[str]]] = {}
+        self._parsed: dict[str, tuple[str, bool]] = {}
 
     def plain(self, key: str) -> str:
         """Return `key`, a name of the module's state dict or parameters, without the names of wrappers."""
@@ -123,6 +124,11 @@ class PlainNames:
 
     def _parse(self, key: str) -> tuple[str, bool]:
         """Return the plain key, and whether what it names is no mere bookkeeping of a wrapper."""
+        if (parsed := self._parsed.get(key)) is None:
+            parsed = self._parsed[key] = self._walk_along(key)
+        return parsed
+
+    def _walk_along(self, key: str) -> tuple[str, bool]:
         module, rest, plain = self._module, key.split("."), list[str]()
         while rest:
             wrapper, own = self._look_at(module)
