@@ -56,7 +56,7 @@ def test_wrapped_submodule_under_two_names_has_both_plain_names_and_loads_with_a
     keep(model, tmp_path, format=file_format)
     for target in (Shared(1), Shared(1, wrap)):
         load(tmp_path, BEST, target)
-        assert all(map(torch.equal, target.parameters(), plain.parameters(), strict=False))
+        assert all(map(torch.equal, target.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
