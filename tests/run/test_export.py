@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, SnapshotError
@@ -208,6 +208,14 @@ def test_work_to_export_a_distributed_checkpoint_grows_with_its_tensors_and_not_
         return count_calls(lambda: export(tmp_path / str(size), BEST, tmp_path / f"{size}-{to}"))
 
     assert work(400) < 5 * work(100)
+
+
+def test_export_of_a_distributed_checkpoint_plans_no_read_of_each_tensor(tmp_path, monkeypatch):
+    keep(tmp_path / "run", "dcp", wrap="single")
+    planned = []
+    monkeypatch.setattr(DefaultLoadPlanner, "set_up_planner", lambda *arguments, **_: planned.append(arguments))
+    export(tmp_path / "run", BEST, tmp_path / "model.pt")  # a plan looks at the index of all tensors
+    assert planned == []
 
 
 def test_export_maps_a_few_files_however_many_tensors_there_are(tmp_path, monkeypatch):
