@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import is_sharded
+from keepbest.modules.kinds import has_shards
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -46,7 +46,7 @@ def read_ties(path: Path) -> dict[str, str]:
 
 def _place(key: str, tensor: torch.Tensor) -> Hashable:
     """What two names of one tensor have in common."""
-    if is_sharded(tensor) or tensor.layout != torch.strided:
+    if has_shards(tensor) or tensor.layout != torch.strided:
         return id(tensor)  # such tensors have no one place, and where a rank's shard lies differs from rank to rank
     if tensor.numel() == 0:
         return key
