@@ -54,7 +54,7 @@ def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
     with Files().create(space) as file:
         for entry in entries:
             tensor = entry.fetch()
-            if tensor.numel() == 0 or tensor.layout != torch.strided:
+            if tensor.numel() == 0 or tensor.layout != torch.strided or tensor.is_quantized:
                 tensors[entry.key] = tensor
                 continue
             written = file.write(bytes_of(tensor))
