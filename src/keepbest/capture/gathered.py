@@ -17,7 +17,6 @@ from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
-from keepbest.modules.wrappers import plain_key
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import LiveSlot, Slot, Staging
 
@@ -47,9 +46,9 @@ def gathered(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
         for source in sources:
             receiver = _Receiver(source, ranks, slot)
             if source.holds_fsdp1:
-                state = fsdp1_state_dict(source.module, receiver.take)
+                state = fsdp1_state_dict(source, receiver.take)
             else:
-                state = plain_state_dict(source.module)
+                state = plain_state_dict(source)
             for part in source.parts:
                 kept, left_out[part.name] = cut(source, part, state)
                 full = receiver.receive(part, kept)
@@ -101,10 +100,10 @@ def listing(source: Source) -> bytes:
         SnapshotError: If something in it cannot be saved.
     """
     if source.holds_fsdp1:
-        names = {plain_key(source.module, key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
+        names = {source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
         return f"{source.path}: {sorted(names)}".encode()
     lines = [f"{source.path}:"]
-    for key, value in plain_state_dict(source.module).items():
+    for key, value in plain_state_dict(source).items():
         if isinstance(value, torch.Tensor):
             if value.is_meta:
                 raise SnapshotError(f"{key!r} is on the meta device: it has no values that could be saved")
@@ -122,8 +121,7 @@ def cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[s
     """The entries of `part`, and the keys that are left out since they are frozen."""
     entries = {key: name for key in state if (name := source.key_in(part, key)) is not None}
     frozen = sorted(name for key, name in entries.items() if source.is_frozen(key))
-    buffers = {plain_key(source.module, key) for key, _ in source.module.named_buffers(remove_duplicate=False)}
-    if frozen and all(key in buffers or source.is_frozen(key) for key in entries):
+    if frozen and all(key in source.buffers or source.is_frozen(key) for key in entries):
         return {}, sorted(entries.values())
     return {name: state[key] for key, name in entries.items() if not source.is_frozen(key)}, frozen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -10,6 +11,7 @@ from keepbest.capture.gathered import cut, listing
 from keepbest.capture.plan import plan_shares
 from keepbest.capture.share import AllRanks, Items, Share
 from keepbest.errors import ConfigError
+from keepbest.formats.tied import first_names
 from keepbest.modules.kinds import has_shards, is_fsdp1
 from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.ranks import Ranks
@@ -47,13 +49,19 @@ def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
     )
     files: dict[str, StateDict] = {}
     left_out: dict[str, list[str]] = {}
+    tied: dict[str, dict[str, str]] = {}
     try:
         for source in sources:
             state = sharded_state_dict(source)
             for part in source.parts:
                 kept, left_out[part.name] = cut(source, part, state)
                 if kept or not (left_out[part.name] or part.apart):
-                    files[part.name] = {key: value for key, value in kept.items() if ranks.is_main or has_shards(value)}
+                    tied[part.name] = first_names(_tensors(kept))
+                    files[part.name] = {
+                        key: value
+                        for key, value in kept.items()
+                        if key not in tied[part.name] and (ranks.is_main or has_shards(value))
+                    }
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose("list the shards", error)
     return Share(
@@ -62,8 +70,12 @@ def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
         left_out={name: keys for name, keys in left_out.items() if keys},
         slot=LiveSlot(),
         writers=AllRanks(ranks, step, _REMEDY),
-        plans=plan_shares(files, ranks, step),
+        plans=plan_shares(files, tied, ranks, step),
     )
+
+
+def _tensors(state: StateDict) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:

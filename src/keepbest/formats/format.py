@@ -79,7 +79,14 @@ class PartReader(Protocol):
         """One whole tensor on the CPU. Raises `SnapshotError`."""
 
     def fill(self, wanted: Mapping[str, torch.Tensor]) -> None:
-        """Read into the tensors of `wanted`, of which a sharded one gets this rank's shards. Raises `SnapshotError`."""
+        """Read into the tensors of `wanted`, of which a sharded one gets this rank's shards.
+
+        Args:
+            wanted: Tensors by their keys, or by further names of these.
+
+        Raises:
+            SnapshotError: If they cannot be read.
+        """
 
 
 class Format(ABC):

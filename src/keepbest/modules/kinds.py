@@ -1,4 +1,4 @@
-"""Tests for torch's sharded modules and tensors that do not import their modules, which takes half a second.
+"""Tests for torch's wrappers and sharded tensors that do not import their modules, which takes half a second.
 
 If nothing has imported such a module, no object of it can exist.
 """
@@ -17,6 +17,18 @@ def is_fsdp1(module: object) -> TypeGuard[FullyShardedDataParallel]:
     """Whether `module` is wrapped by `FullyShardedDataParallel`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def is_activation_wrapper(module: object) -> bool:
+    """Whether `module` wraps another one for activation checkpointing or offloading."""
+    wrappers = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    return wrappers is not None and isinstance(module, wrappers.ActivationWrapper)
+
+
+def is_compiled(module: object) -> bool:
+    """Whether `module` is what `torch.compile` made of another one."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
