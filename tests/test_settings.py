@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from tests.ranks.pool import run_ranks
+from tests.kit.pool import run_ranks
 from torch import nn
 
 import keepbest

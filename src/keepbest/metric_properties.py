@@ -51,8 +51,8 @@ _UNSETTLING = _set(
 )
 # What is no metric, though one of its words is the name of one.
 _OF_NO_DIRECTION = _set("lossscale lossweight errormap lossmap mixedprecision")
-# A map is the mean average precision where the name says so (mAP), at the beginning, and after one of these words. After
-# others, as in depth_map, it is a picture.
+# A map is the mean average precision where the name says so (mAP), at its beginning, and after one of these words.
+# After others, as in depth_map, it is a picture.
 _BEFORE_MAP = _set(
     """
     val valid validation dev test eval train metric metrics best mean coco voc lvis box bbox boxes mask masks seg segm
