@@ -230,6 +230,8 @@ def check_settings(
         ConfigError: If one of them, or two together, cannot be right.
     """
     given = KeeperSettings.of(settings)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
     check_local(directory)
     check_remote(given.remote)
     higher_is_better = given.higher_is_better
