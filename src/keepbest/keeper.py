@@ -268,7 +268,7 @@ class BestKeeper:
             self._saver.arrive(f"bring {self.name} to {self._remote}")
         finally:
             self._leave()
-            self._saver.warn_if_nothing_is_kept(self._state)
+        self._saver.warn_if_nothing_is_kept(self._state)
 
     def abandon(self) -> None:
         """Leave the run as it is, for another process to resume, when training failed. **Rank-local**."""

@@ -75,7 +75,7 @@ class KeeperRecord:
             )
         folder.open(None if loaded is None else loaded.run_id)
         folder.commit(event)
-        self._mend_pins()
+        self._repair_pins()
         if is_first_to_follow and folder.copy is not None:
             folder.copy.arrive()  # a bucket that is not there is an error before training
         return state
@@ -132,7 +132,7 @@ class KeeperRecord:
             )
         return tuple(sorted(name for name in {*self.folder.history.kept(), *timeline.saved.values()} if holds(name)))
 
-    def _mend_pins(self) -> None:
+    def _repair_pins(self) -> None:
         """Pin again what is left of pins of which a snapshot is gone."""
         for (keeper, tag), names in list(self.folder.history.pins.items()):
             held = tuple(sorted(filter(self.folder.snapshots.holds, names)))
