@@ -43,6 +43,7 @@ class Oracle:
     timeline: list[Seen] = field(default_factory=list)
     ever_best: Seen | None = None
     left: dict[int, set[int]] = field(default_factory=dict)  # by the length of the timeline: the stamps that were there
+    lost: set[int] = field(default_factory=set)  # stamps of which a resume found no weights
 
     def beats(self, value: float, other: Seen | None, by: float) -> bool:
         if math.isnan(value) or math.isinf(value):
@@ -72,6 +73,7 @@ class Oracle:
     def resume(self, length: int, left: dict[int, set[int]], there: set[int]):
         """Go back to a timeline of this length, with the weights of these stamps on the disk."""
         self.left = {place: stamps for place, stamps in left.items() if place <= length}
+        self.lost |= {stamp for _, stamp in self.timeline} - there
         named = {seen[1] for seen in [self.best(), *self.top()] if seen is not None}
         if not named <= there:
             self.left[length] = there & self.left.get(length, there)
@@ -122,7 +124,6 @@ class Histories(RuleBasedStateMachine):
         self.model = nn.Linear(1, 1, bias=False)
         self.oracle = Oracle(higher, min_delta, tolerances, top_k)
         self.stamp = 0
-        self.gone: set[int] = set()
         self.checkpoints: dict[str, tuple[dict, list[Seen], dict[int, set[int]]]] = {}
         self.keeper = self.make_keeper()
 
@@ -211,7 +212,6 @@ class Histories(RuleBasedStateMachine):
             for path in self.weights():
                 if self.stamp_in(path) == gone:
                     shutil.rmtree(path.parent)
-            self.gone.add(gone)
         self.oracle.resume(len(self.oracle.timeline), self.oracle.left, self.stamps())
         self.keeper = self.make_keeper(resume="ledger")
         self.keeper.start()
@@ -286,7 +286,11 @@ class Histories(RuleBasedStateMachine):
         self.refs_are_as_the_rules_say()
 
     def refs_are_as_the_rules_say(self):
-        oracle, exceeded = self.oracle, self.oracle.exceeded()
+        oracle = self.oracle
+        exceeded = {
+            tolerance: None if kept is None or kept[1] in oracle.lost else kept
+            for tolerance, kept in oracle.exceeded().items()
+        }
         assert self.stamp_of(REF) == (None if oracle.ever_best is None else oracle.ever_best[1])
         for tolerance, kept in exceeded.items():
             assert self.stamp_of(f"{REF}.tolerance={tolerance}") == (None if kept is None else kept[1])
