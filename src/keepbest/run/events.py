@@ -62,6 +62,8 @@ class KeeperBegan:
         at: Iteration up to which it continues that timeline; `None` is its start.
         state: State that it starts from where the ledger does not know it.
         refs: Moves that lead to that state.
+        left: Names of the snapshots that were there, where that of a best of the state was not; else `None`. A best
+            without a snapshot is not one to beat.
     """
 
     keeper: str
@@ -71,6 +73,7 @@ class KeeperBegan:
     at: TrainingIteration | None
     state: BestState | None
     refs: Moves = field(default_factory=dict)
+    left: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "begin"
     is_waited_for: ClassVar[bool] = True
@@ -84,6 +87,7 @@ class KeeperBegan:
             "at": None if self.at is None else str(self.at),
             "state": None if self.state is None else self.state.to_json(),
             "refs": self.refs,
+            **({} if self.left is None else {"left": list(self.left)}),
         }
 
 
@@ -98,7 +102,8 @@ class Observed:
         snapshot: Name of the snapshot that holds the weights, if they were saved.
         manifest: Digest of the manifest of that snapshot.
         is_best: Whether a saved value was a new best of the timeline; else it is one of the top k only.
-        superseded: Whether it was a new best whose weights were skipped, since a better one followed.
+        superseded: Whether it was a new best whose weights were skipped, since a better one followed. It counts once
+            that one is committed.
         lost: Whether it was a new best whose weights could not be written.
         refs: Moves that follow.
     """
@@ -123,7 +128,7 @@ class Observed:
     @property
     def observation(self) -> Observation:
         """The observation as the bookkeeping counts it: what has no weights on the disk was no best."""
-        return Observation(self.iteration, self.value, durable=self.snapshot is not None or self.superseded)
+        return Observation(self.iteration, self.value, durable=self.snapshot is not None)
 
     def to_json(self) -> Json:
         line: Json = {
@@ -144,7 +149,10 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RefsMoved:
-    """Refs of a keeper move without an observation: tolerances that closed earlier than was known."""
+    """Refs of a keeper move without an observation: tolerances that closed earlier than was known.
+
+    It is recorded after a loss, also without refs: bests that were skipped for one that was lost do not count.
+    """
 
     keeper: str
     refs: Moves
@@ -233,6 +241,7 @@ def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
         at=None if line["at"] is None else TrainingIteration.parse(line["at"]),
         state=None if line["state"] is None else BestState.from_json(line["state"]),
         refs=_parse_moves(line),
+        left=None if line.get("left") is None else tuple(_safe(name) for name in line["left"]),
     )
 
 

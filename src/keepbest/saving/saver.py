@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
@@ -72,6 +74,7 @@ class Saver:
         self._staging: Staging = HostStaging(self._give_up_the_queued) if in_background else Unstaged()
         self._selection = f"{name} {items.parts} {items.save_frozen_weights}"
         self._queued: PendingSnapshot | None = None
+        self._has_given_up = False
         self._record: KeeperRecord | None = None
         self.losses = Losses(name, tolerates=tolerates)
         self.best_snapshot: str | None = None
@@ -134,6 +137,7 @@ class Saver:
         if self._record is None or not self.losses.announce():
             return None
         self._run.worker.drain()
+        self._submit(KeeperRecord.drop_skipped, names_bests=False)
         timeline = self._record.history.present
         return timeline.state(self._policy, until=timeline.last_iteration)
 
@@ -185,9 +189,27 @@ class Saver:
         if self._run.remote is not None:
             self._on_main(step, wait, remedy="")
 
+    def warn_if_nothing_is_kept(self, state: BestState) -> None:
+        """Say so where a run ends with nothing kept, neither now nor before. **Rank-local**, on rank 0."""
+        if state.best is not None or self.best_snapshot is not None or not self._ranks.is_main:
+            return
+        if state.last_iteration is None:
+            reason = "nothing was observed: call observe() after each evaluation"
+        else:
+            reason = f"no finite value was observed and saved up to {state.last_iteration}"
+        _logger.warning("%s: the run ends and no best is kept, since %s", self._name, reason)
+
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""
-        share = self._way.capture(self._items, self._ranks, self._staging, step)
+        self._has_given_up = False
+        try:
+            # What a user evaluates in inference mode must not decide what tensors, which are used again, are made of.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                share = self._way.capture(self._items, self._ranks, self._staging, step)
+        except BaseException:
+            if self._has_given_up:  # for nothing: it has no weights, and no better one follows
+                self.losses.lose_best()
+            raise
         snapshot = PendingSnapshot(
             share,
             self._format,
@@ -234,4 +256,6 @@ class Saver:
     def _give_up_the_queued(self) -> Slot | None:
         queued, self._queued = self._queued, None
         # Where several bests are kept, a better one does not make the queued one unnecessary.
-        return None if queued is None or self._policy.top_k > 1 else queued.give_up()
+        slot = None if queued is None or self._policy.top_k > 1 else queued.give_up()
+        self._has_given_up = slot is not None
+        return slot
