@@ -13,11 +13,14 @@ from torch import nn
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
+from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import keys_of_wrappers, plain_key, state_dict_key
 
 
-def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torch.Tensor | None]) -> StateDict:
-    """State dict on rank 0, with plain keys, of a module that is, or contains, FSDP1 units. **Collective**.
+def fsdp1_state_dict(
+    module: nn.Module, take: Callable[[str, torch.Tensor], torch.Tensor | None], *, rank0_only: bool = True
+) -> StateDict:
+    """State dict, with plain keys, of a module that is, or contains, FSDP1 units. **Collective**.
 
     No more than one gathered unit is held at a time. What is in no unit is there on every rank, as the module holds it.
 
@@ -26,6 +29,7 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
         take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
             gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
             it; `None` if it need not be there.
+        rank0_only: Whether the parameters of the units are in the state dict of rank 0 alone.
     """
     taken: StateDict = {}
 
@@ -41,13 +45,13 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
                 taken[plain] = tied[id(parameter)]
                 state[key] = state[key].new_empty(0)  # FSDP1 wants to find each key, and clones what it finds
 
-    with full_fsdp1_state(module, rank0_only=True), contextlib.ExitStack() as hooks:
+    with full_fsdp1_state(module, rank0_only=rank0_only), contextlib.ExitStack() as hooks:
         for unit in module.modules():
             if is_fsdp1(unit):
                 # On the module inside: a hook on the unit would run after FSDP1's own, which clones the parameters.
                 hook = unit.module.register_state_dict_post_hook(take_unit)  # type: ignore[no-untyped-call]
                 hooks.callback(hook.remove)
-        state = module.state_dict()
+        state = state_dict_of(module)
     wrapping = keys_of_wrappers(module)
     full = {plain_key(module, key): value for key, value in state.items() if key not in wrapping}
     return {key: taken.get(key, value) for key, value in full.items()}
@@ -72,7 +76,7 @@ def sharded_state_dict(source: Source) -> StateDict:
         return plain_state_dict(source.module)
     wrapping = keys_of_wrappers(source.module)
     with sharded_fsdp1_state(source.module):
-        state = source.module.state_dict().items()
+        state = state_dict_of(source.module).items()
     return {plain_key(source.module, key): value for key, value in state if key not in wrapping}
 
 

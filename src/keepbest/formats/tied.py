@@ -13,7 +13,9 @@ def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     seen: dict[Any, str] = {}
     tied: dict[str, str] = {}
     for key, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
+        # A conjugate or negative view has the memory of what it is a view of, and other values.
+        view = tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        place = (tensor.data_ptr(), *view) if tensor.numel() else key
         if (first := seen.setdefault(place, key)) != key:
             tied[key] = first
     return tied

@@ -11,6 +11,7 @@ from torch import nn
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_fsdp1
 from keepbest.modules.parts import Part
+from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import keys_of_wrappers, modules_along, plain_key
 
 StateDict = dict[str, Any]
@@ -76,7 +77,7 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
 def plain_state_dict(module: nn.Module) -> StateDict:
     """Return the state dict of `module` with plain keys. Its tensors are the parameters themselves. **Rank-local**."""
     wrapping = keys_of_wrappers(module)
-    state = module.state_dict(keep_vars=True).items()
+    state = state_dict_of(module, keep_vars=True).items()
     return {plain_key(module, key): value for key, value in state if key not in wrapping}
 
 
