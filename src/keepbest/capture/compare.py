@@ -77,12 +77,12 @@ class Comparison:
         missing = (key for key in present.keys() - saved.keys() - may_lack if not is_extra_state(key))
         faults["the snapshot lacks"] = sorted(missing)
         for key in sorted(saved.keys() & present.keys()):
-            if (fault := _misfit(saved[key], present[key])) is not None:
+            target = _without_shards(present[key])
+            if (fault := _misfit(saved[key], target)) is not None:
                 faults.setdefault(fault, []).append(key)
-            elif isinstance(present[key], torch.Tensor) and _depends(saved[key], present[key]):
-                self.casts.append(
-                    Cast(name, contents.tied.get(key, key), str(present[key].dtype).removeprefix("torch."))
-                )
+            elif saved[key].dtype is not None and judge(saved[key].dtype, target.dtype) == "depends":
+                dtype = str(target.dtype).removeprefix("torch.")
+                self.casts.append(Cast(name, contents.names_to_keys[key], dtype))
         if found := {fault: keys for fault, keys in faults.items() if keys}:
             self.faults[name] = found
 
@@ -150,5 +150,9 @@ def _misfit(saved: Kind, target: Any) -> str | None:
     return None
 
 
-def _depends(saved: Kind, target: torch.Tensor) -> bool:
-    return saved.dtype is not None and judge(saved.dtype, target.dtype) == "depends"
+def _without_shards(target: Any) -> Any:
+    """What stands for the sharded tensors of FSDP1, which have no properties on a rank without a shard."""
+    if not hasattr(target, "local_shards"):
+        return target
+    whole = target.metadata()
+    return torch.empty((), dtype=whole.tensor_properties.dtype).expand(whole.size)
