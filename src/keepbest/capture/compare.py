@@ -16,6 +16,7 @@ from keepbest.modules.kinds import form_of
 from keepbest.modules.parts import Part
 
 _LISTED_KEYS = 6
+_PART = "only=... loads a part"
 
 
 class Cast(NamedTuple):
@@ -111,7 +112,7 @@ def refuse_misfits(parts: Iterable[Part], comparisons: Sequence[Comparison]) -> 
         if listed := "; ".join(_listed(fault, keys) for fault, keys in faults.items() if keys):
             messages.append(f"in {where}, {listed}")
     if messages:
-        raise SnapshotError(f"the snapshot is not of this model: {'; '.join(messages)}. Nothing was loaded")
+        raise SnapshotError(f"the snapshot is not of this model: {'; '.join(messages)}. Nothing was loaded; {_PART}")
 
 
 def refuse_losses(casts: Iterable[Cast], parts: Iterable[Part]) -> None:
