@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import SnapshotError
-from tests.kit.models import filled
+from tests.kit.models import filled, same_bits
 from tests.kit.pool import run_ranks
 from tests.kit.strategies import WRAPS, whole_weights
 
@@ -27,7 +27,7 @@ def keep(model, directory, file_format="torch"):
 
 
 def equal(found, expected):
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+    return len(found) == len(expected) and all(map(same_bits, found, expected))
 
 
 class Fused(nn.Module):
@@ -127,6 +127,11 @@ def test_override_runs_also_inside_a_wrapper(file_format, wrap, tmp_path):
 
 class Bare(nn.Linear):
     def state_dict(self):
+        return nn.Module.state_dict(self)
+
+
+class BareInPart(nn.Linear):
+    def state_dict(self):
         return {key: value for key, value in nn.Module.state_dict(self).items() if key != "bias"}
 
 
@@ -151,16 +156,18 @@ def load_old_signature(directory, kind, file_format, wrap):
     target = WRAPS[wrap](filled(kind(3, 2), 1))
     loaded = load(directory, REF, target)
     weight, bias = (
-        torch.equal(found, saved) for found, saved in zip(whole_weights(target), whole_weights(model), strict=True)
+        same_bits(found, saved) for found, saved in zip(whole_weights(target), whole_weights(model), strict=True)
     )
     return loaded.keys, weight, bias
 
 
-@pytest.mark.parametrize("kind", [Bare, Prefixed, PrefixOnly, WithoutStrict])
+@pytest.mark.parametrize("kind", [Bare, BareInPart, Prefixed, PrefixOnly, WithoutStrict])
 @pytest.mark.parametrize(("wrap", "world_size"), [("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2)])
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
 def test_signatures_of_old_work(kind, wrap, world_size, file_format, tmp_path):
-    is_whole = kind is not Bare
+    if (kind, wrap) == (BareInPart, "fsdp1"):
+        pytest.skip("torch itself refuses a state dict without a weight of a unit")
+    is_whole = kind is not BareInPart
     expected = (("bias", "weight") if is_whole else ("weight",), True, is_whole)
     assert run_ranks(load_old_signature, world_size, tmp_path, kind, file_format, wrap) == [expected] * world_size
 
@@ -206,7 +213,7 @@ def test_model_on_the_meta_device_is_refused_on_every_rank(file_format, wrap, tm
     keep(model, tmp_path, file_format)
     for is_untouched, found in run_ranks(load_into_meta, 2, tmp_path, file_format, wrap):
         assert is_untouched
-        assert torch.equal(found[0].nan_to_num(), model[0].weight.nan_to_num())
+        assert same_bits(found[0], model[0].weight)
 
 
 def lazy():
@@ -229,9 +236,15 @@ class Holder(nn.Module):
         self.register_buffer("value", value)
 
 
+def as_csr(dense):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return dense.to_sparse_csr()
+
+
 FORMS = {
     "coo": lambda: torch.eye(3).to_sparse(),
-    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "csr": lambda: as_csr(torch.eye(3)),
     "conjugate": lambda: torch.arange(3, dtype=torch.complex64).mul(1j).conj(),
     "expanded": lambda: torch.ones(1).expand(5),
     "no elements": lambda: torch.zeros(0, 3),
@@ -267,18 +280,17 @@ def test_torch_file_holds_unusual_tensors_and_they_load_on_every_rank(kind, tmp_
 @pytest.mark.parametrize(
     ("saved", "target", "message"),
     [
-        ("coo", torch.eye(3), "the snapshot has sparse_coo tensors, the model has dense ones for value"),
+        ("coo", lambda: torch.eye(3), "the snapshot has sparse_coo tensors, the model has dense ones for value"),
         (
             "csr",
-            torch.ones(3, 3).to_sparse_csr(),
+            lambda: as_csr(torch.ones(3, 3)),
             "sparse_csr with 3 elements tensors, the model has sparse_csr with 9",
         ),
-        ("conjugate", torch.zeros(3), "complex64 cannot become float32 without a loss for value"),
+        ("conjugate", lambda: torch.zeros(3), "complex64 cannot become float32 without a loss for value"),
     ],
 )
 def test_tensor_of_another_form_is_refused(saved, target, message, tmp_path):
     keep(Holder(FORMS[saved]()), tmp_path)
-    before = copy.deepcopy(target)
     with pytest.raises(SnapshotError, match=message):
-        load(tmp_path, REF, model := Holder(target))
-    assert torch.equal(model.value.to_dense(), before.to_dense())
+        load(tmp_path, REF, model := Holder(target()))
+    assert torch.equal(model.value.to_dense(), target().to_dense())

@@ -81,7 +81,7 @@ class Comparison:
             target = _without_shards(present[key])
             if (fault := _misfit(saved[key], target)) is not None:
                 faults.setdefault(fault, []).append(key)
-            elif saved[key].dtype is not None and judge(saved[key].dtype, target.dtype) == "depends":
+            elif (saved_as := saved[key].dtype) is not None and judge(saved_as, target.dtype) == "depends":
                 dtype = str(target.dtype).removeprefix("torch.")
                 self.casts.append(Cast(name, contents.names_to_keys[key], dtype))
         if found := {fault: keys for fault, keys in faults.items() if keys}:

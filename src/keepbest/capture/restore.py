@@ -120,7 +120,11 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks, selecti
         for source in target.sources:
             if each.part in source.parts:
                 loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())
-        _load([source for source in target.sources if source.parts[-1] == each.part], loaded, target, feed, ranks)
+        complete = [source for source in target.sources if source.parts[-1] == each.part]
+        _load(complete, loaded, target, feed, ranks)
+        for source in complete:  # the next ones need the memory; the names alone are reported
+            loaded[source.path] = dict.fromkeys(loaded[source.path])
+            target.state[source.path] = dict.fromkeys(target.state[source.path])
     keys_loaded = {whole_key(source, key) for source in target.sources for key in loaded[source.path]}
     saved = {whole_key(each.part, key) for each in everything for key in each.names_to_keys}
     return Restored(
