@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from tests.ranks.pool import run_ranks
 from torch import nn
 
 import keepbest
@@ -23,6 +22,7 @@ from keepbest.errors import ConfigError
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 from tests.faces import FACES
+from tests.kit.pool import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -313,6 +313,7 @@ class BestKeeper:
         if self._has_joined:
             self._has_joined = False
             self._run.leave(self.name)
+            self._saver.stop()
 
     def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
         """The metric that all ranks agree on. What rank 0 could not write before is raised first."""

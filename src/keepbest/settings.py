@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from torch import nn
 from typing_extensions import Self
 
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
-from keepbest.formats.registry import FormatName, check_format
+from keepbest.formats.registry import FormatName, check_format, find_format
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
 from keepbest.reduction import MetricReduction
@@ -110,15 +110,6 @@ class CommonSettings(BaseModel):
     rank_timeout: _Seconds = Field(default=120.0, description="Seconds that ranks wait for each other.")
     save_timeout: _Seconds = Field(default=1800.0, description="Seconds that ranks wait for rank 0 to write.")
 
-    @model_validator(mode="after")
-    def _check_background(self) -> Self:
-        if self.async_save and self.format == "dcp":
-            raise ConfigError(
-                "format 'dcp' is written by all ranks, which wait for each other; async_save goes with 'torch' and "
-                "'safetensors' only"
-            )
-        return self
-
     def keeper_arguments(self) -> KeeperSettingsDict:
         """These settings as keyword arguments of `BestKeeper`. **Rank-local**."""
         names = [name for name in KeeperSettings.model_fields if name in type(self).model_fields]
@@ -204,6 +195,11 @@ def check_settings(
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
     check_format(given.format, model, parts)
+    if given.async_save and find_format(given.format).capture == "local":
+        raise ConfigError(
+            f"format {given.format!r} is written by all ranks, which wait for each other; async_save goes with 'torch' "
+            "and 'safetensors' only"
+        )
     return CheckedSettings(
         given=given,
         name=best_ref(metric_key, given.id),

@@ -45,12 +45,13 @@ def stamped(epoch: int) -> Share:
 
 def pending(record: KeeperRecord, kept: Kept, selection: str) -> PendingSnapshot:
     directory, share = record.folder.path.parent, stamped(kept.observation.iteration.epoch)
-    return PendingSnapshot(share, FORMAT, kept, directory=directory, selection=selection, record=record)
+    files = record.folder.files
+    return PendingSnapshot(share, FORMAT, kept, directory=directory, files=files, selection=selection, record=record)
 
 
 def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot) -> None:
-    snapshot.meet()
-    SaveJob(kept, snapshot, record).run()
+    snapshot.meet(lambda: None)
+    SaveJob(kept, snapshot, record, is_first=True).run()
 
 
 def observe(

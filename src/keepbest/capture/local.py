@@ -10,7 +10,7 @@ from keepbest.capture.gathered import cut, listing
 from keepbest.capture.plan import plan_shares
 from keepbest.capture.share import AllRanks, Items, Share
 from keepbest.errors import ConfigError
-from keepbest.modules.kinds import is_fsdp1, is_sharded
+from keepbest.modules.kinds import has_shards, is_fsdp1
 from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import LiveSlot, Staging
@@ -53,7 +53,7 @@ def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
             for part in source.parts:
                 kept, left_out[part.name] = cut(source, part, state)
                 if kept or not (left_out[part.name] or part.apart):
-                    files[part.name] = {key: value for key, value in kept.items() if ranks.is_main or is_sharded(value)}
+                    files[part.name] = {key: value for key, value in kept.items() if ranks.is_main or has_shards(value)}
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose("list the shards", error)
     return Share(

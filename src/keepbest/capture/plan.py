@@ -47,10 +47,7 @@ def plan_shares(files: Mapping[str, StateDict], ranks: Ranks, step: str) -> dict
         planned = ranks.agree(step, lambda: _plan_whole(planners, everybodys) if ranks.is_main else None)
         mine = _scattered(None if planned is None else planned[0], ranks)
     metadata = {} if planned is None else planned[1]
-    return {
-        part: SharePlan(planner, planner.finish_plan(mine[part]), metadata.get(part))
-        for part, planner in planners.items()
-    }
+    return {part: SharePlan(planner, mine[part], metadata.get(part)) for part, planner in planners.items()}
 
 
 def _plan_whole(

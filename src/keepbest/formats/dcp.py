@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -45,7 +45,7 @@ class SharePlan:
 
     Attributes:
         planner: Planner that has the tensors of this rank.
-        plan: Items that this rank writes.
+        plan: Items that this rank writes, before the planner finishes them.
         metadata: On rank 0, what is known of the whole; `None` elsewhere.
     """
 
@@ -60,10 +60,6 @@ class DistributedCheckpoint(Format):
     name = "dcp"
     capture = "local"
 
-    def check(self, part: str, module: nn.Module) -> None:
-        """It holds everything that torch saves."""
-        del part, module
-
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
         records: dict[str, FileRecord] = {}
         written: dict[str, list[WriteResult]] = {}
@@ -73,10 +69,10 @@ class DistributedCheckpoint(Format):
             planned: SharePlan = share.plans[part]
             # torch syncs a file before it has flushed it, so it is synced below, by path.
             writer = FileSystemWriter(inside, sync_files=False)
-            with quiet(), torch_file.without_crc32():
+            with quiet(), torch_file.without_crc32(), _refusals(inside):
+                plan = planned.planner.finish_plan(planned.plan)
                 # torch would leave an empty file where there is nothing to write.
-                is_empty = not planned.plan.items
-                written[part] = [] if is_empty else writer.write_data(planned.plan, planned.planner).wait()
+                written[part] = writer.write_data(plan, planned.planner).wait() if plan.items else []
             for name in sorted({result.storage_data.relative_path for result in written[part]}):
                 records[f"{inside.name}/{name}"] = _durable(files, inside / name, part)
             if others := {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}:
@@ -95,7 +91,8 @@ class DistributedCheckpoint(Format):
         results = [pickle.loads(base64.b64decode(receipt.note)) for receipt in receipts]
         for part, planned in share.plans.items():
             inside = folder / _folder_name(part)
-            FileSystemWriter(inside, sync_files=False).finish(planned.metadata, [each[part] for each in results])
+            with _refusals(inside):
+                FileSystemWriter(inside, sync_files=False).finish(planned.metadata, [each[part] for each in results])
             records[f"{inside.name}/{_INDEX}"] = _durable(files, inside / _INDEX, part)
             files.sync_folder(inside)
         return records
@@ -150,6 +147,15 @@ class ShardedPart:
             plan = reader.prepare_local_plan(planner.create_local_plan())
             [plan] = reader.prepare_global_plan(planner.create_global_plan([plan]))
             reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raise as an `OSError` what torch makes a `RuntimeError` of: a write that the file system refused."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _durable(files: Files, path: Path, part: str) -> FileRecord:

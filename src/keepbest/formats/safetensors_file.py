@@ -133,7 +133,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
         for entry in entries:
             tensor = entry.fetch()
             if tensor.numel():
-                flat = tensor.contiguous().reshape(-1)
+                flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
                 sink.write(flat.view(torch.uint8).numpy().data)
         file.sync()
     return sink.digest

@@ -13,9 +13,9 @@ def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     seen: dict[Any, str] = {}
     tied: dict[str, str] = {}
     for key, tensor in tensors.items():
-        # A conjugate or negative view has the memory of what it is a view of, and other values.
-        view = tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
-        place = (tensor.data_ptr(), *view) if tensor.numel() else key
+        # A lazy conjugate lies where the tensor does, and is another one.
+        kind = (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        place = (tensor.data_ptr(), *kind) if tensor.numel() else key
         if (first := seen.setdefault(place, key)) != key:
             tied[key] = first
     return tied

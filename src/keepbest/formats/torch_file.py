@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from keepbest.errors import SnapshotError
@@ -24,10 +23,6 @@ class TorchFile(WholeFileFormat):
 
     name = "torch"
     ending = ".pt"
-
-    def check(self, part: str, module: nn.Module) -> None:
-        """It holds everything that torch saves."""
-        del part, module
 
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
         compact = {key: _compact(value) for key, value in state.items()}

@@ -28,7 +28,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     return tensor is not None and isinstance(value, tensor.DTensor)
 
 
-def is_sharded(value: object) -> bool:
+def has_shards(value: object) -> bool:
     """Whether `value` is a tensor of which each rank holds a part."""
     return is_dtensor(value) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from keepbest.decision import BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
-from keepbest.run.names import is_safe
+from keepbest.run.names import REF_PREFIX, is_safe
 
 VERSION = 2
 """Of the ledger and the manifests; another version is refused."""
@@ -30,8 +30,8 @@ class RunBegan:
     run: str
     version: int = VERSION
 
-    name = "run"
-    is_waited_for = True
+    name: ClassVar[str] = "run"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"version": self.version, "run": self.run}
@@ -43,8 +43,8 @@ class SessionBegan:
 
     restart: int
 
-    name = "session"
-    is_waited_for = False
+    name: ClassVar[str] = "session"
+    is_waited_for: ClassVar[bool] = False
 
     def to_json(self) -> Json:
         return {"restart": self.restart}
@@ -72,8 +72,8 @@ class KeeperBegan:
     state: BestState | None
     refs: Moves = field(default_factory=dict)
 
-    name = "begin"
-    is_waited_for = True
+    name: ClassVar[str] = "begin"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {
@@ -113,7 +113,7 @@ class Observed:
     lost: bool = False
     refs: Moves = field(default_factory=dict)
 
-    name = "observation"
+    name: ClassVar[str] = "observation"
 
     @property
     def is_waited_for(self) -> bool:
@@ -149,8 +149,8 @@ class RefsMoved:
     keeper: str
     refs: Moves
 
-    name = "refs"
-    is_waited_for = True
+    name: ClassVar[str] = "refs"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "refs": self.refs}
@@ -164,8 +164,8 @@ class Pinned:
     tag: str
     snapshots: tuple[str, ...]
 
-    name = "pin"
-    is_waited_for = True
+    name: ClassVar[str] = "pin"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "tag": self.tag, "snapshots": list(self.snapshots)}
@@ -178,25 +178,18 @@ class Unpinned:
     keeper: str
     tag: str
 
-    name = "unpin"
-    is_waited_for = True
+    name: ClassVar[str] = "unpin"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "tag": self.tag}
 
 
 @dataclass(frozen=True, slots=True)
-class KeeperEnded:
+class KeeperEnded(RefsMoved):
     """Training is over for a keeper; tolerances that were not exceeded get provisional refs."""
 
-    keeper: str
-    refs: Moves
-
-    name = "end"
-    is_waited_for = True
-
-    def to_json(self) -> Json:
-        return {"keeper": self.keeper, "refs": self.refs}
+    name: ClassVar[str] = "end"
 
 
 Event = RunBegan | SessionBegan | KeeperBegan | Observed | RefsMoved | Pinned | Unpinned | KeeperEnded
@@ -222,7 +215,7 @@ def parse_event(line: Mapping[str, Any]) -> Event:
 
 def refs_of(event: Event) -> Moves:
     """The refs that an event moves."""
-    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved | KeeperEnded) else {}
+    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved) else {}
 
 
 def _parse_session(line: Mapping[str, Any]) -> SessionBegan:
@@ -250,7 +243,7 @@ def _parse_observation(line: Mapping[str, Any]) -> Observed:
         iteration=TrainingIteration.parse(line["iteration"]),
         value=float(line["value"]),
         snapshot=None if snapshot is None else _safe(snapshot),
-        manifest=None if snapshot is None else line["manifest"],
+        manifest=None if snapshot is None else _text(line["manifest"]),
         is_best=line.get("best", True),
         superseded=line.get("superseded", False),
         lost=line.get("lost", False),
@@ -260,7 +253,19 @@ def _parse_observation(line: Mapping[str, Any]) -> Observed:
 
 def _parse_moves(line: Mapping[str, Any]) -> Moves:
     moves = line.get("refs", {}).items()
-    return {_safe(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+    return {_ref(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+
+
+def _ref(name: str) -> str:
+    if not name.startswith(REF_PREFIX):
+        raise ValueError(f"{name!r} is no name of a ref")
+    return _safe(name)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
 
 
 def _safe(name: str) -> str:

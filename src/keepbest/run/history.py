@@ -171,6 +171,7 @@ class History:
             case Observed():
                 self._observe(event)
             case Pinned():
+                self._check_known(*event.snapshots)
                 self.pins[event.keeper, event.tag] = frozenset(event.snapshots)
             case Unpinned():
                 self.pins.pop((event.keeper, event.tag), None)
@@ -178,6 +179,7 @@ class History:
             if snapshot is None:
                 self.refs.pop(name, None)
             else:
+                self._check_known(snapshot)
                 self.refs[name] = snapshot
 
     def kept(self) -> set[str]:
@@ -185,6 +187,10 @@ class History:
         bests = (keeper.present.best_snapshot for keeper in self.keepers.values())
         pinned = (name for pin in self.pins.values() for name in pin)
         return {*self.refs.values(), *(best for best in bests if best is not None), *pinned}
+
+    def _check_known(self, *snapshots: str) -> None:
+        if unknown := set(snapshots) - self.manifests.keys():
+            raise ValueError(f"no line before it introduces the snapshots {', '.join(sorted(unknown))}")
 
     def _begin(self, event: KeeperBegan) -> None:
         keeper = self.keepers.setdefault(event.keeper, KeeperHistory(event.metric_key, event.policy))

@@ -83,13 +83,18 @@ class Saver:
             StorageError: On every rank, if they do not.
         """
         if self._way.is_spread:
-            check_is_shared(self._run.directory, self._ranks, step)
+            check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def start(self, record: KeeperRecord) -> None:
         """Get ready to write. **Rank-local**, on rank 0, when the record has begun."""
         self._record = record
         if self._in_background:
             self._run.write_in_the_background()
+
+    def stop(self) -> None:
+        """Free what was staged, once nothing is being written any more. **Rank-local**."""
+        self._staging.close()
+        self._staging, self._queued = Unstaged(), None
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
@@ -111,13 +116,18 @@ class Saver:
             StorageError: On every rank, if they cannot be written. In the background the next exchange raises it.
             KeepBestError: As the capture of the format.
         """
-        snapshot = self._snapshot_of(kept, step)
-        job = None if self._record is None else SaveJob(kept, snapshot, self._record)
+        iteration = kept.observation.iteration
+        content = (id(self._items.model), self._items.parts, self._items.save_frozen_weights, self._format.name)
+        shared = self._run.snapshot_with(iteration, content)
+        snapshot = self._capture(kept, step) if shared is None else shared
+        job = None if self._record is None else SaveJob(kept, snapshot, self._record, is_first=shared is None)
         if not self._in_background:
             self.best_snapshot = self._on_main(step, lambda record: self._run_now(job, record))
         elif job is not None:
             self._submit(partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
             self._queued = snapshot
+        # All ranks come here, or none: a snapshot that is known to have failed is not shared.
+        self._run.remember(iteration, content, snapshot)
 
     def revised_state(self) -> BestState | None:
         """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
@@ -127,7 +137,7 @@ class Saver:
         timeline = self._record.history.present
         return timeline.state(self._policy, until=timeline.last_iteration)
 
-    def take_failure(self) -> Exception | None:
+    def take_failure(self) -> BaseException | None:
         """What could not be written or uploaded, for every rank to raise; each once. **Rank-local**."""
         folder = self._run.folder
         return self.losses.take() or self.losses.take_upload(None if folder is None else folder.copy)
@@ -175,24 +185,19 @@ class Saver:
         if self._run.remote is not None:
             self._on_main(step, wait, remedy="")
 
-    def _snapshot_of(self, kept: Kept, step: str) -> PendingSnapshot:
-        """The snapshot of the weights as they are now: one that another keeper has just taken, or a new one."""
-        iteration = kept.observation.iteration
-        content = (id(self._items.model), self._items.parts, self._items.save_frozen_weights, self._format.name)
-        if (shared := self._run.snapshot_with(iteration, content)) is not None:
-            shared.need()
-            return shared
+    def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
+        """A snapshot of the weights as they are now. **Collective**."""
         share = self._way.capture(self._items, self._ranks, self._staging, step)
         snapshot = PendingSnapshot(
             share,
             self._format,
             kept,
             directory=self._run.directory,
+            files=self._run.files,
             selection=self._selection,
             record=self._record,
         )
-        snapshot.meet()
-        self._run.remember(iteration, content, snapshot)
+        snapshot.meet(self._run.worker.drain)
         return snapshot
 
     def _run_now(self, job: SaveJob | None, record: KeeperRecord) -> str | None:
@@ -204,8 +209,9 @@ class Saver:
         try:
             job.run()
         except Exception:  # whichever it was, the ledger must know that this best is lost
-            self.losses.lose_best()
-            record.observe(replace(kept.observation, durable=False), kept.exceeded)
+            if not job.is_superseded:
+                self.losses.lose_best()
+                record.observe(replace(kept.observation, durable=False), kept.exceeded)
             raise
 
     def _on_main(self, step: str, work: Callable[[KeeperRecord], Any], *, remedy: str = DISK_REMEDY) -> Any:
