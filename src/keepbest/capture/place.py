@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from keepbest.capture.contents import Kind
-from keepbest.modules.kinds import is_dtensor, is_sharded
+from keepbest.modules.kinds import is_dtensor, has_shards
 
 
 def room_for(kind: Kind, target: Any) -> torch.Tensor:
@@ -25,7 +25,7 @@ def room_for(kind: Kind, target: Any) -> torch.Tensor:
         return DTensor.from_local(
             local, mesh, placements, run_check=False, shape=target.shape, stride=target.detach().stride()
         )
-    if is_sharded(target):
+    if has_shards(target):
         shards: torch.Tensor = target
         return shards
     return torch.empty(kind.shape, dtype=kind.dtype)

@@ -40,7 +40,7 @@ def is_dense(value: object) -> TypeGuard[torch.Tensor]:
 
 def form_of(tensor: torch.Tensor) -> str:
     """Layout and class of a tensor, as far as they are not those of a dense one, which may be sharded, or to come."""
-    if is_sharded(tensor) or is_lazy(tensor):
+    if has_shards(tensor) or is_lazy(tensor):
         return ""
     words = []
     if tensor.layout != torch.strided:
