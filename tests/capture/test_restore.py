@@ -242,6 +242,12 @@ def as_csr(dense):
         return dense.to_sparse_csr()
 
 
+def quantized():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        return torch.quantize_per_tensor(torch.arange(3.0), 0.1, 0, torch.quint8)
+
+
 FORMS = {
     "coo": lambda: torch.eye(3).to_sparse(),
     "csr": lambda: as_csr(torch.eye(3)),
@@ -250,7 +256,7 @@ FORMS = {
     "no elements": lambda: torch.zeros(0, 3),
     "channels last": lambda: torch.arange(48.0).view(1, 3, 4, 4).to(memory_format=torch.channels_last),
     "float8": lambda: torch.arange(4.0).to(torch.float8_e4m3fn),
-    "quantized": lambda: torch.quantize_per_tensor(torch.arange(3.0), 0.1, 0, torch.quint8),
+    "quantized": quantized,
 }
 
 

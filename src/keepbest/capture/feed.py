@@ -55,7 +55,7 @@ class Stored:
 class Feed(Protocol):
     """Gives each rank the values that its model wants."""
 
-    def open(self) -> list[PartContents]:
+    def contents(self) -> list[PartContents]:
         """Verify the files, and return what the snapshot holds of each part. **Collective**.
 
         Raises:
@@ -99,7 +99,7 @@ class FromMain:
     step: str
     _readers: Mapping[str, PartReader] = field(default_factory=dict)
 
-    def open(self) -> list[PartContents]:
+    def contents(self) -> list[PartContents]:
         def read() -> list[Any]:
             found = self.stored.found
             if found is None:
@@ -175,7 +175,7 @@ class FromFiles:
     step: str
     _readers: Mapping[str, PartReader] = field(default_factory=dict)
 
-    def open(self) -> list[PartContents]:
+    def contents(self) -> list[PartContents]:
         def verify_and_open() -> list[PartContents]:
             found, ranks = self.stored.found, self.ranks
             if found is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from keepbest.capture.contents import Kind
-from keepbest.modules.kinds import is_dtensor, has_shards
+from keepbest.modules.kinds import has_shards, is_dtensor
 
 
 def room_for(kind: Kind, target: Any) -> torch.Tensor:

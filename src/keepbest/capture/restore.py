@@ -106,7 +106,7 @@ class _Target:
 
 
 def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks, selection: Selection) -> Restored:
-    everything = feed.open()
+    everything = feed.contents()
     selection.check(whole_key(each.part, key) for each in everything for key in each.names_to_keys)
     # A part that is empty is compared too, unless others were asked for.
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
