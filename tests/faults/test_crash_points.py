@@ -49,9 +49,10 @@ def pending(record: KeeperRecord, kept: Kept, selection: str) -> PendingSnapshot
     return PendingSnapshot(share, FORMAT, kept, directory=directory, files=files, selection=selection, record=record)
 
 
-def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot) -> None:
-    snapshot.meet(lambda: None)
-    SaveJob(kept, snapshot, record, is_first=True).run()
+def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot, *, is_first: bool = True) -> None:
+    if is_first:
+        snapshot.meet(lambda: None)
+    SaveJob(kept, snapshot, record, is_first=is_first).run()
 
 
 def observe(
@@ -64,7 +65,7 @@ def observe(
         return None
     kept = Kept(observation)
     snapshot = shared or pending(record, kept, keeper)
-    save(record, kept, snapshot)
+    save(record, kept, snapshot, is_first=shared is None)
     return snapshot
 
 
