@@ -288,7 +288,7 @@ def test_no_barrier_anywhere():
 @pytest.mark.parametrize("room", ["keeper.py", "capture/", "ranks/", "staging/", "modules/"])
 def test_room_opens_no_file(room: str):
     def is_file_access(used: str) -> bool:
-        # What capture/place.py packs goes to memory: plain data on its way to other ranks.
+        # What capture/feed.py packs goes to memory: plain data on its way to other ranks.
         is_torchs = used in {"torch.save", "torch.load"} and room != "capture/"
         return is_torchs or used.rpartition(".")[2] in FILE_FUNCTIONS
 

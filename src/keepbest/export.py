@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keepbest.capture.contents import PartContents, whole_key
+from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats import safetensors_file, torch_file
 from keepbest.formats.entries import Entry, fetched
 from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
+from keepbest.modules.parts import Part
 from keepbest.remote.download import local_copy, snapshot_of
 from keepbest.run.digest import check_file
 from keepbest.run.files import Files
@@ -40,7 +43,13 @@ class Contents(NamedTuple):
 
 
 def export(
-    run: Path | str, ref: str, to: Path, *, part: str | None = None, largest_file: int = _LARGEST_FILE
+    run: Path | str,
+    ref: str,
+    to: Path,
+    *,
+    part: str | None = None,
+    only: str | Sequence[str] | None = None,
+    largest_file: int = _LARGEST_FILE,
 ) -> list[Path]:
     """Write the weights that `ref` names to `to`, after every file was verified.
 
@@ -52,21 +61,26 @@ def export(
         to: File that ends in `.pt` or `.safetensors`. Any other path is a folder of safetensors files with an index, as
             `from_pretrained` reads them.
         part: Name of one part of the model; `None` exports all of them.
+        only: Dotted path in the whole model, or several, of what is exported: a submodule or a weight. `None` is
+            everything. Keys are the same as without it.
         largest_file: Bytes of one file in a folder.
 
     Returns:
         The files that were written.
 
     Raises:
-        ConfigError: If something is there already, there is no such part, or a package that is needed is missing.
+        ConfigError: If something is there already, there is no such part or path, or a package that is needed is
+            missing.
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     with local_copy(run, snapshot_of(ref)) as directory:
-        return _export(directory, ref, to, part, largest_file)
+        return _export(directory, ref, to, part, Selection.of(only), largest_file)
 
 
-def _export(directory: Path, ref: str, to: Path, part: str | None, largest_file: int) -> list[Path]:
+def _export(
+    directory: Path, ref: str, to: Path, part: str | None, selection: Selection, largest_file: int
+) -> list[Path]:
     found = find_ref(directory, read_history(directory), ref)
     if to.suffix in (torch_file.FORMAT.ending, safetensors_file.FORMAT.ending) and to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
@@ -74,7 +88,7 @@ def _export(directory: Path, ref: str, to: Path, part: str | None, largest_file:
     for name in parts:
         for file, record in found.manifest.files_of(name).items():
             check_file(found.folder / file, record.digest)
-    contents = _contents(found, parts)
+    contents = _contents(found, parts, selection)
     if to.suffix == torch_file.FORMAT.ending:
         return [_write_torch(to, contents)]
     if contents.others:
@@ -99,15 +113,23 @@ def _parts(manifest: Manifest, part: str | None) -> dict[str, str]:
     return {name: f"{path}." if path else "" for name, path in paths.items()}
 
 
-def _contents(found: FoundSnapshot, parts: Mapping[str, str]) -> Contents:
+def _contents(found: FoundSnapshot, parts: Mapping[str, str], selection: Selection) -> Contents:
     contents = Contents([], {}, {})
     manifest = found.manifest
+    places = {saved.name: Part(*saved) for saved in manifest.saved_parts}
+    readers = {name: find_format(manifest.format).reader(found.folder, manifest.files, name) for name in parts}
+    whole = {name: PartContents.of(places[name], reader) for name, reader in readers.items()}
+    selection.check(whole_key(each.part, key) for each in whole.values() for key in each.names_to_keys)
     for name, prefix in parts.items():
-        reader = find_format(manifest.format).reader(found.folder, manifest.files, name)
-        for key, (shape, dtype) in reader.kinds.items():
-            contents.entries.append(Entry(prefix + key, shape, dtype, partial(reader.fetch, key)))
-        contents.tied.update({prefix + key: prefix + first for key, first in reader.tied.items()})
-        contents.others.update({prefix + key: value for key, value in reader.others.items()})
+        reader, part = readers[name], places[name]
+        for key, names in whole[name].names.items():
+            chosen = [each for each in names if selection.holds(whole_key(part, each))]
+            if chosen and key in reader.others:
+                contents.others.update({prefix + each: reader.others[key] for each in chosen})
+            elif chosen:
+                first, *further = chosen
+                contents.entries.append(Entry(prefix + first, *reader.kinds[key], partial(reader.fetch, key)))
+                contents.tied.update({prefix + each: prefix + first for each in further})
     return contents
 
 

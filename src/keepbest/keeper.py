@@ -21,7 +21,7 @@ from keepbest.decision import BestState, Decision, Observation, Outcome, decide
 from keepbest.errors import ConfigError, InvalidMetricError, IterationError, StorageError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
-from keepbest.load import load_into
+from keepbest.load import LoadedSnapshot, load_into
 from keepbest.metric import Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
@@ -309,16 +309,17 @@ class BestKeeper:
             return None
         return snapshots_folder(self.directory) / self._saver.best_snapshot
 
-    def restore_best(self) -> None:
-        """Load the best that the run ever saved into the live model. **Collective**.
+    def restore_best(self) -> LoadedSnapshot:
+        """Load the best that the run ever saved into the live model, as `keepbest.load` does. **Collective**.
 
         Raises:
-            SnapshotError: On every rank, if there is none yet, or it is damaged. The model is then as it was.
+            SnapshotError: On every rank, if there is none yet, it is damaged, or the model is another one by now. The
+                model is then as it was.
         """
         if self._phase == "started":
             self.flush()
         with torch.inference_mode(mode=False):
-            load_into(self._model, self.directory, self.name, ranks=self._ranks)
+            return load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)

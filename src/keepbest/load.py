@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.capture.restore import Stored
+from keepbest.capture.feed import Stored
+from keepbest.capture.selection import Selection
 from keepbest.capture.ways import find_way
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
@@ -29,8 +31,12 @@ class LoadedSnapshot:
         iteration: Training iteration whose weights these are.
         metric_key: Metric of the keeper that took the snapshot.
         value: Value of that metric at the iteration.
-        parts: Names of the parts that were loaded. What else the model has was left as it was.
+        parts: Names of the parts that were loaded.
         path: Folder of the snapshot; `None` if it was read from a remote storage.
+        keys: Names in the model of the weights that were loaded.
+        left_alone: Names of what this rank's model has beside them, and keeps as it was.
+        unused: Names of what the snapshot has beside them: what `only` leaves out, the stages of other ranks, and the
+            `_extra_state` of modules that have none in this model.
     """
 
     iteration: TrainingIteration
@@ -38,6 +44,9 @@ class LoadedSnapshot:
     value: float
     parts: tuple[str, ...]
     path: Path | None
+    keys: tuple[str, ...]
+    left_alone: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 def load(
@@ -45,6 +54,7 @@ def load(
     ref: str,
     model: nn.Module,
     *,
+    only: str | Sequence[str] | None = None,
     process_group: dist.ProcessGroup | None = None,
     rank_timeout: float = 120.0,
     save_timeout: float = 1800.0,
@@ -54,27 +64,38 @@ def load(
     Rank 0 reads, the others receive. Of a snapshot of format `dcp` every rank reads its share. The model may be wrapped
     in another way, and on another number of ranks, than when it was saved.
 
+    The weights go through the model's own `load_state_dict`, so its hooks and overrides run. Ranks may hold models of
+    different names, such as stages of a pipeline: each takes what it has, and together they must have all that was
+    saved. Names end with `_extra_state` where a module keeps more than weights; these alone may have come or gone.
+    Dtypes may differ where numbers stay what they are: floats are rounded, but none becomes infinite or an integer.
+
     Args:
         run: Directory of the run, or the URL of its remote copy.
         ref: Name of the ref, for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
         model: Model that receives the parts that were saved.
+        only: Dotted path, or several, of what is loaded: a submodule or a weight of the model. `None` is everything.
         process_group: Ranks that hold the model; `None` is the default group, or one process.
         rank_timeout: Seconds that ranks wait for each other.
         save_timeout: Seconds that ranks wait for rank 0 to read.
 
     Raises:
         SnapshotError: On every rank, if there is no such run or ref, a file is missing or damaged, or the snapshot is
-            of another model. The model is then as it was.
+            of another model: it lacks something, has something more, or has another shape, another layout or a dtype
+            that loses numbers, or the model is on the meta device. The model is then as it was.
         LedgerError: On every rank, if the ledger is damaged or of another version.
-        ConfigError: On every rank, if the URL cannot be opened here.
+        ConfigError: On every rank, if the URL cannot be opened here, or the snapshot has nothing that `only` names.
+        RankFailedError: On every rank, if the model's own `load_state_dict` raises. Parts may be loaded then.
     """
     ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
-    return load_into(model, run, ref, ranks=ranks)
+    return load_into(model, run, ref, ranks=ranks, only=only)
 
 
-def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> LoadedSnapshot:
+def load_into(
+    model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks, only: str | Sequence[str] | None = None
+) -> LoadedSnapshot:
     """As `load`, for ranks that are connected already. **Collective**."""
     step = f"read {ref} of {run}"
+    selection = ranks.agree(step, lambda: Selection.of(only), state=lambda chosen: repr(chosen).encode())
     with ExitStack() as stack:
         found: FoundSnapshot | None = None
 
@@ -93,13 +114,16 @@ def load_into(model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks) -> L
             directory = ranks.agree(step, lambda: stack.enter_context(local_copy(run, lambda _: {name})), saving=True)
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
         stored = Stored(manifest, find_format(manifest.format), found, is_shared=not is_remote(run))
-        way.restore(model, stored, ranks, step)
+        restored = way.restore(model, stored, ranks, step, selection)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,
         value=manifest.value,
-        parts=tuple(part.name for part in stored.parts),
+        parts=restored.parts,
         path=None if is_remote(run) else snapshots_folder(Path(run)) / name,
+        keys=restored.keys,
+        left_alone=restored.left_alone,
+        unused=restored.unused,
     )
 
 

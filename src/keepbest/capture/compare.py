@@ -1,70 +1,159 @@
-"""Compares what was saved with a model, before anything is loaded. **Rank-local**."""
+"""Compares what was saved with the models of all ranks, before anything is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
+from keepbest.capture.contents import Kind, PartContents, is_extra_state, whole_key
+from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
-from keepbest.modules.sources import Source, StateDict
+from keepbest.modules.kinds import form_of
+from keepbest.modules.parts import Part
 
 _LISTED_KEYS = 6
+_PART = "only=... loads a part"
 
 
-def by_source_key(source: Source, files: Mapping[str, StateDict]) -> StateDict:
-    """What `files` hold for `source`, by its plain keys."""
-    return {
-        f"{source.path_of(part)}{key}": value
-        for part in source.parts
-        for key, value in files.get(part.name, {}).items()
-    }
+class Cast(NamedTuple):
+    """Values whose dtype changes, so that it depends on them whether they can be loaded.
+
+    Attributes:
+        part: Name of the part.
+        key: Key in the part under which they are stored.
+        dtype: Dtype of the model, without `torch.`.
+    """
+
+    part: str
+    key: str
+    dtype: str
 
 
-def compare(
-    source: Source, present: StateDict, files: Mapping[str, StateDict], left_out: Mapping[str, Sequence[str]]
-) -> StateDict:
-    """What `files` hold for `source`, by its plain keys, after a check that all of it fits. **Rank-local**.
+@dataclass(slots=True)
+class Comparison:
+    """How a snapshot fits the model of one rank.
+
+    Attributes:
+        faults: For each part what is wrong, and with which keys of it.
+        lacks: For each part the keys that this model does not have. Other ranks may have them.
+        casts: Values that must be looked at.
+        absent: Paths of the parts that this model does not have.
+    """
+
+    faults: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    lacks: dict[str, list[str]] = field(default_factory=dict)
+    casts: list[Cast] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def to_json(self) -> list[Any]:
+        """JSON values only; `from_json` is the inverse."""
+        return [self.faults, self.lacks, self.casts, self.absent]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Any]) -> Comparison:
+        """The inverse of `to_json`."""
+        faults, lacks, casts, absent = content
+        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent)
+
+    def add(
+        self, contents: PartContents, saved: Mapping[str, Kind], present: Mapping[str, Any], may_lack: set[str]
+    ) -> None:
+        """Compare one part. **Rank-local**.
+
+        Args:
+            contents: What the snapshot holds of it.
+            saved: Those kinds in it that are to be loaded, by each of their names.
+            present: What the model has in their place.
+            may_lack: Keys of the model that need not be in the snapshot.
+        """
+        name = contents.part.name
+        lacks = sorted(key for key in saved.keys() - present.keys() if not is_extra_state(key))
+        if lacks:
+            self.lacks[name] = lacks
+        faults: dict[str, list[str]] = {}
+        missing = (key for key in present.keys() - saved.keys() - may_lack if not is_extra_state(key))
+        faults["the snapshot lacks"] = sorted(missing)
+        for key in sorted(saved.keys() & present.keys()):
+            target = _without_shards(present[key])
+            if (fault := _misfit(saved[key], target)) is not None:
+                faults.setdefault(fault, []).append(key)
+            elif (saved_as := saved[key].dtype) is not None and judge(saved_as, target.dtype) == "depends":
+                dtype = str(target.dtype).removeprefix("torch.")
+                self.casts.append(Cast(name, contents.names_to_keys[key], dtype))
+        if found := {fault: keys for fault, keys in faults.items() if keys}:
+            self.faults[name] = found
+
+
+def refuse_misfits(parts: Iterable[Part], comparisons: Sequence[Comparison]) -> None:
+    """Raise if a rank's model does not fit, or none has what was saved. The same on every rank. **Rank-local**.
 
     Args:
-        source: Source in the model.
-        present: Its state dict, with plain keys.
-        files: State dict of each part by name.
-        left_out: Keys of each part that may be missing.
+        parts: Parts that are to be loaded.
+        comparisons: How the model of each rank fits.
 
     Raises:
-        SnapshotError: If keys, shapes or kinds of tensors differ.
+        SnapshotError: Names the keys and what is wrong with them.
     """
-    saved = by_source_key(source, files)
-    may_lack = {f"{source.path_of(part)}{key}" for part in source.parts for key in left_out.get(part.name, ())}
-    wanted = {key for part in source.parts for key in present if source.key_in(part, key) is not None}
-    reshaped = {key for key in saved.keys() & wanted if _shape(saved[key]) != _shape(present[key])}
-    strange = {key for key in saved.keys() & wanted - reshaped if not _is_like(saved[key], present[key])}
-    faults = [
-        _listed("the snapshot lacks", wanted - saved.keys() - may_lack),
-        _listed("the model lacks", saved.keys() - wanted),
-        _listed("shapes differ for", reshaped),
-        _listed("there are sparse, complex or empty (meta) tensors in the place of dense ones for", strange),
-    ]
-    if message := "; ".join(filter(None, faults)):
-        where = f"submodel {source.path!r}" if source.path else "the model"
-        raise SnapshotError(f"the snapshot is not of this model: in {where}, {message}. Nothing was loaded")
-    return saved
+    nowhere = set.intersection(*(set(found.absent) for found in comparisons))
+    messages = [f"there is no submodel {path!r} in it" for path in sorted(nowhere)]
+    for part in parts:
+        faults: dict[str, set[str]] = {}
+        for found in comparisons:
+            for fault, keys in found.faults.get(part.name, {}).items():
+                faults.setdefault(fault, set()).update(keys)
+        if part.path not in nowhere:
+            lacks = [set(found.lacks.get(part.name, ())) for found in comparisons]
+            faults["the model lacks"] = set.intersection(*lacks)
+        where = f"submodel {part.path!r}" if part.path else "the model"
+        if listed := "; ".join(_listed(fault, keys) for fault, keys in faults.items() if keys):
+            messages.append(f"in {where}, {listed}")
+    if messages:
+        raise SnapshotError(f"the snapshot is not of this model: {'; '.join(messages)}. Nothing was loaded; {_PART}")
+
+
+def refuse_losses(casts: Iterable[Cast], parts: Iterable[Part]) -> None:
+    """Raise `SnapshotError` if there are values that would not stay what they are. **Rank-local**."""
+    places = {part.name: part for part in parts}
+    listed: dict[str, set[str]] = {}
+    for cast in casts:
+        listed.setdefault(cast.dtype, set()).add(whole_key(places[cast.part], cast.key))
+    if listed:
+        what = "; ".join(_listed(f"what the model has as {dtype} for", keys) for dtype, keys in sorted(listed.items()))
+        raise SnapshotError(
+            f"the snapshot has values beyond the range of the dtype of the model: {what}. Nothing was loaded"
+        )
 
 
 def _listed(what: str, keys: set[str]) -> str:
     shown = ", ".join(sorted(keys)[:_LISTED_KEYS])
     more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
-    return f"{what} {shown}{more}" if keys else ""
+    return f"{what} {shown}{more}"
 
 
-def _is_like(value: object, target: object) -> bool:
-    """Whether the values of the tensor `value` can be copied into `target`, which has the same shape."""
-    if not isinstance(value, torch.Tensor) or not isinstance(target, torch.Tensor):
-        return True
-    is_dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    return is_dense and value.dtype.is_complex == target.dtype.is_complex
+def _misfit(saved: Kind, target: Any) -> str | None:
+    """What is wrong with loading a value of this kind into `target`."""
+    if saved.dtype is None or not isinstance(target, torch.Tensor):
+        is_data = saved.dtype is None and not isinstance(target, torch.Tensor)
+        return None if is_data else "only one of the two has a tensor for"
+    if target.is_meta:
+        return "the model is on the meta device (call its to_empty(device=...) before) for"
+    if not is_lazy(target) and saved.shape != tuple(target.shape):
+        return "shapes differ for"
+    if saved.form != (form := form_of(target)):
+        return f"the snapshot has {saved.form or 'dense'} tensors, the model has {form or 'dense'} ones for"
+    if judge(saved.dtype, target.dtype) == "never":
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (saved.dtype, target.dtype)]
+        return f"{dtypes[0]} cannot become {dtypes[1]} without a loss for"
+    return None
 
 
-def _shape(value: object) -> list[int] | None:
-    return list(value.shape) if isinstance(value, torch.Tensor) else None
+def _without_shards(target: Any) -> Any:
+    """What stands for the sharded tensors of FSDP1, which have no properties on a rank without a shard."""
+    if not hasattr(target, "local_shards"):
+        return target
+    whole = target.metadata()
+    return torch.empty((), dtype=whole.tensor_properties.dtype).expand(whole.size)

@@ -13,11 +13,14 @@ from torch import nn
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
+from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import PlainNames
 
 
-def fsdp1_state_dict(source: Source, take: Callable[[str, torch.Tensor], torch.Tensor | None]) -> StateDict:
-    """State dict on rank 0, with plain keys, of a source that is, or contains, FSDP1 units. **Collective**.
+def fsdp1_state_dict(
+    source: Source, take: Callable[[str, torch.Tensor], torch.Tensor | None], *, rank0_only: bool = True
+) -> StateDict:
+    """State dict, with plain keys, of a source that is, or contains, FSDP1 units. **Collective**.
 
     No more than one gathered unit is held at a time. What is in no unit is there on every rank, as the module holds it.
 
@@ -26,6 +29,7 @@ def fsdp1_state_dict(source: Source, take: Callable[[str, torch.Tensor], torch.T
         take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
             gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
             it; `None` if it need not be there.
+        rank0_only: Whether the parameters of the units are in the state dict of rank 0 alone.
     """
     module, names = source.module, source.names
     taken: StateDict = {}
@@ -43,8 +47,8 @@ def fsdp1_state_dict(source: Source, take: Callable[[str, torch.Tensor], torch.T
                 taken[plain] = tied[id(parameter)]
                 state[key] = state[key].new_empty(0)  # FSDP1 wants to find each key, and clones what it finds
 
-    with full_fsdp1_state(module, rank0_only=True), _hooks_in_units(module, take_unit):
-        state = module.state_dict()
+    with full_fsdp1_state(module, rank0_only=rank0_only), _hooks_in_units(module, take_unit):
+        state = state_dict_of(module)
     return {key: taken.get(key, value) for key, value in names.plain_state(state).items()}
 
 
@@ -80,7 +84,7 @@ def sharded_state_dict(source: Source) -> StateDict:
                 tied[plain] = first[id(parameter)]
 
     with sharded_fsdp1_state(source.module), _hooks_in_units(source.module, tie_unit):
-        state = source.module.state_dict()
+        state = state_dict_of(source.module)
     plain_state = source.names.plain_state(state)
     # FSDP1 makes a shard for each name.
     return {**plain_state, **{key: plain_state[first] for key, first in tied.items() if key in plain_state}}

@@ -4,155 +4,214 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import nn
 
-from keepbest.capture.compare import compare
-from keepbest.capture.fsdp1 import sharded_fsdp1_state, sharded_state_dict
-from keepbest.capture.place import place_weights
-from keepbest.formats.format import Format, PartReader
+from keepbest.capture.compare import Comparison, refuse_losses, refuse_misfits
+from keepbest.capture.contents import PartContents, whole_key
+from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
+from keepbest.capture.selection import Selection
+from keepbest.errors import SnapshotError
 from keepbest.modules.parts import Part
-from keepbest.modules.sources import Source, StateDict, list_sources
+from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
+from keepbest.modules.state_dicts import load_state, loading_module
+from keepbest.modules.wrappers import PlainNames, modules_along, walk
 from keepbest.ranks import Ranks
-from keepbest.run.manifest import Manifest
-from keepbest.run.reader import FoundSnapshot
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A snapshot that is to be loaded.
+class Restored(NamedTuple):
+    """What became of the model of this rank.
 
     Attributes:
-        manifest: Manifest of it, on every rank.
-        format: Format of its files.
-        found: Where this rank reads it; `None` on ranks that do not read.
-        is_shared: Whether the ranks that read see one folder, or each has a copy of its own.
+        parts: Names of the parts that were loaded.
+        keys: Names in the model of what was loaded.
+        left_alone: Names in the model of what was not.
+        unused: Names of what the snapshot has beyond what was loaded.
     """
 
-    manifest: Manifest
-    format: Format
-    found: FoundSnapshot | None
-    is_shared: bool
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The parts that have files."""
-        return tuple(Part(*part) for part in self.manifest.saved_parts)
-
-    def readers(self, found: FoundSnapshot) -> dict[str, PartReader]:
-        """A reader of each part."""
-        files = found.manifest.files
-        return {part.name: self.format.reader(found.folder, files, part.name) for part in self.parts}
+    parts: tuple[str, ...]
+    keys: tuple[str, ...]
+    left_alone: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 class Restore(Protocol):
     """Loads a snapshot into a model. **Collective**."""
 
-    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> None: ...
+    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored: ...
 
 
-def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> None:
+def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored:
     """Read a snapshot on rank 0, after every file was verified, and hand it to the others. **Collective**.
+
+    Each tensor travels once. Sharded models take their shard of it and drop the rest (FSDP1 holds the full weights of
+    a unit while it loads).
 
     Args:
         model: Model, plain or wrapped. Another strategy and another number of ranks than saved it are fine.
         stored: Snapshot, found by rank 0.
         ranks: Ranks of the model.
         step: What is being done, in words.
+        selection: Names in the model that are loaded.
 
     Raises:
-        SnapshotError: On every rank, if a file is missing or damaged. Otherwise as `place_weights`.
+        SnapshotError: On every rank, if a file is missing or damaged, or keys, shapes or dtypes do not fit the models
+            of the ranks. They are then as they were. If a model does not take what was loaded, it is named.
+        ConfigError: On every rank, if there is nothing in the snapshot that the selection names.
+        RankFailedError: If a model itself refuses the weights on a rank, or a rank is lost. Parts may be loaded then.
+    """
+    return _restore(model, stored, FromMain(stored, ranks, step), ranks, selection)
+
+
+def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored:
+    """Read on each rank the shards that it holds. **Collective**. As `restore_gathered`, but found by every rank."""
+    return _restore(model, stored, FromFiles(stored, ranks, step), ranks, selection)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The model of this rank.
+
+    Attributes:
+        model: Model.
+        sources: Modules that are loaded.
+        state: State dict of each source, with plain keys, by its path.
     """
 
-    def read() -> dict[str, StateDict]:
-        if stored.found is None:
-            return {}
-        stored.found.check_files()
-        return {name: _whole(reader) for name, reader in stored.readers(stored.found).items()}
+    model: nn.Module
+    sources: Sequence[Source]
+    state: dict[str, StateDict]
 
-    files = ranks.agree(step, read, saving=True)
-    place_weights(model, stored.parts, files, stored.manifest.left_out, ranks=ranks)
+    def present(self, part: Part, selection: Selection) -> dict[str, Any]:
+        """What this model has in a part, as far as it is wanted, by its keys in the part."""
+        for source in self.sources:
+            if part in source.parts:
+                entries = ((source.key_in(part, key), value) for key, value in self.state[source.path].items())
+                return {
+                    key: value for key, value in entries if key is not None and selection.holds(whole_key(part, key))
+                }
+        return {}
 
-
-def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> None:
-    """Read on each rank the shards that it holds. **Collective**.
-
-    Every rank verifies its share of the files first, or all of them, if others do not see the same ones.
-
-    Args:
-        model: Model, plain or wrapped. Another strategy and another number of ranks than saved it are fine.
-        stored: Snapshot, found by every rank.
-        ranks: Ranks of the model.
-        step: What is being done, in words.
-
-    Raises:
-        SnapshotError: On every rank, if a file is missing or damaged, or keys or shapes differ from the model's. The
-            model is then as it was.
-        RankFailedError: On every rank, if reading fails later. Parts may be loaded then.
-    """
-    sources, readers = ranks.agree(step, lambda: _verify_and_open(model, stored, ranks), saving=True)
-    state = _present(sources, ranks, step)
-
-    def compare_all() -> None:
-        # Of tensors only shapes and dtypes are compared: stand-ins that take no memory.
-        saved = {name: {**_stand_ins(reader), **reader.others} for name, reader in readers.items()}
-        for source in sources:
-            compare(source, state[source.path], saved, stored.manifest.left_out)
-
-    ranks.agree(step, compare_all)
-    for source in sources:
-        # Not what was compared: FSDP1 gives copies, in which what was loaded since would be missing.
-        present = _present([source], ranks, step)[source.path]
-
-        def fill(source: Source = source, present: StateDict = present) -> None:
-            for part in source.parts:
-                reader, inside = readers[part.name], source.path_of(part)
-                reader.fill({key: present[inside + key] for key in (*reader.kinds, *reader.tied)})
-
-        ranks.agree(step, fill, saving=True)
-        _load_rest(source, present, readers, ranks, step)
+    def names(self) -> set[str]:
+        """The names of everything in the model, also of what is in no source."""
+        paths = [source.path for source in self.sources]
+        names = {whole_key(source, key) for source in self.sources for key in self.state[source.path]}
+        for path, module in walk(self.model):
+            if not any(not each or path == each or path.startswith(f"{each}.") for each in paths):
+                hidden = {"_flat_param", *module._non_persistent_buffers_set}  # noqa: SLF001  # torch has no other way
+                own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+                names.update(f"{path}.{name}" if path else name for name, _ in own if name not in hidden)
+        return names
 
 
-def _whole(reader: PartReader) -> StateDict:
-    tensors = {key: reader.fetch(key) for key in reader.kinds}
-    tied = {key: tensors[first] for key, first in reader.tied.items()}
-    return {**tensors, **tied, **reader.others}
+def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks, selection: Selection) -> Restored:
+    everything = feed.contents()
+    selection.check(whole_key(each.part, key) for each in everything for key in each.names_to_keys)
+    # A part that is empty is compared too, unless others were asked for.
+    chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
+    target = _find(model, [each.part for each in chosen], feed, ranks)
+    _compare(target, chosen, stored.manifest.left_out, feed, ranks, selection)
+    loaded: dict[str, StateDict] = {source.path: {} for source in target.sources}
+    for each in chosen:
+        wanted = _wanted(each, selection)
+        keys = [key for key, names in each.names.items() if not wanted.isdisjoint(names)]
+        brought = feed.bring(each, keys, target.present(each.part, selection))
+        for source in target.sources:
+            if each.part in source.parts:
+                loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())
+        complete = [source for source in target.sources if source.parts[-1] == each.part]
+        _load(complete, loaded, target, feed, ranks)
+        for source in complete:  # the next ones need the memory; the names alone are reported
+            loaded[source.path] = dict.fromkeys(loaded[source.path])
+            target.state[source.path] = dict.fromkeys(target.state[source.path])
+    keys_loaded = {whole_key(source, key) for source in target.sources for key in loaded[source.path]}
+    saved = {whole_key(each.part, key) for each in everything for key in each.names_to_keys}
+    return Restored(
+        parts=tuple(each.part.name for each in chosen),
+        keys=tuple(sorted(keys_loaded)),
+        left_alone=tuple(sorted(target.names() - keys_loaded)),
+        unused=tuple(sorted(saved - keys_loaded)),
+    )
 
 
-def _verify_and_open(model: nn.Module, stored: Stored, ranks: Ranks) -> tuple[list[Source], dict[str, PartReader]]:
-    found = stored.found
-    if found is None:
-        raise RuntimeError(f"rank {ranks.rank} was not given the folder of the snapshot")
-    found.check_files(*((ranks.rank, ranks.world_size) if stored.is_shared else ()))
-    return list_sources(model, stored.parts, save_frozen_weights=True), stored.readers(found)
+def _wanted(contents: PartContents, selection: Selection) -> set[str]:
+    """The names in a part that are selected."""
+    return {key for key in contents.names_to_keys if selection.holds(whole_key(contents.part, key))}
 
 
-def _present(sources: Sequence[Source], ranks: Ranks, step: str) -> dict[str, StateDict]:
+def _find(model: nn.Module, parts: Sequence[Part], feed: Feed, ranks: Ranks) -> _Target:
+    """Those of `parts` that the model of this rank has, and what they hold."""
+    step = "find the saved parts in the model"
+
+    def find() -> tuple[list[Source], dict[str, StateDict]]:
+        here = [part for part in parts if modules_along(model, part.path) is not None]
+        sources = list_sources(model, here, save_frozen_weights=True)
+        return sources, {source.path: plain_state_dict(source) for source in sources if not source.holds_fsdp1}
+
+    sources, state = ranks.agree(step, find)
     try:
-        return {source.path: sharded_state_dict(source) for source in sources}
+        # Only torch knows the names and shapes of what lies in the flat parameters of FSDP1.
+        state |= {source.path: feed.layout(source) for source in sources if source.holds_fsdp1}
+    except BaseException as error:  # noqa: BLE001  # lose raises
+        ranks.lose(step, error)
+    return _Target(model, sources, state)
+
+
+def _compare(
+    target: _Target,
+    contents: Sequence[PartContents],
+    left_out: Mapping[str, Sequence[str]],
+    feed: Feed,
+    ranks: Ranks,
+    selection: Selection,
+) -> None:
+    """Check that everything fits on all ranks, before anything is loaded."""
+
+    def compare() -> list[Any]:
+        here = {part for source in target.sources for part in source.parts}
+        comparison = Comparison(absent=[each.part.path for each in contents if each.part not in here])
+        for each in contents:
+            saved = {key: each.kinds[each.names_to_keys[key]] for key in _wanted(each, selection)}
+            may_lack = set(left_out.get(each.part.name, ()))
+            comparison.add(each, saved, target.present(each.part, selection), may_lack)
+        return comparison.to_json()
+
+    found = ranks.gather_json("compare the saved weights with the model", compare)
+    comparisons = [Comparison.from_json(each) for each in found]
+    parts = [each.part for each in contents]
+    refuse_misfits(parts, comparisons)
+    if casts := sorted({cast for comparison in comparisons for cast in comparison.casts}):
+        refuse_losses(feed.losses(casts), parts)
+
+
+def _load(
+    sources: Sequence[Source], loaded: Mapping[str, StateDict], target: _Target, feed: Feed, ranks: Ranks
+) -> None:
+    """Load sources of which everything was brought. **Collective**, also where there is none on this rank."""
+    step = "load the weights"
+    try:
+        for source in sources:
+            if source.holds_fsdp1:
+                with feed.loading(source.module):
+                    _load_source(source, loaded[source.path], {})
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose(step, error)
 
+    def load_others() -> None:
+        for source in sources:
+            if not source.holds_fsdp1:
+                _load_source(source, loaded[source.path], target.state[source.path])
 
-def _stand_ins(reader: PartReader) -> dict[str, Any]:
-    kinds = {**reader.kinds, **{key: reader.kinds[first] for key, first in reader.tied.items()}}
-    return {key: torch.empty((), dtype=kind.dtype).expand(tuple(kind.shape)) for key, kind in kinds.items()}
+    ranks.agree(step, load_others)
 
 
-def _load_rest(source: Source, present: StateDict, readers: Mapping[str, PartReader], ranks: Ranks, step: str) -> None:
-    """Load what is no tensor, and FSDP1's shards. The other tensors of the model have been read into."""
-    others = {
-        source.path_of(part) + key: value for part in source.parts for key, value in readers[part.name].others.items()
-    }
-    if source.holds_fsdp1:
-        whole = {source.names.key(key): value for key, value in {**present, **others}.items()}
-        try:
-            with sharded_fsdp1_state(source.module):
-                source.module.load_state_dict(whole, strict=False)
-        except BaseException as error:  # noqa: BLE001  # lose raises
-            ranks.lose(step, error)
-    elif others:
-        named = {source.names.key(key): value for key, value in others.items()}
-        ranks.agree(step, lambda: source.module.load_state_dict(named, strict=False))
+def _load_source(source: Source, loaded: StateDict, present: StateDict) -> None:
+    module = loading_module(source.module)
+    names = PlainNames(module)
+    state, others = ({names.key(key): value for key, value in entries.items()} for entries in (loaded, present))
+    if not_taken := load_state(module, state, others):
+        raise SnapshotError(
+            f"load_state_dict of {source.path or 'the model'} has no use for {', '.join(sorted(not_taken))}, which its "
+            "state_dict gives: these weights are not loaded, all others are"
+        )

@@ -159,11 +159,15 @@ def export_command(
         Optional[str],  # noqa: UP045  # as above
         typer.Option(help="Submodel to export alone, with keys of its own."),
     ] = None,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045  # as above
+        typer.Option(help="Dotted path of what is exported, such as encoder.layers.0; may be repeated."),
+    ] = None,
 ) -> None:
     """Write a checkpoint of RUN, of any format, to a file or a folder that others read, with little memory."""
 
     def write() -> None:
-        for path in export(run, ref, to, part=part):
+        for path in export(run, ref, to, part=part, only=only or None):
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
     _run(write, debug=context.obj)

@@ -63,9 +63,9 @@ class PartReader(Protocol):
     """One part of a snapshot, open for reading.
 
     Attributes:
-        kinds: Shape and dtype of each tensor that is stored, by its key.
+        kinds: Shape and dtype of each dense tensor that is stored, by its key.
         tied: Further names of stored tensors, and the key of each.
-        others: What is no tensor, by its key.
+        others: What is no dense tensor, by its key.
     """
 
     @property

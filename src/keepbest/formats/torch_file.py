@@ -14,6 +14,7 @@ from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.modules.kinds import is_dense
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -66,9 +67,9 @@ def without_crc32() -> Iterator[None]:
 
 
 def _compact(value: Any) -> Any:
-    # A view would drag the whole storage that it looks into along into the file.
+    # A view would drag the whole storage that it looks into along into the file. What is sparse has none.
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        if value.layout == torch.strided and value.untyped_storage().nbytes() != value.numel() * value.element_size():
+        if is_dense(value) and value.untyped_storage().nbytes() != value.numel() * value.element_size():
             return value.clone(memory_format=torch.contiguous_format)
     return value

@@ -13,6 +13,7 @@ import torch
 from keepbest.errors import SnapshotError
 from keepbest.formats.format import Format, Receipt, StateDict, TensorKind, ToWrite
 from keepbest.formats.tied import first_names
+from keepbest.modules.kinds import is_dense
 from keepbest.run.digest import Digest
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
@@ -23,11 +24,11 @@ class WholePart:
     """A part of a snapshot that one file holds: a `PartReader` of its state dict.
 
     Attributes:
-        others: What is no tensor, by its key.
+        others: What is no dense tensor, by its key.
     """
 
     def __init__(self, state: StateDict) -> None:
-        self._tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        self._tensors: dict[str, torch.Tensor] = {key: value for key, value in state.items() if is_dense(value)}
         self.others = {key: value for key, value in state.items() if key not in self._tensors}
 
     @cached_property

@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
+from torch.nn.parameter import is_lazy
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
@@ -40,3 +43,27 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 def has_shards(value: object) -> bool:
     """Whether `value` is a tensor of which each rank holds a part."""
     return is_dtensor(value) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those
+
+
+def is_dense(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether `value` is a tensor whose elements lie one after the other in memory."""
+    return isinstance(value, torch.Tensor) and not form_of(value)
+
+
+def form_of(tensor: torch.Tensor) -> str:
+    """Layout and class of a tensor, as far as they are not those of a dense one, which may be sharded, or to come."""
+    if has_shards(tensor) or is_lazy(tensor):
+        return ""
+    words = []
+    if tensor.layout != torch.strided:
+        words.append(str(tensor.layout).removeprefix("torch."))
+        if tensor.layout != torch.sparse_coo:  # of the others torch copies only into those with as many elements
+            words.append(f"with {len(tensor.values())} elements")
+    if tensor.is_quantized:
+        words.append(str(tensor.qscheme()).removeprefix("torch."))
+    if tensor.is_meta:
+        words.append("meta")
+    # Others have the values of a dense tensor, and are one where they are copied.
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        words.append(type(tensor).__name__)
+    return " ".join(words)

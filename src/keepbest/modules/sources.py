@@ -12,6 +12,7 @@ from torch import nn
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_fsdp1
 from keepbest.modules.parts import Part
+from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import PlainNames, modules_along
 
 StateDict = dict[str, Any]
@@ -88,7 +89,7 @@ def plain_state_dict(source: Source) -> StateDict:
     Raises:
         SnapshotError: If two keys have the same plain key.
     """
-    return source.names.plain_state(source.module.state_dict(keep_vars=True))
+    return source.names.plain_state(state_dict_of(source.module, keep_vars=True))
 
 
 def _buffers(module: nn.Module, names: PlainNames) -> frozenset[str]:

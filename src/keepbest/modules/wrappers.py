@@ -153,7 +153,7 @@ class PlainNames:
         """Return what `module` wraps, and its own weights if it wraps something."""
         if (found := self._seen.get(id(module))) is None:
             wrapper = wrapper_of(module)
-            found = self._seen[id(module)] = wrapper, frozenset() if wrapper is None else _own_weights(module)
+            found = self._seen[id(module)] = wrapper, frozenset() if wrapper is None else own_weights(module)
         return found
 
 
@@ -167,7 +167,7 @@ def refuse_keys_that_fall_together(model: nn.Module) -> None:
         if (wrapper := wrapper_of(module)) is None:
             continue
         inner = unwrap(module)
-        for name in sorted(_own_weights(module) & (_own_weights(inner) | _children(inner).keys())):
+        for name in sorted(own_weights(module) & (own_weights(inner) | _children(inner).keys())):
             plain, wrapped = (".".join(filter(None, [path, *names])) for names in ([name], [wrapper.name, name]))
             raise ConfigError(_falls_together(plain, wrapped, plain))
 
@@ -209,7 +209,7 @@ def _children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules  # noqa: SLF001  # named_children() leaves out the further names of a child
 
 
-def _own_weights(module: nn.Module) -> frozenset[str]:
+def own_weights(module: nn.Module) -> frozenset[str]:
     """Return the names of the weights that are `module`'s own, not those of a module in it."""
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return frozenset(name for name, _ in named) - ({_COUNT} if isinstance(module, AveragedModel) else set())

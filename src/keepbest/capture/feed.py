@@ -1,0 +1,228 @@
+"""Where saved values come from: rank 0, which reads them and hands them on, or the files that every rank sees."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keepbest.capture.compare import Cast
+from keepbest.capture.contents import Kind, PartContents
+from keepbest.capture.conversion import survives
+from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
+from keepbest.capture.place import localized, room_for
+from keepbest.formats.format import Format, PartReader
+from keepbest.modules.parts import Part
+from keepbest.modules.sources import Source, StateDict
+from keepbest.ranks import Ranks
+from keepbest.run.manifest import Manifest
+from keepbest.run.reader import FoundSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A snapshot that is to be loaded.
+
+    Attributes:
+        manifest: Manifest of it, on every rank.
+        format: Format of its files.
+        found: Where this rank reads it; `None` on ranks that do not read.
+        is_shared: Whether the ranks that read see one folder, or each has a copy of its own.
+    """
+
+    manifest: Manifest
+    format: Format
+    found: FoundSnapshot | None
+    is_shared: bool
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that have files."""
+        return tuple(Part(*part) for part in self.manifest.saved_parts)
+
+    def readers(self, found: FoundSnapshot) -> dict[str, PartReader]:
+        """A reader of each part."""
+        files = found.manifest.files
+        return {part.name: self.format.reader(found.folder, files, part.name) for part in self.parts}
+
+
+class Feed(Protocol):
+    """Gives each rank the values that its model wants."""
+
+    def contents(self) -> list[PartContents]:
+        """Verify the files, and return what the snapshot holds of each part. **Collective**.
+
+        Raises:
+            SnapshotError: On every rank, if a file is missing or damaged.
+        """
+
+    def layout(self, source: Source) -> StateDict:
+        """What stands for the state dict of a source with FSDP1 units, with plain keys. **Collective**."""
+
+    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
+        """Those of `casts`, which are the same on every rank, whose values would change. **Collective**."""
+
+    def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
+        """Values of one part, in tensors of their own. **Collective**.
+
+        Args:
+            contents: What the snapshot holds of the part.
+            keys: Keys under which the values are stored; the same on every rank.
+            targets: What the model of this rank has in their place, by each of their names.
+
+        Raises:
+            KeepBestError: On every rank, or as `Ranks.lose`.
+        """
+
+    def loading(self, module: nn.Module) -> AbstractContextManager[None]:
+        """FSDP1 units of `module` take what `bring` gives in this block."""
+
+
+@dataclass(slots=True)
+class FromMain:
+    """Rank 0 reads, and sends each value once: `Feed`.
+
+    Attributes:
+        stored: Snapshot, found by rank 0.
+        ranks: Ranks of the model.
+        step: What is being done, in words.
+    """
+
+    stored: Stored
+    ranks: Ranks
+    step: str
+    _readers: Mapping[str, PartReader] = field(default_factory=dict)
+
+    def contents(self) -> list[PartContents]:
+        def read() -> list[Any]:
+            found = self.stored.found
+            if found is None:
+                raise RuntimeError("rank 0 was not given the folder of the snapshot")
+            found.check_files()
+            self._readers = self.stored.readers(found)
+            return [PartContents.of(part, self._readers[part.name]).to_json() for part in self.stored.parts]
+
+        contents = self.ranks.broadcast(self.step, read, saving=True)
+        return [PartContents.from_json(part, each) for part, each in zip(self.stored.parts, contents, strict=True)]
+
+    def layout(self, source: Source) -> StateDict:
+        return fsdp1_state_dict(source, _stand_in, rank0_only=False)
+
+    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
+        found = self.ranks.broadcast(self.step, lambda: _lost(casts, self._readers), saving=True)
+        return [Cast(*cast) for cast in found]
+
+    def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
+        reader = self._readers.get(contents.part.name)
+        brought: StateDict = {}
+        try:
+            for key in keys:
+                value = self._sent(key, contents.kinds[key], reader)
+                for name in contents.names[key]:
+                    if name in targets:
+                        brought[name] = localized(value, targets[name])
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            self.ranks.lose(self.step, error)
+        return brought
+
+    def loading(self, module: nn.Module) -> AbstractContextManager[None]:
+        return full_fsdp1_state(module, rank0_only=False)
+
+    def _sent(self, key: str, kind: Kind, reader: PartReader | None) -> Any:
+        if kind.dtype is None or kind.form:
+            return self._packed(None if reader is None else reader.others[key])
+        if reader is not None:
+            tensor = reader.fetch(key).resolve_conj().resolve_neg().contiguous()
+        else:
+            tensor = torch.empty(kind.shape, dtype=kind.dtype)
+        if self.ranks.control_group is not None and tensor.numel():
+            # Bytes, since gloo does not know every dtype.
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=self.ranks.control_group, group_src=0)
+        return tensor
+
+    def _packed(self, value: Any) -> Any:
+        """What is no dense tensor, as bytes."""
+        if self.ranks.control_group is None:
+            return value
+        torch.save(value, packed := io.BytesIO())
+        data = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
+        dist.broadcast(size := torch.tensor([data.numel()]), group=self.ranks.control_group, group_src=0)
+        data = data if self.ranks.is_main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, group=self.ranks.control_group, group_src=0)
+        return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+@dataclass(slots=True)
+class FromFiles:
+    """Every rank reads the shards that its model holds: `Feed`.
+
+    Every rank verifies its share of the files first, or all of them, if others do not see the same ones.
+
+    Attributes:
+        stored: Snapshot, found by every rank.
+        ranks: Ranks of the model.
+        step: What is being done, in words.
+    """
+
+    stored: Stored
+    ranks: Ranks
+    step: str
+    _readers: Mapping[str, PartReader] = field(default_factory=dict)
+
+    def contents(self) -> list[PartContents]:
+        def verify_and_open() -> list[PartContents]:
+            found, ranks = self.stored.found, self.ranks
+            if found is None:
+                raise RuntimeError(f"rank {ranks.rank} was not given the folder of the snapshot")
+            found.check_files(*((ranks.rank, ranks.world_size) if self.stored.is_shared else ()))
+            self._readers = self.stored.readers(found)
+            return [PartContents.of(part, self._readers[part.name]) for part in self.stored.parts]
+
+        return self.ranks.agree(self.step, verify_and_open, saving=True)
+
+    def layout(self, source: Source) -> StateDict:
+        return sharded_state_dict(source)
+
+    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
+        mine = casts[self.ranks.rank :: self.ranks.world_size]
+        found = self.ranks.gather_json(self.step, lambda: _lost(mine, self._readers), saving=True)
+        return [Cast(*cast) for casts in found for cast in casts]
+
+    def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
+        return self.ranks.agree(self.step, lambda: self._read(contents, keys, targets), saving=True)
+
+    def loading(self, module: nn.Module) -> AbstractContextManager[None]:
+        return sharded_fsdp1_state(module)
+
+    def _read(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
+        reader = self._readers[contents.part.name]
+        brought: StateDict = {}
+        rooms: dict[tuple[str, int], torch.Tensor] = {}  # with the id of what each is for: tied weights want one
+        wanted: dict[str, torch.Tensor] = {}
+        for key in keys:
+            kind = contents.kinds[key]
+            for name in (name for name in contents.names[key] if name in targets):
+                if kind.dtype is None or kind.form:
+                    brought[name] = reader.others[key]
+                    continue
+                place = key, id(targets[name])
+                if place not in rooms:
+                    rooms[place] = wanted[name] = room_for(kind, targets[name])
+                brought[name] = rooms[place]
+        reader.fill(wanted)
+        return brought
+
+
+def _lost(casts: Sequence[Cast], readers: Mapping[str, PartReader]) -> list[Cast]:
+    return [cast for cast in casts if not survives(readers[cast.part].fetch(cast.key), getattr(torch, cast.dtype))]
+
+
+def _stand_in(_: str, value: torch.Tensor) -> torch.Tensor:
+    # Only its shape and dtype are asked for: a tensor that takes no memory.
+    return torch.empty((), dtype=value.dtype).expand(value.shape)
