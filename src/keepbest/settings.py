@@ -203,7 +203,7 @@ def check_settings(
     if higher_is_better is None:
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
-    check_format(given.format, model, parts)
+    check_format(given.format)
     return CheckedSettings(
         given=given,
         name=best_ref(metric_key, given.id),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
-from keepbest.modules.wrappers import keys_of_wrappers, plain_key, state_dict_key
+from keepbest.modules.wrappers import keys_of_wrappers, plain_key, state_dict_key, walk
 
 
 def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torch.Tensor | None]) -> StateDict:
@@ -51,6 +52,53 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
     wrapping = keys_of_wrappers(module)
     full = {plain_key(module, key): value for key, value in state.items() if key not in wrapping}
     return {key: taken.get(key, value) for key, value in full.items()}
+
+
+class FlatEntry(NamedTuple):
+    """A parameter of the user that lies in the flat parameter of a unit.
+
+    Attributes:
+        key: Plain key in the module.
+        shape: Shape of the whole parameter.
+        first: Plain key of the parameter that it is one with; empty if it is the first of its names.
+        flat: Flat parameter of the unit, as this rank has it.
+        members: Ranks in the default group that share the flat parameter out among them; empty if each has all of it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    first: str
+    flat: torch.Tensor
+    members: tuple[int, ...]
+
+
+def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
+    """What lies in the flat parameters of the FSDP1 units of `module`, from what torch notes of it. **Rank-local**."""
+    for path, unit in walk(module):
+        if not is_fsdp1(unit) or unit._handle is None:
+            continue
+        handle, inside, prefix = unit._handle, unit.module, f"{path}." if path else ""
+        flat, is_split = handle.flat_param, handle.uses_sharded_strategy
+        members = tuple(dist.get_process_group_ranks(unit.process_group)) if is_split else ()
+        shapes = {}
+        for name, shape in zip(flat._fqns, flat._shapes, strict=True):
+            key = prefix + plain_key(inside, name)
+            shapes[key] = tuple(shape)
+            yield FlatEntry(key, shapes[key], "", flat, members)
+        for shared in flat._shared_param_infos:
+            name, first = (
+                prefix + plain_key(inside, f"{where}.{what}" if where else what)
+                for where, what in (
+                    (shared.module_name, shared.param_name),
+                    (shared.prim_module_name, shared.prim_param_name),
+                )
+            )
+            yield FlatEntry(name, shapes[first], first, flat, members)
+
+
+def is_flattened(parameter: object) -> bool:
+    """Whether a parameter is, or lies in, the flat parameter of an FSDP1 unit."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from keepbest.errors import SnapshotError
 from keepbest.formats import torch_file
-from keepbest.formats.format import Format, Receipt, StateDict, TensorKind, ToWrite
+from keepbest.formats.format import Format, Receipt, StateDict, TensorKind, ToWrite, special_kind
 from keepbest.modules.quiet import quiet
 from keepbest.run.digest import digest_file
 from keepbest.run.files import Files
@@ -60,9 +59,13 @@ class DistributedCheckpoint(Format):
     name = "dcp"
     capture = "local"
 
-    def check(self, part: str, module: nn.Module) -> None:
-        """It holds everything that torch saves."""
-        del part, module
+    def check(self) -> None:
+        """It needs torch alone."""
+
+    def cannot_hold(self, value: object) -> str | None:
+        if isinstance(value, torch.Tensor) and (kind := special_kind(value)):
+            return f"is {kind}, which format 'dcp' cannot hold; use format 'torch'"
+        return None
 
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
         records: dict[str, FileRecord] = {}

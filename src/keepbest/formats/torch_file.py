@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from keepbest.errors import SnapshotError
@@ -24,9 +23,12 @@ class TorchFile(WholeFileFormat):
     name = "torch"
     ending = ".pt"
 
-    def check(self, part: str, module: nn.Module) -> None:
-        """It holds everything that torch saves."""
-        del part, module
+    def check(self) -> None:
+        """It needs torch alone."""
+
+    def cannot_hold(self, value: object) -> str | None:
+        del value  # it holds everything that torch saves
+        return None
 
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
         compact = {key: _compact(value) for key, value in state.items()}
@@ -71,6 +73,8 @@ def _compact(value: Any) -> Any:
     # A view would drag the whole storage that it looks into along into the file.
     if isinstance(value, torch.Tensor):
         value = value.detach()
+        if value.layout != torch.strided:
+            return value
         if value.untyped_storage().nbytes() != value.numel() * value.element_size():
             return value.clone(memory_format=torch.contiguous_format)
     return value

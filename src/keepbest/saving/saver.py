@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from keepbest.capture.inventory import Inventory
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.formats.format import Format
-from keepbest.ranks import Ranks
+from keepbest.iteration import TrainingIteration
+from keepbest.ranks import Number, Ranks
 from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
 from keepbest.saving.job import PendingSnapshot, SaveJob
@@ -63,7 +65,7 @@ class Saver:
         self._name = name
         self._policy = policy
         self._run = run
-        self._items = items
+        self._inventory = Inventory(items, format, ranks)
         self._format = format
         self._way = find_way(format.capture)
         self._ranks = ranks
@@ -75,6 +77,14 @@ class Saver:
         self._record: KeeperRecord | None = None
         self.losses = Losses(name, tolerates=tolerates)
         self.best_snapshot: str | None = None
+
+    def look_at_weights(self, step: str) -> None:
+        """Check that what the ranks hold can be kept and loaded again. **Collective**.
+
+        Raises:
+            ConfigError: On every rank, if it cannot. It names the weight, the ranks and the way out.
+        """
+        self._inventory.take(step)
 
     def check_folder(self, step: str) -> None:
         """Check that the ranks that write see one folder. **Collective** where several write.
@@ -177,12 +187,12 @@ class Saver:
 
     def _snapshot_of(self, kept: Kept, step: str) -> PendingSnapshot:
         """The snapshot of the weights as they are now: one that another keeper has just taken, or a new one."""
-        iteration = kept.observation.iteration
-        content = (id(self._items.model), self._items.parts, self._items.save_frozen_weights, self._format.name)
-        if (shared := self._run.snapshot_with(iteration, content)) is not None:
+        iteration, items = kept.observation.iteration, self._inventory.items
+        content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name)
+        if (shared := self._unchanged_snapshot(iteration, content, step)) is not None:
             shared.need()
             return shared
-        share = self._way.capture(self._items, self._ranks, self._staging, step)
+        share = self._way.capture(self._inventory, self._staging, step)
         snapshot = PendingSnapshot(
             share,
             self._format,
@@ -192,8 +202,23 @@ class Saver:
             record=self._record,
         )
         snapshot.meet()
-        self._run.remember(iteration, content, snapshot)
+        mark = self._inventory.mark() if self._run.is_shared else ""
+        self._run.remember(iteration, content, snapshot, mark)
         return snapshot
+
+    def _unchanged_snapshot(self, iteration: TrainingIteration, content: Hashable, step: str) -> PendingSnapshot | None:
+        """The snapshot that another keeper has just taken of these weights, if no rank has changed them since."""
+        taken = self._run.snapshot_with(iteration, content)
+        if taken is None:
+            return None
+        snapshot, mark = taken
+
+        def compare() -> tuple[None, Number]:
+            return None, Number(float(self._inventory.mark() != mark), None)
+
+        # The ranks agree, since one that shares would leave those waiting that gather.
+        _, changed = self._ranks.compare(f"look for changes to {step}", compare)
+        return None if any(number.value for number in changed) else snapshot
 
     def _run_now(self, job: SaveJob | None, record: KeeperRecord) -> str | None:
         if job is not None:
