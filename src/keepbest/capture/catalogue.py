@@ -126,7 +126,7 @@ def _state_beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
     wrapping = keys_of_wrappers(module)
     for path, inner in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        passing = inner._non_persistent_buffers_set
+        passing = inner._non_persistent_buffers_set  # noqa: SLF001  # torch has no other list of them
         buffers = {key: value for key, value in inner.named_buffers(recurse=False) if key not in passing}
         own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **buffers}
         if type(inner).get_extra_state is not nn.Module.get_extra_state:

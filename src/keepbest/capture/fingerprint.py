@@ -27,8 +27,8 @@ def fingerprint(tensor: torch.Tensor) -> str:
 def sample(tensors: Iterable[torch.Tensor]) -> str:
     """A digest of where tensors lie, of how often torch has changed them, and of some of their values.
 
-    It notices weights that were exchanged for others, also where that went past torch's count of changes, as a copy into
-    `parameter.data` does. It costs next to nothing.
+    It notices weights that were exchanged for others, also where that went past torch's count of changes, as a copy
+    into `parameter.data` does. It costs next to nothing.
     """
     seen = xxhash.xxh3_64()
     for tensor in tensors:
@@ -39,7 +39,7 @@ def sample(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def _version_of(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  # torch documents it for this use
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,17 +75,17 @@ class FlatEntry(NamedTuple):
 def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
     """What lies in the flat parameters of the FSDP1 units of `module`, from what torch notes of it. **Rank-local**."""
     for path, unit in walk(module):
-        if not is_fsdp1(unit) or unit._handle is None:
+        if not is_fsdp1(unit) or unit._handle is None:  # noqa: SLF001  # torch has no public way to what lies in a unit
             continue
-        handle, inside, prefix = unit._handle, unit.module, f"{path}." if path else ""
+        handle, inside, prefix = unit._handle, unit.module, f"{path}." if path else ""  # noqa: SLF001  # as above
         flat, is_split = handle.flat_param, handle.uses_sharded_strategy
         members = tuple(dist.get_process_group_ranks(unit.process_group)) if is_split else ()
         shapes = {}
-        for name, shape in zip(flat._fqns, flat._shapes, strict=True):
+        for name, shape in zip(flat._fqns, flat._shapes, strict=True):  # noqa: SLF001  # as above
             key = prefix + plain_key(inside, name)
             shapes[key] = tuple(shape)
             yield FlatEntry(key, shapes[key], "", flat, members)
-        for shared in flat._shared_param_infos:
+        for shared in flat._shared_param_infos:  # noqa: SLF001  # as above
             name, first = (
                 prefix + plain_key(inside, f"{where}.{what}" if where else what)
                 for where, what in (

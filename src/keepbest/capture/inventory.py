@@ -201,11 +201,11 @@ class Inventory:
         )
         differing = [name for name in everybodys[0] if len({prints[name] for prints in everybodys}) > 1]
         if differing and self.ranks.is_main:
-            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""  # noqa: PLR2004  # as many as are shown
+            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             _logger.warning(
-                "buffers differ between the ranks: %s%s. The snapshots have those of %s, so a model that is loaded from "
-                "them may not reproduce the metric. Synchronize them: use torch.nn.SyncBatchNorm for BatchNorm, or "
-                "broadcast or average the buffers before each evaluation",
+                "buffers differ between the ranks: %s%s. The snapshots have those of %s, so a model that is loaded "
+                "from them may not reproduce the metric. Synchronize them: use torch.nn.SyncBatchNorm for BatchNorm, "
+                "or broadcast or average the buffers before each evaluation",
                 ", ".join(differing[:4]),
                 more,
                 listed([0]),
@@ -215,7 +215,7 @@ class Inventory:
 def _place_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
     """Which piece of an entry this rank holds, and whether other members hold the same piece."""
     if is_dtensor(value):
-        where: list[int] = value.device_mesh.get_coordinate() or []
+        where = list(value.device_mesh.get_coordinate() or ())
         split = [at for at, placement in zip(where, value.placements, strict=True) if not placement.is_replicate()]
         return str(split), len(split) < len(where)
     return (str(entry.members.index(rank)), False) if entry.members else ("", True)

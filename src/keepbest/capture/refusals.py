@@ -45,25 +45,29 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
 
 
 def _fault_of(value: object, *, is_in_unit: bool) -> str | None:
-    if not isinstance(value, torch.Tensor):
-        return (
-            None
-            if is_plain_data(value)
-            else (
-                f"in the state dict is a {type(value).__name__}; only tensors, numbers, strings and containers of them can "
-                "be loaded without running code. Return one of these from get_extra_state()"
-            )
-        )
+    if isinstance(value, torch.Tensor):
+        return _fault_of_tensor(value, is_in_unit=is_in_unit)
+    if is_plain_data(value):
+        return None
+    return (
+        f"in the state dict is a {type(value).__name__}; only tensors, numbers, strings and containers of them can be "
+        "loaded without running code. Return one of these from get_extra_state()"
+    )
+
+
+def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
     if is_lazy(value):
         return "is not initialized yet. Run one batch through the lazy modules before the keeper starts"
     if is_in_unit:
         return None
     if is_flattened(value):
         return (
-            "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard of "
-            "it is seen. Make the keeper with the wrapped model, after it was wrapped"
+            "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard "
+            "of it is seen. Make the keeper with the wrapped model, after it was wrapped"
         )
-    inside = value._local_tensor if is_dtensor(value) else value
+    if is_dtensor(value) and any(placement.is_partial() for placement in value.placements):
+        return "is a DTensor with a Partial placement, of which no rank holds values. Redistribute it first"
+    inside = value.to_local().detach() if is_dtensor(value) else value
     if inside.is_meta:
         return "is on the meta device: it has no values that could be saved. Materialize it before the keeper starts"
     if type(inside) not in _PLAIN_CLASSES:
@@ -72,8 +76,6 @@ def _fault_of(value: object, *, is_in_unit: bool) -> str | None:
             f"is a {kind}, a subclass of Tensor, which could not be read again without code of its own. Keep a plain "
             "tensor, convert it with as_subclass(torch.Tensor), or leave it out (model_names, or save_frozen_weights)"
         )
-    if is_dtensor(value) and any(placement.is_partial() for placement in value.placements):
-        return "is a DTensor with a Partial placement, of which no rank holds values. Redistribute it first"
     return None
 
 
@@ -106,5 +108,5 @@ def is_plain_data(value: object) -> bool:
     if type(value) in (list, tuple, set):
         return all(map(is_plain_data, cast("Iterable[object]", value)))
     if isinstance(value, torch.Tensor):
-        return _fault_of(value, is_in_unit=False) is None
+        return _fault_of_tensor(value, is_in_unit=False) is None
     return type(value) in (NoneType, bool, int, float, complex, str, bytes)

@@ -11,10 +11,10 @@ from keepbest.errors import ConfigError
 
 _LISTED = 6
 _WAYS_OUT = (
-    "A snapshot has one tensor for each name, so it would hold the weights of one rank and lose the others. Weights that "
-    "belong to a rank alone (experts, hand-made tensor parallelism) need names of their own, or have to be DTensors over "
-    "all ranks; or give each rank a keeper and a directory of its own (process_group), or leave them out (model_names). "
-    "If they should be equal, broadcast them from rank 0 before the keeper starts"
+    "A snapshot has one tensor for each name, so it would hold the weights of one rank and lose the others. Weights "
+    "that belong to a rank alone (experts, hand-made tensor parallelism) need names of their own, or have to be "
+    "DTensors over all ranks; or give each rank a keeper and a directory of its own (process_group), or leave them out "
+    "(model_names). If they should be equal, broadcast them from rank 0 before the keeper starts"
 )
 
 
