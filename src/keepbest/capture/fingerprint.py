@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 import xxhash
 
+from keepbest.modules.raw_bytes import raw_bytes
+
 _WORDS_AT_ONCE = 1 << 22  # of a tensor on an accelerator, so that what is computed in between stays small
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no word is lost when it is multiplied modulo 2**64
 _SAMPLED = 256  # elements of each tensor that tell whether its values were exchanged
@@ -48,7 +50,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.int_repr()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    return raw_bytes(tensor)
 
 
 def _reduced(values: torch.Tensor) -> int:

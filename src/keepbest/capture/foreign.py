@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from keepbest.capture.catalogue import Name
 from keepbest.capture.union import Holding
+from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.ranks import Ranks
 
 
@@ -44,7 +45,7 @@ class ForeignTransfer:
         number = self._wanted[name].number
         if not self._wanted[name].entry.form.is_packed:
             if value.numel():
-                sent = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+                sent = raw_bytes(value.detach().cpu())
                 if (work := dist.isend(sent, group=self._group, group_dst=0, tag=2 * number)) is not None:
                     work.wait()
             return
@@ -60,7 +61,7 @@ class ForeignTransfer:
             for name, holding in self._wanted.items():
                 if holding.entry.form.is_packed:
                     into = self._sizes[name] = torch.zeros(1, dtype=torch.int64)
-                elif (into := self._rooms[name].reshape(-1).view(torch.uint8)).numel() == 0:
+                elif (into := raw_bytes(self._rooms[name])).numel() == 0:
                     continue
                 self._under_way.append(
                     dist.irecv(into, group=self._group, group_src=holding.owner, tag=2 * holding.number)

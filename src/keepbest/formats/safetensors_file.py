@@ -20,6 +20,7 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -131,8 +132,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
         for entry in entries:
             tensor = entry.fetch()
             if tensor.numel():
-                flat = tensor.contiguous().reshape(-1)
-                sink.write(flat.view(torch.uint8).numpy().data)
+                sink.write(raw_bytes(tensor).numpy().data)
         file.sync()
     return sink.digest
 
