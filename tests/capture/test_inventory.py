@@ -38,7 +38,7 @@ class Experts(nn.Module):
     def __init__(self):
         super().__init__()
         self.router = nn.Linear(4, 4)
-        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.experts = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         set_weights(self, 1.0)
         set_weights(self.experts, float(dist.get_rank()))
 

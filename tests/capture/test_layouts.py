@@ -1,4 +1,4 @@
-"""Every layout x format x number of ranks: kept and loaded bit for bit into the same layout, one process, and another."""
+"""Every layout x format x number of ranks: kept, and loaded bit for bit into the same layout, and into others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = (
 
 
 class Block(nn.Module):
-    """Uneven dimensions, experts, buffers, and parameters of every dtype."""
+    """Uneven dimensions, experts and buffers."""
 
     def __init__(self):
         super().__init__()
@@ -36,26 +36,18 @@ class Block(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
-class Odd(Block):
-    def __init__(self):
-        super().__init__()
-        for dtype in DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            self.register_parameter(name, nn.Parameter(torch.zeros(6, 5).to(dtype), requires_grad=False))
-
-
-def block(seed, kind=Block):
-    model = filled(kind(), seed)
-    generator = torch.Generator().manual_seed(seed + 100)
-    for dtype in DTYPES if kind is Odd else ():
-        held = model.get_parameter(str(dtype).removeprefix("torch.")).data
-        drawn = torch.randint(0, 100, held.shape, generator=generator)
-        held.copy_((drawn > 50) if dtype == torch.bool else drawn.to(dtype))
-    return model
+def block(seed):
+    return filled(Block(), seed)
 
 
 def odd(seed):
-    return block(seed, Odd)
+    """A block with parameters of every dtype, which do not train."""
+    model, generator = block(seed), torch.Generator().manual_seed(seed)
+    for dtype in DTYPES:
+        drawn = torch.randint(0, 100, (6, 5), generator=generator)
+        values = drawn > 50 if dtype == torch.bool else drawn.to(dtype)
+        model.register_parameter(str(dtype).replace("torch.", "of_"), nn.Parameter(values, requires_grad=False))
+    return model
 
 
 def single(model):
@@ -141,7 +133,7 @@ def fsdp1_no_shard(model):
 # layout -> how to wrap, the numbers of ranks, the models
 LAYOUTS = {
     "single": (single, (1,), (block, odd)),
-    "ddp": (ddp, (1, 2, 3, 4), (block, odd)),
+    "ddp": (ddp, (1, 2, 3, 4), (block,)),  # gloo broadcasts few dtypes
     "fsdp2": (fsdp2, (1, 2, 3, 4), (block, odd)),
     "hsdp": (hsdp, (2, 4), (block, odd)),
     "tensor_parallel": (tensor_parallel, (2, 3, 4), (block,)),

@@ -118,11 +118,12 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     files: dict[str, StateDict] = {}
     for name, holding in agreed.union.kept():
         first = Name(name.part, holding.entry.first or name.key)
-        if (value := found.pop(name, found.get(first, _NOTHING))) is _NOTHING:
+        if (value := found.get(name, found.get(first, _NOTHING))) is _NOTHING:
             raise SnapshotError(f"{str(name)!r} was in the model when the keeper looked, but not when it was saved")
         files.setdefault(name.part, {})[name.key] = value
-    for name, value in found.items():  # what hooks of state_dict() add, which FSDP1 alone can call
-        files.setdefault(name.part, {})[name.key] = value
+    for name, value in found.items():
+        if name not in agreed.union.holdings:  # what hooks of state_dict() add, which FSDP1 alone can call
+            files.setdefault(name.part, {})[name.key] = value
     # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
     for part in inventory.items.parts:
         if part.name not in files and not (agreed.union.left_out(part.name) or part.apart):
@@ -183,6 +184,8 @@ class _Receiver:
         return found
 
     def _receive(self, name: Name, holding: Holding, value: Any) -> Any:
+        if holding.entry.form.is_in_unit and not self._ranks.is_main:
+            return None  # it was sent where it had to be
         if not isinstance(value, torch.Tensor):
             if holding.owner == self._ranks.rank and not self._ranks.is_main:
                 self._elsewhere.send(name, value)
@@ -202,8 +205,6 @@ class _Receiver:
         return found
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
-        if holding.entry.form.is_in_unit and not self._ranks.is_main:
-            return value  # it was sent where it had to be
         like = _like(holding)
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):
             return self._shards.move(value, partial(self._slot.room, _room_of(name), like), holding.number)

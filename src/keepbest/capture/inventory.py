@@ -102,7 +102,8 @@ class Inventory:
             changed = changes(before, held.entries)
             data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
             try:
-                refuse_what_cannot_be_kept(held, {*changed, *data}, self._format, self.ranks)
+                new = [name for name in changed if name in held.entries]
+                refuse_what_cannot_be_kept(held, {*new, *data}, self._format, self.ranks)
             except ConfigError as error:
                 raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
             if changed or union is None:

@@ -20,6 +20,10 @@ from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.ranks import Ranks
 
 _PLAIN_CLASSES = (torch.Tensor, nn.Parameter, nn.Buffer)
+_IN_A_UNIT_AROUND = (
+    "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard of it is "
+    "seen. Make the keeper with the wrapped model, after it was wrapped"
+)
 
 
 def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, ranks: Ranks) -> None:
@@ -39,6 +43,11 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
         )
         if fault is not None:
             raise ConfigError(f"{str(name)!r} {fault}")
+    for source in held.sources:
+        # Without original parameters FSDP1 takes the parameters out of their modules: they have no names any more.
+        taken = (path for path, inside in source.module.named_modules() if _is_emptied_by_fsdp1(inside))
+        if not source.holds_fsdp1 and (path := next(taken, None)) is not None:
+            raise ConfigError(f"{path or 'model'!r} {_IN_A_UNIT_AROUND}")
     if form.capture == "local":
         for source in held.sources:
             _refuse_partly_sharded(source.module, ranks)
@@ -61,10 +70,7 @@ def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
     if is_in_unit:
         return None
     if is_flattened(value):
-        return (
-            "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard "
-            "of it is seen. Make the keeper with the wrapped model, after it was wrapped"
-        )
+        return _IN_A_UNIT_AROUND
     if is_dtensor(value) and any(placement.is_partial() for placement in value.placements):
         return "is a DTensor with a Partial placement, of which no rank holds values. Redistribute it first"
     inside = value.to_local().detach() if is_dtensor(value) else value
@@ -97,6 +103,10 @@ def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
                     f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
                     "use format 'torch' or 'safetensors', or FSDP2"
                 )
+
+
+def _is_emptied_by_fsdp1(module: nn.Module) -> bool:
+    return getattr(module, "_fsdp_use_orig_params", None) is False
 
 
 def is_plain_data(value: object) -> bool:

@@ -139,7 +139,7 @@ def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequen
 
 
 def _refuse_other_values(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:
-    differing: dict[str, tuple[int, int]] = {}
+    differing: dict[str, set[int]] = {}
     for name, ranks in holders.items():
         seen: dict[str, tuple[str, int]] = {}
         for rank in ranks:
@@ -148,11 +148,11 @@ def _refuse_other_values(reports: Sequence[Report], holders: Mapping[Name, Seque
             place, digest = reports[rank].prints[name]
             known, first = seen.setdefault(place, (digest, rank))
             if known != digest:
-                differing.setdefault(str(name), (first, rank))
+                differing.setdefault(str(name), set()).update((first, rank))
     if differing:
         names = list(differing)
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        ranks_of = sorted({rank for pair in differing.values() for rank in pair})
+        ranks_of = sorted(set().union(*differing.values()))
         raise ConfigError(
             f"{listed(ranks_of)} hold different weights under the same name: {', '.join(names[:_LISTED])}{more}. "
             f"{_WAYS_OUT}"
