@@ -23,6 +23,7 @@ from keepbest.errors import (
     StorageError,
 )
 from keepbest.ranks import Number, Ranks
+from keepbest.staging.slot import LiveSlot
 from tests.kit.child import announce, pause
 from tests.kit.pool import run_ranks, start_ranks
 
@@ -297,25 +298,18 @@ def observe_until_killed(directory):
     keeper.observe(2.0, update(3))
 
 
-class Unwilling(torch.Tensor):
-    """A buffer that cannot be brought to the CPU, as where memory has run out on one rank."""
+def fail_in_the_gather(directory):
+    with pytest.MonkeyPatch.context() as patch:
+        return fail_where_rank_0_has_no_room(directory, patch)
 
-    def cpu(self):
+
+def fail_where_rank_0_has_no_room(directory, monkeypatch):
+    def refuse(slot, key, value):
         raise MemoryError("no memory for the weights")
 
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), keywords=None):
-        if function is torch.Tensor.detach:
-            return arguments[0]
-        return super().__torch_function__(function, types, arguments, keywords or {})
-
-
-def fail_in_the_gather(directory):
     model = nn.Linear(1, 1)
     if dist.get_rank() == 0:
-        model.register_buffer("scratch", torch.zeros(1).as_subclass(Unwilling))
-    else:
-        model.register_buffer("scratch", torch.zeros(1))
+        monkeypatch.setattr(LiveSlot, "put", refuse)
     keeper = BestKeeper(model, directory=directory, metric_key="loss", rank_timeout=2.0, save_timeout=2.0)
     try:
         keeper.observe(1.0, update(1))

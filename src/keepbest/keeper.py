@@ -121,7 +121,8 @@ class BestKeeper:
         Raises:
             RunExistsError: On every rank, if the folder holds another run, one that is not resumed, or one in use.
             LedgerError: On every rank, if the ledger is damaged or of another version.
-            ConfigError: On every rank, if another keeper in the folder has the same name.
+            ConfigError: On every rank, if another keeper in the folder has the same name, or a weight cannot be kept
+                and loaded again, or ranks hold different weights under one name. The message has the way out.
             SnapshotError: On every rank, if the remote copy cannot be read, or is damaged.
             StorageError: On every rank, if the folder, or the remote storage, cannot be written.
         """
@@ -130,6 +131,7 @@ class BestKeeper:
         resumes = f"{self._loaded} {self._resume} {at}".encode()
         step = f"open {self.directory} for {self.name}"
         try:
+            self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
             # Only a remote copy may take long to be brought here.

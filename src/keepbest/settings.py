@@ -229,7 +229,7 @@ def check_settings(
     if higher_is_better is None:
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
-    check_format(given.format, model, parts)
+    check_format(given.format)
     if given.async_save and find_format(given.format).capture == "local":
         raise ConfigError(
             f"format {given.format!r} is written by all ranks, which wait for each other; async_save goes with 'torch' "

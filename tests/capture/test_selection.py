@@ -189,16 +189,16 @@ def test_extra_state_of_plain_data_comes_back_as_it_was_on_every_rank(tmp_path):
 
 @pytest.mark.parametrize("state", [len, [{"a": (len,)}], Named(1), np.float64(1.0), {1: len}], ids=repr)
 def test_extra_state_that_could_not_be_read_again_is_refused(state, tmp_path):
-    with BestKeeper(WithState(state), directory=tmp_path, metric_key="loss") as keeper:
-        with pytest.raises(SnapshotError, match="'_extra_state' in the state dict is a"):
-            keeper.observe(1.0, update(1))
-        assert not list((tmp_path / "checkpoints" / "snapshots").iterdir())
+    keeper = BestKeeper(WithState(state), directory=tmp_path / "run", metric_key="loss")
+    with pytest.raises(ConfigError, match="'_extra_state' in the state dict is a"):
+        keeper.start()
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_on_the_meta_device_are_refused(tmp_path):
     keeper = BestKeeper(nn.Linear(1, 1, device="meta"), directory=tmp_path, metric_key="loss")
-    with keeper, pytest.raises(SnapshotError, match="'weight' is on the meta device"):
-        keeper.observe(1.0, update(1))
+    with pytest.raises(ConfigError, match="'weight' is on the meta device"):
+        keeper.start()
 
 
 def test_view_is_saved_without_the_storage_that_it_looks_into(tmp_path):

@@ -86,12 +86,12 @@ def whole_run(folder: Path, kind: str, step: str, victim: int):
     gathered = 0
     move = ShardTransfer.move
 
-    def move_or_fail(transfer: ShardTransfer, tensor: DTensor, into: torch.Tensor | None) -> torch.Tensor:
+    def move_or_fail(transfer: ShardTransfer, tensor: DTensor, *arguments) -> torch.Tensor:
         nonlocal gathered
         gathered += 1
         if gathered == 2:
             failure.at("gather the weights")
-        return move(transfer, tensor, into)
+        return move(transfer, tensor, *arguments)
 
     def fail(operation: Operation) -> None:
         if operation.name in ("append", "write", "sync"):

@@ -40,20 +40,20 @@ class WithState(nn.Linear):
     ("settings", "message"),
     [
         ({"format": "pickle"}, "format must be 'torch', 'safetensors' or 'dcp', found 'pickle'"),
-        ({"format": "safetensors"}, "holds tensors only, but 1 in 'model' has an extra state; use format 'torch'"),
+        ({"format": "safetensors"}, "'1._extra_state' in the state dict is a dict, and format 'safetensors' holds"),
         ({"format": "dcp", "async_save": True}, "async_save goes with 'torch' and 'safetensors' only"),
     ],
 )
 def test_format_that_cannot_be_is_refused_before_anything_is_done(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        keeper_of(nn.Sequential(nn.Linear(1, 1), WithState(1, 1)), tmp_path / "run", **settings)
+        keeper_of(nn.Sequential(nn.Linear(1, 1), WithState(1, 1)), tmp_path / "run", **settings).start()
     assert not (tmp_path / "run").exists()
 
 
 def test_dtype_that_a_safetensors_file_cannot_hold_is_refused_before_anything_is_done(tmp_path):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(2, 2, dtype=torch.complex128))
-    with pytest.raises(ConfigError, match=r"cannot hold 'weight' of 1 in 'model', which is torch\.complex128"):
-        keeper_of(model, tmp_path / "run", format="safetensors")
+    with pytest.raises(ConfigError, match=r"'1\.weight' is torch\.complex128, which format 'safetensors' cannot hold"):
+        keeper_of(model, tmp_path / "run", format="safetensors").start()
     assert not (tmp_path / "run").exists()
 
 

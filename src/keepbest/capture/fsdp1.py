@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
 from keepbest.modules.state_dicts import state_dict_of
-from keepbest.modules.wrappers import PlainNames
+from keepbest.modules.wrappers import PlainNames, walk
 
 
 def fsdp1_state_dict(
@@ -50,6 +51,55 @@ def fsdp1_state_dict(
     with full_fsdp1_state(module, rank0_only=rank0_only), _hooks_in_units(module, take_unit):
         state = state_dict_of(module)
     return {key: taken.get(key, value) for key, value in names.plain_state(state).items()}
+
+
+class FlatEntry(NamedTuple):
+    """A parameter of the user that lies in the flat parameter of a unit.
+
+    Attributes:
+        key: Plain key in the module.
+        shape: Shape of the whole parameter.
+        first: Plain key of the parameter that it is one with; empty if it is the first of its names.
+        flat: Flat parameter of the unit, as this rank has it.
+        members: Ranks in the default group that share the flat parameter out among them; empty if each has all of it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    first: str
+    flat: torch.Tensor
+    members: tuple[int, ...]
+
+
+def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
+    """What lies in the flat parameters of the FSDP1 units of `module`, from what torch notes of it. **Rank-local**."""
+    firsts: dict[tuple[int, str], str] = {}  # a unit may have several paths
+    for path, unit in walk(module):
+        if not is_fsdp1(unit) or unit._handle is None:  # noqa: SLF001  # torch has no public way to what lies in a unit
+            continue
+        handle, names, prefix = unit._handle, PlainNames(unit.module), f"{path}." if path else ""  # noqa: SLF001  # as above
+        flat, is_split = handle.flat_param, handle.uses_sharded_strategy
+        members = tuple(dist.get_process_group_ranks(unit.process_group)) if is_split else ()
+        shapes = {}
+        for name, shape in zip(flat._fqns, flat._shapes, strict=True):  # noqa: SLF001  # as above
+            key = prefix + names.plain(name)
+            shapes[key] = tuple(shape)
+            first = firsts.setdefault((id(flat), name), key)
+            yield FlatEntry(key, shapes[key], "" if first == key else first, flat, members)
+        for shared in flat._shared_param_infos:  # noqa: SLF001  # as above
+            name, first = (
+                prefix + names.plain(f"{where}.{what}" if where else what)
+                for where, what in (
+                    (shared.module_name, shared.param_name),
+                    (shared.prim_module_name, shared.prim_param_name),
+                )
+            )
+            yield FlatEntry(name, shapes[first], first, flat, members)
+
+
+def is_flattened(parameter: object) -> bool:
+    """Whether a parameter is, or lies in, the flat parameter of an FSDP1 unit."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 @contextlib.contextmanager

@@ -2,175 +2,216 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
-from types import NoneType
-from typing import cast
+from typing import Any
 
 import torch
 
+from keepbest.capture.catalogue import Name
+from keepbest.capture.foreign import ForeignTransfer
 from keepbest.capture.fsdp1 import fsdp1_state_dict
-from keepbest.capture.share import Items, Share, main_alone
+from keepbest.capture.inventory import Agreed, Inventory
+from keepbest.capture.share import Share, main_alone
 from keepbest.capture.transfer import ShardTransfer
+from keepbest.capture.union import Holding
+from keepbest.capture.whole import whole_tensor
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor
-from keepbest.modules.parts import Part
-from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
+from keepbest.modules.sources import Source, StateDict
 from keepbest.ranks import Ranks
-from keepbest.staging.slot import LiveSlot, Slot, Staging
+from keepbest.staging.slot import Like, LiveSlot, Slot, Staging
 
 
-def gathered(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
-    """Bring the weights of `items` to rank 0, which writes them. **Collective**.
+def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
+    """Bring the weights of a model to rank 0, which writes them. **Collective**.
 
     No rank holds more than one whole parameter at a time beside what rank 0 keeps (FSDP1: one unit, which gloo has
     twice while it gathers it).
 
     Args:
-        items: What is to be saved.
-        ranks: Ranks of the model.
+        inventory: What is to be saved, and what the ranks hold of it.
         staging: Where rank 0 gets room for the weights. `Unstaged` weights of a plain CPU model are the live tensors.
         step: What is being done, in words.
 
     Raises:
-        KeepBestError: As `Ranks.agree`, before any weight moved: if a rank lists other weights than the others, or a
-            weight is on the meta device or is no plain data.
+        KeepBestError: As `Inventory.settle`, before any weight moved. On every rank, if rank 0 has no room for them.
         RankFailedError: On a rank that fails while weights are on their way, and, once the timeout of the process group
             that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
-    sources, slot = _list_and_claim(items, ranks, staging, step)
-    files: dict[str, StateDict] = {}
-    left_out: dict[str, list[str]] = {}
+    ranks, slot = inventory.ranks, list[Slot]()
+
+    def claim(agreed: Agreed) -> None:
+        if ranks.is_main:
+            if not slot:
+                slot.append(staging.claim())
+            _reserve(agreed, slot[0])
+
     try:
-        for source in sources:
-            receiver = _Receiver(source, ranks, slot)
-            if source.holds_fsdp1:
-                state = fsdp1_state_dict(source, receiver.take)
-            else:
-                state = plain_state_dict(source)
-            for part in source.parts:
-                kept, left_out[part.name] = cut(source, part, state)
-                full = receiver.receive(part, kept)
-                # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
-                if full or not (left_out[part.name] or part.apart):
-                    files[part.name] = full
+        agreed = inventory.settle(step, claim, saving=staging.waits)  # rank 0 may have to wait for a write
+    except BaseException:
+        # Nothing moved, and the ranks may continue: a slot that is not given back would be waited for in vain.
+        for each in slot:
+            each.release()
+        raise
+    room = slot[0] if slot else LiveSlot()
+    try:
+        files = _files_of(inventory, _gather(agreed, ranks, room), agreed)
     except BaseException as error:  # noqa: BLE001  # lose raises
-        slot.release()
+        room.release()
         ranks.lose("gather the weights", error)
+    left_out = {part.name: keys for part in inventory.items.parts if (keys := agreed.union.left_out(part.name))}
     return Share(
-        parts=items.parts,
-        files=files if ranks.is_main else {},
-        left_out={name: keys for name, keys in left_out.items() if keys},
-        slot=slot,
+        parts=inventory.items.parts,
+        files=files,
+        left_out=left_out,
+        slot=room,
         writers=main_alone,
     )
 
 
-def _list_and_claim(items: Items, ranks: Ranks, staging: Staging, step: str) -> tuple[list[Source], Slot]:
-    """The sources that all ranks agree on, and room for their weights on rank 0."""
-    # Ranks that list different weights would wait for each other forever, so they compare their lists first.
-    slot: Slot = LiveSlot()
-
-    def list_and_claim() -> list[Source]:
-        nonlocal slot
-        listed = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
-        if ranks.is_main:
-            slot = staging.claim()
-        return listed
-
-    try:
-        sources = ranks.agree(
-            f"list the weights to {step}",
-            list_and_claim,
-            state=lambda sources: b"\n".join(map(listing, sources)),
-            saving=staging.waits,  # rank 0 may have to wait for a write before it has a slot
-        )
-    except BaseException:
-        # Nothing moved, and the ranks may continue: a slot that is not given back would be waited for in vain.
-        slot.release()
-        raise
-    return sources, slot
+def _reserve(agreed: Agreed, slot: Slot) -> None:
+    """Allocate on rank 0 what the weights need, while a lack of memory is an error that every rank can raise."""
+    for name, holding in agreed.union.kept():
+        if not holding.entry.form.is_packed and not holding.entry.first:
+            slot.reserve(_room_of(name), _like(holding))
 
 
-def listing(source: Source) -> bytes:
-    """What the ranks compare before weights move: names, shapes and kinds of what `source` holds.
-
-    Raises:
-        SnapshotError: If something in it cannot be saved.
-    """
-    if source.holds_fsdp1:
-        names = {source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)}
-        return f"{source.path}: {sorted(names)}".encode()
-    lines = [f"{source.path}:"]
-    for key, value in plain_state_dict(source).items():
-        if isinstance(value, torch.Tensor):
-            if value.is_meta:
-                raise SnapshotError(f"{key!r} is on the meta device: it has no values that could be saved")
-            placements = f" {value.placements}" if is_dtensor(value) else ""
-            lines.append(f"{key} {tuple(value.shape)} {value.dtype}{placements}")
-        elif not _is_plain_data(value):
-            raise SnapshotError(
-                f"{key!r} in the state dict is a {type(value).__name__}; only tensors, numbers, strings and containers "
-                "of them can be loaded without running code. Return one of these from get_extra_state()"
-            )
-    return " ".join(lines).encode()
+def _like(holding: Holding) -> Like:
+    form = holding.entry.form
+    is_live = holding.owner == 0 and not form.spread
+    return Like(form.shape, getattr(torch, form.dtype), holding.entry.device, is_live)
 
 
-def cut(source: Source, part: Part, state: StateDict) -> tuple[StateDict, list[str]]:
-    """The entries of `part`, and the keys that are left out since they are frozen."""
-    entries = {key: name for key in state if (name := source.key_in(part, key)) is not None}
-    frozen = sorted(name for key, name in entries.items() if source.is_frozen(key))
-    if frozen and all(key in source.buffers or source.is_frozen(key) for key in entries):
-        return {}, sorted(entries.values())
-    return {name: state[key] for key, name in entries.items() if not source.is_frozen(key)}, frozen
+def _room_of(name: Name) -> str:
+    return "/".join(name)
+
+
+def _gather(agreed: Agreed, ranks: Ranks, slot: Slot) -> dict[Name, Any]:
+    """On rank 0 all that is kept, whole. Every rank goes through the entries in the same order."""
+    kept = dict(agreed.union.kept())
+    foreign = {name: holding for name, holding in kept.items() if holding.owner != 0 and not holding.entry.first}
+    rooms = {
+        name: slot.room(_room_of(name), _like(holding))
+        for name, holding in foreign.items()
+        if ranks.is_main and not holding.entry.form.is_packed
+    }
+    found: dict[Name, Any] = {}
+    with ExitStack() as stack:
+        elsewhere = stack.enter_context(ForeignTransfer(ranks, foreign.items(), rooms))
+        shards = stack.enter_context(ShardTransfer(ranks))
+        stack.enter_context(torch.no_grad())
+        for source in agreed.held.sources:
+            receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
+            if source.holds_fsdp1:
+                state = fsdp1_state_dict(source, partial(receiver.take, source))
+            else:
+                state = agreed.held.states[source.path]
+            found |= receiver.receive(source, state)
+    return {**found, **elsewhere.received}
+
+
+def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> dict[str, StateDict]:
+    """State dicts of the parts, in the order that the ranks agreed on."""
+    if not inventory.ranks.is_main:
+        return {}
+    files: dict[str, StateDict] = {}
+    for name, holding in agreed.union.kept():
+        first = Name(name.part, holding.entry.first or name.key)
+        if (value := found.get(name, found.get(first, _NOTHING))) is _NOTHING:
+            raise SnapshotError(f"{str(name)!r} was in the model when the keeper looked, but not when it was saved")
+        files.setdefault(name.part, {})[name.key] = value
+    for name, value in found.items():
+        if name not in agreed.union.holdings:  # what hooks of state_dict() add, which FSDP1 alone can call
+            files.setdefault(name.part, {})[name.key] = value
+    # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
+    for part in inventory.items.parts:
+        if part.name not in files and not (agreed.union.left_out(part.name) or part.apart):
+            files[part.name] = {}
+    return {part.name: files[part.name] for part in inventory.items.parts if part.name in files}
+
+
+_NOTHING = object()
 
 
 class _Receiver:
     """Brings each tensor of one source to the slot of rank 0, full, once. Other ranks keep nothing."""
 
-    def __init__(self, source: Source, ranks: Ranks, slot: Slot) -> None:
-        self._source = source
+    def __init__(
+        self,
+        agreed: Agreed,
+        kept: dict[Name, Holding],
+        ranks: Ranks,
+        slot: Slot,
+        shards: ShardTransfer,
+        elsewhere: ForeignTransfer,
+    ) -> None:
+        self._agreed = agreed
+        self._kept = kept
         self._ranks = ranks
         self._slot = slot
+        self._shards = shards
+        self._elsewhere = elsewhere
         self._moved: dict[int, torch.Tensor] = {}  # by the id of the tensor itself and of what it was made from
 
-    def take(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
-        """A copy on rank 0 of a full parameter that is about to be gone, if it is to be kept. **Rank-local**."""
-        is_in_a_part = any(self._source.key_in(part, key) is not None for part in self._source.parts)
-        if not self._ranks.is_main or not is_in_a_part or self._source.is_frozen(key):
-            return None
-        copy = self._slot.copy(self._name(key), value)
-        self._moved[id(copy)] = copy
-        return copy
+    def take(self, source: Source, key: str, value: torch.Tensor) -> torch.Tensor | None:
+        """What becomes of a full parameter of FSDP1 that is about to be gone, if it is to be kept. **Rank-local**."""
+        for part in source.parts:
+            inside = source.key_in(part, key)
+            name = None if inside is None else Name(part.name, inside)
+            if name is None or name not in self._kept or self._kept[name].owner != self._ranks.rank:
+                continue
+            if not self._ranks.is_main:
+                if not self._kept[name].entry.first:
+                    self._elsewhere.send(name, value)
+                return None
+            copy = self._slot.copy(_room_of(name), value)
+            self._moved[id(copy)] = copy
+            return copy
+        return None
 
-    def receive(self, part: Part, state: StateDict) -> StateDict:
+    def receive(self, source: Source, state: StateDict) -> dict[Name, Any]:
         """What of `state` stays on rank 0. **Collective** for sharded tensors; tied ones are moved once."""
-        full: StateDict = {}
-        with torch.no_grad(), ShardTransfer(self._ranks) as transfer:
+        found: dict[Name, Any] = {}
+        inside = {part.name: source.path_of(part) for part in source.parts}
+        for name, holding in self._kept.items():
+            if name.part in inside and name in self._agreed.held.entries:
+                key = inside[name.part] + name.key
+                if key in state or not source.holds_fsdp1:
+                    first = Name(name.part, holding.entry.first)
+                    found[name] = found[first] if first in found else self._receive(name, holding, state[key])
+        if source.holds_fsdp1 and self._ranks.is_main:
+            found |= self._added_by_hooks(source, state)
+        return found
+
+    def _receive(self, name: Name, holding: Holding, value: Any) -> Any:
+        if holding.entry.form.is_in_unit and not self._ranks.is_main:
+            return None  # it was sent where it had to be
+        if not isinstance(value, torch.Tensor):
+            if holding.owner == self._ranks.rank and not self._ranks.is_main:
+                self._elsewhere.send(name, value)
+            return value
+        if id(value) not in self._moved:
+            self._moved[id(value)] = self._move(name, holding, value)
+        return self._moved[id(value)]
+
+    def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
+        found: dict[Name, Any] = {}
+        for part in source.parts:
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and id(value) not in self._moved:
-                    self._moved[id(value)] = self._move(self._source.path_of(part) + key, value, transfer)
-                full[key] = self._moved[id(value)] if isinstance(value, torch.Tensor) else value
-        return full if self._ranks.is_main else {}
+                name = None if (inside := source.key_in(part, key)) is None else Name(part.name, inside)
+                if name is not None and name not in self._agreed.union.holdings and not source.is_frozen(key):
+                    is_tensor = isinstance(value, torch.Tensor)
+                    found[name] = self._slot.copy(_room_of(name), value) if is_tensor else value
+        return found
 
-    def _move(self, key: str, value: torch.Tensor, transfer: ShardTransfer) -> torch.Tensor:
-        if is_dtensor(value) and transfer.can_move(value):
-            return transfer.move(value, partial(self._slot.room, self._name(key), value))
-        whole = (value.full_tensor() if is_dtensor(value) else value).detach()
-        if not self._ranks.is_main:
-            return whole.new_empty(0)
-        return self._slot.put(self._name(key), whole)
-
-    def _name(self, key: str) -> str:
-        return f"{self._source.path}/{key}"
-
-
-def _is_plain_data(value: object) -> bool:
-    # Exact classes: one that is derived from them, such as a named tuple or numpy's float64, would not be read again.
-    if type(value) in (dict, OrderedDict):
-        entries = cast("Mapping[object, object]", value)
-        return all(_is_plain_data(key) and _is_plain_data(entry) for key, entry in entries.items())
-    if type(value) in (list, tuple, set):
-        return all(map(_is_plain_data, cast("Iterable[object]", value)))
-    return type(value) in (NoneType, bool, int, float, complex, str, bytes) or isinstance(value, torch.Tensor)
+    def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
+        like = _like(holding)
+        if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):
+            return self._shards.move(value, partial(self._slot.room, _room_of(name), like), holding.number)
+        whole = whole_tensor(value) if is_dtensor(value) else value.detach().resolve_conj().resolve_neg()
+        if self._ranks.is_main and holding.owner == 0:
+            return self._slot.put(_room_of(name), whole)
+        if self._ranks.rank == holding.owner:
+            self._elsewhere.send(name, whole)
+        return torch.empty(0)

@@ -2,88 +2,87 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import nn
+from typing import Any
 
+import torch
+
+from keepbest.capture.catalogue import Name
+from keepbest.capture.foreign import ForeignTransfer
 from keepbest.capture.fsdp1 import sharded_state_dict
-from keepbest.capture.gathered import cut, listing
+from keepbest.capture.inventory import Agreed, Inventory
 from keepbest.capture.plan import plan_shares
-from keepbest.capture.share import AllRanks, Items, Share
-from keepbest.errors import ConfigError
-from keepbest.formats.tied import first_names
-from keepbest.modules.kinds import has_shards, is_fsdp1
-from keepbest.modules.sources import Source, StateDict, list_sources
-from keepbest.ranks import Ranks
+from keepbest.capture.share import AllRanks, Share
+from keepbest.modules.kinds import has_shards
+from keepbest.modules.sources import StateDict
 from keepbest.staging.slot import LiveSlot, Staging
 
 _REMEDY = "Every rank needs room and permission to write in the run directory; everything committed before is intact"
 
 
-def local(items: Items, ranks: Ranks, staging: Staging, step: str) -> Share:
-    """Plan which rank writes what it holds of `items`. **Collective**; nothing is gathered.
+def local(inventory: Inventory, staging: Staging, step: str) -> Share:
+    """Plan which rank writes what it holds. **Collective**; nothing is gathered.
 
     The tensors are those of the model, not copies (FSDP1: new shards, for which one unit at a time is gathered), so the
     save is waited for.
 
     Args:
-        items: What is to be saved.
-        ranks: Ranks of the model.
+        inventory: What is to be saved, and what the ranks hold of it.
         staging: Not asked for room.
         step: What is being done, in words.
 
     Raises:
-        ConfigError: On every rank, if FSDP1 shards the model over a part of the ranks only.
         KeepBestError, RankFailedError: As `gathered`.
     """
     del staging
-
-    def list_and_check() -> list[Source]:
-        listed = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
-        for source in listed:
-            _refuse_partly_sharded(source.module, ranks)
-        return listed
-
-    sources = ranks.agree(
-        f"list the weights to {step}", list_and_check, state=lambda found: b"\n".join(map(listing, found))
-    )
-    files: dict[str, StateDict] = {}
-    left_out: dict[str, list[str]] = {}
-    tied: dict[str, dict[str, str]] = {}
+    ranks, items = inventory.ranks, inventory.items
+    agreed = inventory.settle(step, lambda _: None, saving=False)
+    left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
     try:
-        for source in sources:
-            state = sharded_state_dict(source)
-            for part in source.parts:
-                kept, left_out[part.name] = cut(source, part, state)
-                if kept or not (left_out[part.name] or part.apart):
-                    tied[part.name] = first_names(_tensors(kept))
-                    files[part.name] = {
-                        key: value
-                        for key, value in kept.items()
-                        if key not in tied[part.name] and (ranks.is_main or has_shards(value))
-                    }
+        found = _own_share(agreed, inventory)
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose("list the shards", error)
+    files: dict[str, StateDict] = {name.part: {} for name, _ in agreed.union.kept()}
+    for part in items.parts:
+        if part.name not in left_out and not part.apart:
+            files.setdefault(part.name, {})
+    for name, value in found.items():
+        files[name.part][name.key] = value
+    tied: dict[str, dict[str, str]] = {part: {} for part in files}
+    for name, holding in agreed.union.kept():
+        if holding.entry.first:
+            tied[name.part][name.key] = holding.entry.first
     return Share(
         parts=items.parts,
         files=files,
-        left_out={name: keys for name, keys in left_out.items() if keys},
+        left_out=left_out,
         slot=LiveSlot(),
         writers=AllRanks(ranks, step, _REMEDY),
         plans=plan_shares(files, tied, ranks, step),
     )
 
 
-def _tensors(state: StateDict) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+def _own_share(agreed: Agreed, inventory: Inventory) -> dict[Name, Any]:
+    """What this rank writes: its shards, and of what ranks hold whole that which no lower rank holds.
 
-
-def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
-    for unit in module.modules():
-        if is_fsdp1(unit) and isinstance(unit.process_group, dist.ProcessGroup):
-            members = dist.get_process_group_ranks(unit.process_group)
-            if members != ranks.members:
-                raise ConfigError(
-                    f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
-                    "use format 'torch', or FSDP2"
-                )
+    What is no tensor goes to rank 0, which alone writes such. A tensor with several names is written under the first.
+    """
+    ranks, kept = inventory.ranks, dict(agreed.union.kept())
+    data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
+    found: dict[Name, Any] = {}
+    with ForeignTransfer(ranks, data, {}) as elsewhere:
+        for source in agreed.held.sources:
+            state = sharded_state_dict(source) if source.holds_fsdp1 else agreed.held.states[source.path]
+            inside = {part.name: source.path_of(part) for part in source.parts}
+            for name, holding in kept.items():
+                if name.part not in inside or name not in agreed.held.entries or holding.entry.first:
+                    continue
+                value = state[inside[name.part] + name.key]
+                if has_shards(value):
+                    found[name] = value
+                elif holding.owner == ranks.rank:
+                    if holding.entry.form.role == "data" and not ranks.is_main:
+                        elsewhere.send(name, value)
+                    else:
+                        is_tensor = isinstance(value, torch.Tensor)
+                        found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
+    return {**found, **elsewhere.received}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from keepbest.modules.parts import Part
 from keepbest.modules.sources import StateDict
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import Slot, Staging
+
+if TYPE_CHECKING:
+    from keepbest.capture.inventory import Inventory
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +100,4 @@ class Share:
 class Capture(Protocol):
     """Brings weights to where they are written from. **Collective**; opens no file."""
 
-    def __call__(self, items: Items, ranks: Ranks, staging: Staging, step: str) -> Share: ...
+    def __call__(self, inventory: Inventory, staging: Staging, step: str) -> Share: ...

@@ -26,7 +26,6 @@ class ShardTransfer:
         self._ranks = ranks
         self._under_way: list[dist.Work] = []
         self._kept: list[torch.Tensor] = []  # what is being sent must live until it has arrived
-        self._moved = 0
 
     def can_move(self, tensor: DTensor) -> bool:
         """Whether `tensor` is sharded along its first dimension over exactly these ranks, and on the CPU.
@@ -44,24 +43,24 @@ class ShardTransfer:
             and self._ranks.world_size > 1
         )
 
-    def move(self, tensor: DTensor, room: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def move(self, tensor: DTensor, room: Callable[[], torch.Tensor], number: int) -> torch.Tensor:
         """Start to bring `tensor` to rank 0.
 
         Args:
             tensor: Tensor that `can_move`.
             room: Function that gives rank 0 a contiguous tensor of the global shape.
+            number: Number of the tensor, the same on every rank, by which what is sent and received is matched.
 
         Returns:
             On rank 0 the full tensor, whose values are there when the block has ended; elsewhere an empty tensor.
         """
         group = tensor.device_mesh.get_group()
-        shard = tensor.to_local().detach()
-        self._moved += 1
+        shard = tensor.to_local().detach().resolve_conj().resolve_neg()
         if not self._ranks.is_main:
             if shard.numel():
                 sent = shard.contiguous()
                 self._kept.append(sent)
-                self._add(dist.isend(sent, group=group, group_dst=0, tag=self._moved))
+                self._add(dist.isend(sent, group=group, group_dst=0, tag=number))
             return shard.new_empty(0)
         whole = room()
         rows = -(-tensor.shape[0] // self._ranks.world_size)
@@ -69,7 +68,7 @@ class ShardTransfer:
         for rank in range(1, self._ranks.world_size):
             piece = whole[rank * rows : (rank + 1) * rows]
             if piece.numel():
-                self._add(dist.irecv(piece, group=group, group_src=rank, tag=self._moved))
+                self._add(dist.irecv(piece, group=group, group_src=rank, tag=number))
         return whole
 
     def __enter__(self) -> ShardTransfer:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from keepbest.formats import torch_file
-from keepbest.formats.format import Format, Receipt, ToWrite
+from keepbest.formats.format import Format, Receipt, ToWrite, special_kind
 from keepbest.formats.sharded_part import ShardedPart
 from keepbest.formats.tied import read_ties, write_ties
 from keepbest.modules.quiet import quiet
@@ -61,6 +61,14 @@ class DistributedCheckpoint(Format):
 
     name = "dcp"
     capture = "local"
+
+    def check(self) -> None:
+        """It needs torch alone."""
+
+    def cannot_hold(self, value: object) -> str | None:
+        if isinstance(value, torch.Tensor) and (kind := special_kind(value)):
+            return f"is {kind}, which format 'dcp' cannot hold; use format 'torch'"
+        return None
 
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
         records: dict[str, FileRecord] = {}

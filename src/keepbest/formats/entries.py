@@ -1,4 +1,4 @@
-"""Tensors that are read when their turn comes, and the bytes of tensors. **Rank-local**."""
+"""Tensors that are read when their turn comes. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.run.files import Files
 
 _ALIGNMENT = 64
@@ -26,12 +27,6 @@ class Entry(NamedTuple):
     def bytes(self) -> int:
         """Bytes that it takes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The values of a dense CPU tensor with elements, as they lie in a file."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +52,7 @@ def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
             if tensor.numel() == 0 or tensor.layout != torch.strided or tensor.is_quantized:
                 tensors[entry.key] = tensor
                 continue
-            written = file.write(bytes_of(tensor))
+            written = file.write(raw_bytes(tensor).numpy().data)
             places.append((entry, end))
             padding = -written % _ALIGNMENT
             end += written + file.write(bytes(padding))

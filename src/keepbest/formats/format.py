@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from torch import nn
 
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
@@ -100,13 +99,18 @@ class Format(ABC):
     name: ClassVar[str]
     capture: ClassVar[Literal["gathered", "local"]]
 
-    def check(self, part: str, module: nn.Module) -> None:
-        """Check that the format can hold the weights of `module`, which is saved as `part`.
+    @abstractmethod
+    def check(self) -> None:
+        """Check that what the format needs is installed.
 
         Raises:
-            ConfigError: If it cannot, or a package that it needs is not installed.
+            ConfigError: If a package is missing.
         """
-        del part, module  # a format holds everything that torch saves, unless it says otherwise
+
+    def cannot_hold(self, value: object) -> str | None:
+        """Why the format cannot hold a value of a state dict, and the way out; `None` if it can."""
+        del value  # a format holds everything that torch saves, unless it says otherwise
+        return None
 
     @abstractmethod
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
@@ -136,3 +140,10 @@ class Format(ABC):
             SnapshotError: If it holds anything but weights, or cannot be read.
             ConfigError: If a package that reads it is not installed.
         """
+
+
+def special_kind(tensor: torch.Tensor) -> str:
+    """What a tensor is whose values do not lie side by side in memory, or mean something else; empty if it is plain."""
+    if tensor.is_quantized:
+        return f"quantized ({tensor.dtype})"
+    return "" if tensor.layout == torch.strided else f"sparse ({tensor.layout})"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Literal, cast, get_args
 
-from torch import nn
-
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats.format import Format
-from keepbest.modules.parts import Part
-from keepbest.modules.wrappers import modules_along
 
 FormatName = Literal["torch", "safetensors", "dcp"]
 
@@ -30,16 +25,13 @@ def find_format(name: str) -> Format:
     return cast("Format", import_module(_MODULES[name]).FORMAT)
 
 
-def check_format(name: str, model: nn.Module, parts: Sequence[Part]) -> FormatName:
-    """`name`, after a check that this format can hold the weights of `parts`. **Rank-local**.
+def check_format(name: str) -> FormatName:
+    """`name`, after a check that there is this format, and what it needs. **Rank-local**.
 
     Raises:
-        ConfigError: If it is no format, or cannot hold them, or what reads it is not installed.
+        ConfigError: If it is no format, or what it needs is not installed.
     """
     if name not in get_args(FormatName):
         raise ConfigError(f"format must be one of {', '.join(get_args(FormatName))}, got {name!r}")
-    for part in parts:
-        along = modules_along(model, part.path)
-        if along is not None:
-            find_format(name).check(part.name, along[-1][1])
+    find_format(name).check()
     return cast("FormatName", name)

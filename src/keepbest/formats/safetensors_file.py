@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.formats.entries import Entry, bytes_of
-from keepbest.formats.format import StateDict
+from keepbest.formats.entries import Entry
+from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -53,21 +53,20 @@ class SafetensorsFile(WholeFileFormat):
     name = "safetensors"
     ending = ".safetensors"
 
-    def check(self, part: str, module: nn.Module) -> None:
+    def check(self) -> None:
         require_safetensors()
-        for path, inner in module.named_modules():
-            where = f"{path or 'the model'} in {part!r}"
-            if type(inner).get_extra_state is not nn.Module.get_extra_state:
-                raise ConfigError(
-                    f"format 'safetensors' holds tensors only, but {where} has an extra state; "
-                    "use format 'torch' or 'dcp'"
-                )
-            for key, parameter in inner.named_parameters(recurse=False):
-                if parameter.dtype not in DTYPES:
-                    raise ConfigError(
-                        f"format 'safetensors' cannot hold {key!r} of {where}, which is {parameter.dtype}; "
-                        "use format 'torch' or 'dcp'"
-                    )
+
+    def cannot_hold(self, value: object) -> str | None:
+        if not isinstance(value, torch.Tensor):
+            return (
+                f"in the state dict is a {type(value).__name__}, and format 'safetensors' holds tensors only; "
+                "use format 'torch' or 'dcp'"
+            )
+        if kind := special_kind(value):
+            return f"is {kind}, which format 'safetensors' cannot hold; use format 'torch'"
+        if value.dtype not in DTYPES:
+            return f"is {value.dtype}, which format 'safetensors' cannot hold; use format 'torch' or 'dcp'"
+        return None
 
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
         for key, value in state.items():
@@ -119,10 +118,10 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
         sink.write(_header(entries, {_TIED: json.dumps(tied)} if tied else {}))
         for entry in entries:
             tensor = entry.fetch()
-            if tensor.layout != torch.strided:
-                raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is sparse")
+            if kind := special_kind(tensor):
+                raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is {kind}")
             if tensor.numel():
-                sink.write(bytes_of(tensor))
+                sink.write(raw_bytes(tensor).numpy().data)
         file.sync()
     return sink.digest
 

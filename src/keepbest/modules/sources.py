@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -37,11 +36,6 @@ class Source:
     parts: list[Part]
     names: PlainNames
     is_frozen: Callable[[str], bool]
-
-    @cached_property
-    def buffers(self) -> frozenset[str]:
-        """Plain keys of its buffers."""
-        return _buffers(self.module, self.names)
 
     @property
     def holds_fsdp1(self) -> bool:
@@ -92,10 +86,6 @@ def plain_state_dict(source: Source) -> StateDict:
     return source.names.plain_state(state_dict_of(source.module, keep_vars=True))
 
 
-def _buffers(module: nn.Module, names: PlainNames) -> frozenset[str]:
-    return frozenset(names.plain(key) for key, _ in module.named_buffers(remove_duplicate=False))
-
-
 def _frozen_test(module: nn.Module, names: PlainNames) -> Callable[[str], bool]:
     """Return a test of whether the parameter with a plain key does not require grad at this moment."""
     requires_grad = {
@@ -103,7 +93,7 @@ def _frozen_test(module: nn.Module, names: PlainNames) -> Callable[[str], bool]:
     }
     # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
     units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
-    buffers = _buffers(module, names)
+    buffers = {names.plain(key) for key, _ in module.named_buffers(remove_duplicate=False)}
 
     def is_frozen(key: str) -> bool:
         if key in requires_grad:

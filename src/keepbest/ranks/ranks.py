@@ -188,6 +188,24 @@ class Ranks:
         notes = self._texts(note, frames, saving=saving)
         return [Number(frame.value, frame.weight, note) for frame, note in zip(frames, notes, strict=True)]
 
+    def compare(
+        self, step: str, work: Callable[[], tuple[T, Number]], *, remedy: str = "", saving: bool = False
+    ) -> tuple[T, list[Number]]:
+        """Do `work` here, and return its result and the numbers of all ranks. **Collective**. Raises as `agree`.
+
+        One all_gather where no rank failed or has a note.
+
+        Args:
+            step: Description of the work, in words. The same on every rank.
+            work: Function that is rank-local and runs no collective. It returns a result and the number of this rank.
+            remedy: What the user can do if the file system refuses.
+            saving: Whether to wait for `save_timeout` rather than `rank_timeout`.
+        """
+        outcome, failure = self._attempt(work)
+        mine = Number(None, None) if outcome is None else outcome[1]
+        numbers = self.exchange(step, mine, failure=failure, remedy=remedy, saving=saving)
+        return outcome[0], numbers  # type: ignore[index]  # exchange raised if there is no outcome
+
     def flag(self) -> SharedFlag:
         """Return a new flag that is not raised. **Rank-local**. Every rank makes one and polls it equally often."""
         return SharedFlag(self._control, self._save_timeout)

@@ -48,7 +48,7 @@ class OpenRun:
         self._clock = clock
         self._patience = patience
         self._keepers: set[str] = set()
-        self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot] | None = None
+        self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
 
     def share(self) -> OpenRun:
         """The one that everybody in this directory shares: this one, unless somebody holds another. **Rank-local**."""
@@ -98,14 +98,19 @@ class OpenRun:
             self.folder.close()
             self.folder = None
 
-    def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: PendingSnapshot) -> None:
-        """Note which snapshot holds `content`, as it was at `iteration`."""
-        self._newest = (iteration, content, snapshot)
+    @property
+    def is_shared(self) -> bool:
+        """Whether several keepers work here, on every rank alike."""
+        return len(self._keepers) > 1
 
-    def snapshot_with(self, iteration: TrainingIteration, content: Hashable) -> PendingSnapshot | None:
-        """The snapshot that was just taken of the same content at the same iteration, if there is one."""
+    def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: PendingSnapshot, mark: str) -> None:
+        """Note which snapshot holds `content` as it was at `iteration`, and the mark of this rank's weights then."""
+        self._newest = (iteration, content, snapshot, mark)
+
+    def snapshot_with(self, iteration: TrainingIteration, content: Hashable) -> tuple[PendingSnapshot, str] | None:
+        """The snapshot that was just taken of the same content at the same iteration, if there is one, and the mark."""
         if self._newest is not None and self._newest[:2] == (iteration, content):
-            return self._newest[2]
+            return self._newest[2:]
         return None
 
 

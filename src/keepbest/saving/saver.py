@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from keepbest.capture.inventory import Inventory
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.formats.format import Format
-from keepbest.ranks import Ranks
+from keepbest.iteration import TrainingIteration
+from keepbest.ranks import Number, Ranks
 from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
 from keepbest.saving.job import PendingSnapshot, SaveJob
@@ -65,7 +67,7 @@ class Saver:
         self._name = name
         self._policy = policy
         self._run = run
-        self._items = items
+        self._inventory = Inventory(items, format, ranks)
         self._format = format
         self._way = find_way(format.capture)
         self._ranks = ranks
@@ -78,6 +80,14 @@ class Saver:
         self._record: KeeperRecord | None = None
         self.losses = Losses(name, tolerates=tolerates)
         self.best_snapshot: str | None = None
+
+    def look_at_weights(self, step: str) -> None:
+        """Check that what the ranks hold can be kept and loaded again. **Collective**.
+
+        Raises:
+            ConfigError: On every rank, if it cannot. It names the weight, the ranks and the way out.
+        """
+        self._inventory.take(step)
 
     def check_folder(self, step: str) -> None:
         """Check that the ranks that write see one folder. **Collective** where several write.
@@ -119,9 +129,9 @@ class Saver:
             StorageError: On every rank, if they cannot be written. In the background the next exchange raises it.
             KeepBestError: As the capture of the format.
         """
-        iteration = kept.observation.iteration
-        content = (id(self._items.model), self._items.parts, self._items.save_frozen_weights, self._format.name)
-        shared = self._run.snapshot_with(iteration, content)
+        iteration, items = kept.observation.iteration, self._inventory.items
+        content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name)
+        shared = self._unchanged_snapshot(iteration, content, step)
         snapshot = self._capture(kept, step) if shared is None else shared
         job = None if self._record is None else SaveJob(kept, snapshot, self._record, is_first=shared is None)
         if not self._in_background:
@@ -129,8 +139,10 @@ class Saver:
         elif job is not None:
             self._submit(partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
             self._queued = snapshot
-        # All ranks come here, or none: a snapshot that is known to have failed is not shared.
-        self._run.remember(iteration, content, snapshot)
+        if shared is None:
+            # All ranks come here, or none: a snapshot that is known to have failed is not shared.
+            mark = self._inventory.mark() if self._run.is_shared else ""
+            self._run.remember(iteration, content, snapshot, mark)
 
     def revised_state(self) -> BestState | None:
         """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
@@ -205,7 +217,7 @@ class Saver:
         try:
             # What a user evaluates in inference mode must not decide what tensors, which are used again, are made of.
             with torch.inference_mode(mode=False), torch.no_grad():
-                share = self._way.capture(self._items, self._ranks, self._staging, step)
+                share = self._way.capture(self._inventory, self._staging, step)
         except BaseException:
             if self._has_given_up:  # for nothing: it has no weights, and no better one follows
                 self.losses.lose_best()
@@ -221,6 +233,20 @@ class Saver:
         )
         snapshot.meet(self._run.worker.drain)
         return snapshot
+
+    def _unchanged_snapshot(self, iteration: TrainingIteration, content: Hashable, step: str) -> PendingSnapshot | None:
+        """The snapshot that another keeper has just taken of these weights, if no rank has changed them since."""
+        taken = self._run.snapshot_with(iteration, content)
+        if taken is None:
+            return None
+        snapshot, mark = taken
+
+        def compare() -> tuple[None, Number]:
+            return None, Number(float(self._inventory.mark() != mark), None)
+
+        # The ranks agree, since one that shares would leave those waiting that gather.
+        _, changed = self._ranks.compare(f"look for changes to {step}", compare)
+        return None if any(number.value for number in changed) else snapshot
 
     def _run_now(self, job: SaveJob | None, record: KeeperRecord) -> str | None:
         if job is not None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from keepbest.staging.slot import Slot
+from keepbest.modules.kinds import is_dense
+from keepbest.staging.slot import Like, Slot
 
 _SLOTS = 2  # while one is being written, the other can hold the next best
 
@@ -23,16 +24,21 @@ class HostSlot:
         self._tensors: dict[str, torch.Tensor] = {}
         self._copies: list[torch.cuda.Event] = []
 
-    def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
+    def reserve(self, key: str, like: Like) -> None:
+        self.room(key, like)
+
+    def room(self, key: str, like: Like) -> torch.Tensor:
         held = self._tensors.get(key)
-        if held is None or held.shape != like.shape or held.dtype != like.dtype:
-            pinned = like.device.type == "cuda"
-            held = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+        if held is None or held.shape != torch.Size(like.shape) or held.dtype != like.dtype:
+            self._tensors.pop(key, None)  # what is no longer needed makes room first
+            held = torch.empty(tuple(like.shape), dtype=like.dtype, device="cpu", pin_memory=like.device == "cuda")
             self._tensors[key] = held
         return held
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        held = self.room(key, value)
+        if not is_dense(value):
+            return value.detach().to("cpu", copy=True)
+        held = self.room(key, Like(value.shape, value.dtype, value.device.type))
         held.copy_(value, non_blocking=value.is_cuda and held.is_pinned())
         if value.is_cuda:
             self._copies.append(torch.cuda.current_stream(value.device).record_event())

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+
+from keepbest.modules.kinds import is_dense
+
+
+class Like(NamedTuple):
+    """What room is wanted for.
+
+    Attributes:
+        shape: Shape of the whole tensor.
+        dtype: Its dtype.
+        device: Type of the device that its values come from.
+        is_live: Whether it is a whole tensor of the model, which can be written from where it is if it is on the CPU.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: str
+    is_live: bool = False
 
 
 class Slot(Protocol):
     """Room for one snapshot on the CPU. **Rank-local**."""
+
+    def reserve(self, key: str, like: Like) -> None:
+        """Allocate room now, so that a lack of memory shows before anything is on its way."""
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """The values of a full tensor on the CPU, which stay as they are until they are written."""
@@ -16,8 +38,8 @@ class Slot(Protocol):
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """As `put`, for a tensor that is about to be freed."""
 
-    def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        """A contiguous CPU tensor of the (global) shape and dtype of `like`, for the caller to fill."""
+    def room(self, key: str, like: Like) -> torch.Tensor:
+        """A contiguous CPU tensor of this shape and dtype, for the caller to fill."""
 
     def wait(self) -> None:
         """Wait until all copies have arrived; on the thread that writes."""
@@ -44,25 +66,37 @@ class Staging(Protocol):
 
 
 class LiveSlot:
-    """No room of its own: weights on the CPU are written from where they are, before training continues."""
+    """Weights on the CPU are written from where they are, before training continues. Others get room of their own."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, torch.Tensor] = {}
+
+    def reserve(self, key: str, like: Like) -> None:
+        if not like.is_live or like.device != "cpu":
+            self._rooms[key] = torch.empty(tuple(like.shape), dtype=like.dtype)
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        del key
-        return value.cpu()
+        room = self._reserved(key, value)
+        return value.cpu() if room is None else room.copy_(value)
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        del key
-        return value.to("cpu", copy=True)
+        room = self._reserved(key, value)
+        return value.to("cpu", copy=True) if room is None else room.copy_(value)
 
-    def room(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        del key
-        return torch.empty(like.shape, dtype=like.dtype)
+    def _reserved(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
+        room = self._rooms.pop(key, None)
+        fits = room is not None and (room.shape, room.dtype) == (value.shape, value.dtype) and is_dense(value)
+        return room if fits else None
+
+    def room(self, key: str, like: Like) -> torch.Tensor:
+        room = self._rooms.pop(key, None)
+        return torch.empty(tuple(like.shape), dtype=like.dtype) if room is None else room
 
     def wait(self) -> None:
         """Nothing is under way."""
 
     def release(self) -> None:
-        """Nothing was claimed."""
+        self._rooms.clear()
 
 
 class Unstaged:

@@ -1,0 +1,187 @@
+"""The catalogue: what this rank holds of the weights that are to be saved, key by key. **Rank-local**."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
+from keepbest.capture.share import Items
+from keepbest.formats.tied import place_of
+from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
+
+EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
+
+PLAIN_CLASSES = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+_IN_UNIT = "in a unit of FSDP1"
+
+Role = Literal["parameter", "buffer", "data"]
+
+
+class Name(NamedTuple):
+    """The name of an entry: the part that it is in, and its key there."""
+
+    part: str
+    key: str
+
+    def __str__(self) -> str:
+        return self.key if self.part == "model" else f"{self.key} of {self.part}"
+
+
+class Form(NamedTuple):
+    """What all ranks that hold an entry must have in common.
+
+    Attributes:
+        role: Whether it is a parameter, another tensor, or no tensor.
+        shape: Shape of the whole tensor.
+        dtype: Its dtype.
+        layout: Its layout, or `quantized`; empty where it is no tensor.
+        spread: How it is shared out among ranks; empty if each rank has all of it.
+        is_frozen: Whether it is left out, as frozen weights are if they are not to be saved.
+    """
+
+    role: Role
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    spread: str
+    is_frozen: bool
+
+    @property
+    def is_in_unit(self) -> bool:
+        """Whether it is a parameter in a unit of FSDP1."""
+        return self.spread.startswith(_IN_UNIT)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is no row of values in memory, so that no room for it can be made beforehand."""
+        return self.layout != "strided"
+
+    def __str__(self) -> str:
+        frozen = " that is frozen" if self.is_frozen else ""
+        if self.role == "data":
+            return f"an extra state{frozen}"
+        spread = f", {self.spread}" if self.spread else ""
+        return f"a {self.role} of shape {list(self.shape)}, {self.dtype}, {self.layout}{spread}{frozen}"
+
+
+class Entry(NamedTuple):
+    """What this rank holds under a name.
+
+    Attributes:
+        form: What all ranks that hold it must have in common.
+        members: Ranks in the default group among which it is shared out; empty if each rank has all of it.
+        device: Type of the device that it is on.
+        first: Key, in the same part, of the tensor that it is one with; empty if it is the first of its names.
+    """
+
+    form: Form
+    members: tuple[int, ...]
+    device: str
+    first: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What this rank holds at one moment.
+
+    Attributes:
+        sources: Modules that hold the parts.
+        states: For each source without FSDP1, by its path, its state dict. Its tensors are those of the model.
+        entries: What there is, in the order of the state dicts.
+        values: Value of each entry, as this rank has it: for a parameter in an FSDP1 unit the flat one.
+    """
+
+    sources: list[Source]
+    states: dict[str, StateDict] = field(default_factory=dict)
+    entries: dict[Name, Entry] = field(default_factory=dict)
+    values: dict[Name, Any] = field(default_factory=dict)
+
+
+def look(items: Items, rank: int) -> Held:
+    """List what this rank, `rank` in the default group, holds of `items`.
+
+    Raises:
+        SnapshotError: If a part is no longer in the model.
+    """
+    held = Held(list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights))
+    for source in held.sources:
+        flat: dict[str, FlatEntry] = {}
+        if source.holds_fsdp1:
+            flat = {entry.key: entry for entry in flat_entries(source.module)}
+            beside = source.names.plain_state(dict(_state_beside(source.module)))
+            state: StateDict = beside | {key: entry.flat for key, entry in flat.items()}
+        else:
+            state = held.states[source.path] = plain_state_dict(source)
+        _add(held, source, state, flat, rank)
+    return held
+
+
+def _state_beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module with FSDP1 units holds beside their flat parameters, by its own keys, without a collective."""
+    for path, inner in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        passing = inner._non_persistent_buffers_set  # noqa: SLF001  # torch has no other list of them
+        buffers = {key: value for key, value in inner.named_buffers(recurse=False) if key not in passing}
+        own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **buffers}
+        if type(inner).get_extra_state is not nn.Module.get_extra_state:
+            own[EXTRA_STATE] = inner.get_extra_state()
+        for key, value in own.items():
+            if not is_flattened(value):
+                yield prefix + key, value
+
+
+def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:
+    named = source.module.named_parameters(remove_duplicate=False)
+    parameters = {source.names.plain(key) for key, _ in named} | flat.keys()
+    firsts: dict[tuple[str, Hashable], str] = {}
+    for part in source.parts:
+        for key, value in state.items():
+            inside = source.key_in(part, key)
+            if inside is None:
+                continue
+            role: Role = "parameter" if key in parameters else "buffer"
+            entry = _entry_of(source, key, value, role, flat.get(key))
+            if entry.members and rank not in entry.members:
+                continue  # a DTensor whose mesh this rank is not in: it holds nothing of it
+            if key in flat:
+                first = source.key_in(part, flat[key].first) if flat[key].first else None
+            else:
+                first = firsts.setdefault((part.name, _identity(inside, value)), inside)
+            name = Name(part.name, inside)
+            held.entries[name] = entry._replace(first="" if first in (None, inside) else first or "")
+            held.values[name] = value
+
+
+def _identity(key: str, value: object) -> Hashable:
+    """What two keys of one tensor have in common. What is no tensor has one key."""
+    if type(value) in PLAIN_CLASSES:
+        return place_of(key, cast("torch.Tensor", value))
+    return id(value) if isinstance(value, torch.Tensor) else key  # others may not say where their values lie
+
+
+def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry | None) -> Entry:
+    is_frozen = source.is_frozen(key)
+    if key.rpartition(".")[2] == EXTRA_STATE or not isinstance(value, torch.Tensor):
+        return Entry(Form("data", (), "", "", "", is_frozen), (), "cpu", "")
+    shape: tuple[int, ...] = ()
+    spread, members = "", tuple[int, ...]()
+    if flat is not None:
+        shape, members = flat.shape, flat.members
+        spread = f"{_IN_UNIT} over {len(members)} ranks"
+    elif not is_lazy(value):
+        shape = tuple(value.shape)
+    if is_dtensor(value):
+        mesh = value.device_mesh
+        members = tuple(mesh.mesh.flatten().tolist())
+        spread = f"{tuple(value.placements)} over {' x '.join(map(str, mesh.mesh.shape))} ranks"
+    layout = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+    form = Form(role, shape, str(value.dtype).removeprefix("torch."), layout, spread, is_frozen)
+    return Entry(form, members, value.device.type, "")

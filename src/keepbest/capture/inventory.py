@@ -1,0 +1,242 @@
+"""What the ranks hold together, agreed when a keeper starts and looked at again before each save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from keepbest.capture.catalogue import Entry, Held, Name, look
+from keepbest.capture.fingerprint import fingerprint, sample
+from keepbest.capture.refusals import refuse_what_cannot_be_kept
+from keepbest.capture.share import Items
+from keepbest.capture.union import Report, Union, changes, describe, listed, same_everywhere, unite
+from keepbest.errors import ConfigError
+from keepbest.formats.format import Format
+from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.wrappers import walk
+from keepbest.ranks import Number, Ranks
+
+_logger = logging.getLogger(__name__)
+
+_EXACT = 1 << 53  # whole numbers below it are exact as float64
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the ranks agreed on before weights move.
+
+    Attributes:
+        held: What this rank holds.
+        union: What all hold together.
+    """
+
+    held: Held
+    union: Union
+
+
+class Inventory:
+    """The catalogue of every rank, and what follows from all of them.
+
+    Args:
+        items: What is saved.
+        format: Format that it is saved in.
+        ranks: Ranks of the model.
+    """
+
+    def __init__(self, items: Items, format: Format, ranks: Ranks) -> None:  # noqa: A002  # the word of the setting
+        self.items = items
+        self.ranks = ranks
+        self._format = format
+        self._report = Report({}, {})  # what this rank reported when the union was made
+        self._union: Union | None = None
+        self._has_warned = ranks.world_size == 1
+
+    def take(self, step: str) -> None:
+        """Look at what the ranks hold, and agree that it can be kept and loaded again. **Collective**.
+
+        Raises:
+            ConfigError: On every rank, if a rank holds something that cannot be kept, ranks hold different weights
+                under one name, or nothing is left to save.
+        """
+
+        def report() -> tuple[Report, Number]:
+            held = self._look()
+            refuse_what_cannot_be_kept(held, held.entries, self._format, self.ranks)
+            found = Report(held.entries, self._prints(held, held.entries))
+            return found, Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
+
+        found, digests = self.ranks.compare(f"look at the weights to {step}", report)
+        if len({number.note for number in digests}) == 1:
+            self._adopt(found, same_everywhere(found.entries))
+        else:
+            self._adopt(found, unite(self._reports(step, found)))
+
+    def settle(self, step: str, claim: Callable[[Agreed], None], *, saving: bool) -> Agreed:
+        """Look at what the ranks hold now, and agree that it still can be kept. **Collective**.
+
+        One exchange where nothing has changed.
+
+        Args:
+            step: What is being done, in words.
+            claim: Function that makes room for what is moved to this rank. It is called again after a change.
+            saving: Whether `claim` may wait for a write.
+
+        Raises:
+            ConfigError: On every rank, if something has changed since the keeper started so that it cannot be kept
+                right. It names the change.
+            KeepBestError: As `Ranks.agree`, if `claim` fails on a rank.
+        """
+        if self._union is None:
+            self.take(step)
+        before, union = self._report.entries, self._union
+        step = f"list the weights to {step}"
+
+        def look_again() -> tuple[Held, Number]:
+            held = self._look()
+            changed = changes(before, held.entries)
+            data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
+            try:
+                new = [name for name in changed if name in held.entries]
+                refuse_what_cannot_be_kept(held, {*new, *data}, self._format, self.ranks)
+            except ConfigError as error:
+                raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
+            if changed or union is None:
+                return held, Number(None, None, describe(changed, before, held.entries))
+            claim(Agreed(held, union))
+            return held, Number(self._print_of_buffers(held, union), None)
+
+        held, numbers = self.ranks.compare(step, look_again, saving=saving)
+        notes = {rank: number.note for rank, number in enumerate(numbers) if number.note}
+        if not notes and union is not None:
+            agreed = Agreed(held, union)
+            self._warn_of_buffers(step, agreed, numbers)
+            return agreed
+        changed = changes(before, held.entries)
+        prints = self._prints(held, (name for name in changed if _is_remade(before.get(name), held.entries.get(name))))
+        try:
+            self._adopt(found := Report(held.entries, prints), unite(self._reports(step, found)))
+        except ConfigError as error:
+            what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
+            raise ConfigError(f"{error}. {_since(what)}") from error
+        agreed = Agreed(held, self._union_now())
+        self.ranks.agree(step, lambda: claim(agreed), saving=saving)
+        return agreed
+
+    def mark(self) -> str:
+        """What tells whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
+        held = self._look()
+        tensors = [value for value in held.values.values() if isinstance(value, torch.Tensor)]
+        return sample(_local(value) for value in tensors if value.layout == torch.strided and not value.is_quantized)
+
+    def _look(self) -> Held:
+        return look(self.items, self.ranks.members[self.ranks.rank])
+
+    def _adopt(self, report: Report, union: Union) -> None:
+        if union.holdings and not any(True for _ in union.kept()):
+            raise ConfigError(
+                "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
+            )
+        self._report, self._union = report, union
+
+    def _union_now(self) -> Union:
+        if self._union is None:
+            raise RuntimeError("the inventory was not taken")
+        return self._union
+
+    def _reports(self, step: str, mine: Report) -> list[Report]:
+        return [Report.from_json(report) for report in self.ranks.gather_json(step, mine.to_json)]
+
+    def _prints(self, held: Held, names: Iterable[Name]) -> dict[Name, tuple[str, str]]:
+        """Fingerprints of those parameters that another rank may hold too, whole or the same shard of it."""
+        if self.ranks.world_size == 1:
+            return {}
+        me, found = self.ranks.members[self.ranks.rank], dict[Name, tuple[str, str]]()
+        known: dict[int, str] = {}  # a flat parameter has many entries
+        for name in names:
+            if name not in held.entries:
+                continue
+            entry, value = held.entries[name], held.values[name]
+            if entry.form.role != "parameter" or entry.form.is_frozen:
+                continue
+            place, has_copies = _place_of(entry, value, me)
+            if not has_copies and set(entry.members) == set(self.ranks.members):
+                continue  # no other rank has the same piece
+            if id(value) not in known:
+                known[id(value)] = fingerprint(_local(value))
+            found[name] = (place, known[id(value)])
+        return found
+
+    def _print_of_buffers(self, held: Held, union: Union) -> float | None:
+        if self._has_warned:
+            return None
+        prints = json.dumps(self._prints_of_buffers(held, union))
+        return float(int.from_bytes(hashlib.blake2b(prints.encode(), digest_size=8).digest(), "big") % _EXACT)
+
+    def _prints_of_buffers(self, held: Held, union: Union) -> dict[str, str]:
+        """Fingerprints of the buffers that every rank has to itself. Those that DDP keeps equal are not among them."""
+        kept_equal = [
+            f"{path}." if path else ""
+            for path, module in walk(self.items.model)
+            if isinstance(module, DistributedDataParallel) and module.broadcast_buffers
+        ]
+        paths = {part.name: f"{part.path}." if part.path else "" for part in self.items.parts}
+        return {
+            str(name): fingerprint(held.values[name])
+            for name, holding in union.kept()
+            if holding.is_everywhere and holding.entry.form.role == "buffer" and not holding.entry.members
+            if not f"{paths[name.part]}{name.key}".startswith(tuple(kept_equal))
+        }
+
+    def _warn_of_buffers(self, step: str, agreed: Agreed, numbers: list[Number]) -> None:
+        if self._has_warned or len({number.value for number in numbers}) == 1:
+            return
+        self._has_warned = True
+        everybodys: list[Mapping[str, str]] = self.ranks.gather_json(
+            step, lambda: self._prints_of_buffers(agreed.held, agreed.union)
+        )
+        differing = [name for name in everybodys[0] if len({prints[name] for prints in everybodys}) > 1]
+        if differing and self.ranks.is_main:
+            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+            _logger.warning(
+                "buffers differ between the ranks: %s%s. The snapshots have those of %s, so a model that is loaded "
+                "from them may not reproduce the metric. Synchronize them: use torch.nn.SyncBatchNorm for BatchNorm, "
+                "or broadcast or average the buffers before each evaluation",
+                ", ".join(differing[:4]),
+                more,
+                listed([0]),
+            )
+
+
+def _place_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
+    """Which piece of an entry this rank holds, and whether other members hold the same piece."""
+    if is_dtensor(value):
+        where = list(value.device_mesh.get_coordinate() or ())
+        split = [at for at, placement in zip(where, value.placements, strict=True) if not placement.is_replicate()]
+        return str(split), len(split) < len(where)
+    return (str(entry.members.index(rank)), False) if entry.members else ("", True)
+
+
+def _is_remade(old: Entry | None, new: Entry | None) -> bool:
+    """Whether what is under a name may have values that the ranks have not compared."""
+    if old is None or new is None or old.members != new.members:
+        return True
+    was_frozen, is_frozen = old.form.is_frozen, new.form.is_frozen
+    return old.form._replace(is_frozen=is_frozen) != new.form or (was_frozen and not is_frozen)
+
+
+def _since(what: str) -> str:
+    return f"Since the keeper started this has changed: {what}" if what else "Nothing in the names has changed"
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local().detach() if is_dtensor(value) else value
+
+
+def _text(report: Report) -> str:
+    return json.dumps(report.to_json())

@@ -1,0 +1,121 @@
+"""What cannot be kept and loaded again, found before a weight moves. **Rank-local**."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from types import NoneType
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from keepbest.capture.catalogue import PLAIN_CLASSES, Held, Name
+from keepbest.capture.fsdp1 import is_flattened
+from keepbest.errors import ConfigError
+from keepbest.formats.format import Format
+from keepbest.modules.kinds import is_dtensor, is_fsdp1
+from keepbest.ranks import Ranks
+
+_IN_A_UNIT_AROUND = (
+    "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard of it is "
+    "seen. Make the keeper with the wrapped model, after it was wrapped"
+)
+
+
+def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, ranks: Ranks) -> None:
+    """Check that what this rank holds under `names` can be kept in a format, and loaded again.
+
+    Raises:
+        ConfigError: If not. It names the entry and the way out.
+    """
+    for name in names:
+        entry = held.entries[name]
+        if entry.form.is_frozen:
+            continue  # it is not saved
+        fault = (
+            _fault_of(held.values[name], is_in_unit=entry.form.is_in_unit)
+            or _outside(entry.members, ranks)
+            or form.cannot_hold(held.values[name])
+        )
+        if fault is not None:
+            raise ConfigError(f"{str(name)!r} {fault}")
+    for source in held.sources:
+        # Without original parameters FSDP1 takes the parameters out of their modules: they have no names any more.
+        taken = (path for path, inside in source.module.named_modules() if _is_emptied_by_fsdp1(inside))
+        if not source.holds_fsdp1 and (path := next(taken, None)) is not None:
+            raise ConfigError(f"{path or 'model'!r} {_IN_A_UNIT_AROUND}")
+    if form.capture == "local":
+        for source in held.sources:
+            _refuse_partly_sharded(source.module, ranks)
+
+
+def _fault_of(value: object, *, is_in_unit: bool) -> str | None:
+    if isinstance(value, torch.Tensor):
+        return _fault_of_tensor(value, is_in_unit=is_in_unit)
+    if is_plain_data(value):
+        return None
+    return (
+        f"in the state dict is a {type(value).__name__}; only tensors, numbers, strings and containers of them can be "
+        "loaded without running code. Return one of these from get_extra_state()"
+    )
+
+
+def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
+    if is_lazy(value):
+        return "is not initialized yet. Run one batch through the lazy modules before the keeper starts"
+    if is_in_unit:
+        return None
+    if is_flattened(value):
+        return _IN_A_UNIT_AROUND
+    if is_dtensor(value) and any(placement.is_partial() for placement in value.placements):
+        return "is a DTensor with a Partial placement, of which no rank holds values. Redistribute it first"
+    inside = value.to_local().detach() if is_dtensor(value) else value
+    if inside.is_meta:
+        return "is on the meta device: it has no values that could be saved. Materialize it before the keeper starts"
+    if type(inside) not in PLAIN_CLASSES:
+        kind = f"{type(inside).__module__}.{type(inside).__qualname__}"
+        return (
+            f"is a {kind}, a subclass of Tensor, which could not be read again without code of its own. Keep a plain "
+            "tensor, convert it with as_subclass(torch.Tensor), or leave it out (model_names, or save_frozen_weights)"
+        )
+    return None
+
+
+def _outside(members: Iterable[int], ranks: Ranks) -> str | None:
+    if outside := sorted(set(members) - set(ranks.members)):
+        return (
+            f"is sharded also over the global ranks {outside}, which are not in the process group of the keeper. Make "
+            "the keeper on all ranks that hold the model"
+        )
+    return None
+
+
+def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
+    for unit in module.modules():
+        if is_fsdp1(unit) and isinstance(unit.process_group, dist.ProcessGroup):
+            members = dist.get_process_group_ranks(unit.process_group)
+            if members != ranks.members:
+                raise ConfigError(
+                    f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
+                    "use format 'torch' or 'safetensors', or FSDP2"
+                )
+
+
+def _is_emptied_by_fsdp1(module: nn.Module) -> bool:
+    return getattr(module, "_fsdp_use_orig_params", None) is False
+
+
+def is_plain_data(value: object) -> bool:
+    """Whether a value is loaded again by `torch.load(weights_only=True)` as it is."""
+    # Exact classes: one that is derived from them, such as a named tuple or numpy's float64, would not be read again.
+    if type(value) in (dict, OrderedDict):
+        entries = cast("Mapping[object, object]", value)
+        return all(is_plain_data(key) and is_plain_data(entry) for key, entry in entries.items())
+    if type(value) in (list, tuple, set):
+        return all(map(is_plain_data, cast("Iterable[object]", value)))
+    if isinstance(value, torch.Tensor):
+        return _fault_of_tensor(value, is_in_unit=False) is None
+    return type(value) in (NoneType, bool, int, float, complex, str, bytes)

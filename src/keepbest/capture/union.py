@@ -1,0 +1,187 @@
+"""From what each rank holds to the one model that is kept: every name, and the rank that it is taken from. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from keepbest.capture.catalogue import Entry, Form, Name
+from keepbest.errors import ConfigError
+
+_LISTED = 6
+_WAYS_OUT = (
+    "A snapshot has one tensor for each name, so it would hold the weights of one rank and lose the others. Weights "
+    "that belong to a rank alone (experts, hand-made tensor parallelism) need names of their own, or have to be "
+    "DTensors over all ranks; or give each rank a keeper and a directory of its own (process_group), or leave them out "
+    "(model_names). If they should be equal, broadcast them from rank 0 before the keeper starts"
+)
+
+
+class Report(NamedTuple):
+    """What one rank reports of its entries.
+
+    Attributes:
+        entries: What it holds.
+        prints: Fingerprints of parameters that other ranks may hold too: which piece of it this rank holds, and the
+            digest of the piece.
+    """
+
+    entries: Mapping[Name, Entry]
+    prints: Mapping[Name, tuple[str, str]]
+
+    def to_json(self) -> list[Any]:
+        """JSON values only; `from_json` is the inverse."""
+        return [[*name, entry, self.prints.get(name)] for name, entry in self.entries.items()]
+
+    @classmethod
+    def from_json(cls, report: Sequence[Any]) -> Report:
+        """The inverse of `to_json`."""
+        entries: dict[Name, Entry] = {}
+        prints: dict[Name, tuple[str, str]] = {}
+        for part, key, ((role, shape, *rest), members, device, first), found in report:
+            name = Name(part, key)
+            entries[name] = Entry(Form(role, tuple(shape), *rest), tuple(members), device, first)
+            if found is not None:
+                prints[name] = (found[0], found[1])
+        return cls(entries, prints)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """An entry of the model that is kept.
+
+    Attributes:
+        number: Place among all entries, the same on every rank. Transfers are matched by it.
+        entry: Entry as the owner holds it.
+        owner: Lowest rank of the keeper that holds it; the snapshot has what that rank sees.
+        is_everywhere: Whether every rank holds it.
+    """
+
+    number: int
+    entry: Entry
+    owner: int
+    is_everywhere: bool
+
+
+class Union:
+    """Everything that the ranks hold together.
+
+    Args:
+        holdings: Entries by name, in the same order on every rank.
+    """
+
+    def __init__(self, holdings: Mapping[Name, Holding]) -> None:
+        self.holdings = holdings
+        self._frozen_parts = {
+            part
+            for part in {name.part for name in holdings}
+            if any(each.entry.form.is_frozen for each in self._of(part))
+            and all(each.entry.form.is_frozen or each.entry.form.role == "buffer" for each in self._of(part))
+        }
+
+    def kept(self) -> Iterator[tuple[Name, Holding]]:
+        """What is saved."""
+        for name, holding in self.holdings.items():
+            if name.part not in self._frozen_parts and not holding.entry.form.is_frozen:
+                yield name, holding
+
+    def left_out(self, part: str) -> list[str]:
+        """Keys of a part that are not saved since they are frozen."""
+        return sorted(
+            name.key
+            for name, holding in self.holdings.items()
+            if name.part == part and (part in self._frozen_parts or holding.entry.form.is_frozen)
+        )
+
+    def _of(self, part: str) -> list[Holding]:
+        return [holding for name, holding in self.holdings.items() if name.part == part]
+
+
+def same_everywhere(entries: Mapping[Name, Entry]) -> Union:
+    """The union where every rank holds the same."""
+    return Union({name: Holding(number, entry, 0, True) for number, (name, entry) in enumerate(entries.items())})
+
+
+def unite(reports: Sequence[Report]) -> Union:
+    """The union of what the ranks report, by rank.
+
+    Raises:
+        ConfigError: If ranks hold different things under one name. The same on every rank.
+    """
+    holders: dict[Name, list[int]] = {}
+    for rank, report in enumerate(reports):
+        for name in report.entries:
+            holders.setdefault(name, []).append(rank)
+    _refuse_other_forms(reports, holders)
+    _refuse_other_values(reports, holders)
+    return Union(
+        {
+            name: Holding(number, reports[ranks[0]].entries[name], ranks[0], len(ranks) == len(reports))
+            for number, (name, ranks) in enumerate(holders.items())
+        }
+    )
+
+
+def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:
+    for name, ranks in holders.items():
+        forms: dict[Form, list[int]] = {}
+        for rank in ranks:
+            forms.setdefault(reports[rank].entries[name].form, []).append(rank)
+        if len(forms) > 1:
+            found = "; ".join(f"{form} on {listed(of)}" for form, of in forms.items())
+            if len({form._replace(is_frozen=False) for form in forms}) == 1:
+                raise ConfigError(
+                    f"the ranks do not agree on whether {str(name)!r} is frozen, and save_frozen_weights is false: "
+                    f"{found}. Set its requires_grad alike on every rank, or save_frozen_weights=True"
+                )
+            raise ConfigError(f"the ranks hold different things under the name {str(name)!r}: {found}. {_WAYS_OUT}")
+
+
+def _refuse_other_values(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:
+    differing: dict[str, set[int]] = {}
+    for name, ranks in holders.items():
+        seen: dict[str, tuple[str, int]] = {}
+        for rank in ranks:
+            if name not in reports[rank].prints:
+                continue
+            place, digest = reports[rank].prints[name]
+            known, first = seen.setdefault(place, (digest, rank))
+            if known != digest:
+                differing.setdefault(str(name), set()).update((first, rank))
+    if differing:
+        names = list(differing)
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        ranks_of = sorted(set().union(*differing.values()))
+        raise ConfigError(
+            f"{listed(ranks_of)} hold different weights under the same name: {', '.join(names[:_LISTED])}{more}. "
+            f"{_WAYS_OUT}"
+        )
+
+
+def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Name]:
+    """Names whose entries came, went or became others."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def describe(names: Iterable[Name], before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> str:
+    """Changes in words, the first few of them."""
+    names = list(names)
+    lines = [f"{str(name)!r} {_change(before.get(name), now.get(name))}" for name in names[:_LISTED]]
+    return "; ".join([*lines, f"{len(names) - _LISTED} more"] if len(names) > _LISTED else lines)
+
+
+def _change(before: Entry | None, now: Entry | None) -> str:
+    if before is None or now is None:
+        return f"is new: {now.form}" if now is not None else "is gone"
+    if before.form._replace(is_frozen=False) == now.form._replace(is_frozen=False) and before.form != now.form:
+        return "was frozen" if now.form.is_frozen else "is no longer frozen"
+    if before.form == now.form:
+        return f"was on {before.device} and among ranks {before.members}, now {now.device} and {now.members}"
+    return f"was {before.form}, and is {now.form}"
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Ranks in words."""
+    shown = ", ".join(map(str, ranks[:_LISTED])) + (" and more" if len(ranks) > _LISTED else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
