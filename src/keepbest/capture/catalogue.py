@@ -126,14 +126,24 @@ def _state_beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
     wrapping = keys_of_wrappers(module)
     for path, inner in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        passing = inner._non_persistent_buffers_set  # noqa: SLF001  # torch has no other list of them
-        buffers = {key: value for key, value in inner.named_buffers(recurse=False) if key not in passing}
-        own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **buffers}
+        own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **_persistent_buffers(inner)}
         if type(inner).get_extra_state is not nn.Module.get_extra_state:
             own[EXTRA_STATE] = inner.get_extra_state()
         for key, value in own.items():
             if prefix + key not in wrapping and not is_flattened(value):
                 yield plain_key(module, prefix + key), value
+
+
+def stored_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters of a module and the buffers that its state dict has, as this rank holds them; no hook runs."""
+    yield from module.parameters()
+    for inner in module.modules():
+        yield from _persistent_buffers(inner).values()
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    passing = module._non_persistent_buffers_set  # noqa: SLF001  # torch has no other list of them
+    return {key: value for key, value in module.named_buffers(recurse=False) if key not in passing}
 
 
 def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:

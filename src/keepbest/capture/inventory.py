@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from keepbest.capture.catalogue import Entry, Held, Name, look
+from keepbest.capture.catalogue import Entry, Held, Name, look, stored_tensors
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
@@ -19,6 +19,7 @@ from keepbest.capture.union import Report, Union, changes, describe, listed, sam
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.sources import list_sources
 from keepbest.modules.wrappers import walk
 from keepbest.ranks import Number, Ranks
 
@@ -130,9 +131,9 @@ class Inventory:
 
     def mark(self) -> str:
         """What tells whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
-        held = self._look()
-        tensors = [value for value in held.values.values() if isinstance(value, torch.Tensor)]
-        return sample(_local(value) for value in tensors if value.layout == torch.strided and not value.is_quantized)
+        items = self.items
+        sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
+        return sample(_local(tensor) for source in sources for tensor in stored_tensors(source.module))
 
     def _look(self) -> Held:
         return look(self.items, self.ranks.members[self.ranks.rank])
