@@ -21,7 +21,7 @@ from keepbest.callbacks import assemble_callbacks
 from keepbest.cli.run_file import RunFile
 from keepbest.training.trainer import build_trainer
 from tests.callbacks.context import make_context
-from tests.cli import runs
+from tests.kit import cli_runs as runs
 
 
 def nothing(*_: Any) -> None:

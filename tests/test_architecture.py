@@ -123,6 +123,7 @@ COLLECTIVES_LIVE_IN = (
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "formats/dcp.py",
+    "formats/sharded_part.py",  # reads what that one writes
     "modules/kinds.py",  # recognizes what is sharded
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +45,20 @@ def test_other_text_is_refused(text):
 def test_parts_are_integers_and_at_least_one(parts):
     with pytest.raises(IterationError, match="TrainingIteration"):
         TrainingIteration(**parts)
+
+
+@pytest.mark.parametrize("part", [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3])], ids=repr)
+def test_integers_of_other_libraries_are_parts(part):
+    iteration = TrainingIteration(epoch=part)
+    assert (iteration, type(iteration.epoch)) == (TrainingIteration(epoch=3), int)
+
+
+@pytest.mark.parametrize(
+    "part", [1.5, np.float32(1.0), np.bool_(True), torch.tensor(True), torch.tensor(1.0), -1], ids=repr
+)
+def test_other_numbers_are_no_parts(part):
+    with pytest.raises(IterationError, match="epoch must be an integer >= 0, got"):
+        TrainingIteration(epoch=part)
 
 
 @given(first=st.tuples(COUNTS, COUNTS, COUNTS), second=st.tuples(COUNTS, COUNTS, COUNTS))

@@ -78,6 +78,23 @@ def test_infinities_and_overflow_do_not_raise():
     assert reduce_numbers(numbers([1.5e308, 1.7e308]), "mean") == pytest.approx(1.6e308)
 
 
+@pytest.mark.parametrize(
+    ("values", "weights", "mean", "total"),
+    [
+        ([1.0, 3.0], [1e308, 1e308], 2.0, math.inf),
+        ([1.0, 3.0], [1.7e308, 1.7e308], 2.0, math.inf),
+        ([1.0, 3.0], [5e-324, 5e-324], 2.0, 2e-323),
+        ([1e308, -1e308], [1e308, 1e308], 0.0, 0.0),
+        ([1.7e308, 1.6e308], [3.0, 1.0], 1.675e308, math.inf),
+        ([1e-310, 3e-310], [0.5, 0.5], 2e-310, 2e-310),
+        ([math.inf, 1.0], [1e-308, 1e308], math.inf, math.inf),
+    ],
+)
+def test_weights_and_values_at_the_ends_of_the_range_are_right(values, weights, mean, total):
+    assert reduce_numbers(numbers(values, weights), "mean") == pytest.approx(mean, rel=1e-15)
+    assert reduce_numbers(numbers(values, weights), "sum") == pytest.approx(total, rel=1e-15)
+
+
 @given(st.lists(st.tuples(st.floats(-1e300, 1e300), WEIGHTS), min_size=2, max_size=5))
 def test_mean_lies_between_its_values(pairs):
     values, weights = zip(*pairs, strict=True)
@@ -108,6 +125,7 @@ class Float(float):
 @pytest.mark.parametrize(
     "value",
     [0.5, Float(0.5), Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.array(0.5), torch.tensor(0.5),
+     np.array([0.5]), np.array([[0.5]], dtype=np.float16), np.longdouble(0.5),
      torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True)],
     ids=lambda value: f"{type(value).__name__} {value!r}",
 )  # fmt: skip
@@ -125,13 +143,27 @@ def test_integers_zero_and_non_finite_values_are_read():
 
 @pytest.mark.parametrize(
     "value",
-    ["0.5", b"0.5", True, 1j, [0.5], {}, range(3), np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]),
-     torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True)],
+    ["0.5", b"0.5", True, 1j, [0.5], range(3), np.array([0.5, 1.0]), np.bool_(True), np.array(True), np.array([]),
+     np.complex64(1 + 2j), np.str_("0.5"), np.timedelta64(1, "ns"), np.array(None), torch.empty((), device="meta"),
+     torch.tensor([0.5, 1.0]), torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True)],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(InvalidMetricError, match="the metric must be"):
         read_value(value)
+
+
+def test_mapping_is_read_by_the_key_of_the_metric_or_its_last_part():
+    values = {"loss": 0.5, "val/accuracy": torch.tensor(0.25)}
+    assert read_value(values, metric_key="val/loss").value == 0.5
+    assert read_value(values, metric_key="val/accuracy").value == 0.25
+    missing = read_value(values, metric_key="val/f1")
+    assert (missing.value, missing.absent) == (
+        None,
+        "observe() received a mapping without 'val/f1'; it has: loss, val/accuracy",
+    )
+    with pytest.raises(InvalidMetricError, match="the metric must be"):
+        read_value({"loss": [0.5]}, metric_key="loss")
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "1"])
@@ -245,8 +277,8 @@ def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank_that_tells_the_key
 
 @pytest.mark.parametrize(
     ("key", "higher"),
-    [("loss/val/total", False), ("Loss/Val", False), ("accuracy1/test", True), ("loss/val/accuracy", True),
-     ("f1", True), ("val/error_rate", False), ("accuracy/val/loss", False), ("val/perplexity", False)],
+    [("loss/val/total", False), ("Loss/Val", False), ("accuracy1/test", True), ("f1", True), ("val/error_rate", False),
+     ("val/perplexity", False)],
 )  # fmt: skip
 def test_direction_is_known_from_the_name(key, higher):
     assert MetricPropertyProvider().higher_is_better(key) == higher
@@ -256,6 +288,72 @@ def test_direction_is_known_from_the_name(key, higher):
 def test_direction_is_never_guessed(key):
     with pytest.raises(ConfigError, match="set higher_is_better to true or false"):
         MetricPropertyProvider().higher_is_better(key)
+
+
+LOWER = """
+    val_loss train.loss trainLoss valLoss VAL_LOSS MSELoss L1Loss loss/val/heatmap loss/val/decoder2 perplexity ppl wer
+    cer mae rmse ece lpips fid kid val/top1_error top-5_err false_positive_rate bits_per_byte cross_entropy kl_div
+    val/brier crps nll val/inaccuracy word_error_rate
+"""
+HIGHER = """
+    top1 top-5 acc@1 Acc1 mAP50 mAP@50 metrics/mAP50-95(B) val/map_small bbox_mAP_50 AP50 mcc mrr ndcg nDCG@10 bleu
+    BLEU-4 rouge rouge1 RougeL r2 R2 auc auroc ROC-AUC val_roc_auc iou mIoU IoU psnr ssim ms_ssim SI-SDR f1 F1Score
+    f1_macro recall@5 hits@10 pass@1 former_mcc eval_sts-dev_spearman_cosine cancer_sensitivity lower_jaw_dsc
+"""
+UNKNOWN = """
+    heatmap heat_map heatMap decoder2 layer2 encoder_2 confidence fidelity former transformer_score power answer_rate
+    certainty viewer returned_items depth_map loss_scale mixed_precision apple ümap top
+"""
+CONTRADICTORY = """
+    neg_log_likelihood neg_mse loss/val/dice loss/val/f1 loss/val/accuracy accuracy/val/loss accuracy_loss 1-ssim
+    precision_loss recall_error one_minus_dice accuracy_gap accuracy_std time_to_accuracy negative_f1
+"""
+
+
+@pytest.mark.parametrize(("keys", "higher"), [(LOWER, False), (HIGHER, True)])
+def test_common_names_are_known_however_they_are_written(keys, higher):
+    provider = MetricPropertyProvider()
+    assert {key: provider.higher_is_better(key) for key in keys.split()} == dict.fromkeys(keys.split(), higher)
+
+
+@pytest.mark.parametrize("key", UNKNOWN.split())
+def test_part_of_a_word_shows_no_direction(key):
+    with pytest.raises(ConfigError, match=r"it is not known .*set higher_is_better to true or false"):
+        MetricPropertyProvider().higher_is_better(key)
+
+
+@pytest.mark.parametrize("key", CONTRADICTORY.split())
+def test_words_that_contradict_each_other_are_refused(key):
+    with pytest.raises(ConfigError, match=r"contradicts itself.*set higher_is_better to true or false"):
+        MetricPropertyProvider().higher_is_better(key)
+
+
+def test_pattern_wins_over_the_words():
+    provider = MetricPropertyProvider(higher_is_better=["neg_*"], lower_is_better=["loss/val/dice"])
+    assert provider.higher_is_better("val/neg_mse")
+    assert not provider.higher_is_better("loss/val/dice")
+    with pytest.raises(ConfigError, match="contradicts itself"):
+        MetricPropertyProvider(higher_is_better=["*a*"], lower_is_better=["*b*"]).higher_is_better("ab")
+
+
+def pass_a_partial_sum():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = read_value(DTensor.from_local(torch.tensor(1.5), mesh, [Replicate()])).value
+    refused = []
+    for placement in (Partial(), Shard(0)):
+        value = DTensor.from_local(torch.tensor([1.0 + dist.get_rank()]), mesh, [placement])
+        with pytest.raises(InvalidMetricError, match="full_tensor") as caught:
+            read_value(value)
+        refused.append(str(caught.value))
+    return whole, len(refused)
+
+
+def test_tensor_of_which_each_rank_holds_a_part_is_refused():
+    assert run_ranks(pass_a_partial_sum, 2) == [(1.5, 2)] * 2
 
 
 def test_own_patterns_add_to_the_known_ones():

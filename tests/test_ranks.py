@@ -201,6 +201,50 @@ def test_ranks_in_different_places_are_told_so_at_once(difference, told, tmp_pat
     assert "Call the keeper on every rank, in the same order" in lines[-1]
 
 
+class MuteError(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def raise_what_cannot_be_shown(directory):
+    ranks = Ranks.connect()
+
+    def value():
+        if ranks.rank == 1:
+            raise MuteError
+        return 1.0
+
+    keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", rank_timeout=20.0)
+    with pytest.raises(RankFailedError) as caught:
+        keeper.observe(value, update(1))
+    keeper.abandon()
+    return str(caught.value)
+
+
+def test_exception_whose_text_raises_is_raised_on_every_rank(tmp_path):
+    told = run_ranks(raise_what_cannot_be_shown, 2, tmp_path)
+    assert told == [told[0]] * 2
+    assert "rank 1 of 2: MuteError: (its message cannot be shown: __str__ raises ValueError)" in told[0]
+
+
+def differ_late_in_long_settings(directory):
+    rank = Ranks.connect().rank
+    with pytest.raises(DesyncError) as caught:
+        BestKeeper(
+            nn.Linear(1, 1), directory=directory, metric_key="loss", tolerances=range(400), save_timeout=100.0 + rank
+        )
+    return str(caught.value)
+
+
+def test_settings_that_differ_are_shown_around_the_difference(tmp_path):
+    told = run_ranks(differ_late_in_long_settings, 2, tmp_path)
+    assert told == [told[0]] * 2
+    for rank, line in enumerate(told[0].splitlines()[1:3]):
+        assert line.startswith(f"  rank {rank}: ... ")
+        assert f"save_timeout={100.0 + rank}" in line
+        assert len(line) < 700
+
+
 def observe_until_a_rank_is_gone(directory):
     keeper = BestKeeper(nn.Linear(1, 1), directory=directory, metric_key="loss", rank_timeout=2.0)
     keeper.observe(1.0, update(1))

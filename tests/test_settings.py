@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
-from tests.ranks.pool import run_ranks
+import torch
 from torch import nn
 
 import keepbest
@@ -23,6 +24,7 @@ from keepbest.errors import ConfigError
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 from tests.faces import FACES
+from tests.kit.pool import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,13 +52,21 @@ def test_page_of_the_settings_is_up_to_date():
     ("settings", "message"),
     [
         ({"tolerence": [1]}, "there is no setting 'tolerence'; did you mean 'tolerances'? The settings are: "),
+        ({"patience": 3}, "there is no setting 'patience'; did you mean 'tolerances'?"),
+        ({"mode": "min"}, "there is no setting 'mode'; did you mean 'higher_is_better'?"),
+        ({"tolerances": 3}, "tolerances must be a list such as [3], found 3"),
+        ({"model_names": "encoder"}, "model_names must be a list such as ['encoder'], found 'encoder'"),
+        (
+            {"higher_is_better": "min"},
+            "(higher values are better), false (lower values are better) or absent, found 'min'",
+        ),
         ({"tolerances": [1, 1]}, "tolerances must be integers that differ from each other, found [1, 1]"),
         ({"keep_top_k": 0}, "keep_top_k must be greater than 0, found 0"),
         ({"async_save": "no"}, "async_save must be a valid boolean, found 'no'"),
         ({"format": "pickle"}, "format must be 'torch', 'safetensors' or 'dcp', found 'pickle'"),
         ({"save_timeout": -1.0}, "save_timeout must be greater than 0, found -1.0"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_every_face_refuses_a_setting_in_the_same_words(face, settings, message, tmp_path):
     with pytest.raises(ConfigError) as caught:
@@ -121,6 +131,30 @@ def test_sequences_and_integers_are_taken_as_what_they_mean():
     assert [type(value) for value in (settings.min_delta, settings.rank_timeout)] == [float, float]
 
 
+def test_numbers_of_numpy_and_torch_are_taken_as_what_they_are():
+    settings = KeeperSettings.of(
+        {
+            "tolerances": np.array([3, 1]),
+            "min_delta": np.float32(0.5),
+            "keep_top_k": np.int64(2),
+            "higher_is_better": np.bool_(True),
+            "rank_timeout": torch.tensor(5.0),
+        }
+    )
+    found = [
+        settings.tolerances,
+        settings.min_delta,
+        settings.keep_top_k,
+        settings.higher_is_better,
+        settings.rank_timeout,
+    ]
+    assert repr(found) == "[(1, 3), 0.5, 2, True, 5.0]"
+    assert repr(KeeperSettings.of({"tolerances": [np.int32(1)]}).tolerances) == "(1,)"
+    for wrong in ({"keep_top_k": np.float64(2.0)}, {"tolerances": [np.float64(1.0)]}, {"min_delta": np.bool_(True)}):
+        with pytest.raises(ConfigError, match="must be a valid"):
+            KeeperSettings.of(wrong)
+
+
 def test_config_of_the_callback_survives_json():
     config = BestCheckpointCallbackConfig(metric_key="loss", every_n_epochs=1, tolerances=[2, 1], model_names=["a"])
     assert BestCheckpointCallbackConfig.model_validate_json(config.model_dump_json()) == config
@@ -147,6 +181,8 @@ def make_with_something_wrong_on_rank_1(directory, wrong):
     [
         ({"rank_timeout": -1.0}, "rank_timeout must be greater than 0, found -1.0"),
         ({"save_timeout": "long"}, "save_timeout must be a valid number, found 'long'"),
+        ({"rank_timeout": float("nan")}, "rank_timeout must be "),
+        ({"rank_timeout": None}, "rank_timeout must be a valid number, found None"),
         ({"tolerence": [1]}, "there is no setting 'tolerence'; did you mean 'tolerances'?"),
     ],
 )

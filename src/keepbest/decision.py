@@ -46,6 +46,14 @@ class Policy:
         if type(self.top_k) is not int or self.top_k < 1:
             raise ConfigError(f"keep_top_k must be an integer >= 1, got {self.top_k!r}")
 
+    def ranked(self, bests: Iterable[Best]) -> tuple[Best, ...]:
+        """Return the `top_k` best of `bests`, the best first; empty if only the best is kept."""
+        top: list[Best] = []
+        for best in bests:
+            if (place := self.entering(best.value, top)) is not None:
+                top.insert(place, best)
+        return tuple(top[: self.top_k])
+
     def entering(self, value: float, top: Sequence[Best]) -> int | None:
         """Return the place, from 0, of `value` among the best `top`; `None` if it is not among the `top_k` best.
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats import safetensors_file, torch_file
+from keepbest.formats.entries import Entry, fetched
 from keepbest.formats.registry import find_format
-from keepbest.formats.safetensors_file import Entry, write_entries
+from keepbest.formats.safetensors_file import write_entries
 from keepbest.remote.download import local_copy, snapshot_of
 from keepbest.run.digest import check_file
 from keepbest.run.files import Files
@@ -114,21 +112,17 @@ def _contents(found: FoundSnapshot, parts: Mapping[str, str]) -> Contents:
 
 
 def _write_torch(to: Path, contents: Contents) -> Path:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    # torch.save wants all tensors at once: they lie in a file that is mapped, so that the memory is that of the disk.
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=TEMPORARY) as space, _appearing(to) as path:
-        state = {entry.key: _mapped(Path(space) / str(number), entry) for number, entry in enumerate(contents.entries)}
-        state |= {key: state[first] for key, first in contents.tied.items()}
-        torch_file.FORMAT.write_file(Files(), path, {**state, **contents.others})
+    with _appearing(to) as path:
+        # torch.save wants all tensors at once: they lie in one mapped file, so that the memory is that of the disk.
+        space = path.with_name(f"{path.name}.space")
+        Files().remove(space)
+        try:
+            state = fetched(contents.entries, space)
+            state |= {key: state[first] for key, first in contents.tied.items()}
+            torch_file.FORMAT.write_file(Files(), path, {**state, **contents.others})
+        finally:
+            Files().remove(space)
     return to
-
-
-def _mapped(path: Path, entry: Entry) -> torch.Tensor:
-    count = torch.Size(entry.shape).numel()
-    if count == 0:
-        return entry.fetch()
-    mapped = torch.from_file(str(path), shared=True, size=count, dtype=entry.dtype).view(entry.shape)
-    return mapped.copy_(entry.fetch())
 
 
 def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]:
@@ -181,17 +175,21 @@ def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
     return groups
 
 
-@contextmanager
+@contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """Another path to write to; what was written there has the name `path` when the block has ended, and only then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in path.parents if not folder.exists()]
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     files = Files()
-    files.remove(temporary)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.remove(temporary)
         yield temporary
         files.rename(temporary, path)
         files.sync_folder(path.parent)
     except BaseException:
         files.remove(temporary)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # something else is in it by now
+                folder.rmdir()
         raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from keepbest.errors import IterationError
 
@@ -23,7 +26,8 @@ class TrainingIteration:
         sample: Number of completed samples; `None` if they are not counted.
 
     Raises:
-        IterationError: If no part is given, or one is negative or not an integer.
+        IterationError: If no part is given, or one is negative or not an integer. Integers of numpy and of tensors are
+            taken as such.
     """
 
     epoch: int | None = None
@@ -34,8 +38,33 @@ class TrainingIteration:
         if self.parts == (None, None, None):
             raise IterationError("TrainingIteration needs at least one of epoch, update and sample")
         for name, part in zip(("epoch", "update", "sample"), self.parts, strict=True):
-            if part is not None and (type(part) is not int or part < 0):
+            if part is not None and type(part) is not int:
+                part = _as_int(name, part)  # noqa: PLW2901  # the same part, as Python's own integer
+                object.__setattr__(self, name, part)
+            if part is not None and part < 0:
                 raise IterationError(f"TrainingIteration: {name} must be an integer >= 0, got {part!r}")
+
+    @classmethod
+    def of(cls, iteration: object, parts: Mapping[str, int | None]) -> TrainingIteration:
+        """Return the iteration that a call was given: `iteration` itself, or one of these `parts`.
+
+        Raises:
+            IterationError: If both were given, or neither, or `iteration` is something else.
+        """
+        given = {name: part for name, part in parts.items() if part is not None}
+        if given and iteration is not None:
+            names = ", ".join(f"{name}=" for name in given)
+            raise IterationError(f"pass either a TrainingIteration or {names}, not both; got {iteration!r} too")
+        if given:
+            return cls(**given)
+        if isinstance(iteration, cls):
+            return iteration
+        if iteration is None:
+            raise IterationError("which iteration is it? Write epoch=..., update=... or sample=... after the value")
+        raise IterationError(
+            f"an iteration must be a TrainingIteration, got {iteration!r} of type {type(iteration).__name__}, which "
+            "does not show what is counted; write epoch=..., update=... or sample=... instead"
+        )
 
     @property
     def parts(self) -> tuple[int | None, int | None, int | None]:
@@ -79,3 +108,15 @@ class TrainingIteration:
         if match is None or not text:
             raise IterationError(f"not a training iteration: {text!r}; expected a form like E7_U140_S8960")
         return cls(*(None if part is None else int(part) for part in match.groups()))
+
+
+def _as_int(name: str, part: Any) -> int:
+    is_bool = isinstance(part, bool) or str(getattr(part, "dtype", "")).endswith("bool")
+    try:
+        if not is_bool:
+            return operator.index(part)
+    except TypeError:
+        pass
+    raise IterationError(
+        f"TrainingIteration: {name} must be an integer >= 0, got {part!r} of type {type(part).__name__}"
+    )

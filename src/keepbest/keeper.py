@@ -11,13 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from typing_extensions import Unpack
 
 from keepbest.capture.share import Items
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide
-from keepbest.errors import ConfigError, InvalidMetricError, StorageError
+from keepbest.errors import ConfigError, InvalidMetricError, IterationError, StorageError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.load import load_into
@@ -27,7 +28,7 @@ from keepbest.ranks import Ranks
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
-from keepbest.run.takeover import LoadedState
+from keepbest.run.takeover import LoadedState, Owner
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings_dict import KeeperSettingsDict
@@ -88,6 +89,8 @@ class BestKeeper:
         self._on_nonfinite, self._on_save_error = given.on_nonfinite, given.on_save_error
         self._remote, self._resume = given.remote, given.resume
         self.name, self.policy, self._reduction = checked.name, checked.policy, given.metric_reduction
+        self._owner = Owner(self.name, metric_key, self.policy.higher_is_better)
+        self._direction_from = "the name" if given.higher_is_better is None else "higher_is_better"
         self._run = OpenRun(self.directory).share()
         self._saver = Saver(
             self.name,
@@ -129,7 +132,7 @@ class BestKeeper:
         step = f"open {self.directory} for {self.name}"
         try:
             self._saver.look_at_weights(step)
-            self._ranks.agree(step, self._join, state=lambda _: resumes)
+            self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
             # Only a remote copy may take long to be brought here.
             saving = self._remote is not None
@@ -141,34 +144,55 @@ class BestKeeper:
         self._state = BestState.from_json(facts["state"])
         self._saver.best_snapshot = facts["best"]
         self._phase = "started"
+        if self._ranks.is_main:
+            _logger.info("%s started, direction taken from %s", self._owner, self._direction_from)
 
-    def observe(self, value: Any, iteration: TrainingIteration, *, weight: Any = None) -> Outcome:
+    def observe(
+        self,
+        value: Any,
+        iteration: TrainingIteration | None = None,
+        *,
+        weight: Any = None,
+        epoch: int | None = None,
+        update: int | None = None,
+        sample: int | None = None,
+    ) -> Outcome:
         """Observe the metric of one interval, and save the model if it is the new best. **Collective**.
 
         Costs one small all_gather where there is no new best.
 
         Args:
-            value: Value of this rank: a number, a tensor with one element, a metric of torchmetrics (its own sync of
-                the ranks is the only one) or a function that returns one of these. Ranks that are not asked may pass
-                `None`.
+            value: Value of this rank: a number, a tensor or array with one element, a mapping that has it under the
+                metric key, a metric of torchmetrics (its own sync of the ranks is the only one) or a function that
+                returns one of these. Ranks that are not asked may pass `None`.
             iteration: Training iteration that was completed. It increases from call to call and always names the same
                 parts.
             weight: Weight of this rank in the reduction, for example its number of samples; on all ranks or on none.
+            epoch: Number of completed epochs, in place of `iteration`, alone or with the next two.
+            update: Number of completed optimizer updates.
+            sample: Number of completed samples.
 
         Raises:
             MetricError: On every rank, if a value is missing or no number, weights are invalid, values differ that must
                 be equal, or a value is NaN with `on_nonfinite="raise"`.
-            IterationError: On every rank, if `iteration` does not follow the last one.
+            IterationError: On every rank, if there is no iteration, or it does not follow the last one.
             StorageError: On every rank, if the new best, or an earlier record, could not be written.
             RanksError: If the ranks could not agree (see `Ranks.exchange`).
         """
-        return self.observe_reading(lambda: read_value(value, weight, metric_key=self.metric_key), iteration)
+        parts = {"epoch": epoch, "update": update, "sample": sample}
+        return self._observe(
+            lambda: read_value(value, weight, metric_key=self.metric_key),
+            lambda: TrainingIteration.of(iteration, parts),
+        )
 
     def observe_reading(self, read: Callable[[], Reading], iteration: TrainingIteration) -> Outcome:
         """As `observe`, with a function that reads the value of this rank. What it raises is raised on every rank."""
+        return self._observe(read, lambda: TrainingIteration.of(iteration, {}))
+
+    def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
         self.start()
         self._refuse_if_closed()
-        value = self._agree(read, iteration)
+        value, iteration = self._agree(read, find_iteration)
         if not math.isfinite(value) and self._on_nonfinite == "raise":
             raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
         observation = Observation(iteration, value)
@@ -189,17 +213,20 @@ class BestKeeper:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` resumes from; the same on every rank. **Rank-local**."""
-        return LoadedState(self._run_id, self._timeline, self._state).to_json()
+        return LoadedState(self._owner, self._run_id, self._timeline, self._state).to_json()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from a state that `state_dict` returned. **Rank-local**: call it on every rank, before `start`.
 
         Raises:
-            ConfigError: If the keeper has started, or `state_dict` is no state of a keeper.
+            ConfigError: If the keeper has started, or `state_dict` is no state of a keeper of this name, metric and
+                direction.
         """
         if self._phase != "new":
             raise ConfigError("load_state_dict comes too late: load the state before start(), `with` or observe()")
-        self._loaded = loaded = LoadedState.from_json(state_dict)
+        loaded = LoadedState.from_json(state_dict)
+        loaded.check_belongs_to(self._owner)
+        self._loaded = loaded
         self._run_id, self._timeline, self._state = loaded.run_id, loaded.timeline, loaded.state
 
     def flush(self, *, pin: str | None = None) -> None:
@@ -230,7 +257,7 @@ class BestKeeper:
     def close(self) -> None:
         """End the run: tolerances that were never exceeded get a provisional ref on the best. **Collective**.
 
-        A second call does nothing.
+        A warning says so where nothing is kept. A second call does nothing.
 
         Raises:
             StorageError: On every rank, if something could not be written, here or in the remote storage.
@@ -243,6 +270,7 @@ class BestKeeper:
             self._saver.arrive(f"bring {self.name} to {self._remote}")
         finally:
             self._leave()
+        self._saver.warn_if_nothing_is_kept(self._state)
 
     def abandon(self) -> None:
         """Leave the run as it is, for another process to resume, when training failed. **Rank-local**."""
@@ -291,7 +319,8 @@ class BestKeeper:
         """
         if self._phase == "started":
             self.flush()
-        load_into(self._model, self.directory, self.name, ranks=self._ranks)
+        with torch.inference_mode(mode=False):
+            load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
@@ -305,7 +334,9 @@ class BestKeeper:
             "best": record.best_snapshot,
         }
 
-    def _join(self) -> None:
+    def _join(self, at: TrainingIteration | None) -> None:
+        if at is not None:
+            TrainingIteration.of(at, {})
         self._run.join(self.name, self._remote)
         self._has_joined = True
 
@@ -314,10 +345,18 @@ class BestKeeper:
         if self._has_joined:
             self._has_joined = False
             self._run.leave(self.name)
+            self._saver.stop()
 
-    def _agree(self, read: Callable[[], Reading], iteration: TrainingIteration) -> float:
-        """The metric that all ranks agree on. What rank 0 could not write before is raised first."""
+    def _agree(
+        self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]
+    ) -> tuple[float, TrainingIteration]:
+        """The metric that all ranks agree on, and when. What rank 0 could not write before is raised first."""
         failure = self._saver.take_failure()
+        iteration: TrainingIteration | None = None
+        try:
+            iteration = find_iteration()
+        except IterationError as error:
+            failure = failure or error  # the other ranks are waiting, and have to learn of it
         revised = None if failure is not None else self._saver.revised_state()
         value, news = agree_on_metric(
             self._ranks,
@@ -330,7 +369,9 @@ class BestKeeper:
         )
         if news:
             self._revise(BestState.from_json(json.loads(news)))
-        return value
+        if iteration is None:
+            raise RuntimeError("a rank without an iteration raises in the exchange")
+        return value, iteration
 
     def _revise(self, state: BestState) -> None:
         """Adopt the state without bests that could not be written, and close the tolerances that this closes."""

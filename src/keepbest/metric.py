@@ -58,11 +58,12 @@ def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Readi
     off. The reading is then **collective**.
 
     Args:
-        value: Number from Python or numpy, tensor with one element, metric or collection of torchmetrics, or function
-            without arguments that returns one of these. `None` if this rank has no value.
+        value: Number from Python or numpy, tensor or array with one element, mapping with the metric under its key,
+            metric or collection of torchmetrics, or function without arguments that returns one of these. `None` if
+            this rank has no value.
         weight: Weight of this rank in a mean or sum, for example its number of samples; `None` if all ranks count the
             same.
-        metric_key: Key of the metric in a collection.
+        metric_key: Key of the metric in a mapping or collection.
 
     Raises:
         InvalidMetricError: If `value` or `weight` is not a real number, the weight is negative or not finite, or a
@@ -74,6 +75,11 @@ def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Readi
             return read_value(value(), weight, metric_key=metric_key)
         is_reduced = bool(getattr(value, "sync_on_compute", True))
         value = _computed(value, metric_key)
+    elif isinstance(value, Mapping):
+        if (name := _name_in(value, metric_key)) is None:
+            known = ", ".join(map(str, value)) or "nothing"
+            return Reading(absent=f"observe() received a mapping without {metric_key!r}; it has: {known}")
+        value = value[name]
     number = None if value is None else _real(value, "metric")
     weighed = None if weight is None else _real(weight, "weight of the metric")
     if weighed is not None and not 0.0 <= weighed < math.inf:
@@ -86,10 +92,13 @@ def _computed(metric: Computable, metric_key: str) -> Any:
     value = metric.compute()
     if not isinstance(value, Mapping):
         return value
-    for name in (metric_key, metric_key.rpartition("/")[2]):
-        if name in value:
-            return value[name]
-    raise InvalidMetricError(f"the collection has no metric {metric_key!r}; it has: {', '.join(map(str, value))}")
+    if (name := _name_in(value, metric_key)) is None:
+        raise InvalidMetricError(f"the collection has no metric {metric_key!r}; it has: {', '.join(map(str, value))}")
+    return value[name]
+
+
+def _name_in(values: Mapping[Any, Any], metric_key: str) -> str | None:
+    return next((name for name in (metric_key, metric_key.rpartition("/")[2]) if name in values), None)
 
 
 def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteration: TrainingIteration) -> Reading:
@@ -178,13 +187,38 @@ def _real(value: Any, what: str) -> float:
     if type(value) is float:  # the usual case, in a quiet interval that should cost nothing
         return value
     if isinstance(value, torch.Tensor):
-        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
-            got = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-            raise InvalidMetricError(f"the {what} must be one real number, got {got}")
-        return float(value.item())
+        return _real_of_tensor(value, what)
+    if hasattr(value, "dtype") and hasattr(value, "item"):
+        return _real_of_array(value, what)
     if isinstance(value, SupportsFloat) and not isinstance(value, bool | str | bytes):
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidMetricError(f"the {what} must be one real number, got {value!r}: {error}") from error
     raise InvalidMetricError(f"the {what} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def _real_of_tensor(value: torch.Tensor, what: str) -> float:
+    placements = getattr(value, "placements", None)
+    if placements is not None:  # a DTensor, of which each rank may hold something else
+        if not all(placement.is_replicate() for placement in placements):
+            raise InvalidMetricError(
+                f"the {what} must be one real number, got a DTensor with the placements {tuple(placements)}, of which "
+                "each rank holds a part; call its full_tensor() on every rank and pass that"
+            )
+        value = value.to_local()  # type: ignore[attr-defined]  # of DTensor, which is not imported here
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or value.is_meta:
+        got = f"a {value.dtype} tensor of shape {tuple(value.shape)}{' on the meta device' if value.is_meta else ''}"
+        raise InvalidMetricError(f"the {what} must be one real number, got {got}")
+    return float(value.item())
+
+
+def _real_of_array(value: Any, what: str) -> float:
+    """The number in a scalar or array of numpy, or of a library that has the same attributes."""
+    shape = tuple(getattr(value, "shape", ()))
+    if math.prod(shape) != 1 or str(value.dtype).startswith(("bool", "complex", "datetime", "timedelta")):
+        raise InvalidMetricError(f"the {what} must be one real number, got a {value.dtype} array of shape {shape}")
+    number = value.item()
+    if isinstance(number, bool | str | bytes) or not isinstance(number, SupportsFloat):
+        raise InvalidMetricError(f"the {what} must be one real number, got {value!r} of dtype {value.dtype}")
+    return float(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
 from keepbest.errors import InvalidMetricError, MetricMismatchError
@@ -37,15 +38,11 @@ def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> flo
         return min(values)
     if reduction == "max":
         return max(values)
+    if any(map(math.isinf, values)):
+        return values[0] if _all_same(values) else sum(filter(math.isinf, values))
     if reduction == "sum":
-        return _sum([value * weight for value, weight in zip(values, weights, strict=True)])
-    if _all_same(values):
-        return values[0]
-    total_weight = math.fsum(weights)
-    total = _sum([value * weight for value, weight in zip(values, weights, strict=True)])
-    if math.isinf(total) and all(map(math.isfinite, values)):
-        return math.fsum(value * (weight / total_weight) for value, weight in zip(values, weights, strict=True))
-    return total / total_weight
+        return _sum(values, weights)
+    return values[0] if _all_same(values) else _mean(values, weights)
 
 
 def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
@@ -70,10 +67,26 @@ def _all_same(values: list[float]) -> bool:
     return values.count(values[0]) == len(values) or all(map(math.isnan, values))
 
 
-def _sum(terms: Sequence[float]) -> float:
-    if not all(map(math.isfinite, terms)):
-        return sum(terms)
+def _sum(values: Sequence[float], weights: Sequence[float]) -> float:
+    if _is_moderate([*values, *weights]):
+        return math.fsum(value * weight for value, weight in zip(values, weights, strict=True))
+    exact = _exact_sum(values, weights)
     try:
-        return math.fsum(terms)
+        return float(exact)
     except OverflowError:
-        return math.copysign(math.inf, math.fsum(term / len(terms) for term in terms))
+        return math.inf if exact > 0 else -math.inf
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    if _is_moderate([*values, *weights]):
+        return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / math.fsum(weights)
+    return float(_exact_sum(values, weights) / sum(map(Fraction, weights)))
+
+
+def _exact_sum(values: Sequence[float], weights: Sequence[float]) -> Fraction:
+    return sum((Fraction(value) * Fraction(weight) for value, weight in zip(values, weights, strict=True)), Fraction())
+
+
+def _is_moderate(numbers: Sequence[float]) -> bool:
+    """Whether no product or sum of these can leave the range of float64. Otherwise fractions are slow, but right."""
+    return all(number == 0.0 or 1e-150 < abs(number) < 1e150 for number in numbers)

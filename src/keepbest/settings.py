@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
@@ -14,7 +15,7 @@ from typing_extensions import Self
 
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
-from keepbest.formats.registry import FormatName, check_format
+from keepbest.formats.registry import FormatName, check_format, find_format
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
 from keepbest.reduction import MetricReduction
@@ -27,8 +28,30 @@ from keepbest.validation import describe
 def _as_list(value: object) -> object:
     # A text is a sequence too, and pydantic says "an instance of Sequence", which is no word of YAML.
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise PydanticCustomError("list", "Input should be a list")
+        example = f" such as [{value!r}]" if isinstance(value, str | int | float) else ""
+        raise PydanticCustomError("list", "Input should be a list{example}", {"example": example})
     return list(value)
+
+
+def _check_direction(value: object) -> object:
+    if value is None or isinstance(value, bool):
+        return value
+    raise PydanticCustomError(
+        "direction", "Input should be true (higher values are better), false (lower values are better) or absent"
+    )
+
+
+def _as_python(value: object) -> object:
+    """A scalar or list of numpy or torch, or a list of such scalars, as Python's own; everything else as it is."""
+    if type(value) in (list, tuple):
+        return [_as_python(each) for each in cast("Sequence[object]", value)]
+    is_of_numpy = type(value).__module__ == "numpy" and hasattr(value, "dtype")
+    if not is_of_numpy and not isinstance(value, torch.Tensor):
+        return value
+    try:
+        return value.tolist() if value.ndim < 2 else value  # type: ignore[attr-defined]  # of either library
+    except (RuntimeError, NotImplementedError):  # a tensor without values is refused as what it is
+        return value
 
 
 def _sorted_if_unique(values: Sequence[int]) -> Sequence[int]:
@@ -42,12 +65,15 @@ _Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 _Tolerances = Annotated[
     Sequence[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), AfterValidator(_sorted_if_unique)
 ]
+_Direction = Annotated[bool | None, BeforeValidator(_check_direction)]
 _Names = Annotated[Sequence[str], BeforeValidator(_as_list), AfterValidator(tuple)]
 _TIMEOUTS = ("rank_timeout", "save_timeout")
 
 
 class CommonSettings(BaseModel):
     """The settings that a keeper has wherever it is used. No value is converted to the type of its setting.
+
+    Numbers of numpy and torch are taken as those of Python that they are.
 
     Raises:
         pydantic.ValidationError: If a setting is unknown or wrong. `KeeperSettings.of` raises `ConfigError` instead.
@@ -66,7 +92,7 @@ class CommonSettings(BaseModel):
     save_frozen_weights: bool = Field(
         default=True, description="Whether to save parameters that do not require grad at that moment."
     )
-    higher_is_better: bool | None = Field(
+    higher_is_better: _Direction = Field(
         default=None, description="Direction of the metric. `None` takes it from the name of the metric."
     )
     min_delta: float = Field(
@@ -110,14 +136,12 @@ class CommonSettings(BaseModel):
     rank_timeout: _Seconds = Field(default=120.0, description="Seconds that ranks wait for each other.")
     save_timeout: _Seconds = Field(default=1800.0, description="Seconds that ranks wait for rank 0 to write.")
 
-    @model_validator(mode="after")
-    def _check_background(self) -> Self:
-        if self.async_save and self.format == "dcp":
-            raise ConfigError(
-                "format 'dcp' is written by all ranks, which wait for each other; async_save goes with 'torch' and "
-                "'safetensors' only"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _take_numbers_of_libraries(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        return {name: _as_python(value) for name, value in settings.items()}
 
     def keeper_arguments(self) -> KeeperSettingsDict:
         """These settings as keyword arguments of `BestKeeper`. **Rank-local**."""
@@ -197,6 +221,8 @@ def check_settings(
         ConfigError: If one of them, or two together, cannot be right.
     """
     given = KeeperSettings.of(settings)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
     check_local(directory)
     check_remote(given.remote)
     higher_is_better = given.higher_is_better
@@ -204,6 +230,11 @@ def check_settings(
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
     check_format(given.format)
+    if given.async_save and find_format(given.format).capture == "local":
+        raise ConfigError(
+            f"format {given.format!r} is written by all ranks, which wait for each other; async_save goes with 'torch' "
+            "and 'safetensors' only"
+        )
     return CheckedSettings(
         given=given,
         name=best_ref(metric_key, given.id),

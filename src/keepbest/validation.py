@@ -9,6 +9,15 @@ from pydantic import ValidationError
 
 Place = tuple[int | str, ...]
 
+# What other libraries call a setting that keepbest has too.
+_NAMES_ELSEWHERE = {
+    "mode": "higher_is_better",
+    "greater_is_better": "higher_is_better",
+    "patience": "tolerances",
+    "monitor": "metric_key",
+    "save_top_k": "keep_top_k",
+}
+
 
 def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at: Place = ()) -> list[str]:
     """One line for each finding: the setting, what was expected, and what was found. **Rank-local**.
@@ -42,6 +51,7 @@ def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    elsewhere = _NAMES_ELSEWHERE.get(name)
+    near = [elsewhere] if elsewhere in known else difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"there is no setting {name!r}{hint} The settings are: {', '.join(known) or 'none'}"

@@ -11,17 +11,17 @@ from typing import NamedTuple, Protocol
 
 class _Job(NamedTuple):
     work: Callable[[], None]
-    failed: Callable[[Exception], None]
+    failed: Callable[[BaseException], None]
 
 
 class Worker(Protocol):
     """Somebody who does work. **Rank-local**."""
 
-    def submit(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         """Have `work` done after everything that was submitted before; `failed` gets the error if it could not be."""
 
     def drain(self) -> None:
-        """Wait until everything that was submitted is done, or has failed."""
+        """Wait until everything that was submitted before is done, or has failed."""
 
     def close(self, timeout: float | None = None) -> bool:
         """Drain and end; returns whether it has ended within `timeout` seconds. A second call does nothing."""
@@ -30,7 +30,7 @@ class Worker(Protocol):
 class Inline:
     """Does everything at once, on the thread that submits it."""
 
-    def submit(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         try:
             work()
         except Exception as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
@@ -62,12 +62,14 @@ class Threaded:
         self._thread.start()
         atexit.register(self.close)
 
-    def submit(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         with self._changed:
             self._jobs.append(_Job(work, failed))
             self._changed.notify_all()
 
     def drain(self) -> None:
+        if threading.current_thread() is self._thread:
+            return  # what was submitted before this job is done
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs)
 
@@ -88,8 +90,9 @@ class Threaded:
                 job = self._jobs[0]
             try:
                 job.work()
-            except Exception as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
+            except BaseException as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
                 job.failed(error)
-            with self._changed:
-                self._jobs.popleft()
-                self._changed.notify_all()
+            finally:
+                with self._changed:
+                    self._jobs.popleft()
+                    self._changed.notify_all()

@@ -60,7 +60,10 @@ def read_files(folder, file_format):
     for path in folder.glob("*.dcp"):
         with tempfile.NamedTemporaryFile() as file:
             dcp_to_torch_save(path, file.name)
-            files[path.stem] = torch.load(file.name, weights_only=True)
+            state = torch.load(file.name, weights_only=True)
+        ties = path.with_suffix(".tied.json")
+        tied = json.loads(ties.read_text()) if ties.exists() else {}
+        files[path.stem] = {**state, **{name: state[first] for name, first in tied.items()}}
     return files
 
 

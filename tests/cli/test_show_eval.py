@@ -41,6 +41,8 @@ def test_show_prints_every_ref(trained):
         0: refs[f"{runs.BEST}.tolerance=0"]["exceeded"],
         50: False,
     }
+    assert {entry["higher_is_better"] for entry in shown} == {False}
+    assert "lower" in table.stdout
     for ref, entry in refs.items():
         folder = trained / "checkpoints" / ref
         assert folder.resolve().name == entry["snapshot"]

@@ -27,6 +27,12 @@ RULES: dict[str, Callable[[Block], bool]] = {
     # Commands and outputs, each line beside a run or the program that prints it.
     "session": lambda block: block.language == "console",
     "tree": lambda block: block.language == "text" and block.text.startswith("runs/a/checkpoints/\n"),
+    # Beside the sources.
+    "picture": lambda block: block.language == "text" and "BestKeeper.observe" in block.text,
+    "path": lambda block: block.language == "text" and block.text.startswith("keeper\n"),
+    # Read, and written again.
+    "ledger": lambda block: block.language == "json" and block.text.startswith('{"event":'),
+    "manifest": lambda block: block.language == "json" and block.text.startswith('{\n "version":'),
     "timeout": lambda block: block.language == "text" and block.text.startswith("error: rank "),
     "torchrun_log": lambda block: block.language == "text" and "/elastic/" in block.text,
 }

@@ -16,15 +16,21 @@ import yaml
 from keepbest import BestKeeper, TrainingIteration
 from keepbest.cli.app import app
 from keepbest.cli.run_file import RunFile
+from keepbest.run.events import event_to_json
+from keepbest.run.history import History
+from keepbest.run.ledger import read_ledger
+from keepbest.run.manifest import Manifest
 from tests.docs import commands, transcripts
 from tests.docs.blocks import ALL, PAGES, ROOT, Block
 from tests.docs.commands import command_lines
 from tests.docs.preludes import BEFORE_A_BLOCK, BEFORE_THE_PAGE, ENDS_WITH
 from tests.docs.rules import RULES, rules_of
 from tests.docs.run_python import run_steps
+from tests.docs.source_names import missing_names
 from tests.kit import cli_runs as runs
 from tests.kit.pool import run_ranks
 from tests.kit.toys import AutoEncoder
+from tests.test_architecture import PATH
 
 
 def claimed(rule: str, page: str | None = None) -> list[Block]:
@@ -182,6 +188,30 @@ def test_tree(block, folder):
         elif content:
             assert str(path.readlink()) == content
     assert {each.name for each in checkpoints.iterdir()} == {name.partition("/")[0] for name in shown}
+
+
+@blocks_of("picture")
+def test_picture(block):
+    assert missing_names(re.findall(r"[A-Za-z_.]+", block.text)) == set()
+
+
+@blocks_of("path")
+def test_path(block):
+    assert block.text.split() == PATH
+
+
+@blocks_of("ledger")
+def test_ledger(block, folder):
+    (folder / "ledger.jsonl").write_text(block.text)
+    events, whole = read_ledger(folder / "ledger.jsonl")
+    assert whole == len(block.text)
+    assert [json.dumps(event_to_json(event), separators=(",", ":")) for event in events] == block.text.splitlines()
+    assert History.of(events).refs == {"best_model.loss": "E1", "best_model.loss.tolerance=2": "E1"}
+
+
+@blocks_of("manifest")
+def test_manifest(block):
+    assert Manifest.from_bytes(block.text.encode()).to_bytes().decode() == block.text.strip()
 
 
 @blocks_of("timeout")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from keepbest.errors import ConfigError, StorageError
+from keepbest.errors import ConfigError, RankFailedError, StorageError
 from keepbest.run.verify import verify
+from keepbest.staging.host import HostSlot
 from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, ledger, saved_at, set_weights, update
@@ -129,6 +130,52 @@ def test_queued_best_that_nothing_needs_is_skipped(tmp_path, disk):
 
     with Run(tmp_path, resume="ledger").keeper as resumed:
         assert resumed.state == keeper.state
+
+
+def test_skipped_best_counts_only_if_the_one_that_replaced_it_was_committed(tmp_path):
+    slow = SlowDisk()
+
+    def refuse(operation: Operation) -> None:
+        slow(operation)
+        if operation.name == "create" and operation.path.parent.name.removeprefix(".tmp-") == "U4":
+            raise OSError(28, "No space left on device")
+
+    with use(tmp_path, files=SteppedFiles(before(refuse))):
+        run = Run(tmp_path, async_save=True, on_save_error="warn", tolerances=[2, 5])
+        with run.keeper as keeper:
+            run.observe(5.0)
+            assert slow.has_begun.wait(30)
+            run.observe(2.0, 4.5, 1.0, first=2)  # the last takes the place of the queued one, and is lost
+            slow.may_go_on.set()
+            keeper.flush()
+            assert (keeper.best_metric_value, keeper.state.tolerance_counter) == (5.0, 3)
+            assert run.observe(4.0, first=5)[0].is_new_best
+        state = keeper.state
+    assert (saved_at(tmp_path, REF), saved_at(tmp_path, f"{REF}.tolerance=2")) == (5, 1)
+    with Run(tmp_path, tolerances=[2, 5], resume="ledger").keeper as resumed:
+        assert resumed.state == state
+
+
+def test_best_that_was_skipped_for_one_that_cannot_be_captured_does_not_count(tmp_path, disk, monkeypatch):
+    run = Run(tmp_path, async_save=True, tolerances=[5])
+    with run.keeper as keeper:
+        run.observe(5.0)
+        assert disk.has_begun.wait(30)
+        run.observe(2.0, first=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(HostSlot, "put", out_of_memory)
+            with pytest.raises(RankFailedError, match="out of memory"):
+                run.observe(1.0, first=3)
+        disk.may_go_on.set()
+        assert [outcome.is_new_best for outcome in run.observe(4.0, 4.5, first=4)] == [True, False]
+        state = keeper.state
+    assert saved_at(tmp_path, REF) == 4
+    with Run(tmp_path, tolerances=[5], resume="ledger").keeper as resumed:
+        assert resumed.state == state
+
+
+def out_of_memory(*_):
+    raise RuntimeError("out of memory")
 
 
 def test_queued_best_that_a_tolerance_names_is_waited_for(tmp_path, disk):

@@ -45,12 +45,14 @@ def stamped(epoch: int) -> Share:
 
 def pending(record: KeeperRecord, kept: Kept, selection: str) -> PendingSnapshot:
     directory, share = record.folder.path.parent, stamped(kept.observation.iteration.epoch)
-    return PendingSnapshot(share, FORMAT, kept, directory=directory, selection=selection, record=record)
+    files = record.folder.files
+    return PendingSnapshot(share, FORMAT, kept, directory=directory, files=files, selection=selection, record=record)
 
 
-def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot) -> None:
-    snapshot.meet()
-    SaveJob(kept, snapshot, record).run()
+def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot, *, is_first: bool = True) -> None:
+    if is_first:
+        snapshot.meet(lambda: None)
+    SaveJob(kept, snapshot, record, is_first=is_first).run()
 
 
 def observe(
@@ -63,7 +65,7 @@ def observe(
         return None
     kept = Kept(observation)
     snapshot = shared or pending(record, kept, keeper)
-    save(record, kept, snapshot)
+    save(record, kept, snapshot, is_first=shared is None)
     return snapshot
 
 

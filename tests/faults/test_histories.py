@@ -42,6 +42,8 @@ class Oracle:
     top_k: int = 1
     timeline: list[Seen] = field(default_factory=list)
     ever_best: Seen | None = None
+    left: dict[int, set[int]] = field(default_factory=dict)  # by the length of the timeline: the stamps that were there
+    lost: set[int] = field(default_factory=set)  # stamps of which a resume found no weights
 
     def beats(self, value: float, other: Seen | None, by: float) -> bool:
         if math.isnan(value) or math.isinf(value):
@@ -58,13 +60,25 @@ class Oracle:
     def history(self) -> list[tuple[Seen | None, int]]:
         """The best and the length of the drought after each observation."""
         best, drought, history = None, 0, []
-        for value, stamp in self.timeline:
+        for length, (value, stamp) in enumerate(self.timeline, start=1):
             if self.beats(value, best, self.min_delta):
                 best, drought = (value, stamp), 0
             else:
                 drought += 1
+            if best is not None and best[1] not in self.left.get(length, {best[1]}):
+                best = None
             history.append((best, drought))
         return history
+
+    def resume(self, length: int, left: dict[int, set[int]], there: set[int]):
+        """Go back to a timeline of this length, with the weights of these stamps on the disk."""
+        self.left = {place: stamps for place, stamps in left.items() if place <= length}
+        self.lost |= {stamp for _, stamp in self.timeline} - there
+        named = {seen[1] for seen in [self.best(), *self.top()] if seen is not None}
+        if not named <= there:
+            self.left[length] = there & self.left.get(length, there)
+        if self.ever_best is not None and self.ever_best[1] not in there:
+            self.ever_best = self.best()
 
     def best(self) -> Seen | None:
         return self.history()[-1][0] if self.timeline else None
@@ -75,7 +89,11 @@ class Oracle:
     def top(self) -> list[Seen]:
         if self.top_k == 1:
             return []
-        finite = [seen for seen in self.timeline if math.isfinite(seen[0])]
+        finite = [
+            (value, stamp)
+            for number, (value, stamp) in enumerate(self.timeline, start=1)
+            if math.isfinite(value) and all(stamp in there for length, there in self.left.items() if length >= number)
+        ]
         return sorted(finite, key=lambda seen: -seen[0] if self.higher else seen[0])[: self.top_k]  # stable: by age
 
     def exceeded(self) -> dict[int, Seen | None]:
@@ -106,7 +124,7 @@ class Histories(RuleBasedStateMachine):
         self.model = nn.Linear(1, 1, bias=False)
         self.oracle = Oracle(higher, min_delta, tolerances, top_k)
         self.stamp = 0
-        self.checkpoints: dict[str, tuple[dict, list[Seen]]] = {}
+        self.checkpoints: dict[str, tuple[dict, list[Seen], dict[int, set[int]]]] = {}
         self.keeper = self.make_keeper()
 
     def make_keeper(self, *, resume: str | None = None) -> BestKeeper:
@@ -140,7 +158,7 @@ class Histories(RuleBasedStateMachine):
         name = f"checkpoint-{len(self.oracle.timeline)}"
         self.keeper.flush(pin=name)
         state = copy.deepcopy(self.keeper.state_dict())
-        self.checkpoints[name] = (state, list(self.oracle.timeline))
+        self.checkpoints[name] = (state, list(self.oracle.timeline), dict(self.oracle.left))
 
     @precondition(lambda self: self.checkpoints)
     @rule(data=st.data())
@@ -154,11 +172,12 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), from_ledger=st.booleans())
     def crash_and_resume_from_a_checkpoint(self, data: st.DataObject, from_ledger: bool):
         name = data.draw(st.sampled_from(sorted(self.checkpoints)))
-        state, timeline = self.checkpoints[name]
+        state, timeline, left = self.checkpoints[name]
         # By its iteration alone, only a point of the present timeline can be found.
         is_present = [stamp for _, stamp in self.oracle.timeline][: len(timeline)] == [stamp for _, stamp in timeline]
         self.crash()
         self.oracle.timeline = list(timeline)
+        self.oracle.resume(len(timeline), left, self.stamps())
         self.keeper = self.make_keeper()
         if from_ledger and timeline and is_present:
             self.keeper.start(at=self.now())
@@ -172,6 +191,48 @@ class Histories(RuleBasedStateMachine):
         self.crash()
         self.keeper = self.make_keeper(resume="ledger")
         self.keeper.start()
+
+    @precondition(lambda self: self.oracle.timeline)
+    @rule(data=st.data())
+    def crash_and_resume_before_the_end(self, data: st.DataObject):
+        length = data.draw(st.integers(1, len(self.oracle.timeline)))
+        self.crash()
+        del self.oracle.timeline[length:]
+        self.oracle.resume(length, self.oracle.left, self.stamps())
+        self.keeper = self.make_keeper()
+        self.keeper.start(at=self.now())
+
+    @precondition(lambda self: self.oracle.timeline)
+    @rule(data=st.data())
+    def crash_and_resume_without_some_weights(self, data: st.DataObject):
+        self.crash()
+        there = self.stamps()
+        if there:
+            gone = data.draw(st.sampled_from(sorted(there)))
+            for path in self.weights():
+                if self.stamp_in(path) == gone:
+                    shutil.rmtree(path.parent)
+        self.oracle.resume(len(self.oracle.timeline), self.oracle.left, self.stamps())
+        self.keeper = self.make_keeper(resume="ledger")
+        self.keeper.start()
+
+    @precondition(lambda self: self.oracle.timeline and self.oracle.min_delta == 0.0)
+    @rule()
+    def crash_and_resume_with_a_greater_min_delta(self):
+        self.crash()
+        self.oracle.min_delta = 0.75
+        self.oracle.resume(len(self.oracle.timeline), self.oracle.left, self.stamps())
+        self.keeper = self.make_keeper(resume="ledger")
+        self.keeper.start()
+
+    def weights(self) -> list[Path]:
+        return list((self.folder / "checkpoints/snapshots").glob("[!.]*/model.pt"))
+
+    def stamps(self) -> set[int]:
+        return set(map(self.stamp_in, self.weights()))
+
+    def stamp_in(self, path: Path) -> int:
+        return int(torch.load(path, weights_only=True)["weight"].item())
 
     @precondition(lambda self: self.stamp)
     @rule(tolerance=st.integers(0, 4))
@@ -200,7 +261,7 @@ class Histories(RuleBasedStateMachine):
 
     def stamp_of(self, ref: str) -> int | None:
         path = self.folder / "checkpoints" / ref / "model.pt"
-        return int(torch.load(path, weights_only=True)["weight"].item()) if path.exists() else None
+        return self.stamp_in(path) if path.exists() else None
 
     @invariant()
     def state_is_as_the_rules_say(self):
@@ -225,7 +286,11 @@ class Histories(RuleBasedStateMachine):
         self.refs_are_as_the_rules_say()
 
     def refs_are_as_the_rules_say(self):
-        oracle, exceeded = self.oracle, self.oracle.exceeded()
+        oracle = self.oracle
+        exceeded = {
+            tolerance: None if kept is None or kept[1] in oracle.lost else kept
+            for tolerance, kept in oracle.exceeded().items()
+        }
         assert self.stamp_of(REF) == (None if oracle.ever_best is None else oracle.ever_best[1])
         for tolerance, kept in exceeded.items():
             assert self.stamp_of(f"{REF}.tolerance={tolerance}") == (None if kept is None else kept[1])

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from keepbest.callbacks.resume_folder import STATE_FILE
 from keepbest.errors import SnapshotError, StorageError
 from keepbest.run.layout import CHECKPOINTS, LEDGER
+from keepbest.run.manifest import Manifest
 from keepbest.run.names import best_ref, tolerance_ref
-from keepbest.run.reader import read_history, read_manifest, read_snapshot_manifest
+from keepbest.run.reader import find_ref, find_snapshot, read_history
 from keepbest.run.verify import verify
 from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Death, Session, train
 from tests.kit.pool import Outcome, run_ranks, start_ranks
@@ -176,14 +177,14 @@ def witnessed(session: Session) -> list[list[Any]]:
 
 def refs(session: Session) -> Table:
     history = read_history(session.directory)
-    manifests = {ref: read_manifest(session.directory, history, ref)[1] for ref in history.refs}
-    return {ref: (manifest["iteration"], manifest["value"]) for ref, manifest in manifests.items()}
+    manifests = {ref: find_ref(session.directory, history, ref).manifest for ref in history.refs}
+    return {ref: (str(manifest.iteration), manifest.value) for ref, manifest in manifests.items()}
 
 
-def stored_weights(folder: Path, manifest: dict[str, Any]) -> Weights:
+def stored_weights(folder: Path, manifest: Manifest) -> Weights:
     """By nothing but the libraries that the formats come from."""
     weights: Weights = {}
-    for part in {entry["part"] for entry in manifest["files"].values()}:
+    for part in {record.part for record in manifest.files.values()}:
         if (path := folder / f"{part}.pt").exists():
             state = torch.load(path, weights_only=True)
         elif (path := folder / f"{part}.safetensors").exists():
@@ -261,9 +262,9 @@ def check_snapshots(session: Session, reference: Reference) -> None:
     history = read_history(session.directory)
     kept = {}
     for snapshot in history.kept():
-        folder, manifest = read_snapshot_manifest(session.directory, history, snapshot)
-        kept[manifest["iteration"]] = manifest["value"]
-        assert_same(stored_weights(folder, manifest), reference.weights[manifest["iteration"]])
+        folder, manifest = find_snapshot(session.directory, history, snapshot)
+        kept[str(manifest.iteration)] = manifest.value
+        assert_same(stored_weights(folder, manifest), reference.weights[str(manifest.iteration)])
     assert kept.items() <= reference.losses.items()
     for path in (session.directory / "resume").glob(f"E*[0-9]/{STATE_FILE}"):
         [callback] = [state for key, state in torch.load(path, weights_only=True)["callbacks"].items() if METRIC in key]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from keepbest.decision import Observation, fold
 from keepbest.errors import StorageError
+from keepbest.export import export
 from keepbest.run.verify import verify
 from tests.faults.filled_run import (
     BEST,
@@ -287,6 +288,26 @@ def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk, file_
         refs_hold(directory, WIDTH) == refs_of(state) == {BEST: 8, f"{BEST}.tolerance=1": 2, f"{BEST}.tolerance=5": 8}
     )
     assert recorded_state(directory) == state
+
+
+def export_to(directory: Path, to: Path) -> int | None:
+    try:
+        export(directory, BEST, to)
+    except OSError as error:
+        return error.errno
+    return None
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+@pytest.mark.parametrize("to", ["folder/model.pt", "model.safetensors", "some/folder"])
+@pytest.mark.parametrize("kilobytes", [600, 2000])  # the tensors, or the file of them, are too much for the disk
+def test_export_to_a_full_disk_is_an_error_that_leaves_nothing(kilobytes, to, file_format, small_disk, tmp_path):
+    model = net(kilobytes * 1000 // 16)
+    with keeper_of(tmp_path / "run", model, format=file_format) as keeper:
+        go_on(keeper, model, VALUES[:1])
+    (small_disk / "ballast").write_bytes(bytes(100_000 if to.endswith(".pt") else 400_000))
+    assert run_ranks(export_to, 1, tmp_path / "run", small_disk / to) == [errno.ENOSPC]
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def test_read_only_disk_is_told_at_the_start_and_can_still_be_read(small_disk):

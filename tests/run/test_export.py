@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
-from keepbest import BestKeeper, TrainingIteration
+from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import export
+from keepbest.formats.registry import find_format
 from keepbest.run.files import Files
+from keepbest.run.manifest import FileRecord
+from keepbest.run.verify import verify
+from tests.kit.calls import count_calls
 from tests.kit.models import clone, nested, odd, same
 from tests.kit.pool import run_ranks
-from tests.kit.strategies import WRAPS
+from tests.kit.strategies import WRAPS, whole_weights
 
 BEST = "best_model.loss"
 FORMATS = ["torch", "safetensors", "dcp"]
@@ -137,3 +143,93 @@ def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         export(tmp_path / "run", BEST, tmp_path / "out", largest_file=200)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+class Tied(nn.Module):
+    """An embedding and a head that are one."""
+
+    def __init__(self, value, *, is_tied=True):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3)
+        self.norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 4, bias=False)
+        if is_tied:
+            self.head.weight = self.embedding.weight
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, value)
+
+
+def keep_and_load_tied(directory, wrap):
+    keep(directory, "dcp", lambda _: Tied(7.0), wrap)
+    models = [WRAPS[wrap](Tied(0.0)), Tied(0.0, is_tied=False)]
+    for model in models:
+        load(directory, BEST, model)
+    return [{value for weight in whole_weights(model) for value in weight.flatten().tolist()} for model in models]
+
+
+def test_tied_tensors_of_a_distributed_checkpoint_are_written_once_and_tied_again(tmp_path):
+    for wrap, ranks in [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp1", 2), ("fsdp1_flat", 3)]:
+        run = tmp_path / wrap
+        assert run_ranks(keep_and_load_tied, ranks, run, wrap) == [[{7.0}] * 2] * ranks
+        folder = run / "checkpoints" / BEST
+        assert FileSystemReader(folder / "model.dcp").read_metadata().state_dict_metadata.keys() == {
+            "embedding.weight", "norm.weight", "norm.bias",
+        }  # fmt: skip
+        assert json.loads((folder / "model.tied.json").read_text()) == {"head.weight": "embedding.weight"}
+        [file] = export(run, BEST, tmp_path / f"{wrap}.safetensors")
+        assert safetensors.torch.load_model(Tied(0.0), file) == (set(), [])
+        state = torch.load(*export(run, BEST, tmp_path / f"{wrap}.pt"), weights_only=True)
+        assert state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
+        assert verify(run) == []
+
+
+def test_ties_that_name_what_is_not_there_are_refused(tmp_path):
+    keep(tmp_path / "run", "dcp", wrap="single")
+    folder = tmp_path / "run" / "checkpoints" / BEST
+    manifest = json.loads((folder / "snapshot.json").read_text())
+    files = {name: FileRecord.from_json(record) for name, record in manifest["files"].items()}
+    for ties in (
+        "[]",
+        "{",
+        '{"a": "none"}',
+        '{"down.weight": "down.bias"}',
+        '{"a": "b", "b": "down.bias"}',
+        '{"a": 1}',
+    ):
+        (folder / "model.tied.json").write_text(ties)
+        with pytest.raises(SnapshotError, match=r"model\.(dcp|tied\.json)"):
+            find_format("dcp").reader(folder, files, "model")
+
+
+@pytest.mark.parametrize("to", ["model.pt", "model.safetensors"])
+def test_work_to_export_a_distributed_checkpoint_grows_with_its_tensors_and_not_with_their_square(to, tmp_path):
+    def work(size):
+        keep(tmp_path / str(size), "dcp", lambda _: nn.ParameterList([torch.zeros(1) for _ in range(size)]), "single")
+        return count_calls(lambda: export(tmp_path / str(size), BEST, tmp_path / f"{size}-{to}"))
+
+    assert work(400) < 5 * work(100)
+
+
+def test_export_of_a_distributed_checkpoint_plans_no_read_of_each_tensor(tmp_path, monkeypatch):
+    keep(tmp_path / "run", "dcp", wrap="single")
+    planned = []
+    monkeypatch.setattr(DefaultLoadPlanner, "set_up_planner", lambda *arguments, **_: planned.append(arguments))
+    export(tmp_path / "run", BEST, tmp_path / "model.pt")  # a plan looks at the index of all tensors
+    assert planned == []
+
+
+def test_export_maps_a_few_files_however_many_tensors_there_are(tmp_path, monkeypatch):
+    maps = []
+
+    def save(*arguments):
+        maps.append(len(Path("/proc/self/maps").read_text().splitlines()))
+        return torch_save(*arguments)
+
+    torch_save = torch.save
+    keep(tmp_path / "run", "torch", lambda _: nn.ParameterList([torch.zeros(1) for _ in range(1000)]), "single")
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    monkeypatch.setattr(torch, "save", save)
+    [file] = export(tmp_path / "run", BEST, tmp_path / "model.pt")
+    assert len(maps) == 1
+    assert maps[0] < before + 100
+    assert len(torch.load(file, weights_only=True)) == 1000

@@ -28,7 +28,7 @@ from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.capture.torch_errors import one_error
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
-from keepbest.modules.wrappers import plain_key
+from keepbest.modules.wrappers import PlainNames
 from keepbest.random_state import read_random_state
 from keepbest.ranks import Ranks
 
@@ -179,8 +179,9 @@ def _load_weights(path: Path, ranks: Ranks, trainer: TrainerView, saved_keys: fr
     )
     if trainer.average is not None:
         set_model_state_dict(trainer.average.model, loaded[_AVERAGE], options=_OPTIONS)
+    names = PlainNames(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        if plain_key(trainer.model, name) not in stateful:
+        if names.plain(name) not in stateful:
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
 

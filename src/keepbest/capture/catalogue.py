@@ -14,7 +14,6 @@ from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
-from keepbest.modules.wrappers import keys_of_wrappers, plain_key
 
 EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
 
@@ -114,24 +113,23 @@ def look(items: Items, rank: int) -> Held:
         flat: dict[str, FlatEntry] = {}
         if source.holds_fsdp1:
             flat = {entry.key: entry for entry in flat_entries(source.module)}
-            state: StateDict = dict(_state_beside(source.module)) | {key: entry.flat for key, entry in flat.items()}
+            state = _state_beside(source) | {key: entry.flat for key, entry in flat.items()}
         else:
-            state = held.states[source.path] = plain_state_dict(source.module)
+            state = held.states[source.path] = plain_state_dict(source)
         _add(held, source, state, flat, rank)
     return held
 
 
-def _state_beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module with FSDP1 units holds beside their flat parameters, without a collective."""
-    wrapping = keys_of_wrappers(module)
-    for path, inner in module.named_modules(remove_duplicate=False):
+def _state_beside(source: Source) -> StateDict:
+    """What a source with FSDP1 units holds beside their flat parameters, without a collective."""
+    state: StateDict = {}
+    for path, inner in source.module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **_persistent_buffers(inner)}
         if type(inner).get_extra_state is not nn.Module.get_extra_state:
             own[EXTRA_STATE] = inner.get_extra_state()
-        for key, value in own.items():
-            if prefix + key not in wrapping and not is_flattened(value):
-                yield plain_key(module, prefix + key), value
+        state |= {prefix + key: value for key, value in own.items() if not is_flattened(value)}
+    return source.names.plain_state(state)
 
 
 def stored_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -148,7 +146,7 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:
     parameters = {
-        plain_key(source.module, key) for key, _ in source.module.named_parameters(remove_duplicate=False)
+        source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)
     } | flat.keys()
     firsts: dict[tuple[str, int], str] = {}
     for part in source.parts:

@@ -14,27 +14,29 @@ from torch import nn
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
-from keepbest.modules.wrappers import keys_of_wrappers, plain_key, state_dict_key, walk
+from keepbest.modules.wrappers import PlainNames, walk
 
 
-def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torch.Tensor | None]) -> StateDict:
-    """State dict on rank 0, with plain keys, of a module that is, or contains, FSDP1 units. **Collective**.
+def fsdp1_state_dict(source: Source, take: Callable[[str, torch.Tensor], torch.Tensor | None]) -> StateDict:
+    """State dict on rank 0, with plain keys, of a source that is, or contains, FSDP1 units. **Collective**.
 
     No more than one gathered unit is held at a time. What is in no unit is there on every rank, as the module holds it.
 
     Args:
-        module: Module, as it is wrapped.
+        source: Source in the model.
         take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
             gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
             it; `None` if it need not be there.
     """
+    module, names = source.module, source.names
     taken: StateDict = {}
 
     def take_unit(inside: nn.Module, state: StateDict, prefix: str, _: dict[str, Any]) -> None:
         tied: dict[int, torch.Tensor | None] = {}
+        names_inside = PlainNames(inside)
         for name, parameter in inside.named_parameters(remove_duplicate=False):
-            key = prefix + state_dict_key(inside, plain_key(inside, name))
-            plain = plain_key(module, key)
+            key = prefix + names_inside.key(names_inside.plain(name))
+            plain = names.plain(key)
             # Those of units in this one are taken already; DTensors are none of FSDP1's, and stay.
             if plain not in taken and key in state and not is_dtensor(parameter):
                 if tied.get(id(parameter)) is None:
@@ -42,16 +44,9 @@ def fsdp1_state_dict(module: nn.Module, take: Callable[[str, torch.Tensor], torc
                 taken[plain] = tied[id(parameter)]
                 state[key] = state[key].new_empty(0)  # FSDP1 wants to find each key, and clones what it finds
 
-    with full_fsdp1_state(module, rank0_only=True), contextlib.ExitStack() as hooks:
-        for unit in module.modules():
-            if is_fsdp1(unit):
-                # On the module inside: a hook on the unit would run after FSDP1's own, which clones the parameters.
-                hook = unit.module.register_state_dict_post_hook(take_unit)  # type: ignore[no-untyped-call]
-                hooks.callback(hook.remove)
+    with full_fsdp1_state(module, rank0_only=True), _hooks_in_units(module, take_unit):
         state = module.state_dict()
-    wrapping = keys_of_wrappers(module)
-    full = {plain_key(module, key): value for key, value in state.items() if key not in wrapping}
-    return {key: taken.get(key, value) for key, value in full.items()}
+    return {key: taken.get(key, value) for key, value in names.plain_state(state).items()}
 
 
 class FlatEntry(NamedTuple):
@@ -78,16 +73,17 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
         if not is_fsdp1(unit) or unit._handle is None:  # noqa: SLF001  # torch has no public way to what lies in a unit
             continue
         handle, inside, prefix = unit._handle, unit.module, f"{path}." if path else ""  # noqa: SLF001  # as above
+        names = PlainNames(inside)
         flat, is_split = handle.flat_param, handle.uses_sharded_strategy
         members = tuple(dist.get_process_group_ranks(unit.process_group)) if is_split else ()
         shapes = {}
         for name, shape in zip(flat._fqns, flat._shapes, strict=True):  # noqa: SLF001  # as above
-            key = prefix + plain_key(inside, name)
+            key = prefix + names.plain(name)
             shapes[key] = tuple(shape)
             yield FlatEntry(key, shapes[key], "", flat, members)
         for shared in flat._shared_param_infos:  # noqa: SLF001  # as above
             name, first = (
-                prefix + plain_key(inside, f"{where}.{what}" if where else what)
+                prefix + names.plain(f"{where}.{what}" if where else what)
                 for where, what in (
                     (shared.module_name, shared.param_name),
                     (shared.prim_module_name, shared.prim_param_name),
@@ -115,13 +111,42 @@ def full_fsdp1_state(module: nn.Module, *, rank0_only: bool) -> Iterator[None]:
 
 
 def sharded_state_dict(source: Source) -> StateDict:
-    """What this rank holds of a source's state dict, with plain keys. **Collective** where it holds FSDP1 units."""
+    """What this rank holds of a source's state dict, with plain keys. **Collective** where it holds FSDP1 units.
+
+    Names of one parameter have one value.
+    """
     if not source.holds_fsdp1:
-        return plain_state_dict(source.module)
-    wrapping = keys_of_wrappers(source.module)
-    with sharded_fsdp1_state(source.module):
-        state = source.module.state_dict().items()
-    return {plain_key(source.module, key): value for key, value in state if key not in wrapping}
+        return plain_state_dict(source)
+    tied: dict[str, str] = {}
+
+    def tie_unit(inside: nn.Module, _: StateDict, prefix: str, __: dict[str, Any]) -> None:
+        # The parameters of the unit are whole at this moment, so that those with several names can be seen.
+        first: dict[int, str] = {}
+        names_inside = PlainNames(inside)
+        for name, parameter in inside.named_parameters(remove_duplicate=False):
+            plain = source.names.plain(prefix + names_inside.key(names_inside.plain(name)))
+            if first.setdefault(id(parameter), plain) != plain:
+                tied[plain] = first[id(parameter)]
+
+    with sharded_fsdp1_state(source.module), _hooks_in_units(source.module, tie_unit):
+        state = source.module.state_dict()
+    plain_state = source.names.plain_state(state)
+    # FSDP1 makes a shard for each name.
+    return {**plain_state, **{key: plain_state[first] for key, first in tied.items() if key in plain_state}}
+
+
+@contextlib.contextmanager
+def _hooks_in_units(
+    module: nn.Module, hook: Callable[[nn.Module, StateDict, str, dict[str, Any]], None]
+) -> Iterator[None]:
+    """Call `hook` in this block when the state dict of what an FSDP1 unit wraps is complete, and not yet sharded."""
+    with contextlib.ExitStack() as hooks:
+        for unit in module.modules():
+            if is_fsdp1(unit):
+                # On the module inside: a hook on the unit would run after FSDP1's own, which clones the parameters.
+                handle = unit.module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+                hooks.callback(handle.remove)
+        yield
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def _gather(agreed: Agreed, ranks: Ranks, slot: Slot) -> dict[Name, Any]:
         for source in agreed.held.sources:
             receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
             if source.holds_fsdp1:
-                state = fsdp1_state_dict(source.module, partial(receiver.take, source))
+                state = fsdp1_state_dict(source, partial(receiver.take, source))
             else:
                 state = agreed.held.states[source.path]
             found |= receiver.receive(source, state)

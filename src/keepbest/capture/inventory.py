@@ -48,6 +48,10 @@ class Inventory:
         items: What is saved.
         format: Format that it is saved in.
         ranks: Ranks of the model.
+
+    Attributes:
+        is_watched: Whether another keeper may want to know if the weights have changed since they were saved.
+        mark: If so, the mark of this rank's weights when they were saved.
     """
 
     def __init__(self, items: Items, format: Format, ranks: Ranks) -> None:  # noqa: A002  # the word of the setting
@@ -56,6 +60,8 @@ class Inventory:
         self._format = format
         self._report = Report({}, {})  # what this rank reported when the union was made
         self._union: Union | None = None
+        self.is_watched = False
+        self.mark = ""
         self._has_warned = ranks.world_size == 1
 
     def take(self, step: str) -> None:
@@ -100,6 +106,7 @@ class Inventory:
 
         def look_again() -> tuple[Held, Number]:
             held = self._look()
+            self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)
             data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
             try:
@@ -129,7 +136,7 @@ class Inventory:
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)
         return agreed
 
-    def mark(self) -> str:
+    def mark_now(self) -> str:
         """What tells whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
         items = self.items
         sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)

@@ -12,7 +12,7 @@ from keepbest.capture.fsdp1 import sharded_state_dict
 from keepbest.capture.inventory import Agreed, Inventory
 from keepbest.capture.plan import plan_shares
 from keepbest.capture.share import AllRanks, Share
-from keepbest.modules.kinds import is_sharded
+from keepbest.modules.kinds import has_shards
 from keepbest.modules.sources import StateDict
 from keepbest.staging.slot import LiveSlot, Staging
 
@@ -45,6 +45,10 @@ def local(inventory: Inventory, staging: Staging, step: str) -> Share:
     for part in items.parts:
         if part.name not in left_out and not part.apart:
             files.setdefault(part.name, {})
+    tied: dict[str, dict[str, str]] = {part: {} for part in files}
+    for name, holding in agreed.union.kept():
+        if holding.entry.first:
+            tied[name.part][name.key] = holding.entry.first
     for name, value in found.items():
         files[name.part][name.key] = value
     return Share(
@@ -53,7 +57,7 @@ def local(inventory: Inventory, staging: Staging, step: str) -> Share:
         left_out=left_out,
         slot=LiveSlot(),
         writers=AllRanks(ranks, step, _REMEDY),
-        plans=plan_shares(files, ranks, step),
+        plans=plan_shares(files, tied, ranks, step),
     )
 
 
@@ -70,10 +74,10 @@ def _own_share(agreed: Agreed, inventory: Inventory) -> dict[Name, Any]:
             state = sharded_state_dict(source) if source.holds_fsdp1 else agreed.held.states[source.path]
             inside = {part.name: source.path_of(part) for part in source.parts}
             for name, holding in kept.items():
-                if name.part not in inside or name not in agreed.held.entries:
-                    continue
+                if name.part not in inside or name not in agreed.held.entries or holding.entry.first:
+                    continue  # of several names of one tensor the first is written
                 value = state[inside[name.part] + name.key]
-                if is_sharded(value):
+                if has_shards(value):
                     found[name] = value
                 elif holding.owner == ranks.rank:
                     if holding.entry.form.role == "data" and not ranks.is_main:

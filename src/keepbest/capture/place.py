@@ -17,7 +17,6 @@ from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
-from keepbest.modules.wrappers import state_dict_key
 from keepbest.ranks import Ranks
 
 
@@ -49,12 +48,12 @@ def place_weights(
 
     def find() -> tuple[list[Source], dict[str, StateDict]]:
         found = list_sources(model, parts, save_frozen_weights=True)
-        return found, {source.path: plain_state_dict(source.module) for source in found if not source.holds_fsdp1}
+        return found, {source.path: plain_state_dict(source) for source in found if not source.holds_fsdp1}
 
     sources, present = ranks.agree("find the saved parts in the model", find)
     try:
         # Only a gathered state dict of FSDP1 has the names and shapes; they are there on rank 0, which compares.
-        present |= {source.path: fsdp1_state_dict(source.module, _layout) for source in sources if source.holds_fsdp1}
+        present |= {source.path: fsdp1_state_dict(source, _layout) for source in sources if source.holds_fsdp1}
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose("find the saved parts in the model", error)
     layout = ranks.broadcast(
@@ -68,7 +67,7 @@ def place_weights(
             for key, kind in keys:
                 target = present[source.path].get(key)
                 value = _sent(saved.get(key), kind, ranks)
-                state[state_dict_key(source.module, key)] = _localized(value, target)
+                state[source.names.key(key)] = _localized(value, target)
             if source.holds_fsdp1:
                 _load_fsdp1(source.module, state)
         except BaseException as error:  # noqa: BLE001  # lose raises

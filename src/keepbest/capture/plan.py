@@ -21,11 +21,14 @@ Plans = dict[str, SavePlan]
 """For each part what one rank writes."""
 
 
-def plan_shares(files: Mapping[str, StateDict], ranks: Ranks, step: str) -> dict[str, SharePlan]:
+def plan_shares(
+    files: Mapping[str, StateDict], tied: Mapping[str, Mapping[str, str]], ranks: Ranks, step: str
+) -> dict[str, SharePlan]:
     """What this rank writes of each part. **Collective**.
 
     Args:
         files: For each part what this rank holds; every rank has the same parts.
+        tied: For each part further names of its tensors, and the key of each.
         ranks: Ranks of the model.
         step: What is being done, in words.
 
@@ -47,10 +50,7 @@ def plan_shares(files: Mapping[str, StateDict], ranks: Ranks, step: str) -> dict
         planned = ranks.agree(step, lambda: _plan_whole(planners, everybodys) if ranks.is_main else None)
         mine = _scattered(None if planned is None else planned[0], ranks)
     metadata = {} if planned is None else planned[1]
-    return {
-        part: SharePlan(planner, planner.finish_plan(mine[part]), metadata.get(part))
-        for part, planner in planners.items()
-    }
+    return {part: SharePlan(planner, mine[part], metadata.get(part), tied[part]) for part, planner in planners.items()}
 
 
 def _plan_whole(

@@ -15,7 +15,6 @@ from keepbest.capture.place import place_weights
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict, list_sources
-from keepbest.modules.wrappers import state_dict_key
 from keepbest.ranks import Ranks
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot
@@ -110,7 +109,7 @@ def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> 
         def fill(source: Source = source, present: StateDict = present) -> None:
             for part in source.parts:
                 reader, inside = readers[part.name], source.path_of(part)
-                reader.fill({key: present[inside + key] for key in reader.kinds})
+                reader.fill({key: present[inside + key] for key in (*reader.kinds, *reader.tied)})
 
         ranks.agree(step, fill, saving=True)
         _load_rest(source, present, readers, ranks, step)
@@ -138,7 +137,8 @@ def _present(sources: Sequence[Source], ranks: Ranks, step: str) -> dict[str, St
 
 
 def _stand_ins(reader: PartReader) -> dict[str, Any]:
-    return {key: torch.empty((), dtype=kind.dtype).expand(tuple(kind.shape)) for key, kind in reader.kinds.items()}
+    kinds = {**reader.kinds, **{key: reader.kinds[first] for key, first in reader.tied.items()}}
+    return {key: torch.empty((), dtype=kind.dtype).expand(tuple(kind.shape)) for key, kind in kinds.items()}
 
 
 def _load_rest(source: Source, present: StateDict, readers: Mapping[str, PartReader], ranks: Ranks, step: str) -> None:
@@ -147,12 +147,12 @@ def _load_rest(source: Source, present: StateDict, readers: Mapping[str, PartRea
         source.path_of(part) + key: value for part in source.parts for key, value in readers[part.name].others.items()
     }
     if source.holds_fsdp1:
-        whole = {state_dict_key(source.module, key): value for key, value in {**present, **others}.items()}
+        whole = {source.names.key(key): value for key, value in {**present, **others}.items()}
         try:
             with sharded_fsdp1_state(source.module):
                 source.module.load_state_dict(whole, strict=False)
         except BaseException as error:  # noqa: BLE001  # lose raises
             ranks.lose(step, error)
     elif others:
-        named = {state_dict_key(source.module, key): value for key, value in others.items()}
+        named = {source.names.key(key): value for key, value in others.items()}
         ranks.agree(step, lambda: source.module.load_state_dict(named, strict=False))

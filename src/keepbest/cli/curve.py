@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from keepbest.decision import Best, BestState, decide
+from keepbest.decision import Best, BestState
 from keepbest.errors import SnapshotError
 from keepbest.iteration import TrainingIteration
 from keepbest.run.history import Entry, History, KeeperHistory, Timeline
@@ -110,22 +110,20 @@ def curve(name: str, keeper: KeeperHistory) -> Curve:
 def patiences(keeper: KeeperHistory, tolerances: Sequence[int]) -> list[Patience]:
     """Return what each of `tolerances` keeps in the present timeline, whether the run had it or not."""
     policy = replace(keeper.policy, tolerances=tuple(tolerances))
-    state: BestState = keeper.present.base
+    present = keeper.present
+    state: BestState = present.base
     found: dict[int, Patience] = {}
-    for entry in keeper.present.entries:
-        state, decision = decide(policy, state, entry.observation)
+    for entry, state, decision in present.walk(policy, until=present.last_iteration):
         for tolerance in decision.newly_exceeded:
             found[tolerance] = Patience(tolerance, state.exceeded[tolerance], entry.observation.iteration)
     return [found.get(each) or Patience(each, state.exceeded.get(each, state.best), None) for each in policy.tolerances]
 
 
 def _points(keeper: KeeperHistory, timeline: Timeline) -> list[Point]:
-    points: list[Point] = []
-    state = timeline.base
-    for entry in timeline.entries:
-        state, decision = decide(keeper.policy, state, entry.observation)
-        points.append(Point(entry.observation.iteration, entry.observation.value, decision.is_new_best))
-    return points
+    return [
+        Point(entry.observation.iteration, entry.observation.value, decision.is_new_best)
+        for entry, _, decision in timeline.walk(keeper.policy, until=timeline.last_iteration)
+    ]
 
 
 def _shared(mine: Sequence[Entry], others: Sequence[Entry]) -> int:

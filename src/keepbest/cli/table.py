@@ -31,6 +31,7 @@ class Checkpoint:
     Attributes:
         ref: Name of the ref.
         metric_key: Key of the metric that the ref's keeper monitors.
+        higher_is_better: Direction of the metric.
         value: Value of the metric; `None` if it is unknown.
         iteration: Iteration that the weights are from; `None` if the snapshot is damaged.
         tolerance: Tolerance that the ref belongs to; `None` for the best.
@@ -45,6 +46,7 @@ class Checkpoint:
 
     ref: str
     metric_key: str
+    higher_is_better: bool
     value: float | None
     iteration: str | None
     tolerance: int | None
@@ -78,13 +80,14 @@ def read_checkpoints(run: Path | str) -> list[Checkpoint]:
 def print_table(run: Path | str) -> None:
     """Print the checkpoints for people. Raises what `read_checkpoints` raises."""
     table = Table(title=f"checkpoints of {run}", title_justify="left", box=box.SIMPLE)
-    for heading in ("ref", "value", "iteration", "tolerance", "files", "bytes", "digest"):
+    for heading in ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest"):
         is_number = heading in ("value", "bytes")
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading == "ref")
     for each in read_checkpoints(run):
         table.add_row(
             each.ref,
             "?" if each.value is None else f"{each.value:.9g}",
+            "higher" if each.higher_is_better else "lower",
             each.iteration or "?",
             "" if each.tolerance is None else "exceeded" if each.exceeded else "not exceeded (provisional)",
             _list_files(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
@@ -129,6 +132,7 @@ def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tol
     return Checkpoint(
         ref=ref,
         metric_key=keeper.metric_key,
+        higher_is_better=keeper.policy.higher_is_better,
         value=_value(keeper, snapshot),
         iteration=None if manifest is None else str(manifest.iteration),
         tolerance=tolerance,

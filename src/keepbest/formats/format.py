@@ -78,7 +78,14 @@ class PartReader(Protocol):
         """One whole tensor on the CPU. Raises `SnapshotError`."""
 
     def fill(self, wanted: Mapping[str, torch.Tensor]) -> None:
-        """Read into the tensors of `wanted`, of which a sharded one gets this rank's shards. Raises `SnapshotError`."""
+        """Read into the tensors of `wanted`, of which a sharded one gets this rank's shards.
+
+        Args:
+            wanted: Tensors by their keys, or by further names of these.
+
+        Raises:
+            SnapshotError: If they cannot be read.
+        """
 
 
 class Format(ABC):
@@ -92,17 +99,18 @@ class Format(ABC):
     name: ClassVar[str]
     capture: ClassVar[Literal["gathered", "local"]]
 
-    @abstractmethod
     def check(self) -> None:
         """Check that what the format needs is installed.
 
         Raises:
             ConfigError: If a package is missing.
         """
+        return  # a format needs torch alone, unless it says otherwise
 
-    @abstractmethod
     def cannot_hold(self, value: object) -> str | None:
         """Why the format cannot hold a value of a state dict, and the way out; `None` if it can."""
+        del value  # a format holds everything that torch saves, unless it says otherwise
+        return None
 
     @abstractmethod
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:

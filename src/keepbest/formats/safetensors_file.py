@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.formats.entries import Entry, bytes_of
 from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
-from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -44,20 +44,6 @@ DTYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-
-
-class Entry(NamedTuple):
-    """A tensor to be written: what is known before it is there, and how to get it."""
-
-    key: str
-    shape: Sequence[int]
-    dtype: torch.dtype
-    fetch: Callable[[], torch.Tensor]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that it takes in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class SafetensorsFile(WholeFileFormat):
@@ -131,8 +117,10 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
         sink.write(_header(entries, {_TIED: json.dumps(tied)} if tied else {}))
         for entry in entries:
             tensor = entry.fetch()
+            if tensor.layout != torch.strided:
+                raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is sparse")
             if tensor.numel():
-                sink.write(raw_bytes(tensor).numpy().data)
+                sink.write(bytes_of(tensor))
         file.sync()
     return sink.digest
 

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Hashable, Mapping
+from pathlib import Path
 
 import torch
+
+from keepbest.errors import SnapshotError
+from keepbest.modules.kinds import has_shards
+from keepbest.run.digest import Digest, DigestingFile
+from keepbest.run.files import Files
 
 
 def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """For each further name of a tensor its first name. Tensors without elements are never one."""
-    seen: dict[Any, str] = {}
+    seen: dict[Hashable, str] = {}
     tied: dict[str, str] = {}
     for key, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
-        if (first := seen.setdefault(place, key)) != key:
+        if (first := seen.setdefault(_place(key, tensor), key)) != key:
             tied[key] = first
     return tied
+
+
+def write_ties(files: Files, path: Path, tied: Mapping[str, str]) -> Digest:
+    """Write further names of tensors, and the key of each, durably to a new file. Raises `OSError`."""
+    with files.create(path) as file:
+        sink = DigestingFile(file)
+        sink.write(json.dumps(dict(tied), indent=1).encode())
+        file.sync()
+    return sink.digest
+
+
+def read_ties(path: Path) -> dict[str, str]:
+    """Read what `write_ties` wrote. Raises `SnapshotError`."""
+    try:
+        tied = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SnapshotError(f"{path} cannot be read: {error!r}") from error
+    if not isinstance(tied, dict) or not all(isinstance(first, str) and first not in tied for first in tied.values()):
+        raise SnapshotError(f"{path} does not hold names of tensors")
+    return tied
+
+
+def _place(key: str, tensor: torch.Tensor) -> Hashable:
+    """What two names of one tensor have in common."""
+    if has_shards(tensor) or tensor.layout != torch.strided:
+        return id(tensor)  # such tensors have no one place, and where a rank's shard lies differs from rank to rank
+    if tensor.numel() == 0:
+        return key
+    flags = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, flags

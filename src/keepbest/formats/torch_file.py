@@ -12,6 +12,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict
+from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
@@ -23,20 +24,15 @@ class TorchFile(WholeFileFormat):
     name = "torch"
     ending = ".pt"
 
-    def check(self) -> None:
-        """It needs torch alone."""
-
-    def cannot_hold(self, value: object) -> str | None:
-        del value  # it holds everything that torch saves
-        return None
-
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
-        compact = {key: _compact(value) for key, value in state.items()}
+        tied = first_names({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
+        compact = {key: _compact(value) for key, value in state.items() if key not in tied}
+        compact |= {key: compact[first] for key, first in tied.items()}
         with files.create(path) as file:
             sink = DigestingFile(file)
             try:
                 with without_crc32():
-                    torch.save(compact, sink)  # type: ignore[arg-type]  # it needs write and flush only
+                    torch.save({key: compact[key] for key in state}, sink)  # type: ignore[arg-type]  # it needs write and flush only
             except RuntimeError as error:
                 if sink.failure is not None:
                     raise sink.failure from error
@@ -73,8 +69,6 @@ def _compact(value: Any) -> Any:
     # A view would drag the whole storage that it looks into along into the file.
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        if value.layout != torch.strided:
-            return value
-        if value.untyped_storage().nbytes() != value.numel() * value.element_size():
+        if value.layout == torch.strided and value.untyped_storage().nbytes() != value.numel() * value.element_size():
             return value.clone(memory_format=torch.contiguous_format)
     return value

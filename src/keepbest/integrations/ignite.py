@@ -125,6 +125,10 @@ class BestCheckpoint:
             trainer.add_event_handler(Events.COMPLETED, self._complete)
             trainer.add_event_handler(Events.TERMINATE, self._terminate)
             trainer.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+            # After the handlers of all others, since Ignite calls none after one that raises.
+            if trainer.has_event_handler(_raise_again, Events.EXCEPTION_RAISED):
+                trainer.remove_event_handler(_raise_again, Events.EXCEPTION_RAISED)
+            trainer.add_event_handler(Events.EXCEPTION_RAISED, _raise_again)
 
     def _observe(self, evaluator: Engine, trainer: Engine) -> None:
         """Observe the metric. **Collective**. Raises as `BestKeeper.observe`."""
@@ -153,11 +157,9 @@ class BestCheckpoint:
         if trainer.should_terminate == "skip_completed":
             self._let_go()
 
-    def _fail(self, trainer: Engine, error: BaseException) -> NoReturn:
+    def _fail(self, trainer: Engine, error: BaseException) -> None:
         """Leave the run to be resumed. **Rank-local**."""
         self._let_go()
-        # Where there is a handler of exceptions Ignite takes them to be handled, unless it raises.
-        raise error
 
     def _state(self) -> dict[str, Any]:
         return self._loaded if self._loaded or self.keeper is None else self.keeper.state_dict()
@@ -166,6 +168,12 @@ class BestCheckpoint:
         keeper, self._open = self._open, None
         if keeper is not None:
             keeper.abandon()
+
+
+def _raise_again(trainer: Engine, error: BaseException) -> NoReturn:
+    """Ignite takes an exception to be handled where it has a handler, unless one raises."""
+    del trainer
+    raise error
 
 
 def _iteration_of(trainer: Engine) -> TrainingIteration:

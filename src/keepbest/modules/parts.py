@@ -10,7 +10,7 @@ from torch import nn
 
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel
-from keepbest.modules.wrappers import modules_along, unwrap, walk
+from keepbest.modules.wrappers import modules_along, refuse_keys_that_fall_together, unwrap, walk
 
 _LISTED_NAMES = 40
 
@@ -43,11 +43,12 @@ def select_parts(model: nn.Module, model_names: Sequence[str] | None = None) -> 
             `None` selects everything: each submodel of a `CompositeModel`, or a plain module as one part.
 
     Raises:
-        ConfigError: If a name does not exist (it lists those that do), names are empty, or two are equal or differ in
-            upper and lower case only.
+        ConfigError: If a name does not exist (it lists those that do), names are empty, two are equal or differ in
+            upper and lower case only, or two weights would have one plain name.
     """
     if model_names is not None and len(model_names) == 0:
         raise ConfigError("model_names is empty, so nothing would be saved; leave it out to save everything")
+    refuse_keys_that_fall_together(model)
     parts: list[Part] = []
     for path in [""] if model_names is None else model_names:
         along = modules_along(model, path)
@@ -71,9 +72,10 @@ def _expand(module: nn.Module, path: str) -> list[Part]:
     for name, submodel in plain.submodels.items():
         parts += _expand(submodel, f"{path}.{name}" if path else name)
     rest = Part(path or "model", path, apart=tuple(plain.submodels))
-    # Weights of the composite itself, outside of its submodels, must not be lost.
+    # Weights and extra state of the composite itself, outside of its submodels, must not be lost.
     own = [*plain.named_parameters(), *plain.named_buffers()]
-    return [*parts, rest] if any(rest.holds(key) for key, _ in own) else parts
+    has_state = type(plain).get_extra_state is not nn.Module.get_extra_state
+    return [*parts, rest] if has_state or any(rest.holds(key) for key, _ in own) else parts
 
 
 def _known_names(model: nn.Module) -> str:

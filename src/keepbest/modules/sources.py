@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -11,14 +12,14 @@ from torch import nn
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_fsdp1
 from keepbest.modules.parts import Part
-from keepbest.modules.wrappers import keys_of_wrappers, modules_along, plain_key
+from keepbest.modules.wrappers import PlainNames, modules_along
 
 StateDict = dict[str, Any]
 
 _FLAT = "_flat_param"  # how FSDP1 names the one parameter of a unit without original parameters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """A module whose state dict is read in one piece, and the parts that are in it.
 
@@ -26,13 +27,20 @@ class Source:
         path: Plain dotted path of the module in the model.
         module: Module as it is wrapped.
         parts: Parts that are in it.
+        names: Plain names of its weights.
         is_frozen: Function that tests whether a plain key is a parameter that does not require grad.
     """
 
     path: str
     module: nn.Module
     parts: list[Part]
+    names: PlainNames
     is_frozen: Callable[[str], bool]
+
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """Plain keys of its buffers."""
+        return _buffers(self.module, self.names)
 
     @property
     def holds_fsdp1(self) -> bool:
@@ -67,28 +75,34 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
         # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit. Only its root has them.
         path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
         if path not in sources:
-            test = (lambda _: False) if save_frozen_weights else _frozen_test(module)
-            sources[path] = Source(path, module, [], test)
+            names = PlainNames(module)
+            test = (lambda _: False) if save_frozen_weights else _frozen_test(module, names)
+            sources[path] = Source(path, module, [], names, test)
         sources[path].parts.append(part)
     return list(sources.values())
 
 
-def plain_state_dict(module: nn.Module) -> StateDict:
-    """Return the state dict of `module` with plain keys. Its tensors are the parameters themselves. **Rank-local**."""
-    wrapping = keys_of_wrappers(module)
-    state = module.state_dict(keep_vars=True).items()
-    return {plain_key(module, key): value for key, value in state if key not in wrapping}
+def plain_state_dict(source: Source) -> StateDict:
+    """Return the state dict of `source` with plain keys. Its tensors are the parameters themselves. **Rank-local**.
+
+    Raises:
+        SnapshotError: If two keys have the same plain key.
+    """
+    return source.names.plain_state(source.module.state_dict(keep_vars=True))
 
 
-def _frozen_test(module: nn.Module) -> Callable[[str], bool]:
+def _buffers(module: nn.Module, names: PlainNames) -> frozenset[str]:
+    return frozenset(names.plain(key) for key, _ in module.named_buffers(remove_duplicate=False))
+
+
+def _frozen_test(module: nn.Module, names: PlainNames) -> Callable[[str], bool]:
     """Return a test of whether the parameter with a plain key does not require grad at this moment."""
     requires_grad = {
-        plain_key(module, key): parameter.requires_grad
-        for key, parameter in module.named_parameters(remove_duplicate=False)
+        names.plain(key): parameter.requires_grad for key, parameter in module.named_parameters(remove_duplicate=False)
     }
     # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
     units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
-    buffers = {plain_key(module, key) for key, _ in module.named_buffers(remove_duplicate=False)}
+    buffers = _buffers(module, names)
 
     def is_frozen(key: str) -> bool:
         if key in requires_grad:

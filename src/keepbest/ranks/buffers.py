@@ -20,9 +20,11 @@ class Buffers:
 
     def __init__(self, size: int, world_size: int) -> None:
         self.sent = bytearray(size)
-        self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
         self._received = [bytearray(size) for _ in range(world_size)]
-        self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._received]
+        # A tensor that is made in inference mode could not be written to outside of it, and these are used again.
+        with torch.inference_mode(mode=False):
+            self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
+            self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._received]
 
     def received(self) -> list[bytes]:
         """Return what the ranks sent, by rank."""

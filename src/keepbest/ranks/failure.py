@@ -33,7 +33,7 @@ class FailureReport(NamedTuple):
     def of(cls, step: str, failure: BaseException, remedy: str) -> Self:
         """Return the report on `failure`."""
         refused = isinstance(failure, OSError) and not isinstance(failure, KeepBestError)
-        return cls(step, type(failure).__name__, str(failure), remedy, refused)
+        return cls(step, type(failure).__name__, text_of(failure), remedy, refused)
 
     def to_text(self) -> str:
         """Return the report as text. `from_text` is the inverse."""
@@ -49,6 +49,14 @@ class FailureReport(NamedTuple):
         """The exception's class if it is one of this library."""
         found = getattr(errors, self.error_name, None)
         return found if isinstance(found, type) and issubclass(found, KeepBestError) else None
+
+
+def text_of(failure: BaseException) -> str:
+    """Return the message of an exception, which may be unable to give it."""
+    try:
+        return str(failure)
+    except Exception as error:  # noqa: BLE001  # user code; the failure itself must still reach every rank
+        return f"(its message cannot be shown: __str__ raises {type(error).__name__})"
 
 
 def shared_error(mine: BaseException | None, reports: Mapping[int, FailureReport], world_size: int) -> BaseException:

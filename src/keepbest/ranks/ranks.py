@@ -19,13 +19,14 @@ import torch.distributed as dist
 
 from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError
 from keepbest.ranks.control_group import ControlGroup
-from keepbest.ranks.failure import FailureReport, shared_error
+from keepbest.ranks.failure import FailureReport, shared_error, text_of
 from keepbest.ranks.flag import SharedFlag
 from keepbest.ranks.frame import Frame, Number, digest_place
 
 T = TypeVar("T")
 
-_PLACE_WIDTH = 1024  # bytes of a step and its state in the message about ranks in different places
+_PLACE_WIDTH = 16384  # bytes of a step and its state that ranks in different places show each other
+_SHOWN_WIDTH = 600  # characters of these that the message shows
 
 
 class Ranks:
@@ -222,7 +223,7 @@ class Ranks:
             RankFailedError: Names this rank and the step. If `error` is one of this library or an interruption, it is
                 raised itself.
         """
-        reason = f"failed to {step}: {type(error).__name__}: {error}"
+        reason = f"failed to {step}: {type(error).__name__}: {text_of(error)}"
         if self.world_size > 1:
             self.poison(reason)
         if isinstance(error, KeepBestError) or not isinstance(error, Exception):
@@ -279,7 +280,7 @@ class Ranks:
         padded = mine[:_PLACE_WIDTH].ljust(_PLACE_WIDTH, b"\0")
         texts = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(padded, step, saving=saving)]
         self.poison("the ranks are not in the same step")
-        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(texts))
+        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(_around_the_difference(texts)))
         raise DesyncError(
             f"the ranks are not in the same place:\n{lines}\n"
             "Call the keeper on every rank, in the same order, with the same settings and iterations."
@@ -287,3 +288,20 @@ class Ranks:
 
     def _all_gather(self, mine: bytes, step: str, *, saving: bool) -> list[bytes]:
         return self._control.all_gather(mine, step, self._save_timeout if saving else self._rank_timeout)
+
+
+def _around_the_difference(texts: list[str]) -> list[str]:
+    """Cut long texts down to what is around the first place where they differ."""
+    shortest = min(map(len, texts))
+    same = next((place for place in range(shortest) if len({text[place] for text in texts}) > 1), shortest)
+    if max(map(len, texts)) <= _SHOWN_WIDTH:
+        return texts
+    start = max(0, same - _SHOWN_WIDTH // 4)
+    # Words are not cut, so that the name of a setting stays whole.
+    start = 0 if start == 0 else texts[0].find(" ", start, same) + 1 or start
+    shown = [text[start : start + _SHOWN_WIDTH] for text in texts]
+    before, after = "... " if start else "", " ..."
+    return [
+        f"{before}{part}{after if len(text) > start + _SHOWN_WIDTH else ''}"
+        for part, text in zip(shown, texts, strict=True)
+    ]

@@ -105,7 +105,7 @@ class Mirror:
         elif not has_ended:
             _logger.warning("%s lags behind %s: an upload was broken off", self._remote.url, self._folder)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         failure = OSError(
             f"{self._remote.url} lags behind {self._folder}, where everything is complete: {error!r}. Each later save "
             f"tries again, and so does: python -m keepbest upload {self._folder.parent} {self._remote.url}"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from keepbest.decision import BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
-from keepbest.run.names import is_safe
+from keepbest.run.names import REF_PREFIX, is_safe
 
 VERSION = 2
 """Of the ledger and the manifests; another version is refused."""
@@ -30,8 +30,8 @@ class RunBegan:
     run: str
     version: int = VERSION
 
-    name = "run"
-    is_waited_for = True
+    name: ClassVar[str] = "run"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"version": self.version, "run": self.run}
@@ -43,8 +43,8 @@ class SessionBegan:
 
     restart: int
 
-    name = "session"
-    is_waited_for = False
+    name: ClassVar[str] = "session"
+    is_waited_for: ClassVar[bool] = False
 
     def to_json(self) -> Json:
         return {"restart": self.restart}
@@ -62,6 +62,8 @@ class KeeperBegan:
         at: Iteration up to which it continues that timeline; `None` is its start.
         state: State that it starts from where the ledger does not know it.
         refs: Moves that lead to that state.
+        left: Names of the snapshots that were there, where that of a best of the state was not; else `None`. A best
+            without a snapshot is not one to beat.
     """
 
     keeper: str
@@ -71,9 +73,10 @@ class KeeperBegan:
     at: TrainingIteration | None
     state: BestState | None
     refs: Moves = field(default_factory=dict)
+    left: tuple[str, ...] | None = None
 
-    name = "begin"
-    is_waited_for = True
+    name: ClassVar[str] = "begin"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {
@@ -84,6 +87,7 @@ class KeeperBegan:
             "at": None if self.at is None else str(self.at),
             "state": None if self.state is None else self.state.to_json(),
             "refs": self.refs,
+            **({} if self.left is None else {"left": list(self.left)}),
         }
 
 
@@ -98,7 +102,8 @@ class Observed:
         snapshot: Name of the snapshot that holds the weights, if they were saved.
         manifest: Digest of the manifest of that snapshot.
         is_best: Whether a saved value was a new best of the timeline; else it is one of the top k only.
-        superseded: Whether it was a new best whose weights were skipped, since a better one followed.
+        superseded: Whether it was a new best whose weights were skipped, since a better one followed. It counts once
+            that one is committed.
         lost: Whether it was a new best whose weights could not be written.
         refs: Moves that follow.
     """
@@ -113,7 +118,7 @@ class Observed:
     lost: bool = False
     refs: Moves = field(default_factory=dict)
 
-    name = "observation"
+    name: ClassVar[str] = "observation"
 
     @property
     def is_waited_for(self) -> bool:
@@ -123,7 +128,7 @@ class Observed:
     @property
     def observation(self) -> Observation:
         """The observation as the bookkeeping counts it: what has no weights on the disk was no best."""
-        return Observation(self.iteration, self.value, durable=self.snapshot is not None or self.superseded)
+        return Observation(self.iteration, self.value, durable=self.snapshot is not None)
 
     def to_json(self) -> Json:
         line: Json = {
@@ -144,13 +149,16 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RefsMoved:
-    """Refs of a keeper move without an observation: tolerances that closed earlier than was known."""
+    """Refs of a keeper move without an observation: tolerances that closed earlier than was known.
+
+    It is recorded after a loss, also without refs: bests that were skipped for one that was lost do not count.
+    """
 
     keeper: str
     refs: Moves
 
-    name = "refs"
-    is_waited_for = True
+    name: ClassVar[str] = "refs"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "refs": self.refs}
@@ -164,8 +172,8 @@ class Pinned:
     tag: str
     snapshots: tuple[str, ...]
 
-    name = "pin"
-    is_waited_for = True
+    name: ClassVar[str] = "pin"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "tag": self.tag, "snapshots": list(self.snapshots)}
@@ -178,25 +186,18 @@ class Unpinned:
     keeper: str
     tag: str
 
-    name = "unpin"
-    is_waited_for = True
+    name: ClassVar[str] = "unpin"
+    is_waited_for: ClassVar[bool] = True
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "tag": self.tag}
 
 
 @dataclass(frozen=True, slots=True)
-class KeeperEnded:
+class KeeperEnded(RefsMoved):
     """Training is over for a keeper; tolerances that were not exceeded get provisional refs."""
 
-    keeper: str
-    refs: Moves
-
-    name = "end"
-    is_waited_for = True
-
-    def to_json(self) -> Json:
-        return {"keeper": self.keeper, "refs": self.refs}
+    name: ClassVar[str] = "end"
 
 
 Event = RunBegan | SessionBegan | KeeperBegan | Observed | RefsMoved | Pinned | Unpinned | KeeperEnded
@@ -222,7 +223,7 @@ def parse_event(line: Mapping[str, Any]) -> Event:
 
 def refs_of(event: Event) -> Moves:
     """The refs that an event moves."""
-    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved | KeeperEnded) else {}
+    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved) else {}
 
 
 def _parse_session(line: Mapping[str, Any]) -> SessionBegan:
@@ -240,6 +241,7 @@ def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
         at=None if line["at"] is None else TrainingIteration.parse(line["at"]),
         state=None if line["state"] is None else BestState.from_json(line["state"]),
         refs=_parse_moves(line),
+        left=None if line.get("left") is None else tuple(_safe(name) for name in line["left"]),
     )
 
 
@@ -250,7 +252,7 @@ def _parse_observation(line: Mapping[str, Any]) -> Observed:
         iteration=TrainingIteration.parse(line["iteration"]),
         value=float(line["value"]),
         snapshot=None if snapshot is None else _safe(snapshot),
-        manifest=None if snapshot is None else line["manifest"],
+        manifest=None if snapshot is None else _text(line["manifest"]),
         is_best=line.get("best", True),
         superseded=line.get("superseded", False),
         lost=line.get("lost", False),
@@ -260,7 +262,19 @@ def _parse_observation(line: Mapping[str, Any]) -> Observed:
 
 def _parse_moves(line: Mapping[str, Any]) -> Moves:
     moves = line.get("refs", {}).items()
-    return {_safe(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+    return {_ref(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
+
+
+def _ref(name: str) -> str:
+    if not name.startswith(REF_PREFIX):
+        raise ValueError(f"{name!r} is no name of a ref")
+    return _safe(name)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
 
 
 def _safe(name: str) -> str:

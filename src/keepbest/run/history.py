@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
-from keepbest.decision import Best, BestState, Observation, Policy, fold
+from keepbest.decision import Best, BestState, Decision, Observation, Policy, decide
 from keepbest.errors import LedgerError
 from keepbest.iteration import TrainingIteration
-from keepbest.run.events import Event, KeeperBegan, Observed, Pinned, RunBegan, SessionBegan, Unpinned, refs_of
+from keepbest.run.events import (
+    Event,
+    KeeperBegan,
+    Observed,
+    Pinned,
+    RefsMoved,
+    RunBegan,
+    SessionBegan,
+    Unpinned,
+    refs_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,9 @@ class Timeline:
         entries: Observations, in order.
         saved: Iteration and name of each snapshot, in order.
         best_snapshot: Newest snapshot of a new best.
+        left: For each iteration at which bests without weights were forgotten, the snapshots that were left then.
+        spare: Snapshots that stay until there is a new best, since the one before has no weights.
+        skipped: Positions of bests that were skipped for a better one that is not committed yet.
     """
 
     number: int
@@ -37,10 +50,30 @@ class Timeline:
     entries: list[Entry] = field(default_factory=list)
     saved: dict[TrainingIteration, str] = field(default_factory=dict)
     best_snapshot: str | None = None
+    left: dict[TrainingIteration, frozenset[str]] = field(default_factory=dict)
+    spare: frozenset[str] = frozenset()
+    skipped: list[int] = field(default_factory=list)
+
+    def walk(self, policy: Policy, *, until: TrainingIteration | None) -> Iterator[tuple[Entry, BestState, Decision]]:
+        """Each entry up to `until` with the state after it, as `policy` sees it, and what followed from it."""
+        state = self.base
+        for entry in self.entries_until(until):
+            state, decision = decide(policy, state, entry.observation)
+            if (left := self.left.get(entry.observation.iteration)) is not None:
+                state = self.with_only(left, policy, state)
+            yield entry, state, decision
 
     def state(self, policy: Policy, *, until: TrainingIteration | None) -> BestState:
         """The state at `until`, as `policy` sees it."""
-        return fold(policy, [entry.observation for entry in self.entries_until(until)], start=self.base)
+        states = [state for _, state, _ in self.walk(policy, until=until)]
+        return states[-1] if states else self.base
+
+    def with_only(self, left: Collection[str], policy: Policy, state: BestState) -> BestState:
+        """`state`, which is one of this timeline, without bests whose snapshots are not among those that are `left`."""
+        best = state.best if state.best is not None and self.saved.get(state.best.iteration) in left else None
+        entries = self.entries_until(state.last_iteration)
+        held = [Best(each.observation.value, each.observation.iteration) for each in entries if each.snapshot in left]
+        return replace(state, best=best, top=policy.ranked(held))
 
     def entries_until(self, iteration: TrainingIteration | None) -> list[Entry]:
         """The entries that are not after `iteration`; `None` is before all of them."""
@@ -59,19 +92,29 @@ class Timeline:
             return ()
         values = {entry.observation.iteration: entry.observation.value for entry in self.entries if entry.snapshot}
         held = [Best(values[iteration], iteration) for iteration, name in self.saved.items() if holds(name)]
-        top: list[Best] = []
-        for best in [*held, after]:
-            if (place := policy.entering(best.value, top)) is not None:
-                top.insert(place, best)
-        return tuple(top[: policy.top_k])
+        return policy.ranked([*held, after])
 
-    def extend(self, entry: Entry) -> None:
-        """Add the next entry."""
-        self.entries.append(entry)
-        if entry.snapshot is not None:
-            self.saved[entry.observation.iteration] = entry.snapshot
-            if entry.is_best:
-                self.best_snapshot = entry.snapshot
+    def take_over(self, entries: Iterable[Entry]) -> None:
+        """Start with entries of another timeline."""
+        for entry in entries:
+            self.entries.append(entry)
+            if entry.snapshot is not None:
+                self.saved[entry.observation.iteration] = entry.snapshot
+
+    def add(self, event: Observed) -> None:
+        """Add what was observed next."""
+        if event.superseded:
+            self.skipped.append(len(self.entries))
+        self.take_over([Entry(event.observation, event.snapshot, event.is_best)])
+        if event.lost:
+            self.skipped.clear()
+        if event.snapshot is not None and event.is_best:
+            self.best_snapshot = event.snapshot
+            self.spare = frozenset()
+            for position in self.skipped:
+                entry = self.entries[position]
+                self.entries[position] = replace(entry, observation=replace(entry.observation, durable=True))
+            self.skipped.clear()
 
     @property
     def last_iteration(self) -> TrainingIteration | None:
@@ -87,7 +130,8 @@ class KeeperHistory:
         metric_key: Metric that it monitors.
         policy: Policy with which the keeper last began.
         timelines: One for each time that it began; the last is the present one.
-        kept_best: Value of the snapshot that the ref on the best points at; the best that was ever saved.
+        kept_best: Value of the snapshot that the ref on the best points at; the best that was ever saved, as far as it
+            is still there.
     """
 
     metric_key: str
@@ -104,15 +148,33 @@ class KeeperHistory:
         """The timeline of this number; the present one for `None`, or where the ledger does not know the number."""
         return self.timelines[number] if number is not None and number < len(self.timelines) else self.present
 
-    def begin(self, entries: list[Entry], base: BestState) -> None:
-        """Start a new timeline with these entries."""
-        timeline = Timeline(len(self.timelines), base)
-        for entry in entries:
-            timeline.extend(entry)
+    def begin(self, branch: Timeline | None, event: KeeperBegan) -> None:
+        """Start a new timeline: with a part of `branch`, or from the state of the event."""
+        timeline = Timeline(len(self.timelines))
+        if branch is not None:
+            timeline.base = branch.base
+            timeline.take_over(branch.entries_until(event.at))
+            known = {entry.observation.iteration for entry in timeline.entries}
+            timeline.left = {iteration: left for iteration, left in branch.left.items() if iteration in known}
+        elif event.state is not None:
+            timeline.base = event.state
+        if event.left is not None:
+            self._forget(timeline, frozenset(event.left))
         # With another `min_delta` than before, another one of those that were saved may be the best.
         best = timeline.state(self.policy, until=timeline.last_iteration).best
         timeline.best_snapshot = None if best is None else timeline.saved.get(best.iteration)
+        if event.left is not None and best is None:
+            timeline.spare = frozenset(event.left)
+        if event.keeper in event.refs:
+            self.kept_best = None if best is None else best.value
         self.timelines.append(timeline)
+
+    def _forget(self, timeline: Timeline, left: frozenset[str]) -> None:
+        if timeline.entries:
+            last = timeline.entries[-1].observation.iteration
+            timeline.left[last] = left & timeline.left.get(last, left)
+        else:
+            timeline.base = timeline.with_only(left, self.policy, timeline.base)
 
 
 @dataclass(slots=True)
@@ -171,38 +233,44 @@ class History:
             case Observed():
                 self._observe(event)
             case Pinned():
+                self._check_known(*event.snapshots)
                 self.pins[event.keeper, event.tag] = frozenset(event.snapshots)
             case Unpinned():
                 self.pins.pop((event.keeper, event.tag), None)
+            case RefsMoved():
+                self.keepers[event.keeper].present.skipped.clear()
         for name, snapshot in refs_of(event).items():
             if snapshot is None:
                 self.refs.pop(name, None)
             else:
+                self._check_known(snapshot)
                 self.refs[name] = snapshot
 
     def kept(self) -> set[str]:
         """The snapshots that must stay: those that a ref, a pin or a keeper's timeline best names."""
-        bests = (keeper.present.best_snapshot for keeper in self.keepers.values())
-        pinned = (name for pin in self.pins.values() for name in pin)
-        return {*self.refs.values(), *(best for best in bests if best is not None), *pinned}
+        timelines = [keeper.present for keeper in self.keepers.values()]
+        bests = (timeline.best_snapshot for timeline in timelines if timeline.best_snapshot is not None)
+        spare = (timeline.spare for timeline in timelines)
+        return {*self.refs.values(), *bests}.union(*self.pins.values(), *spare)
+
+    def _check_known(self, *snapshots: str) -> None:
+        if unknown := set(snapshots) - self.manifests.keys():
+            raise ValueError(f"no line before it introduces the snapshots {', '.join(sorted(unknown))}")
 
     def _begin(self, event: KeeperBegan) -> None:
         keeper = self.keepers.setdefault(event.keeper, KeeperHistory(event.metric_key, event.policy))
         keeper.policy = event.policy
-        if event.state is not None:
-            keeper.begin([], event.state)
-        elif event.timeline is not None:
-            branch = keeper.timelines[event.timeline]
-            keeper.begin(branch.entries_until(event.at), branch.base)
-        else:
+        if event.state is None and event.timeline is None:
             raise ValueError("a keeper begins with neither a timeline nor a state")
+        branch = None if event.state is not None or event.timeline is None else keeper.timelines[event.timeline]
+        keeper.begin(branch, event)
 
     def _observe(self, event: Observed) -> None:
         keeper, observation = self.keepers[event.keeper], event.observation
         last = keeper.present.last_iteration
         if last is not None and not observation.iteration.follows(last):
             raise ValueError(f"{observation.iteration} does not come after {last}")
-        keeper.present.extend(Entry(observation, event.snapshot, event.is_best))
+        keeper.present.add(event)
         if event.snapshot is not None and event.manifest is not None:
             self.manifests.setdefault(event.snapshot, event.manifest)
             if event.refs.get(event.keeper) == event.snapshot:

@@ -10,11 +10,13 @@
 
 from pathlib import Path
 
+from keepbest.run.names import REF_PREFIX
+
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 LEDGER = "ledger.jsonl"
 LOCK = "lock"
-REFS = "best_model.*"
+REFS = f"{REF_PREFIX}*"
 MANIFEST = "snapshot.json"
 TEMPORARY = ".tmp-"
 

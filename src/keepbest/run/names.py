@@ -14,6 +14,7 @@ _KEPT = frozenset((string.ascii_letters + string.digits + "_-").encode())
 _SAFE = re.compile(r"[A-Za-z0-9_%=~-][A-Za-z0-9_%=~.-]*")
 _LONGEST = 100  # two of them, with all that is added, are less than the 255 bytes that a file name may have
 _HASH_DIGITS = 16
+REF_PREFIX = "best_model."
 
 
 def metric_name(metric_key: str) -> str:
@@ -29,7 +30,7 @@ def part_name(name: str) -> str:
 def best_ref(metric_key: str, keeper_id: str | None = None) -> str:
     """Name of the ref on the best of a metric; it also names the keeper that owns it."""
     suffix = "" if keeper_id is None else f".id={metric_name(keeper_id)}"
-    return f"best_model.{metric_name(metric_key)}{suffix}"
+    return f"{REF_PREFIX}{metric_name(metric_key)}{suffix}"
 
 
 def tolerance_ref(best: str, tolerance: int) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
-from keepbest.run.history import KeeperHistory
-from keepbest.run.ref_moves import Kept, moves_of, resumed, tolerance_moves
+from keepbest.run.history import KeeperHistory, Timeline
+from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_moves
 from keepbest.run.takeover import LoadedState, check_takeover
 
 _logger = logging.getLogger(__name__)
@@ -62,25 +63,82 @@ class KeeperRecord:
             at = loaded.state.last_iteration
         elif at is None and branch is not None:
             at = branch.last_iteration
-        base: BestState | None = None
-        refs: Moves = {}
-        if branch is not None and branch.reaches(at):
-            state, refs = resumed(keeper, folder.history, policy, branch, at, folder.snapshots.holds)
-        else:
-            state = base = BestState() if loaded is None else loaded.state
-        if loaded is not None and state != loaded.state:
+        if branch is not None and not branch.reaches(at):
+            branch = None
+        event, state = self._beginning(branch, at, BestState() if loaded is None else loaded.state)
+        if branch is not None and loaded is not None and (known := branch.state(policy, until=at)) != loaded.state:
             _logger.warning(
                 "%s: the ledger records another state than the one that was loaded, and wins. Ledger: %s. Loaded: %s.",
                 keeper,
-                state.to_json(),
+                known.to_json(),
                 loaded.state.to_json(),
             )
         folder.open(None if loaded is None else loaded.run_id)
-        number = None if branch is None else branch.number
-        folder.commit(KeeperBegan(keeper, self.metric_key, policy, number, at, base, refs))
+        folder.commit(event)
+        self._repair_pins()
         if is_first_to_follow and folder.copy is not None:
             folder.copy.arrive()  # a bucket that is not there is an error before training
         return state
+
+    def _beginning(
+        self, branch: Timeline | None, at: TrainingIteration | None, loaded: BestState
+    ) -> tuple[KeeperBegan, BestState]:
+        """How the keeper begins: at a point of a timeline, or from a state that was loaded; and the state then."""
+        keeper, history, holds = self.keeper, self.folder.history, self.folder.snapshots.holds
+        past = history.keepers.get(keeper)
+        before = () if past is None else past.policy.tolerances
+        policy = replace(self._policy, tolerances=tuple({*before, *self._policy.tolerances}))
+        timeline = Timeline(0, loaded) if branch is None else branch
+        state = loaded if branch is None else branch.state(policy, until=at)
+        left = self._left(timeline, state)
+        if left is not None:
+            state = timeline.with_only(left, policy, state)
+        best = None if state.best is None else timeline.saved.get(state.best.iteration)
+        refs = rescued(keeper, history, best, holds)
+        if branch is not None:
+            refs |= resumed(keeper, history, self._policy, branch, state, holds)
+        event = KeeperBegan(
+            keeper,
+            self.metric_key,
+            self._policy,
+            timeline=None if branch is None else branch.number,
+            at=at,
+            state=loaded if branch is None else None,
+            refs=refs,
+            left=left,
+        )
+        exceeded = {
+            tolerance: best for tolerance, best in state.exceeded.items() if tolerance in self._policy.tolerances
+        }
+        return event, state if branch is None else replace(state, exceeded=exceeded)
+
+    def _left(self, timeline: Timeline, state: BestState) -> tuple[str, ...] | None:
+        """The snapshots that are there, if that of a best is not. A warning says so."""
+        holds, path = self.folder.snapshots.holds, self.folder.path
+        saved = {best: timeline.saved.get(best.iteration) for best in (state.best, *state.top) if best is not None}
+        gone = [best for best, name in saved.items() if name is None or not holds(name)]
+        if not gone:
+            return None
+        if state.best in gone:
+            _logger.warning(
+                "%s: the weights of the best, %s, are not in %s (any more): the next finite value is a new best",
+                self.keeper,
+                state.best,
+                path,
+            )
+        else:
+            _logger.warning(
+                "%s: the weights of %s are not in %s (any more)", self.keeper, ", ".join(map(str, gone)), path
+            )
+        return tuple(sorted(name for name in {*self.folder.history.kept(), *timeline.saved.values()} if holds(name)))
+
+    def _repair_pins(self) -> None:
+        """Pin again what is left of pins of which a snapshot is gone."""
+        for (keeper, tag), names in list(self.folder.history.pins.items()):
+            held = tuple(sorted(filter(self.folder.snapshots.holds, names)))
+            if keeper == self.keeper and len(held) < len(names):
+                _logger.warning("%s: not all weights that %s pinned are still there", keeper, tag)
+                self.folder.commit(Pinned(keeper, tag, held))
 
     def observe(self, observation: Observation, newly_exceeded: Mapping[int, Best | None]) -> None:
         """Record an observation without a snapshot, and set the refs of the tolerances that it closes.
@@ -127,6 +185,11 @@ class KeeperRecord:
             OSError: Any refusal of the file system. It then goes to the disk with the next line.
         """
         self.folder.commit(RefsMoved(self.keeper, self._tolerance_moves(exceeded)))
+
+    def drop_skipped(self) -> None:
+        """Record that bests do not count that were skipped for one that was lost. Raises as `observe`."""
+        if self.history.present.skipped:
+            self.folder.append(RefsMoved(self.keeper, {}))
 
     def pin(self, tag: str, state: BestState) -> None:
         """Keep the snapshots that `state` names until `tag` is pinned again or released. Raises `OSError`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy
@@ -63,12 +62,25 @@ def tolerance_moves(keeper: str, branch: Timeline, bests: Mapping[int, Best | No
 
 
 def resumed(
-    keeper: str, history: History, policy: Policy, branch: Timeline, at: TrainingIteration | None, holds: Holds
-) -> tuple[BestState, Moves]:
-    """State of `branch` at `at`, and the moves to it: refs that have nothing to point at there are removed."""
+    keeper: str,
+    history: History,
+    policy: Policy,
+    branch: Timeline,
+    state: BestState,
+    holds: Holds,
+) -> Moves:
+    """The moves that lead to `state`, one of `branch`: refs that have nothing to point at there are removed.
+
+    Args:
+        keeper: Name of the keeper.
+        history: History of the run.
+        policy: Policy by which the keeper decides from now on.
+        branch: Timeline that it continues.
+        state: State with all tolerances that the keeper has, or had before.
+        holds: Function that says whether a snapshot is there.
+    """
     before = history.keepers[keeper].policy
     tolerances = sorted({*before.tolerances, *policy.tolerances})
-    state = branch.state(replace(policy, tolerances=tuple(tolerances)), until=at)
     top = {name: snapshot for name, snapshot in _places(keeper, state.top, branch.saved).items() if snapshot}
     wanted = {
         **tolerance_moves(keeper, branch, state.exceeded, holds),
@@ -76,9 +88,20 @@ def resumed(
     }
     names = [tolerance_ref(keeper, each) for each in tolerances]
     names += [top_ref(keeper, place) for place in range(1, max(before.top_k, policy.top_k) + 1)]
-    moves = {name: wanted.get(name) for name in names if wanted.get(name) != history.refs.get(name)}
-    exceeded = {tolerance: best for tolerance, best in state.exceeded.items() if tolerance in policy.tolerances}
-    return replace(state, exceeded=exceeded), moves
+    return {name: wanted.get(name) for name in names if wanted.get(name) != history.refs.get(name)}
+
+
+def rescued(keeper: str, history: History, best: str | None, holds: Holds) -> Moves:
+    """The moves of a keeper's refs on snapshots that are gone: the one on the best moves to that of the timeline."""
+    past = history.keepers.get(keeper)
+    if past is None:
+        return {}
+    places = range(1, past.policy.top_k + 1)
+    others = [tolerance_ref(keeper, each) for each in past.policy.tolerances] + [
+        top_ref(keeper, each) for each in places
+    ]
+    gone = {name for name in (keeper, *others) if name in history.refs and not holds(history.refs[name])}
+    return {name: best if name == keeper else None for name in gone}
 
 
 def _places(keeper: str, top: Sequence[Best], saved: Mapping[TrainingIteration, str]) -> Moves:

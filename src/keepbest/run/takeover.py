@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keepbest.decision import BestState, Policy
 from keepbest.errors import ConfigError, RunExistsError
 from keepbest.run.history import History
+
+
+class Owner(NamedTuple):
+    """The keeper that a state belongs to.
+
+    Attributes:
+        name: Name of the keeper.
+        metric_key: Metric that it monitors.
+        higher_is_better: Direction of the metric.
+    """
+
+    name: str
+    metric_key: str
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        direction = "higher" if self.higher_is_better else "lower"
+        return f"{self.name!r} (metric {self.metric_key!r}, {direction} is better)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +35,21 @@ class LoadedState:
     """A state that a user brings back, and where it is from.
 
     Attributes:
+        keeper: Keeper that it belongs to.
         run_id: Id of its run; `None` if the keeper had not started.
         timeline: Number of its timeline among those of the keeper in the run.
         state: Bookkeeping of the timeline.
     """
 
+    keeper: Owner
     run_id: str | None
     timeline: int | None
     state: BestState
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only; `from_json` is the inverse."""
-        return {"run_id": self.run_id, "timeline": self.timeline, "state": self.state.to_json()}
+        state = {"run_id": self.run_id, "timeline": self.timeline, "state": self.state.to_json()}
+        return {**self.keeper._asdict(), **state}
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> LoadedState:
@@ -38,9 +59,18 @@ class LoadedState:
             ConfigError: If it is no such state.
         """
         try:
-            return cls(given["run_id"], given["timeline"], BestState.from_json(given["state"]))
-        except (KeyError, TypeError, ValueError) as error:
+            keeper = Owner(*(given[name] for name in Owner._fields))
+            return cls(keeper, given["run_id"], given["timeline"], BestState.from_json(given["state"]))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"this is not the state of a keeper ({error!r}): {given!r}") from error
+
+    def check_belongs_to(self, keeper: Owner) -> None:
+        """Raise `ConfigError` unless this is a state of `keeper`."""
+        if self.keeper != keeper:
+            raise ConfigError(
+                f"the state that was loaded is that of {self.keeper}, and this is {keeper}: load the state of the same "
+                "keeper, or start a new run without one"
+            )
 
 
 def check_takeover(

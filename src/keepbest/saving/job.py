@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class PendingSnapshot:
         format: Format of the files.
         kept: Observation whose weights these are.
         directory: Directory of the run.
+        files: Operations that change the folder.
         selection: What is saved; distinguishes snapshots of one iteration.
         record: On rank 0, the record of the keeper that took it; `None` elsewhere.
     """
@@ -46,33 +48,40 @@ class PendingSnapshot:
         kept: Kept,
         *,
         directory: Path,
+        files: Files,
         selection: str,
         record: KeeperRecord | None,
     ) -> None:
-        self._share = share
+        self._share: Share | None = share  # `None` once it is written, so that the weights are freed
         self._format = format
         self._observation = kept.observation
         self._directory = directory
         self._selection = selection
         self._record = record
-        self._files = Files() if record is None else record.folder.files
+        self._files = files
         self._name = ""
         self._receipts: Callable[[], list[Receipt]] | None = None
         self._written: Written | None = None
         self._lock = threading.Lock()
         self._is_begun = self._is_needed = self._is_given_up = False
 
-    def meet(self) -> None:
+    def meet(self, drain: Callable[[], None]) -> None:
         """Let the ranks that write come together. **Collective** where several ranks write.
+
+        Args:
+            drain: Function that waits on rank 0 for what is being written, whose commits remove unfinished folders.
 
         Raises:
             KeepBestError: On every rank, if a rank could not write its share.
         """
+        share = self._unwritten()
         try:
-            self._receipts = self._share.writers(self._begin, self._write)
+            self._receipts = share.writers(partial(self._begin, drain), self._write)
         except BaseException:
             self._drop()
             raise
+        if self._record is None:
+            self._share = None  # this rank has written what it had
 
     def need(self) -> None:
         """Have it written even if a better one follows, since something else names it. **Rank-local**."""
@@ -85,7 +94,8 @@ class PendingSnapshot:
             if self._is_begun or self._is_needed:
                 return None
             self._is_given_up = True
-            return self._share.slot
+            slot, self._share, self._receipts = self._unwritten().slot, None, None
+            return slot
 
     def begin(self) -> bool:
         """Whether it is to be written; from now on it cannot be given up. **Rank-local**, on rank 0."""
@@ -112,29 +122,33 @@ class PendingSnapshot:
             self._drop()
             raise
         finally:
-            self._share.slot.release()
+            self._unwritten().slot.release()
+            self._share = None
         return self._written
 
     def drop_unless_needed(self) -> None:
         """Remove it from the disk after a commit that failed. **Rank-local**, on rank 0."""
         with self._lock:
-            is_needed = self._is_needed
-        if not is_needed:
-            self._drop()
+            if self._is_needed:
+                return
+            self._written = None  # who needs it from now on has to do without it
+        self._drop()
 
-    def _begin(self) -> str:
+    def _begin(self, drain: Callable[[], None]) -> str:
+        drain()
         record = _of_rank_0(self._record)
         self._name = record.new_name(self._observation.iteration, self._selection)
         record.folder.snapshots.begin(self._name)
         return self._name
 
     def _write(self, name: str) -> Receipt:
-        self._share.slot.wait()
+        share = self._unwritten()
+        share.slot.wait()
         folder = unfinished_folder(snapshots_folder(self._directory), name)
-        return self._format.write(self._files, folder, self._share)
+        return self._format.write(self._files, folder, share)
 
     def _complete(self, receipts: Callable[[], list[Receipt]]) -> Written:
-        record, share = _of_rank_0(self._record), self._share
+        record, share = _of_rank_0(self._record), self._unwritten()
         if not share.files:
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
@@ -154,6 +168,11 @@ class PendingSnapshot:
         )
         return Written(self._name, record.folder.snapshots.publish(self._name, manifest))
 
+    def _unwritten(self) -> Share:
+        if self._share is None:
+            raise RuntimeError(f"the snapshot of {self._observation.iteration} was written or given up")
+        return self._share
+
     def _drop(self) -> None:
         if self._record is not None and self._name:
             self._record.folder.snapshots.drop(self._name)
@@ -166,12 +185,20 @@ class SaveJob:
         kept: Observation whose weights are saved, and what follows from it.
         snapshot: Snapshot of the weights.
         record: Record of the keeper.
+        is_first: Whether this keeper took the snapshot, rather than another one at the same iteration.
+
+    Attributes:
+        is_superseded: Whether the snapshot was given up, since a better one followed.
     """
 
-    def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord) -> None:
+    def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord, *, is_first: bool) -> None:
         self._kept = kept
         self._snapshot = snapshot
         self._record = record
+        self._is_first = is_first
+        self.is_superseded = False
+        if not is_first:
+            snapshot.need()
 
     def run(self) -> None:
         """Write the snapshot and commit it, or record that it was skipped, if it was given up.
@@ -180,7 +207,8 @@ class SaveJob:
             ConfigError: If there is nothing to save.
             OSError: Any refusal of the file system. Nothing was saved or recorded then.
         """
-        if not self._snapshot.begin():
+        self.is_superseded = self._is_first and not self._snapshot.begin()
+        if self.is_superseded:
             self._record.supersede(self._kept.observation)
             return
         written = self._snapshot.write()

@@ -21,12 +21,12 @@ class Losses:
     def __init__(self, name: str, *, tolerates: bool) -> None:
         self._name = name
         self._tolerates = tolerates
-        self._failures: deque[Exception] = deque()
+        self._failures: deque[BaseException] = deque()
         self._reported_upload_failure: OSError | None = None
         self._lost_bests = 0
         self._announced = 0
 
-    def add(self, failure: Exception) -> None:
+    def add(self, failure: BaseException) -> None:
         """Note that something could not be written; from any thread."""
         # The other ranks are not waiting: it travels with the next exchange, at no cost to quiet intervals.
         self._failures.append(failure)
@@ -35,7 +35,7 @@ class Losses:
         """Note that a best was lost that the ranks believe to be on its way."""
         self._lost_bests += 1
 
-    def take(self) -> Exception | None:
+    def take(self) -> BaseException | None:
         """The next failure, for every rank to raise. Each is taken once; one that is tolerated is logged instead."""
         while self._failures:
             failure = self._failures.popleft()

@@ -31,6 +31,7 @@ class OpenRun:
 
     Attributes:
         directory: As passed.
+        files: As passed, or those of this machine.
         remote: URL of a copy of the run; `None` if there is none.
         folder: On rank 0, the run folder; `None` before `open_folder` and elsewhere.
         worker: Who writes into the folder.
@@ -43,7 +44,7 @@ class OpenRun:
         self.remote: str | None = None
         self.folder: RunFolder | None = None
         self.worker: Worker = Inline()
-        self._files = files or Files()
+        self.files = files or Files()
         self._clock = clock
         self._patience = patience
         self._keepers: set[str] = set()
@@ -54,10 +55,14 @@ class OpenRun:
         return _open_runs.setdefault(self.directory.resolve(), self)
 
     def open_folder(self) -> RunFolder:
-        """Open the folder, unless it is open. **Rank-local**, on rank 0. Raises as `RunFolder`."""
+        """The folder, opened if need be, when nothing is being written into it. **Rank-local**, on rank 0.
+
+        Raises as `RunFolder`.
+        """
+        self.worker.drain()
         if self.folder is None:
             copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)
-            self.folder = RunFolder(self.directory, self._files, copy)
+            self.folder = RunFolder(self.directory, self.files, copy)
         return self.folder
 
     def write_in_the_background(self) -> None:

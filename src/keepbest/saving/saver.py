@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from keepbest.capture.inventory import Inventory
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
@@ -74,6 +76,7 @@ class Saver:
         self._staging: Staging = HostStaging(self._give_up_the_queued) if in_background else Unstaged()
         self._selection = f"{name} {items.parts} {items.save_frozen_weights}"
         self._queued: PendingSnapshot | None = None
+        self._has_given_up = False
         self._record: KeeperRecord | None = None
         self.losses = Losses(name, tolerates=tolerates)
         self.best_snapshot: str | None = None
@@ -93,13 +96,18 @@ class Saver:
             StorageError: On every rank, if they do not.
         """
         if self._way.is_spread:
-            check_is_shared(self._run.directory, self._ranks, step)
+            check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def start(self, record: KeeperRecord) -> None:
         """Get ready to write. **Rank-local**, on rank 0, when the record has begun."""
         self._record = record
         if self._in_background:
             self._run.write_in_the_background()
+
+    def stop(self) -> None:
+        """Free what was staged, once nothing is being written any more. **Rank-local**."""
+        self._staging.close()
+        self._staging, self._queued = Unstaged(), None
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
@@ -121,23 +129,30 @@ class Saver:
             StorageError: On every rank, if they cannot be written. In the background the next exchange raises it.
             KeepBestError: As the capture of the format.
         """
-        snapshot = self._snapshot_of(kept, step)
-        job = None if self._record is None else SaveJob(kept, snapshot, self._record)
+        iteration = kept.observation.iteration
+        items = self._inventory.items
+        content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name)
+        shared = self._unchanged_snapshot(iteration, content, step)
+        snapshot = self._capture(kept, step) if shared is None else shared
+        job = None if self._record is None else SaveJob(kept, snapshot, self._record, is_first=shared is None)
         if not self._in_background:
             self.best_snapshot = self._on_main(step, lambda record: self._run_now(job, record))
         elif job is not None:
             self._submit(partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
             self._queued = snapshot
+        # All ranks come here, or none: a snapshot that is known to have failed is not shared.
+        self._run.remember(iteration, content, snapshot, self._inventory.mark)
 
     def revised_state(self) -> BestState | None:
         """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
         if self._record is None or not self.losses.announce():
             return None
         self._run.worker.drain()
+        self._submit(KeeperRecord.drop_skipped, names_bests=False)
         timeline = self._record.history.present
         return timeline.state(self._policy, until=timeline.last_iteration)
 
-    def take_failure(self) -> Exception | None:
+    def take_failure(self) -> BaseException | None:
         """What could not be written or uploaded, for every rank to raise; each once. **Rank-local**."""
         folder = self._run.folder
         return self.losses.take() or self.losses.take_upload(None if folder is None else folder.copy)
@@ -185,25 +200,38 @@ class Saver:
         if self._run.remote is not None:
             self._on_main(step, wait, remedy="")
 
-    def _snapshot_of(self, kept: Kept, step: str) -> PendingSnapshot:
-        """The snapshot of the weights as they are now: one that another keeper has just taken, or a new one."""
-        iteration, items = kept.observation.iteration, self._inventory.items
-        content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name)
-        if (shared := self._unchanged_snapshot(iteration, content, step)) is not None:
-            shared.need()
-            return shared
-        share = self._way.capture(self._inventory, self._staging, step)
+    def warn_if_nothing_is_kept(self, state: BestState) -> None:
+        """Say so where a run ends with nothing kept, neither now nor before. **Rank-local**, on rank 0."""
+        if state.best is not None or self.best_snapshot is not None or not self._ranks.is_main:
+            return
+        if state.last_iteration is None:
+            reason = "nothing was observed: call observe() after each evaluation"
+        else:
+            reason = f"no finite value was observed and saved up to {state.last_iteration}"
+        _logger.warning("%s: the run ends and no best is kept, since %s", self._name, reason)
+
+    def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
+        """A snapshot of the weights as they are now. **Collective**."""
+        self._has_given_up = False
+        self._inventory.is_watched = self._run.is_shared
+        try:
+            # What a user evaluates in inference mode must not decide what tensors, which are used again, are made of.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                share = self._way.capture(self._inventory, self._staging, step)
+        except BaseException:
+            if self._has_given_up:  # for nothing: it has no weights, and no better one follows
+                self.losses.lose_best()
+            raise
         snapshot = PendingSnapshot(
             share,
             self._format,
             kept,
             directory=self._run.directory,
+            files=self._run.files,
             selection=self._selection,
             record=self._record,
         )
-        snapshot.meet()
-        mark = self._inventory.mark() if self._run.is_shared else ""
-        self._run.remember(iteration, content, snapshot, mark)
+        snapshot.meet(self._run.worker.drain)
         return snapshot
 
     def _unchanged_snapshot(self, iteration: TrainingIteration, content: Hashable, step: str) -> PendingSnapshot | None:
@@ -214,7 +242,7 @@ class Saver:
         snapshot, mark = taken
 
         def compare() -> tuple[None, Number]:
-            return None, Number(float(self._inventory.mark() != mark), None)
+            return None, Number(float(self._inventory.mark_now() != mark), None)
 
         # The ranks agree, since one that shares would leave those waiting that gather.
         _, changed = self._ranks.compare(f"look for changes to {step}", compare)
@@ -229,8 +257,9 @@ class Saver:
         try:
             job.run()
         except Exception:  # whichever it was, the ledger must know that this best is lost
-            self.losses.lose_best()
-            record.observe(replace(kept.observation, durable=False), kept.exceeded)
+            if not job.is_superseded:
+                self.losses.lose_best()
+                record.observe(replace(kept.observation, durable=False), kept.exceeded)
             raise
 
     def _on_main(self, step: str, work: Callable[[KeeperRecord], Any], *, remedy: str = DISK_REMEDY) -> Any:
@@ -253,4 +282,6 @@ class Saver:
     def _give_up_the_queued(self) -> Slot | None:
         queued, self._queued = self._queued, None
         # Where several bests are kept, a better one does not make the queued one unnecessary.
-        return None if queued is None or self._policy.top_k > 1 else queued.give_up()
+        slot = None if queued is None or self._policy.top_k > 1 else queued.give_up()
+        self._has_given_up = slot is not None
+        return slot

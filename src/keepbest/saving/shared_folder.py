@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from pathlib import Path
 
@@ -12,18 +13,19 @@ from keepbest.run.layout import CHECKPOINTS, TEMPORARY
 _REMEDY = "This format needs a run directory on a file system that all hosts share and may write to"
 
 
-def check_is_shared(directory: Path, ranks: Ranks, step: str) -> None:
+def check_is_shared(directory: Path, files: Files, ranks: Ranks, step: str) -> None:
     """Check that a file that rank 0 makes in the run folder is there for all ranks. **Collective**.
 
     Args:
         directory: Directory of the run.
+        files: Operations that change the folder.
         ranks: Ranks that write into it.
         step: What is being done, in words.
 
     Raises:
         StorageError: On every rank, if a rank does not see the file.
     """
-    files, folder = Files(), directory / CHECKPOINTS
+    folder = directory / CHECKPOINTS
 
     def make() -> str:
         name = f"{TEMPORARY}made-by-rank-0-{uuid.uuid4().hex}"
@@ -41,4 +43,6 @@ def check_is_shared(directory: Path, ranks: Ranks, step: str) -> None:
         ranks.agree(step, see, remedy=_REMEDY)
     finally:
         if ranks.is_main:
-            files.remove(folder / token)
+            # What is refused here stays until the keeper starts, which removes temporary files.
+            with contextlib.suppress(OSError):
+                files.remove(folder / token)

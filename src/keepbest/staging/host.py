@@ -68,6 +68,7 @@ class HostStaging:
     def __init__(self, make_room: Callable[[], Slot | None]) -> None:
         self._make_room = make_room
         self._free = [HostSlot(self._take_back) for _ in range(_SLOTS)]
+        self._is_closed = False
         self._released = threading.Condition()
 
     def claim(self) -> Slot:
@@ -81,7 +82,14 @@ class HostStaging:
             self._released.wait_for(lambda: self._free)
             return self._free.pop()
 
+    def close(self) -> None:
+        """Free the slots, now or when they are released."""
+        with self._released:
+            self._is_closed = True
+            self._free.clear()
+
     def _take_back(self, slot: HostSlot) -> None:
         with self._released:
-            self._free.append(slot)
-            self._released.notify_all()
+            if not self._is_closed:
+                self._free.append(slot)
+                self._released.notify_all()

@@ -64,6 +64,9 @@ class Staging(Protocol):
     def claim(self) -> Slot:
         """A slot to fill."""
 
+    def close(self) -> None:
+        """Free what the slots hold, once they are released; nothing is claimed any more."""
+
 
 class LiveSlot:
     """Weights on the CPU are written from where they are, before training continues. Others get room of their own."""
@@ -106,3 +109,6 @@ class Unstaged:
 
     def claim(self) -> LiveSlot:
         return LiveSlot()
+
+    def close(self) -> None:
+        """There is nothing to free."""

@@ -1,0 +1,34 @@
+"""A framework is imported by its own adapter alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import importlib, pkgutil, sys, keepbest
+
+FRAMEWORKS = ["ignite", "accelerate", "transformers", "pytorch_lightning", "lightning"]
+
+def loaded():
+    return [name for name in FRAMEWORKS if name in sys.modules]
+
+for module in pkgutil.walk_packages(keepbest.__path__, "keepbest."):
+    if module.name != "keepbest.__main__" and not module.name.startswith("keepbest.integrations."):
+        importlib.import_module(module.name)
+print(*loaded())
+for name in ("ignite", "accelerate", "transformers", "lightning"):
+    importlib.import_module(f"keepbest.integrations.{name}")
+    print(*loaded())
+"""
+
+
+def test_framework_is_imported_by_its_own_adapter_alone():
+    loaded = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
+    assert loaded.stdout.splitlines() == [
+        "",
+        "ignite",
+        "ignite accelerate",
+        "ignite accelerate transformers",  # which stands on Accelerate
+        "ignite accelerate transformers pytorch_lightning",
+    ]
