@@ -40,7 +40,7 @@ def follows(iteration: str, other: str) -> bool:
 def step(state: dict, policy: dict, seen: dict) -> None:
     """Change `state` to the one after an observation."""
     value, sign = float(seen["value"]), 1 if policy["higher_is_better"] else -1
-    is_saved = math.isfinite(value) and ("snapshot" in seen or "superseded" in seen)
+    is_saved = math.isfinite(value) and ("snapshot" in seen or "counts" in seen)
     best = {"value": value, "iteration": seen["iteration"]}
     if policy["top_k"] > 1 and is_saved:
         beaten = (place for place, other in enumerate(state["top"]) if sign * (value - other["value"]) > 0)
@@ -65,11 +65,13 @@ class Run:
         for event in read_events(self.folder / "ledger.jsonl"):
             if event["event"] in ("begin", "observation", "pin", "unpin"):
                 getattr(self, event["event"])(event)
+            if event["event"] in ("begin", "refs", "end") or "lost" in event:
+                self.keepers[event["keeper"]]["skipped"] = []
             self.refs |= event.get("refs", {})
         self.refs = {name: snapshot for name, snapshot in self.refs.items() if snapshot is not None}
 
     def begin(self, event):
-        keeper = self.keepers.setdefault(event["keeper"], {"timelines": [], "best_value": None})
+        keeper = self.keepers.setdefault(event["keeper"], {"timelines": [], "best_value": None, "skipped": []})
         keeper["policy"] = event["policy"]
         base, seen = event["state"], []
         if base is None:
@@ -80,6 +82,12 @@ class Run:
     def observation(self, event):
         keeper = self.keepers[event["keeper"]]
         keeper["timelines"][-1][1].append(event)
+        if "superseded" in event:
+            keeper["skipped"].append(event)
+        if event.get("best"):
+            for skipped in keeper["skipped"]:
+                skipped["counts"] = True
+            keeper["skipped"] = []
         if "snapshot" in event:
             self.manifests.setdefault(event["snapshot"], event["manifest"])
             if event.get("refs", {}).get(event["keeper"]) == event["snapshot"]:

@@ -45,7 +45,7 @@ MOVES = {"best_model.a": "E1"}
 FULL_EVENTS = [
     RunBegan("a", version=3),
     SessionBegan(1),
-    KeeperBegan("best_model.a", "a", Policy(True), 0, AT, BestState(BEST, 1, {2: BEST}, AT, (BEST,)), MOVES),
+    KeeperBegan("best_model.a", "a", Policy(True), 0, AT, BestState(BEST, 1, {2: BEST}, AT, (BEST,)), MOVES, ("E1",)),
     Observed("best_model.a", AT, 1.0, "E1", "00", is_best=False, superseded=True, lost=True, refs=MOVES),
     RefsMoved("best_model.a", MOVES),
     Pinned("best_model.a", "tag", ("E1",)),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from keepbest.errors import RankFailedError, SnapshotError, StorageError
+from keepbest.errors import ConfigError, RankFailedError, StorageError
 from keepbest.run.verify import verify
 from keepbest.staging.host import HostSlot
 from tests.kit.files import Operation, SteppedFiles, before
@@ -209,7 +209,7 @@ def test_keepers_share_a_snapshot_that_is_still_queued(tmp_path):
     with first.keeper, second.keeper:
         for number in (1, 2):
             first.observe(-number, first=number)
-            second.observe(-number, first=number)
+            second.keeper.observe(-number, update(number))
     assert [saved_at(tmp_path, run.keeper.name) for run in (first, second)] == [2, 2]
     assert len(list((tmp_path / "checkpoints/snapshots").iterdir())) == 1
 
@@ -220,7 +220,7 @@ def test_refused_snapshots_keep_no_buffer(tmp_path):
     with run.keeper as keeper:
         for _ in range(3):
             run.model.weight = nn.Parameter(torch.empty(1, 1, device="meta"))
-            with pytest.raises(SnapshotError, match="meta device"):
+            with pytest.raises(ConfigError, match="meta device"):
                 keeper.observe(1.0, update(1))
         run.model.weight = weight
         assert run.observe(1.0)[0].is_new_best

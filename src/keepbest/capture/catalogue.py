@@ -116,31 +116,41 @@ def look(items: Items, rank: int) -> Held:
         flat: dict[str, FlatEntry] = {}
         if source.holds_fsdp1:
             flat = {entry.key: entry for entry in flat_entries(source.module)}
-            beside = source.names.plain_state(dict(_state_beside(source.module)))
-            state: StateDict = beside | {key: entry.flat for key, entry in flat.items()}
+            state = _state_beside(source) | {key: entry.flat for key, entry in flat.items()}
         else:
             state = held.states[source.path] = plain_state_dict(source)
         _add(held, source, state, flat, rank)
     return held
 
 
-def _state_beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module with FSDP1 units holds beside their flat parameters, by its own keys, without a collective."""
-    for path, inner in module.named_modules(remove_duplicate=False):
+def _state_beside(source: Source) -> StateDict:
+    """What a source with FSDP1 units holds beside their flat parameters, without a collective."""
+    state: StateDict = {}
+    for path, inner in source.module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        passing = inner._non_persistent_buffers_set  # noqa: SLF001  # torch has no other list of them
-        buffers = {key: value for key, value in inner.named_buffers(recurse=False) if key not in passing}
-        own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **buffers}
+        own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **_persistent_buffers(inner)}
         if type(inner).get_extra_state is not nn.Module.get_extra_state:
             own[EXTRA_STATE] = inner.get_extra_state()
-        for key, value in own.items():
-            if not is_flattened(value):
-                yield prefix + key, value
+        state |= {prefix + key: value for key, value in own.items() if not is_flattened(value)}
+    return source.names.plain_state(state)
+
+
+def stored_tensors(module: nn.Module, *, with_frozen: bool) -> Iterator[torch.Tensor]:
+    """The parameters of a module and the buffers that its state dict has, as this rank holds them; no hook runs."""
+    yield from (parameter for parameter in module.parameters() if with_frozen or parameter.requires_grad)
+    for inner in module.modules():
+        yield from _persistent_buffers(inner).values()
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    passing = module._non_persistent_buffers_set  # noqa: SLF001  # torch has no other list of them
+    return {key: value for key, value in module.named_buffers(recurse=False) if key not in passing}
 
 
 def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:
-    named = source.module.named_parameters(remove_duplicate=False)
-    parameters = {source.names.plain(key) for key, _ in named} | flat.keys()
+    parameters = {
+        source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)
+    } | flat.keys()
     firsts: dict[tuple[str, Hashable], str] = {}
     for part in source.parts:
         for key, value in state.items():

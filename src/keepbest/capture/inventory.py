@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from keepbest.capture.catalogue import Entry, Held, Name, look
+from keepbest.capture.catalogue import Entry, Held, Name, look, stored_tensors
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
@@ -19,6 +19,7 @@ from keepbest.capture.union import Report, Union, changes, describe, listed, sam
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.sources import list_sources
 from keepbest.modules.wrappers import walk
 from keepbest.ranks import Number, Ranks
 
@@ -47,6 +48,10 @@ class Inventory:
         items: What is saved.
         format: Format that it is saved in.
         ranks: Ranks of the model.
+
+    Attributes:
+        is_watched: Whether another keeper may want to know if the weights have changed since they were saved.
+        mark: If so, the mark of this rank's weights when they were saved.
     """
 
     def __init__(self, items: Items, format: Format, ranks: Ranks) -> None:  # noqa: A002  # the word of the setting
@@ -55,6 +60,8 @@ class Inventory:
         self._format = format
         self._report = Report({}, {})  # what this rank reported when the union was made
         self._union: Union | None = None
+        self.is_watched = False
+        self.mark = ""
         self._has_warned = ranks.world_size == 1
 
     def take(self, step: str) -> None:
@@ -99,6 +106,7 @@ class Inventory:
 
         def look_again() -> tuple[Held, Number]:
             held = self._look()
+            self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)
             data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
             try:
@@ -128,11 +136,12 @@ class Inventory:
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)
         return agreed
 
-    def mark(self) -> str:
+    def mark_now(self) -> str:
         """What tells whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
-        held = self._look()
-        tensors = [value for value in held.values.values() if isinstance(value, torch.Tensor)]
-        return sample(_local(value) for value in tensors if value.layout == torch.strided and not value.is_quantized)
+        items = self.items
+        sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
+        tensors = (stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources)
+        return sample(_local(tensor) for each in tensors for tensor in each)
 
     def _look(self) -> Held:
         return look(self.items, self.ranks.members[self.ranks.rank])

@@ -62,9 +62,6 @@ class DistributedCheckpoint(Format):
     name = "dcp"
     capture = "local"
 
-    def check(self) -> None:
-        """It needs torch alone."""
-
     def cannot_hold(self, value: object) -> str | None:
         if isinstance(value, torch.Tensor) and (kind := special_kind(value)):
             return f"is {kind}, which format 'dcp' cannot hold; use format 'torch'"

@@ -99,13 +99,13 @@ class Format(ABC):
     name: ClassVar[str]
     capture: ClassVar[Literal["gathered", "local"]]
 
-    @abstractmethod
     def check(self) -> None:
         """Check that what the format needs is installed.
 
         Raises:
             ConfigError: If a package is missing.
         """
+        return  # a format needs torch alone, unless it says otherwise
 
     def cannot_hold(self, value: object) -> str | None:
         """Why the format cannot hold a value of a state dict, and the way out; `None` if it can."""

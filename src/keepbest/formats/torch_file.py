@@ -25,9 +25,6 @@ class TorchFile(WholeFileFormat):
     name = "torch"
     ending = ".pt"
 
-    def check(self) -> None:
-        """It needs torch alone."""
-
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
         tied = first_names({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
         compact = {key: _compact(value) for key, value in state.items() if key not in tied}

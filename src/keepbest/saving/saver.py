@@ -141,8 +141,7 @@ class Saver:
             self._queued = snapshot
         if shared is None:
             # All ranks come here, or none: a snapshot that is known to have failed is not shared.
-            mark = self._inventory.mark() if self._run.is_shared else ""
-            self._run.remember(iteration, content, snapshot, mark)
+            self._run.remember(iteration, content, snapshot, self._inventory.mark)
 
     def revised_state(self) -> BestState | None:
         """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
@@ -214,6 +213,7 @@ class Saver:
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""
         self._has_given_up = False
+        self._inventory.is_watched = self._run.is_shared
         try:
             # What a user evaluates in inference mode must not decide what tensors, which are used again, are made of.
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -242,7 +242,7 @@ class Saver:
         snapshot, mark = taken
 
         def compare() -> tuple[None, Number]:
-            return None, Number(float(self._inventory.mark() != mark), None)
+            return None, Number(float(self._inventory.mark_now() != mark), None)
 
         # The ranks agree, since one that shares would leave those waiting that gather.
         _, changed = self._ranks.compare(f"look for changes to {step}", compare)

@@ -1,0 +1,108 @@
+"""Ranks that hold other names, as the stages of a pipeline do, are one model: every format keeps all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from keepbest import BestKeeper
+from tests.capture.test_strategies import read_files
+from tests.kit.models import same_bits
+from tests.kit.pool import run_ranks
+from tests.kit.runs import set_weights, update
+from tests.kit.strategies import CPU
+
+FORMATS = pytest.mark.parametrize("file_format", ["torch", "dcp"])
+
+
+def keeper_of(model, directory, **settings):
+    return BestKeeper(model, directory=directory, metric_key="loss", rank_timeout=20, **settings)
+
+
+class Stage(nn.Module):
+    """A stage of a pipeline: some of the layers of the whole, under the names that they have there."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(number): nn.Linear(3, 3) for number in numbers})
+        for number in numbers:
+            set_weights(self.layers[str(number)], float(number))
+            self.layers[str(number)].register_buffer("seen", torch.tensor(number))
+        last = self.layers[str(max(numbers))]
+        last.head = nn.Parameter(last.weight.detach().clone().bfloat16())
+        last.tied = last.head
+
+
+def keep_stages(directory, file_format, wrap):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = Stage([number for number in range(5) if number * size // 5 == rank])
+    if wrap != "plain":
+        pairs = [dist.new_group([2 * n, 2 * n + 1]) for n in range(size // 2)]
+        stage, pair = rank // 2, pairs[rank // 2]
+        model = Stage([number for number in range(4) if number // 2 == stage])
+        if wrap == "fsdp1":
+            model = FullyShardedDataParallel(model.float(), process_group=pair, device_id=CPU)
+        else:
+            fully_shard(model, mesh=DeviceMesh.from_group(pair, "cpu"))
+    with keeper_of(model, directory, format=file_format, async_save=file_format == "torch") as keeper:
+        for number in (1, 2):
+            keeper.observe(1.0 / number, update(number))
+        keeper.flush()
+    if rank > 0:
+        return None
+    [state] = read_files(keeper.best_path, file_format).values()
+    return state
+
+
+@pytest.mark.parametrize("file_format", ["torch", "safetensors", "dcp"])
+@pytest.mark.parametrize(("wrap", "world_size"), [("plain", 1), ("plain", 2), ("plain", 3), ("fsdp2", 4), ("fsdp1", 4)])
+def test_stages_of_a_pipeline_are_kept_as_one_model(wrap, world_size, file_format, tmp_path):
+    if (wrap, file_format) == ("fsdp1", "dcp"):
+        pytest.skip("refused at the start")
+    state = run_ranks(keep_stages, world_size, tmp_path, file_format, wrap)[0]
+    stages = 4 if wrap != "plain" else 5
+    lasts = (
+        {1, 3}
+        if wrap != "plain"
+        else {max(n for n in range(5) if n * world_size // 5 == rank) for rank in range(world_size)}
+    )
+    expected = {}
+    for number in range(stages):
+        layer = Stage([number]).layers[str(number)].state_dict()
+        kept = {key: value for key, value in layer.items() if number in lasts or key not in ("head", "tied")}
+        expected |= {
+            f"layers.{number}.{key}": value.float() if wrap == "fsdp1" and value.is_floating_point() else value
+            for key, value in kept.items()
+        }
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert same_bits(state[key], value.detach().clone()), key
+
+
+class WithState(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": [7, "x"]}
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+def keep_state_of_a_stage(directory, file_format):
+    model = nn.ModuleDict({f"stage{dist.get_rank()}": WithState(2, 2)})
+    with keeper_of(model, directory, format=file_format) as keeper:
+        keeper.observe(1.0, update(1))
+    if dist.get_rank() > 0:
+        return None
+    [path] = keeper.best_path.glob("*.pt")
+    return torch.load(path, weights_only=True)
+
+
+@FORMATS
+def test_extra_state_of_another_stage_is_kept(file_format, tmp_path):
+    state = run_ranks(keep_state_of_a_stage, 2, tmp_path, file_format)[0]
+    for stage in (0, 1):
+        assert state[f"stage{stage}._extra_state"] == {"seen": [7, "x"]}
