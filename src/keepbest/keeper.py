@@ -121,8 +121,7 @@ class BestKeeper:
         Raises:
             RunExistsError: On every rank, if the folder holds another run, one that is not resumed, or one in use.
             LedgerError: On every rank, if the ledger is damaged or of another version.
-            ConfigError: On every rank, if another keeper in the folder has the same name, or a weight cannot be kept
-                and loaded again, or ranks hold different weights under one name. The message has the way out.
+            ConfigError: On every rank, if another keeper here has the same name, or a weight cannot be kept right.
             SnapshotError: On every rank, if the remote copy cannot be read, or is damaged.
             StorageError: On every rank, if the folder, or the remote storage, cannot be written.
         """
@@ -315,8 +314,7 @@ class BestKeeper:
         """Load the best that the run ever saved into the live model, as `keepbest.load` does. **Collective**.
 
         Raises:
-            SnapshotError: On every rank, if there is none yet, it is damaged, or the model is another one by now. The
-                model is then as it was.
+            SnapshotError: On every rank, if there is none yet, or it does not fit the model, which is then as it was.
         """
         if self._phase == "started":
             self.flush()

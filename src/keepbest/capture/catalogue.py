@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -151,7 +151,7 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
     parameters = {
         source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)
     } | flat.keys()
-    firsts: dict[tuple[str, Hashable], str] = {}
+    firsts: dict[tuple[str, bool, Hashable], str] = {}  # a tensor that is kept is none that is left out
     for part in source.parts:
         for key, value in state.items():
             inside = source.key_in(part, key)
@@ -164,17 +164,16 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
             if key in flat:
                 first = source.key_in(part, flat[key].first) if flat[key].first else None
             else:
-                first = firsts.setdefault((part.name, _identity(inside, value)), inside)
+                place = _identity(inside, value) if entry.form.role != "data" else inside
+                first = firsts.setdefault((part.name, entry.form.is_frozen, place), inside)
             name = Name(part.name, inside)
             held.entries[name] = entry._replace(first="" if first in (None, inside) else first or "")
             held.values[name] = value
 
 
-def _identity(key: str, value: object) -> Hashable:
-    """What two keys of one tensor have in common. What is no tensor has one key."""
-    if type(value) in PLAIN_CLASSES:
-        return place_of(key, cast("torch.Tensor", value))
-    return id(value) if isinstance(value, torch.Tensor) else key  # others may not say where their values lie
+def _identity(key: str, value: torch.Tensor) -> Hashable:
+    """What two keys of one tensor have in common."""
+    return place_of(key, value) if type(value) in PLAIN_CLASSES else id(value)  # others may not say where they lie
 
 
 def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry | None) -> Entry:
