@@ -10,7 +10,9 @@ from benchmarks import measure
 from benchmarks.contestants import Action
 from benchmarks.measure import Line, Report, Samples, Size, shard
 from keepbest.capture.gathered import gathered
+from keepbest.capture.inventory import Inventory
 from keepbest.capture.share import Items, Share
+from keepbest.formats.registry import find_format
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
 from keepbest.staging.host import HostStaging
@@ -23,13 +25,13 @@ class Gather(Action):
     """Brings the weights to rank 0, and lets go of them after."""
 
     def __init__(self, model: nn.Module, *, staged: bool) -> None:
-        self._items = Items(model, select_parts(model), save_frozen_weights=True)
-        self._ranks = Ranks.connect()
+        items = Items(model, select_parts(model), save_frozen_weights=True)
+        self._inventory = Inventory(items, find_format("torch"), Ranks.connect())
         self._staging: Staging = HostStaging(lambda: None) if staged else Unstaged()
         self.weights: Share | None = None
 
     def act(self) -> None:
-        self.weights = gathered(self._items, self._ranks, self._staging, "save")
+        self.weights = gathered(self._inventory, self._staging, "save")
 
     def settle(self) -> None:
         if self.weights is not None:
