@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from typing_extensions import Unpack
@@ -318,8 +317,7 @@ class BestKeeper:
         """
         if self._phase == "started":
             self.flush()
-        with torch.inference_mode(mode=False):
-            return load_into(self._model, self.directory, self.name, ranks=self._ranks)
+        return load_into(self._model, self.directory, self.name, ranks=self._ranks)
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -96,7 +97,8 @@ def load_into(
     """As `load`, for ranks that are connected already. **Collective**."""
     step = f"read {ref} of {run}"
     selection = ranks.agree(step, lambda: Selection.of(only), state=lambda chosen: repr(chosen).encode())
-    with ExitStack() as stack:
+    # What is made in inference mode, such as the weights of lazy modules, could not be trained.
+    with torch.inference_mode(mode=False), ExitStack() as stack:
         found: FoundSnapshot | None = None
 
         def find() -> list[str]:
