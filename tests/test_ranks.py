@@ -187,7 +187,7 @@ def be_in_another_place(directory, difference):
         ("iteration", ["observe loss best_model.loss at U2", "observe loss best_model.loss at U3"]),
         ("settings", ["tolerances=(1,)", "tolerances=(2,)"]),
         ("what to do on failures", ["on_save_error='raise'", "on_save_error='warn'"]),
-        ("state", ["for best_model.loss None", "for best_model.loss LoadedState(run_id="]),
+        ("state", ["for best_model.loss None", "for best_model.loss LoadedState("]),
         ("close", ["observe loss", "close best_model.loss"]),
     ],
 )  # fmt: skip

@@ -58,17 +58,22 @@ class Oracle:
         return is_new_best
 
     def history(self) -> list[tuple[Seen | None, int]]:
-        """The best and the length of the drought after each observation."""
-        best, drought, history = None, 0, []
+        """The best and the length of the drought after each observation, before a resume found weights gone."""
+        return [(best, drought) for best, _, drought in self.steps()]
+
+    def steps(self) -> list[tuple[Seen | None, Seen | None, int]]:
+        """After each observation: the best, the best once it was known what weights are gone, and the drought."""
+        best, drought, steps = None, 0, []
         for length, (value, stamp) in enumerate(self.timeline, start=1):
             if self.beats(value, best, self.min_delta):
                 best, drought = (value, stamp), 0
             else:
                 drought += 1
+            seen = best
             if best is not None and best[1] not in self.left.get(length, {best[1]}):
                 best = None
-            history.append((best, drought))
-        return history
+            steps.append((seen, best, drought))
+        return steps
 
     def resume(self, length: int, left: dict[int, set[int]], there: set[int]):
         """Go back to a timeline of this length, with the weights of these stamps on the disk."""
@@ -81,7 +86,7 @@ class Oracle:
             self.ever_best = self.best()
 
     def best(self) -> Seen | None:
-        return self.history()[-1][0] if self.timeline else None
+        return self.steps()[-1][1] if self.timeline else None
 
     def drought(self) -> int:
         return self.history()[-1][1] if self.timeline else 0
