@@ -324,10 +324,12 @@ class Histories(RuleBasedStateMachine):
 
 
 def test_random_histories_end_as_the_rules_say(request):
+    everything = request.config.getoption("--crash-points") == "all"
+    histories = 50 if request.config.getoption("--quick") else 2000 if everything else 500
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=50 if request.config.getoption("--quick") else 2000,
+            max_examples=histories,
             stateful_step_count=14,
             deadline=None,
             suppress_health_check=list(HealthCheck),
