@@ -141,7 +141,8 @@ class Saver:
             self._submit(partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
             self._queued = snapshot
         # All ranks come here, or none: a snapshot that is known to have failed is not shared.
-        self._run.remember(iteration, content, snapshot, self._inventory.mark)
+        if shared is None:
+            self._run.remember(iteration, content, snapshot, self._inventory.mark)
 
     def revised_state(self) -> BestState | None:
         """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
