@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from keepbest import BestKeeper
+from keepbest import BestKeeper, load
 from tests.capture.test_strategies import read_files
 from tests.kit.models import same_bits
 from tests.kit.pool import run_ranks
@@ -81,6 +81,46 @@ def test_stages_of_a_pipeline_are_kept_as_one_model(wrap, world_size, file_forma
     assert state.keys() == expected.keys()
     for key, value in expected.items():
         assert same_bits(state[key], value.detach().clone()), key
+
+
+def stage_of(rank, world_size):
+    return Stage([number for number in range(5) if number * world_size // 5 == rank])
+
+
+def emptied(model):
+    for tensor in model.state_dict().values():
+        tensor.fill_(99)
+    return model
+
+
+def same_state(found, expected):
+    return found.keys() == expected.keys() and all(same_bits(found[key], expected[key]) for key in expected)
+
+
+def keep_and_load_stages(directory, file_format):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = stage_of(rank, world_size)
+    with keeper_of(model, directory, format=file_format) as keeper:
+        keeper.observe(1.0, update(1))
+        emptied(model)
+        keeper.restore_best()
+    loaded = load(directory, "best_model.loss", target := emptied(stage_of(rank, world_size)))
+    expected = stage_of(rank, world_size).state_dict()
+    return same_state(model.state_dict(), expected), same_state(target.state_dict(), expected), loaded.left_alone
+
+
+@pytest.mark.parametrize("file_format", ["torch", "safetensors", "dcp"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_kept_stages_load_into_stages_and_into_a_whole_model(world_size, file_format, tmp_path):
+    assert run_ranks(keep_and_load_stages, world_size, tmp_path, file_format) == [(True, True, ())] * world_size
+    whole = nn.Module()
+    whole.layers = nn.ModuleDict(
+        item for rank in range(world_size) for item in stage_of(rank, world_size).layers.items()
+    )
+    expected = {key: value.clone() for key, value in whole.state_dict().items()}
+    load(tmp_path, "best_model.loss", emptied(whole))
+    assert same_state(whole.state_dict(), expected)
+    assert whole.layers["4"].head is whole.layers["4"].tied
 
 
 class WithState(nn.Linear):
