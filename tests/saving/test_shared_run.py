@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper
-from keepbest.errors import SnapshotError
+from keepbest.errors import RankFailedError
 from keepbest.run.verify import verify
+from keepbest.staging.host import HostSlot
 from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.runs import ledger, refs, set_weights, snapshots, update
 from tests.kit.seams import use
@@ -127,28 +128,22 @@ def test_superseded_line_that_is_refused_once_is_recorded_once(tmp_path):
         assert resumed.best_metric_value == 3.0
 
 
-class Stateful(nn.Linear):
-    extra: object = 1
-
-    def get_extra_state(self):
-        return self.extra
-
-    def set_extra_state(self, state):
-        self.extra = state
+def out_of_memory(*_arguments):
+    raise RuntimeError("out of memory")
 
 
-def test_snapshot_that_was_given_up_counts_for_nobody_else(tmp_path):
-    gate, model = Gate("model.pt"), Stateful(1, 1)
+def test_snapshot_that_was_given_up_counts_for_nobody_else(tmp_path, monkeypatch):
+    gate, model = Gate("model.pt"), nn.Linear(1, 1)
     with use(tmp_path, files=SteppedFiles(before(gate))):
         a, b = keepers(tmp_path, model, async_save=True, **WARN)
         b.start()
         a.observe(9.0, update(1))
         assert gate.is_reached.wait(60)
         a.observe(8.0, update(2))
-        model.extra = object()
-        with pytest.raises(SnapshotError, match="only tensors"):
-            a.observe(7.0, update(3))  # it had the buffer of the second given up by then
-        model.extra = 1
+        with monkeypatch.context() as patch:
+            patch.setattr(HostSlot, "put", out_of_memory)
+            with pytest.raises(RankFailedError, match="out of memory"):
+                a.observe(7.0, update(3))  # it had the buffer of the second given up by then
         b.observe(8.0, update(2))
         gate.is_open.set()
         for keeper in (a, b):
