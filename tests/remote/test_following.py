@@ -16,7 +16,7 @@ from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run as verify
 from tests.kit import toys
 from tests.kit.pool import run_ranks, start_ranks
-from tests.kit.runs import Run
+from tests.kit.runs import Run, update
 from tests.kit.seams import use
 from tests.remote.runs import broken_promises, local_files, ranks_that_keep_bests_until
 from tests.remote.server import BUCKET, CREDENTIALS
@@ -242,7 +242,7 @@ def two_keepers(directory, url, environment):
     with first.keeper, second.keeper:
         for number, (loss, accuracy) in enumerate([(3.0, 0.9), (2.0, 0.1), (1.0, 0.5)], start=1):
             first.observe(loss, first=number)
-            second.observe(accuracy, first=number)
+            second.keeper.observe(accuracy, update(number))  # of the weights that the first has saved
 
 
 def test_trainer_keeps_a_copy_and_starts_over_where_only_that_is_left(tmp_path, place):

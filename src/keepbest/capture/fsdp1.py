@@ -73,19 +73,21 @@ class FlatEntry(NamedTuple):
 
 def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
     """What lies in the flat parameters of the FSDP1 units of `module`, from what torch notes of it. **Rank-local**."""
-    firsts: dict[tuple[int, str], str] = {}  # a unit may have several paths
+    seen: dict[tuple[int, str], str] = {}  # a unit may have several paths
     for path, unit in walk(module):
         if not is_fsdp1(unit) or unit._handle is None:  # noqa: SLF001  # torch has no public way to what lies in a unit
             continue
-        handle, names, prefix = unit._handle, PlainNames(unit.module), f"{path}." if path else ""  # noqa: SLF001  # as above
+        # Of the unit, not of `unit.module`: that leaves out a wrapper, whose name is in what torch notes.
+        handle, names, prefix = unit._handle, PlainNames(unit), f"{path}." if path else ""  # noqa: SLF001  # as above
         flat, is_split = handle.flat_param, handle.uses_sharded_strategy
         members = tuple(dist.get_process_group_ranks(unit.process_group)) if is_split else ()
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        firsts: dict[str, str] = {}
         for name, shape in zip(flat._fqns, flat._shapes, strict=True):  # noqa: SLF001  # as above
             key = prefix + names.plain(name)
             shapes[key] = tuple(shape)
-            first = firsts.setdefault((id(flat), name), key)
-            yield FlatEntry(key, shapes[key], "" if first == key else first, flat, members)
+            firsts[key] = seen.setdefault((id(flat), name), key)
+            yield FlatEntry(key, shapes[key], "" if firsts[key] == key else firsts[key], flat, members)
         for shared in flat._shared_param_infos:  # noqa: SLF001  # as above
             name, first = (
                 prefix + names.plain(f"{where}.{what}" if where else what)
@@ -94,7 +96,7 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
                     (shared.prim_module_name, shared.prim_param_name),
                 )
             )
-            yield FlatEntry(name, shapes[first], first, flat, members)
+            yield FlatEntry(name, shapes[first], firsts[first], flat, members)
 
 
 def is_flattened(parameter: object) -> bool:
