@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -93,14 +94,9 @@ def resumed(
 
 def rescued(keeper: str, history: History, best: str | None, holds: Holds) -> Moves:
     """The moves of a keeper's refs on snapshots that are gone: the one on the best moves to that of the timeline."""
-    past = history.keepers.get(keeper)
-    if past is None:
-        return {}
-    places = range(1, past.policy.top_k + 1)
-    others = [tolerance_ref(keeper, each) for each in past.policy.tolerances] + [
-        top_ref(keeper, each) for each in places
-    ]
-    gone = {name for name in (keeper, *others) if name in history.refs and not holds(history.refs[name])}
+    # Also those of tolerances that an earlier session had, which are in no policy any more.
+    mine = re.compile(rf"{re.escape(keeper)}(\.(tolerance|top)=\d+)?")
+    gone = {name for name, snapshot in history.refs.items() if mine.fullmatch(name) and not holds(snapshot)}
     return {name: best if name == keeper else None for name in gone}
 
 
