@@ -30,7 +30,7 @@ _INTEGERS = {
     torch.bool, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 }  # fmt: skip
-_LARGEST_EXACT = 2**53  # of the integers that a float64 tells apart
+_LARGEST_EXACT = 2**53  # up to this, a float64 holds every integer exactly
 
 Verdict = Literal["fits", "depends", "never"]
 

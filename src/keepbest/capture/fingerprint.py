@@ -11,7 +11,7 @@ from keepbest.modules.raw_bytes import raw_bytes
 
 _WORDS_AT_ONCE = 1 << 22  # of a tensor on an accelerator, so that what is computed in between stays small
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no word is lost when it is multiplied modulo 2**64
-_SAMPLED = 256  # elements of each tensor that tell whether its values were exchanged
+_SAMPLED = 256  # elements of each tensor that show whether its values were exchanged
 
 
 def fingerprint(tensor: torch.Tensor) -> str:

@@ -19,7 +19,7 @@ from keepbest.ranks import Ranks
 class ForeignTransfer:
     """Point-to-point transfers from the owner of each entry to rank 0. **Collective**: all ranks open the block.
 
-    Rank 0 waits for all of them from the beginning, so an owner can send at any moment, whatever rank 0 does then.
+    Rank 0 waits for all of them from the beginning, so an owner can send at any moment.
     Bytes travel, in messages that are numbered as the entries are.
 
     Args:

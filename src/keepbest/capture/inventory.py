@@ -137,7 +137,7 @@ class Inventory:
         return agreed
 
     def mark_now(self) -> str:
-        """What tells whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
+        """What shows whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
         items = self.items
         sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
         tensors = (stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources)

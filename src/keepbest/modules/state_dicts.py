@@ -22,7 +22,7 @@ _STATE_DICT_ARGUMENTS = ("destination", "prefix", "keep_vars")
 
 
 def state_dict_of(module: nn.Module, *, keep_vars: bool = False) -> Mapping[str, Any]:
-    """Return `module.state_dict()`, whatever its overrides take.
+    """Return `module.state_dict()`, also where an override takes fewer arguments.
 
     Args:
         module: Module, plain or wrapped.
