@@ -11,7 +11,7 @@ from keepbest.errors import IterationError
 
 COUNTS = st.integers(0, 10**9)
 ITERATIONS = st.builds(
-    TrainingIteration, st.none() | COUNTS, st.none() | COUNTS, COUNTS
+    TrainingIteration, st.none() | COUNTS, st.none() | COUNTS, COUNTS, st.none() | COUNTS
 ) | st.builds(TrainingIteration, COUNTS)  # fmt: skip
 
 
@@ -22,6 +22,7 @@ ITERATIONS = st.builds(
         (TrainingIteration(epoch=0), "E0"),
         (TrainingIteration(update=3), "U3"),
         (TrainingIteration(epoch=1, sample=9), "E1_S9"),
+        (TrainingIteration(update=3, batch=12), "U3_B12"),
     ],
 )
 def test_is_printed_without_its_absent_parts(iteration, text):
@@ -61,7 +62,7 @@ def test_other_numbers_are_no_parts(part):
         TrainingIteration(epoch=part)
 
 
-@given(first=st.tuples(COUNTS, COUNTS, COUNTS), second=st.tuples(COUNTS, COUNTS, COUNTS))
+@given(first=st.tuples(*[COUNTS] * 4), second=st.tuples(*[COUNTS] * 4))
 def test_follows_when_no_part_goes_back_and_one_goes_on(first, second):
     steps = [later - earlier for earlier, later in zip(first, second, strict=True)]
     follows = TrainingIteration(*second).follows(TrainingIteration(*first))

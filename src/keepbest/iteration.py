@@ -1,4 +1,4 @@
-"""A point in training: `TrainingIteration(epoch, update, sample)`."""
+"""A point in training: `TrainingIteration(epoch, update, sample, batch)`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 from keepbest.errors import IterationError
 
 _COUNT = "(0|[1-9][0-9]*)"
-_PATTERN = re.compile(f"(?:E{_COUNT})?(?:(?:^|(?<=[0-9])_)U{_COUNT})?(?:(?:^|(?<=[0-9])_)S{_COUNT})?")
+# Each part, in the order of its text, and the letter before its count.
+_LETTERS = {"epoch": "E", "update": "U", "sample": "S", "batch": "B"}
+_PATTERN = re.compile("".join(f"(?:(?:^|(?<=[0-9])_){letter}{_COUNT})?" for letter in _LETTERS.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingIteration:
-    """How many epochs, optimizer updates and samples were completed.
+    """How many epochs, optimizer updates, samples and batches were completed.
 
     Its text is of the form `E7_U140_S8960`, without the absent parts.
 
@@ -24,6 +26,8 @@ class TrainingIteration:
         epoch: Number of completed epochs; `None` if they are not counted.
         update: Number of completed optimizer updates; `None` if they are not counted.
         sample: Number of completed samples; `None` if they are not counted.
+        batch: Number of completed batches; `None` if they are not counted. They tell apart what is observed between two
+            updates where several batches make one.
 
     Raises:
         IterationError: If no part is given, or one is negative or not an integer. Integers of numpy and of tensors are
@@ -33,11 +37,12 @@ class TrainingIteration:
     epoch: int | None = None
     update: int | None = None
     sample: int | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.parts == (None, None, None):
-            raise IterationError("TrainingIteration needs at least one of epoch, update and sample")
-        for name, part in zip(("epoch", "update", "sample"), self.parts, strict=True):
+        if all(part is None for part in self.parts):
+            raise IterationError("TrainingIteration needs at least one of epoch, update, sample and batch")
+        for name, part in zip(_LETTERS, self.parts, strict=True):
             if part is not None and type(part) is not int:
                 part = _as_int(name, part)  # noqa: PLW2901  # the same part, as Python's own integer
                 object.__setattr__(self, name, part)
@@ -60,16 +65,16 @@ class TrainingIteration:
         if isinstance(iteration, cls):
             return iteration
         if iteration is None:
-            raise IterationError("which iteration is it? Write epoch=..., update=... or sample=... after the value")
+            raise IterationError("which iteration is it? Write epoch=..., update=..., sample=... or batch=... after it")
         raise IterationError(
             f"an iteration must be a TrainingIteration, got {iteration!r} of type {type(iteration).__name__}, which "
-            "does not show what is counted; write epoch=..., update=... or sample=... instead"
+            "does not show what is counted; write epoch=..., update=..., sample=... or batch=... instead"
         )
 
     @property
-    def parts(self) -> tuple[int | None, int | None, int | None]:
-        """The parts in the order epoch, update, sample."""
-        return (self.epoch, self.update, self.sample)
+    def parts(self) -> tuple[int | None, int | None, int | None, int | None]:
+        """The parts in the order epoch, update, sample, batch."""
+        return (self.epoch, self.update, self.sample, self.batch)
 
     def follows(self, earlier: TrainingIteration) -> bool:
         """Whether this comes strictly after `earlier`: no part is smaller and at least one is greater.
@@ -85,17 +90,15 @@ class TrainingIteration:
             if mine is None or theirs is None:
                 raise IterationError(
                     f"iteration {self} does not name the same parts as {earlier}; "
-                    "give the same of epoch, update and sample at every interval"
+                    "give the same of epoch, update, sample and batch at every interval"
                 )
             has_greater = has_greater or mine > theirs
             has_smaller = has_smaller or mine < theirs
         return has_greater and not has_smaller
 
     def __str__(self) -> str:
-        epoch = "" if self.epoch is None else f"_E{self.epoch}"
-        update = "" if self.update is None else f"_U{self.update}"
-        sample = "" if self.sample is None else f"_S{self.sample}"
-        return f"{epoch}{update}{sample}"[1:]
+        counts = zip(_LETTERS.values(), self.parts, strict=True)
+        return "_".join(f"{letter}{count}" for letter, count in counts if count is not None)
 
     @classmethod
     def parse(cls, text: str) -> TrainingIteration:

@@ -154,6 +154,7 @@ class BestKeeper:
         epoch: int | None = None,
         update: int | None = None,
         sample: int | None = None,
+        batch: int | None = None,
     ) -> Outcome:
         """Observe the metric of one interval, and save the model if it is the new best. **Collective**.
 
@@ -166,9 +167,10 @@ class BestKeeper:
             iteration: Training iteration that was completed. It increases from call to call and always names the same
                 parts.
             weight: Weight of this rank in the reduction, for example its number of samples; on all ranks or on none.
-            epoch: Number of completed epochs, in place of `iteration`, alone or with the next two.
+            epoch: Number of completed epochs, in place of `iteration`, alone or with the next three.
             update: Number of completed optimizer updates.
             sample: Number of completed samples.
+            batch: Number of completed batches.
 
         Raises:
             MetricError: On every rank, if a value is missing or no number, weights are invalid, values differ that must
@@ -177,7 +179,7 @@ class BestKeeper:
             StorageError: On every rank, if the new best, or an earlier record, could not be written.
             RanksError: If the ranks could not agree (see `Ranks.exchange`).
         """
-        parts = {"epoch": epoch, "update": update, "sample": sample}
+        parts = {"epoch": epoch, "update": update, "sample": sample, "batch": batch}
         return self._observe(
             lambda: read_value(value, weight, metric_key=self.metric_key),
             lambda: TrainingIteration.of(iteration, parts),
@@ -198,8 +200,9 @@ class BestKeeper:
         if not decision.is_saved:
             return self._record(observation, state, decision)
         exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
+        step = f"save {'the new' if decision.is_new_best else 'one of the'} best of {self.metric_key} at {iteration}"
         try:
-            self._saver.save(Kept(observation, decision.is_new_best, exceeded), self._step_of(decision, iteration))
+            self._saver.save(Kept(observation, decision.is_new_best, exceeded), step)
         except StorageError as error:
             if self._on_save_error == "raise":
                 raise
@@ -376,10 +379,6 @@ class BestKeeper:
         exceeded = state.exceeded.items()
         self._saver.losses.all_know()
         self._saver.correct({each: best for each, best in exceeded if each not in before or before[each] != best})
-
-    def _step_of(self, decision: Decision, iteration: TrainingIteration) -> str:
-        what = "the new best" if decision.is_new_best else "one of the best"
-        return f"save {what} of {self.metric_key} at {iteration}"
 
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})

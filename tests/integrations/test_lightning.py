@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
+from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 
 from keepbest.errors import ConfigError, MetricMismatchError
 from keepbest.integrations.lightning import BestCheckpoint
 from tests.integrations.contract import TrainerContract, train_with_and_without_interruption
 from tests.integrations.faces.face import VALUES, failing
-from tests.integrations.faces.lightning import METRIC, Lightning, fit
+from tests.integrations.faces.lightning import METRIC, Lightning, Model, Recorder, fit
 from tests.kit.pool import run_ranks
 from tests.kit.runs import ledger, refs
 
@@ -51,7 +53,7 @@ def test_validations_outside_the_training_are_not_observed(tmp_path):
     trainer = fit(tmp_path, VALUES[:2], [best], num_sanity_val_steps=2, enable_checkpointing=True)
     trainer.validate(trainer.lightning_module, trainer.val_dataloaders, verbose=False)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
-    assert observed(tmp_path / "best") == ["E1_U2", "E2_U4"]
+    assert observed(tmp_path / "best") == ["E1_U2_B2", "E2_U4_B4"]
     fit(tmp_path / "dev", VALUES, [BestCheckpoint(METRIC)], fast_dev_run=True)
     assert not (tmp_path / "dev").exists()
 
@@ -62,7 +64,87 @@ def test_checkpoint_of_an_exception_is_pinned_and_resumed(tmp_path):
         fit(tmp_path, VALUES, callbacks, fails_at=3)
     assert ledger(tmp_path)[-1]["event"] == "pin"
     fit(tmp_path, VALUES[:4], [BestCheckpoint(METRIC)], ckpt_path=tmp_path / "any.ckpt")
-    assert observed(tmp_path) == ["E1_U2", "E2_U4", "E3_U6", "E4_U8"]
+    assert observed(tmp_path) == ["E1_U2_B2", "E2_U4_B4", "E3_U6_B6", "E4_U8_B8"]
+
+
+class ValuePerValidation(Model):
+    """Validates with the next of its values each time."""
+
+    def on_fit_start(self):
+        self.left = iter(self.values)
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 0 and not self.trainer.sanity_checking:
+            self.value = next(self.left)
+        self.log(METRIC, self.value)
+
+
+class StepsItself(ValuePerValidation):
+    """Updates the weights past Lightning, which then counts no step."""
+
+    def __init__(self, values, **settings):
+        super().__init__(values, **settings)
+        self.automatic_optimization = False
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            self.layers[0].weight.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "updates", "settings"),
+    [(ValuePerValidation, [0, 1], {"accumulate_grad_batches": 2}), (StepsItself, [0, 0], {})],
+)
+def test_two_validations_between_updates_are_both_observed(model, updates, settings, tmp_path):
+    recorder = Recorder()
+    settings |= {"max_epochs": 1, "val_check_interval": 1, "num_sanity_val_steps": 0, "model": model}
+    fit(tmp_path, [3.0, 2.0], [recorder, BestCheckpoint(METRIC, tolerances=[0])], **settings)
+    assert observed(tmp_path) == [f"E1_U{update}_B{batch}" for batch, update in enumerate(updates, start=1)]
+    assert recorder.weights[0] != recorder.weights[1]
+    assert FACE.kept(tmp_path)[""] == (f"E1_U{updates[1]}_B2", 2.0, recorder.weights[1])
+
+
+class WithoutValidation(Model):
+    """Logs in a step of training, as a mean of the epoch, or when the epoch is over."""
+
+    validation_step = LightningModule.validation_step
+    when = "step"
+
+    def training_step(self, batch, batch_idx):
+        value = self.values[min(self.current_epoch, len(self.values) - 1)]
+        if self.when == "step":
+            self.log(METRIC, value - 1 + 2 * batch_idx, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        if self.when == "end":
+            self.log(METRIC, self.values[min(self.current_epoch, len(self.values) - 1)])
+
+
+class LogsAtTheEnd(WithoutValidation):
+    when = "end"
+
+
+@pytest.mark.parametrize("model", [WithoutValidation, LogsAtTheEnd])
+def test_without_validation_each_training_epoch_is_observed(model, tmp_path):
+    oracle = ModelCheckpoint(tmp_path, "best", monitor=METRIC)
+    fit(tmp_path / "whole", VALUES, [BestCheckpoint(METRIC, tolerances=[1]), oracle], model=model)
+    assert observed(tmp_path / "whole") == [f"E{step}_U{2 * step}_B{2 * step}" for step in range(1, 9)]
+    assert FACE.kept(tmp_path / "whole")[""] == ("E6_U12_B12", 2.0, FACE.weights_of_checkpoint(tmp_path / "best.ckpt"))
+
+    saved = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    fit(tmp_path / "resumed", VALUES[:3], [saved, BestCheckpoint(METRIC, tolerances=[1])], model=model)
+    resumed = BestCheckpoint(METRIC, tolerances=[1])
+    fit(tmp_path / "resumed", VALUES, [resumed], model=model, ckpt_path=tmp_path / "last.ckpt")
+    assert FACE.observed(tmp_path / "resumed") == FACE.observed(tmp_path / "whole")
+    assert FACE.kept(tmp_path / "resumed") == FACE.kept(tmp_path / "whole")
+
+
+def test_validation_that_would_come_after_the_end_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"max_epochs=2, and is first validated after check_val_every_n_epoch=3"):
+        fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)], check_val_every_n_epoch=3)
+    fit(tmp_path, VALUES[:3], [BestCheckpoint(METRIC)], check_val_every_n_epoch=3)
+    assert observed(tmp_path) == ["E3_U6_B6"]
 
 
 def run_unreduced(directory):
@@ -84,8 +166,8 @@ def test_two_of_one_metric_need_ids_and_have_states_of_their_own(tmp_path):
     fit(tmp_path, VALUES[:2], both).save_checkpoint(tmp_path / "both.ckpt")
     both = [BestCheckpoint(METRIC), BestCheckpoint(METRIC, id="b", min_delta=2.5)]
     fit(tmp_path, VALUES[:6], both, ckpt_path=tmp_path / "both.ckpt")
-    assert refs(tmp_path) == {"best_model.loss.val": "E6_U12.r1", "best_model.loss.val.id=b": "E6_U12.r1"}
-    assert [str(each.keeper.state.best) for each in both] == ["2.0 at E6_U12", "2.0 at E6_U12"]
+    assert refs(tmp_path) == {"best_model.loss.val": "E6_U12_B12.r1", "best_model.loss.val.id=b": "E6_U12_B12.r1"}
+    assert [str(each.keeper.state.best) for each in both] == ["2.0 at E6_U12_B12", "2.0 at E6_U12_B12"]
 
 
 def test_weight_averaging_is_refused(tmp_path):

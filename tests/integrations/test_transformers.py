@@ -38,6 +38,21 @@ def test_best_is_that_of_the_save_strategy_best(tmp_path):
     assert FACE.kept(tmp_path)[""] == ("U6", 2.0, FACE.weights_of_checkpoint(path))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"eval_strategy": "no"},
+        {"eval_strategy": "epoch", "eval_delay": 9},
+        {"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 9},
+    ],
+)
+def test_training_that_is_never_evaluated_is_refused(arguments, tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[BestCheckpoint("loss")], save_strategy="no", **arguments)
+    with pytest.raises(ConfigError, match="there is no evaluation with eval_strategy="):
+        trainer.train()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_what_older_checkpoints_name_is_released(tmp_path):
     FACE.train(tmp_path, [5.0, 4.0, 3.0, 2.0], framework={"save_total_limit": 1})
     assert snapshots(tmp_path) == {"U4"}

@@ -27,14 +27,16 @@ _WEIGHT_AVERAGING: type | tuple[()] = getattr(callbacks, "WeightAveraging", ())
 class BestCheckpoint(Callback):
     """Observes a metric of `trainer.callback_metrics` after each validation of `fit`, except the sanity check.
 
-    Its state is in the checkpoints that Lightning writes. `fit(ckpt_path=...)` resumes it from there.
+    Where there is no validation, it observes at the end of each training epoch. Its state is in the checkpoints that
+    Lightning writes. `fit(ckpt_path=...)` resumes it from there.
 
     A value that Lightning has reduced already (`sync_dist=True`) is the same on all ranks, and
     `metric_reduction="mean"` keeps exactly this value. `"identical"` refuses values that were not reduced. `"sum"`
     would add the value up again.
 
     Args:
-        metric_key: Name under which the LightningModule logs the metric in validation.
+        metric_key: Name under which the LightningModule logs the metric: in validation, or, where there is none, in
+            training with `on_epoch=True`.
         directory: Directory of the run. `None` is the trainer's `default_root_dir`, which stays the same when a run is
             resumed, while each start of a logger has a folder of its own.
         metric_property_provider: As in `BestKeeper`.
@@ -71,6 +73,7 @@ class BestCheckpoint(Callback):
         )
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
+        self._epoch_to_observe: TrainingIteration | None = None
 
     @property
     def state_key(self) -> str:
@@ -90,7 +93,8 @@ class BestCheckpoint(Callback):
         By now the strategy has wrapped the model and restored what is resumed from, and the sanity check is over.
 
         Raises:
-            ConfigError: On every rank, if a `WeightAveraging` callback is there too.
+            ConfigError: On every rank, if a `WeightAveraging` callback is there too, or training ends before the first
+                validation.
             KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
         # Lightning's Trainer sets both in a helper, where type checkers do not see them.
@@ -101,14 +105,14 @@ class BestCheckpoint(Callback):
                 "WeightAveraging validates averaged weights, and puts those in training back before they could be "
                 f"saved as what reached {self.metric_key}: use one of WeightAveraging and BestCheckpoint"
             )
+        _refuse_if_never_validated(trainer)
         model = pl_module if trainer.model is None else trainer.model
         self.keeper = self._make_keeper(model, directory=self._directory or trainer.default_root_dir)
         if self._loaded:
             self.keeper.load_state_dict(self._loaded)
             self._loaded = {}  # another fit of this callback loads its own, or starts anew
-        begun = TrainingIteration(epoch=trainer.current_epoch, update=trainer.global_step)
-        self.keeper.start(at=begun if self._resume == "ledger" else None)
-        self._open = self.keeper
+        self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
+        self._open, self._epoch_to_observe = self.keeper, None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
@@ -116,17 +120,35 @@ class BestCheckpoint(Callback):
         Raises:
             KeepBestError: On every rank, as `BestKeeper.observe`.
         """
-        if self._open is not None:
-            iteration = TrainingIteration(epoch=trainer.current_epoch + 1, update=trainer.global_step)
-            self._open.observe_reading(lambda: self._read(trainer.callback_metrics), iteration)
+        self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without validation, observe as soon as the module has logged the metric. **Rank-local**.
+
+        What the module logs at the end of the epoch, it logs after this hook. The next of the hooks below observes.
+        """
+        if not _validates(trainer):
+            self._epoch_to_observe = _iteration_of(trainer, trainer.current_epoch + 1)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """**Collective** after an epoch without validation. Raises as `on_validation_end`."""
+        self._observe_epoch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """**Collective** after an epoch without validation. Raises as `on_validation_end`."""
+        self._observe_epoch(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make durable what the checkpoint names, and keep it until there is a newer one. **Collective**.
 
-        Lightning calls this on every rank before any of them writes. Raises as `BestKeeper.flush`.
+        Lightning calls this on every rank before any of them writes. Raises as `on_validation_end` and
+        `BestKeeper.flush`.
         """
         if self._open is not None:
+            self._observe_epoch(trainer)
             self._open.flush(pin=_PIN)
+            # Lightning has asked for the state already, before what was observed here.
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the keeper: the last checkpoint is written by now. **Collective**. Raises as `BestKeeper.close`."""
@@ -138,12 +160,42 @@ class BestCheckpoint(Callback):
         if (keeper := self._let_go()) is not None:
             keeper.abandon()
 
+    def _observe_epoch(self, trainer: Trainer) -> None:
+        iteration, self._epoch_to_observe = self._epoch_to_observe, None
+        if iteration is not None:
+            self._observe(trainer, iteration, "the training epoch")
+
+    def _observe(self, trainer: Trainer, iteration: TrainingIteration, interval: str) -> None:
+        if self._open is not None:
+            self._open.observe_reading(lambda: self._read(trainer.callback_metrics, interval), iteration)
+
     def _let_go(self) -> BestKeeper | None:
         keeper, self._open = self._open, None
         return keeper
 
-    def _read(self, metrics: Mapping[str, Any]) -> Reading:
+    def _read(self, metrics: Mapping[str, Any], interval: str) -> Reading:
         if self.metric_key not in metrics:
             logged = ", ".join(sorted(metrics)) or "nothing"
-            return Reading(absent=f"{self.metric_key!r} was not logged by the end of validation; logged: {logged}")
+            return Reading(absent=f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}")
         return read_value(metrics[self.metric_key])
+
+
+def _validates(trainer: Trainer) -> bool:
+    # There are no numbers yet where the first epochs are not validated.
+    numbers = trainer.num_val_batches
+    return trainer.enable_validation and (not numbers or sum(numbers) > 0)
+
+
+def _refuse_if_never_validated(trainer: Trainer) -> None:
+    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+    if _validates(trainer) and epochs is not None and every is not None and 0 < epochs < every:
+        raise ConfigError(
+            f"training ends after max_epochs={epochs}, and is first validated after check_val_every_n_epoch={every}, "
+            "so nothing would be observed: set the latter to at most the former"
+        )
+
+
+def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:
+    """Batches tell apart the validations between two updates, of accumulated gradients or manual optimization."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    return TrainingIteration(epoch=epoch, update=trainer.global_step, batch=batches)

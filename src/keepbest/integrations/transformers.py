@@ -85,7 +85,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         By now the Trainer has wrapped the model and restored what is resumed from.
 
         Raises:
-            ConfigError: On every rank, if the metric or its direction is not known, or DeepSpeed has the weights.
+            ConfigError: On every rank, if the metric or its direction is not known, training ends before the first
+                evaluation, or DeepSpeed has the weights.
             KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
         self._leave()  # a training that ended by an exception calls no hook
@@ -94,6 +95,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
                 "expected a model on one device, or one of DDP or FSDP, but the Trainer has one of DeepSpeed, "
                 "whose weights keepbest cannot gather: save it by its own means"
             )
+        _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
         settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
         keeper = BestKeeper(
@@ -231,6 +233,17 @@ def _reported_key(args: TrainingArguments, metric_key: str | None) -> str:
     if key is None:
         raise ConfigError("no metric is named: set metric_key, or metric_for_best_model of the training arguments")
     return key if key.startswith(_PREFIX) else _PREFIX + key
+
+
+def _refuse_if_never_evaluated(args: TrainingArguments, state: TrainerState) -> None:
+    # Counted in what the strategy counts. Versions of the Trainer differ in whether they evaluate after the last step.
+    ends = {"steps": state.max_steps, "epoch": state.num_train_epochs}.get(args.eval_strategy.value, -1)
+    if args.eval_delay > ends:
+        raise ConfigError(
+            f"there is no evaluation with eval_strategy={args.eval_strategy.value!r} and eval_delay={args.eval_delay}, "
+            f"so no best could be kept: training ends at step {state.max_steps}, in epoch {state.num_train_epochs}. "
+            "Change these training arguments"
+        )
 
 
 def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:

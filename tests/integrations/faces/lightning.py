@@ -90,13 +90,13 @@ STRATEGIES = {
 }
 
 
-def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, **settings):
+def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, model=None, **settings):
     """Trains for as many epochs as there are values, on the ranks of the default process group or alone."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     model_settings = {name: settings.pop(name) for name in ("sync", "fails_at") if name in settings}
     ranks = face.use_ranks()
-    model = (ShardedModel if strategy == "fsdp2" else Model)(values, **model_settings)
+    model = (model or (ShardedModel if strategy == "fsdp2" else Model))(values, **model_settings)
     settings = {"max_epochs": len(values), "logger": False, "enable_progress_bar": False, **settings}
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         settings.setdefault("enable_checkpointing", False)
@@ -132,6 +132,9 @@ class Lightning(face.Face):
 
     def model(self):
         return Model()
+
+    def iteration(self, step):
+        return f"{super().iteration(step)}_B{self.updates * step}"
 
     def construct(self, root, **settings):
         return BestCheckpoint(**{"metric_key": METRIC, **settings})
