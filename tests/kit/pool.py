@@ -49,6 +49,12 @@ _forkserver = get_context("forkserver")
 _forkserver.set_forkserver_preload(_PRELOADED)
 
 
+def preload(*modules: str) -> None:
+    """Lets ranks have further modules without importing them; to be called before the first ranks start."""
+    _PRELOADED.extend(modules)
+    _forkserver.set_forkserver_preload(_PRELOADED)
+
+
 class RanksHungError(Exception):
     """Ranks that did not finish in time; the message has their stacks."""
 

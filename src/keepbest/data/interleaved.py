@@ -88,15 +88,10 @@ class InterleavedSampler(Sampler[BatchRequest]):
         start_update: int = 0,
         end_update: int,
     ) -> None:
-        self.data_container = data_container
-        self.train_key = train_key
-        self.batch_size = batch_size
-        self.accumulation_steps = accumulation_steps
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.start_update = start_update
-        self.end_update = end_update
+        self.data_container, self.train_key = data_container, train_key
+        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.start_update, self.end_update = start_update, end_update
         self.effective_batch_size = batch_size * accumulation_steps * world_size
         self.updates_per_epoch = count_updates_per_epoch(
             data_container, train_key, effective_batch_size=self.effective_batch_size

@@ -48,11 +48,9 @@ class Ranks:
         save_timeout: timedelta,
     ) -> None:
         self._control = control
-        self._rank_timeout = rank_timeout
-        self._save_timeout = save_timeout
+        self._rank_timeout, self._save_timeout = rank_timeout, save_timeout
         self.process_group = process_group
-        self.rank = control.rank
-        self.world_size = control.world_size
+        self.rank, self.world_size = control.rank, control.world_size
         self.members = list(control.members)
 
     @classmethod

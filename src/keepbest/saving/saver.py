@@ -64,15 +64,12 @@ class Saver:
         in_background: bool,
         tolerates: bool,
     ) -> None:
-        self._name = name
-        self._policy = policy
-        self._run = run
+        self._name, self._policy, self._run = name, policy, run
         self._inventory = Inventory(items, format, ranks)
         self._format = format
         self._way = find_way(format.capture)
         self._ranks = ranks
-        self._in_background = in_background
-        self._tolerates = tolerates
+        self._in_background, self._tolerates = in_background, tolerates
         self._staging: Staging = HostStaging(self._give_up_the_queued) if in_background else Unstaged()
         self._selection = f"{name} {items.parts} {items.save_frozen_weights}"
         self._queued: PendingSnapshot | None = None
