@@ -19,7 +19,7 @@ def run(tmp_path_factory):
 def test_show_verify_and_eval_know_what_all_ranks_wrote(run):
     table = runs.keepbest("show", run).stdout
     assert "encoder.dcp (3 files), decoder.dcp (3" in table
-    assert runs.keepbest("verify", run).returncode == 0
+    assert runs.keepbest("verify", run).exit_code == 0
     evaluated = [runs.keepbest("eval", run, "--ref", ref).stdout for ref in (runs.BEST, f"{runs.BEST}.id=gathered")]
     assert evaluated[0].splitlines()[1:] == evaluated[1].splitlines()[1:] != []
 
@@ -28,7 +28,7 @@ def test_export_of_what_all_ranks_wrote_equals_the_gathered_snapshot(run, tmp_pa
     gathered = runs.weights(run, f"{runs.BEST}.id=gathered")
     for to in ("best.pt", "best.safetensors", "best"):
         exported = runs.keepbest("export", run, runs.BEST, "--to", tmp_path / to)
-        assert (exported.returncode, exported.stderr) == (0, "")
+        assert (exported.exit_code, exported.stderr) == (0, "")
         [line] = exported.stdout.splitlines()
         path = tmp_path / to / "model.safetensors" if to == "best" else tmp_path / to
         assert line == f"{path}: {path.stat().st_size:,} bytes"
@@ -36,4 +36,4 @@ def test_export_of_what_all_ranks_wrote_equals_the_gathered_snapshot(run, tmp_pa
         assert state.keys() == gathered.keys() != set()
         assert all(torch.equal(state[key], gathered[key]) for key in gathered)
     again = runs.keepbest("export", run, runs.BEST, "--to", tmp_path / "best.pt")
-    assert (again.returncode, again.stderr) == (1, f"error: {tmp_path / 'best.pt'} exists; nothing is overwritten\n")
+    assert (again.exit_code, again.stderr) == (1, f"error: {tmp_path / 'best.pt'} exists; nothing is overwritten\n")

@@ -86,7 +86,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(directory):
     path = directory.parent / "report.html"
-    assert runs.keepbest("report", directory, "-o", path).returncode == 0
+    assert runs.keepbest("report", directory, "-o", path).exit_code == 0
     return path
 
 

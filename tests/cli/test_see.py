@@ -83,19 +83,19 @@ def test_curve_knows_the_present_timeline_what_was_abandoned_and_the_restart(dir
 
 
 def test_picture_has_the_curve_the_marks_and_the_legend(directory, tmp_path):
-    assert runs.keepbest("plot", directory, "-o", tmp_path / "run.png").returncode == 0
+    assert runs.keepbest("plot", directory, "-o", tmp_path / "run.png").exit_code == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").returncode == 0
+    assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").exit_code == 0
     texts = [element.text for element in ET.parse(tmp_path / "run.svg").iter() if element.tag.endswith("text")]
     assert {"loss", "new best", "restart", "update", BEST} <= set(texts)
     assert "tolerance=1 keeps 4, closed at U4" in texts
     assert "tolerance=7 keeps 3, not exceeded" in texts
     refused = runs.keepbest("plot", directory, "-o", tmp_path / "run.jpg")
-    assert (refused.returncode, "ends in .png or .svg" in refused.stderr) == (1, True)
+    assert (refused.exit_code, "ends in .png or .svg" in refused.stderr) == (1, True)
 
 
 def test_report_is_one_file_with_the_picture_and_every_ref(directory, tmp_path):
-    assert runs.keepbest("report", directory, "-o", tmp_path / "run.html").returncode == 0
+    assert runs.keepbest("report", directory, "-o", tmp_path / "run.html").exit_code == 0
     text = (tmp_path / "run.html").read_text()
     assert text.count("<svg") == 1
     assert "&lt;run&gt;" in text
@@ -111,4 +111,4 @@ def test_run_without_observations_says_so(tmp_path):
         pass
     for command in (["plot", tmp_path, "-o", tmp_path / "run.png"], ["tolerance", tmp_path]):
         ended = runs.keepbest(*command)
-        assert (ended.returncode, ended.stderr) == (1, "error: nothing was observed in this run yet\n")
+        assert (ended.exit_code, ended.stderr) == (1, "error: nothing was observed in this run yet\n")

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from typer.testing import CliRunner
 
-from keepbest.cli.app import app
 from tests.docs.blocks import ROOT
+from tests.kit import cli_runs
 
 KEEPBEST = ["python", "-m", "keepbest"]
 BENCHMARKS = [".venv-bench/bin/python", "-m"]
@@ -49,8 +48,8 @@ def check(words: list[str], folder: Path) -> None:
 
 
 def run_here(arguments: list[str]) -> str:
-    """What the command prints. In this process, which has imported torch already."""
-    ended = CliRunner().invoke(app, arguments)
+    """What the command prints."""
+    ended = cli_runs.keepbest(*arguments)
     assert ended.exit_code == 0, f"{arguments} ended with {ended.exit_code}:\n{ended.output}\n{ended.exception!r}"
     return ended.output
 

@@ -66,7 +66,7 @@ def test_ranks_and_strategy_change_nothing(strategy, world_size, alone, tmp_path
 @pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp2", 3)])
 def test_real_torchrun(strategy, processes, alone, tmp_path):
     arguments = [f"trainer.strategy={strategy}", f"directory={tmp_path}/run"]
-    ended = runs.keepbest("train", CONFIGS / "float64.yaml", *arguments, processes=processes)
+    ended = runs.real_keepbest("train", CONFIGS / "float64.yaml", *arguments, processes=processes)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(f"{BEST} ") == 1
     assert_same_run(tmp_path / "run", alone)

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 import yaml
+from click.testing import Result
+from typer.testing import CliRunner
 
+from keepbest.cli.app import app
 from keepbest.cli.table import Checkpoint, read_checkpoints
 from keepbest.cli.work import evaluate, train
 from tests.kit.pool import Outcome, start_ranks
@@ -70,8 +73,13 @@ def succeeded(outcomes: list[Outcome]) -> list[Outcome]:
     return outcomes
 
 
-def keepbest(*arguments: str | Path, processes: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The real command, under torchrun if there are `processes`."""
+def keepbest(*arguments: str | Path) -> Result:
+    """How the command ends in this process, which has imported torch already."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def real_keepbest(*arguments: str | Path, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """How the command ends in a process of its own, or under torchrun if there are `processes`."""
     launcher = [sys.executable, "-m"]
     if processes is not None:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
