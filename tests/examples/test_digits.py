@@ -55,18 +55,18 @@ def test_the_curve_has_a_clear_winner(alone):
     assert 0 < curve.index(min(curve)) < len(curve) - 1
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    ("strategy", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp1", 2), ("fsdp1", 3), ("fsdp2", 3), ("fsdp2", 4)]
+)
 def test_ranks_and_strategy_change_nothing(strategy, world_size, alone, tmp_path):
     arguments = [f"trainer.strategy={strategy}", f"directory={tmp_path}/run"]
     runs.succeeded(runs.train_on_ranks(world_size, CONFIGS / "float64.yaml", *arguments))
     assert_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp2", 3)])
-def test_real_torchrun(strategy, processes, alone, tmp_path):
-    arguments = [f"trainer.strategy={strategy}", f"directory={tmp_path}/run"]
-    ended = runs.real_keepbest("train", CONFIGS / "float64.yaml", *arguments, processes=processes)
+def test_real_torchrun(alone, tmp_path):
+    arguments = ["trainer.strategy=fsdp2", f"directory={tmp_path}/run"]
+    ended = runs.real_keepbest("train", CONFIGS / "float64.yaml", *arguments, processes=2)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(f"{BEST} ") == 1
     assert_same_run(tmp_path / "run", alone)
