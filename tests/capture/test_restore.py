@@ -292,6 +292,11 @@ def test_torch_file_holds_unusual_tensors_and_they_load_on_every_rank(kind, tmp_
             lambda: as_csr(torch.ones(3, 3)),
             "sparse_csr with 3 elements tensors, the model has sparse_csr with 9",
         ),
+        (
+            "expanded",
+            lambda: torch.zeros(1).expand(5),
+            "the model has a tensor whose elements share memory .* for value",
+        ),
         ("conjugate", lambda: torch.zeros(3), "complex64 cannot become float32 without a loss for value"),
     ],
 )

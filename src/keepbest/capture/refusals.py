@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from keepbest.capture.catalogue import PLAIN_CLASSES, Held, Name
+from keepbest.capture.catalogue import PLAIN_CLASSES, Form, Held, Name
 from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
@@ -23,6 +23,8 @@ _IN_A_UNIT_AROUND = (
     "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard of it is "
     "seen. Make the keeper with the wrapped model, after it was wrapped"
 )
+
+_LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
 def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, ranks: Ranks) -> None:
@@ -36,7 +38,7 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
         if entry.form.is_frozen:
             continue  # it is not saved
         fault = (
-            _fault_of(held.values[name], is_in_unit=entry.form.is_in_unit)
+            _fault_of(held.values[name], entry.form)
             or _outside(entry.members, ranks)
             or form.cannot_hold(held.values[name])
         )
@@ -52,9 +54,11 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
             _refuse_partly_sharded(source.module, ranks)
 
 
-def _fault_of(value: object, *, is_in_unit: bool) -> str | None:
-    if isinstance(value, torch.Tensor):
-        return _fault_of_tensor(value, is_in_unit=is_in_unit)
+def _fault_of(value: object, form: Form) -> str | None:
+    if isinstance(value, torch.Tensor) and form.role != "data":
+        if form.layout not in _LAYOUTS:
+            return f"is of layout {form.layout}, which is not supported. Register a dense or sparse tensor in its place"
+        return _fault_of_tensor(value, is_in_unit=form.is_in_unit)
     if is_plain_data(value):
         return None
     return (
@@ -117,5 +121,5 @@ def is_plain_data(value: object) -> bool:
     if type(value) in (list, tuple, set):
         return all(map(is_plain_data, cast("Iterable[object]", value)))
     if isinstance(value, torch.Tensor):
-        return _fault_of_tensor(value, is_in_unit=False) is None
+        return not is_dtensor(value) and _fault_of_tensor(value, is_in_unit=False) is None
     return type(value) in (NoneType, bool, int, float, complex, str, bytes)

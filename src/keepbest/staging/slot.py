@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -37,6 +37,9 @@ class Slot(Protocol):
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """As `put`, for a tensor that is about to be freed."""
+
+    def keep(self, data: Any) -> Any:
+        """An extra state, or what else is no weight, as it stays until it is written."""
 
     def room(self, key: str, like: Like) -> torch.Tensor:
         """A contiguous CPU tensor of this shape and dtype, for the caller to fill."""
@@ -82,6 +85,9 @@ class LiveSlot:
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         room = self._reserved(key, value)
         return value.to("cpu", copy=True) if room is None else room.copy_(value)
+
+    def keep(self, data: Any) -> Any:
+        return data
 
     def _reserved(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
         room = self._rooms.pop(key, None)
