@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -191,12 +192,21 @@ class _Receiver:
         if holding.entry.form.role == "data":
             if holding.owner != self._ranks.rank:
                 return None
-            return self._slot.keep(value) if self._ranks.is_main else self._elsewhere.send(name, value)
+            return self._own(value) if self._ranks.is_main else self._elsewhere.send(name, value)
         # Names of one tensor may have several owners: what is tied on this rank need not be on a lower one.
         place = id(value), holding.owner
         if place not in self._moved:
             self._moved[place] = self._move(name, holding, value)
         return self._moved[place]
+
+    def _own(self, data: Any) -> Any:
+        """An extra state, or what else is no weight, as it stays until it is written."""
+        if self._slot.is_live:
+            return data
+        # The module may go on changing what it gave, and the tensors in it.
+        torch.save(data, packed := io.BytesIO())
+        packed.seek(0)
+        return torch.load(packed, map_location="cpu", weights_only=True)
 
     def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
         found: dict[Name, Any] = {}
@@ -205,7 +215,7 @@ class _Receiver:
                 name = None if (inside := source.key_in(part, key)) is None else Name(part.name, inside)
                 if name is not None and name not in self._agreed.union.holdings and not source.is_frozen(key):
                     is_tensor = isinstance(value, torch.Tensor)
-                    found[name] = self._slot.copy(_room_of(name), value) if is_tensor else self._slot.keep(value)
+                    found[name] = self._slot.copy(_room_of(name), value) if is_tensor else self._own(value)
         return found
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:

@@ -65,9 +65,8 @@ class DistributedCheckpoint(Format):
     def cannot_hold(self, value: object) -> str | None:
         if isinstance(value, torch.Tensor) and (kind := special_kind(value)):
             return f"is {kind}, which format 'dcp' cannot hold; use format 'torch'"
-        if isinstance(value, torch.Tensor) and str(value.dtype).startswith(
-            "torch.bits"
-        ):  # torch cannot plan its shares
+        # Of these torch cannot plan the shares.
+        if isinstance(value, torch.Tensor) and str(value.dtype).startswith("torch.bits"):
             return f"is {value.dtype}, which format 'dcp' cannot hold; use format 'torch'"
         return None
 

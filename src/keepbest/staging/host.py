@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -20,6 +18,8 @@ class HostSlot:
 
     They are pinned where the model is on a CUDA device, so that a copy into them does not hold up training.
     """
+
+    is_live = False
 
     def __init__(self, release: Callable[[HostSlot], None]) -> None:
         self._release = release
@@ -48,12 +48,6 @@ class HostSlot:
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         return self.put(key, value)
-
-    def keep(self, data: Any) -> Any:
-        # The module may go on changing what it gave, and the tensors in it.
-        torch.save(data, packed := io.BytesIO())
-        packed.seek(0)
-        return torch.load(packed, map_location="cpu", weights_only=True)
 
     def wait(self) -> None:
         for event in self._copies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,7 +27,14 @@ class Like(NamedTuple):
 
 
 class Slot(Protocol):
-    """Room for one snapshot on the CPU. **Rank-local**."""
+    """Room for one snapshot on the CPU. **Rank-local**.
+
+    Attributes:
+        is_live: Whether training waits for the write, so that values can be written from where the model has them.
+    """
+
+    @property
+    def is_live(self) -> bool: ...
 
     def reserve(self, key: str, like: Like) -> None:
         """Allocate room now, so that a lack of memory shows before anything is on its way."""
@@ -37,9 +44,6 @@ class Slot(Protocol):
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """As `put`, for a tensor that is about to be freed."""
-
-    def keep(self, data: Any) -> Any:
-        """An extra state, or what else is no weight, as it stays until it is written."""
 
     def room(self, key: str, like: Like) -> torch.Tensor:
         """A contiguous CPU tensor of this shape and dtype, for the caller to fill."""
@@ -71,6 +75,8 @@ class Staging(Protocol):
 class LiveSlot:
     """Weights on the CPU are written from where they are, before training continues. Others get room of their own."""
 
+    is_live = True
+
     def __init__(self) -> None:
         self._rooms: dict[str, torch.Tensor] = {}
 
@@ -85,9 +91,6 @@ class LiveSlot:
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         room = self._reserved(key, value)
         return value.to("cpu", copy=True) if room is None else room.copy_(value)
-
-    def keep(self, data: Any) -> Any:
-        return data
 
     def _reserved(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
         room = self._rooms.pop(key, None)
