@@ -187,12 +187,12 @@ class _Receiver:
         return found
 
     def _receive(self, name: Name, holding: Holding, value: Any) -> Any:
-        if holding.entry.form.is_in_unit and not self._ranks.is_main:
-            return None  # it was sent where it had to be
         if holding.entry.form.role == "data":
             if holding.owner != self._ranks.rank:
                 return None
             return self._own(value) if self._ranks.is_main else self._elsewhere.send(name, value)
+        if (holding.entry.form.is_in_unit and not self._ranks.is_main) or value is None:
+            return None  # `take` sent it where it had to be
         # Names of one tensor may have several owners: what is tied on this rank need not be on a lower one.
         place = id(value), holding.owner
         if place not in self._moved:
