@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from keepbest import BestKeeper
 from keepbest.errors import ConfigError
@@ -205,8 +205,22 @@ def start_with_a_dtensor_in_an_extra_state(directory):
             BestKeeper(WithState(each), directory=directory, metric_key="loss").start()
 
 
+def start_on_a_mesh_of_descending_ranks(directory):
+    model = nn.Linear(2, 3)
+    mesh = DeviceMesh("cpu", [1, 0])
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)], src_data_rank=None))
+    with pytest.raises(ConfigError, match=r"'weight' is a DTensor over the ranks \[1, 0\]"):
+        BestKeeper(model, directory=directory, metric_key="loss").start()
+
+
 @pytest.mark.parametrize(
-    "start", [start_with_a_dtensor_in_an_extra_state, start_partial, start_on_a_part_of_the_ranks_that_shard]
+    "start",
+    [
+        start_on_a_mesh_of_descending_ranks,
+        start_with_a_dtensor_in_an_extra_state,
+        start_partial,
+        start_on_a_part_of_the_ranks_that_shard,
+    ],
 )
 def test_dtensor_of_which_not_all_is_there_is_refused(start, tmp_path):
     run_ranks(start, 2, tmp_path)

@@ -116,14 +116,14 @@ def look(items: Items, rank: int) -> Held:
         flat: dict[str, FlatEntry] = {}
         if source.holds_fsdp1:
             flat = {entry.key: entry for entry in flat_entries(source.module)}
-            state = _state_beside(source) | {key: entry.flat for key, entry in flat.items()}
+            state = state_beside(source) | {key: entry.flat for key, entry in flat.items()}
         else:
             state = held.states[source.path] = plain_state_dict(source)
         _add(held, source, state, flat, rank)
     return held
 
 
-def _state_beside(source: Source) -> StateDict:
+def state_beside(source: Source) -> StateDict:
     """What a source with FSDP1 units holds beside their flat parameters, without a collective."""
     state: StateDict = {}
     for path, inner in source.module.named_modules(remove_duplicate=False):

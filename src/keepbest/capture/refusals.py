@@ -40,6 +40,7 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
         fault = (
             _fault_of(held.values[name], entry.form)
             or _outside(entry.members, ranks)
+            or (_gathered_wrongly(held.values[name]) if form.capture == "gathered" else None)
             or form.cannot_hold(held.values[name])
         )
         if fault is not None:
@@ -94,6 +95,19 @@ def _outside(members: Iterable[int], ranks: Ranks) -> str | None:
             f"is sharded also over the global ranks {outside}, which are not in the process group of the keeper. Make "
             "the keeper on all ranks that hold the model"
         )
+    return None
+
+
+def _gathered_wrongly(value: object) -> str | None:
+    if not is_dtensor(value):
+        return None
+    ranks = value.device_mesh.mesh
+    for dim, placement in enumerate(value.placements):
+        if not placement.is_replicate() and bool((ranks.diff(dim=dim) < 0).any()):
+            return (
+                f"is a DTensor over the ranks {ranks.tolist()}, whose shards torch puts together in the order of the "
+                "ranks, not of the mesh. Make the mesh of ascending ranks, or use format 'dcp'"
+            )
     return None
 
 
