@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 from pathlib import Path
 
@@ -206,6 +207,31 @@ def test_weights_that_were_split_by_hand_after_the_start_are_refused(tmp_path):
     for message in run_ranks(shard_by_hand_later, 2, tmp_path):
         assert "ranks 0, 1 hold different weights under the same name: 0.weight" in message
         assert "'0.weight' was a parameter of shape [8, 8]" in message
+
+
+def bring_a_layer_of_another_rank(directory, value):
+    model = nn.ModuleDict({"own": nn.Linear(2, 2)})
+    set_weights(model, 1.0)
+    if dist.get_rank() == 0:
+        model["extra"] = nn.Linear(2, 2, bias=False)
+        set_weights(model["extra"], 1.0)
+    with keeper_of(model, directory) as keeper:
+        keeper.observe(2.0, update(1))
+        if dist.get_rank() == 1:
+            model["extra"] = nn.Linear(2, 2, bias=False)
+            set_weights(model["extra"], value)
+        try:
+            return str(keeper.observe(1.0, update(2)).is_new_best)
+        except ConfigError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(1.0, "True"), (2.0, "ranks 0, 1 hold different weights .* extra.weight")]
+)
+def test_layer_that_another_rank_has_is_compared_with_it_when_it_comes_later(value, found, tmp_path):
+    for message in run_ranks(bring_a_layer_of_another_rank, 2, tmp_path, value):
+        assert re.match(found, message), message
 
 
 def change_in_ways_that_can_be_kept(directory):

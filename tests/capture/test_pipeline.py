@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from keepbest import BestKeeper, load
+from keepbest.capture.catalogue import Entry, Form, Name
+from keepbest.capture.union import Report, unite
 from tests.capture.test_strategies import read_files
 from tests.kit.models import same_bits
 from tests.kit.pool import run_ranks
@@ -121,6 +123,46 @@ def test_kept_stages_load_into_stages_and_into_a_whole_model(world_size, file_fo
     load(tmp_path, "best_model.loss", emptied(whole))
     assert same_state(whole.state_dict(), expected)
     assert whole.layers["4"].head is whole.layers["4"].tied
+
+
+def copy_of_the_first_stage(world_size):
+    """The last stage has the embedding once more, for its head, which comes before it."""
+    model = nn.Module()
+    if dist.get_rank() == world_size - 1:
+        model.head = nn.Linear(3, 3, bias=False)
+    model.embedding = nn.Linear(3, 3, bias=False)
+    if dist.get_rank() == world_size - 1:
+        model.embedding.weight = model.head.weight
+    set_weights(model, 4.0)
+    return model
+
+
+def keep_tied_stages(directory, file_format):
+    with keeper_of(copy_of_the_first_stage(2), directory, format=file_format, save_timeout=20) as keeper:
+        keeper.observe(1.0, update(1))
+
+
+@FORMATS
+def test_weight_of_a_lower_stage_that_is_tied_on_a_later_one_is_kept(file_format, tmp_path):
+    run_ranks(keep_tied_stages, 2, tmp_path, file_format)
+    whole = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("embedding", "head")})
+    load(tmp_path, "best_model.loss", whole)
+    assert {value for tensor in whole.parameters() for value in tensor.flatten().tolist()} == {4.0}
+
+
+def reported(role, **firsts):
+    form = Form(role, (2,), "float32", "strided", "", False)
+    return Report({Name("model", key): Entry(form, (), "cpu", first) for key, first in firsts.items()}, {})
+
+
+@pytest.mark.parametrize(("role", "first"), [("parameter", "a"), ("buffer", "")])
+def test_names_that_are_tied_on_other_ranks_lead_to_one_that_is_stored(role, first):
+    union = unite([reported(role, a="", b="a"), reported(role, b="", c="b")])
+    assert {name.key: holding.entry.first for name, holding in union.holdings.items()} == {
+        "a": "",
+        "b": "a",
+        "c": first,
+    }
 
 
 class WithState(nn.Linear):

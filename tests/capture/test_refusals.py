@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from keepbest import BestKeeper
 from keepbest.errors import ConfigError
@@ -69,13 +69,18 @@ REFUSED = {
     "coo": (lambda: WithBuffer(torch.eye(3).to_sparse()), ("safetensors", "dcp"), "'extra' is sparse"),
     "csr": (lambda: WithBuffer(torch.eye(3).to_sparse_csr()), ("safetensors", "dcp"), "'extra' is sparse"),
     "quantized": (lambda: WithBuffer(quantized()), ("safetensors", "dcp"), "'extra' is quantized"),
+    "nested": (lambda: WithBuffer(torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])), ALL, "layout nested"),
+    "mkldnn": (lambda: WithBuffer(torch.ones(2).to_mkldnn()), ALL, "'extra' is of layout _mkldnn"),
+    "bits": (lambda: WithBuffer(torch.ones(2, dtype=torch.uint8).view(torch.bits8)), ("dcp",), "is torch.bits8"),
     "complex128": (lambda: WithBuffer(torch.ones(2, dtype=torch.complex128)), ("safetensors",), "complex128"),
     "e8m0": (lambda: WithBuffer(torch.ones(2).to(torch.float8_e8m0fnu)), ("safetensors",), "float8_e8m0fnu"),
 }
 CASES = [(kind, file_format) for kind, (_, formats, _) in REFUSED.items() for file_format in formats]
 
 
-@pytest.mark.filterwarnings("ignore:Sparse", "ignore:torch.quantize", "ignore:Lazy modules")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse", "ignore:torch.quantize", "ignore:Lazy modules", "ignore:The PyTorch API of nested"
+)
 @pytest.mark.parametrize(("kind", "file_format"), CASES)
 def test_what_cannot_be_kept_is_refused_at_start(kind, file_format, tmp_path):
     make, _, message = REFUSED[kind]
@@ -193,7 +198,30 @@ def start_on_a_part_of_the_ranks_that_shard(directory):
         ).start()
 
 
-@pytest.mark.parametrize("start", [start_partial, start_on_a_part_of_the_ranks_that_shard])
+def start_with_a_dtensor_in_an_extra_state(directory):
+    state = DTensor.from_local(torch.ones(2, 4), init_device_mesh("cpu", (2,)))
+    for each in (state, [state]):
+        with pytest.raises(ConfigError, match="'_extra_state' in the state dict is a"):
+            BestKeeper(WithState(each), directory=directory, metric_key="loss").start()
+
+
+def start_on_a_mesh_of_descending_ranks(directory):
+    model = nn.Linear(2, 3)
+    mesh = DeviceMesh("cpu", [1, 0])
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)], src_data_rank=None))
+    with pytest.raises(ConfigError, match=r"'weight' is a DTensor over the ranks \[1, 0\]"):
+        BestKeeper(model, directory=directory, metric_key="loss").start()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        start_on_a_mesh_of_descending_ranks,
+        start_with_a_dtensor_in_an_extra_state,
+        start_partial,
+        start_on_a_part_of_the_ranks_that_shard,
+    ],
+)
 def test_dtensor_of_which_not_all_is_there_is_refused(start, tmp_path):
     run_ranks(start, 2, tmp_path)
 

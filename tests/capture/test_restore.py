@@ -6,15 +6,16 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from keepbest import BestKeeper, TrainingIteration, load
-from keepbest.errors import SnapshotError
+from keepbest.errors import RankFailedError, SnapshotError
 from tests.kit.models import filled, same_bits
 from tests.kit.pool import run_ranks
-from tests.kit.strategies import WRAPS, whole_weights
+from tests.kit.strategies import CPU, WRAPS, whole_weights
 
 REF = "best_model.loss"
 FORMATS = ["torch", "safetensors", "dcp"]
@@ -187,6 +188,29 @@ def test_weights_that_the_model_does_not_take_are_an_error(file_format, tmp_path
         load(tmp_path, REF, model)
 
 
+class StateOnRank0(nn.Linear):
+    def get_extra_state(self):
+        if dist.is_initialized() and dist.get_rank() > 0:
+            raise ValueError("no state here")
+        return [1]
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def load_where_a_module_fails(directory):
+    model = FullyShardedDataParallel(nn.Sequential(nn.Linear(2, 2), StateOnRank0(2, 2)), device_id=CPU)
+    with pytest.raises(RankFailedError) as caught:
+        load(directory, REF, model, rank_timeout=20)
+    return str(caught.value)
+
+
+def test_module_that_fails_on_one_rank_beside_units_of_fsdp1_is_an_error_on_every_rank(tmp_path):
+    keep(nn.Sequential(nn.Linear(2, 2), StateOnRank0(2, 2)), tmp_path)
+    for message in run_ranks(load_where_a_module_fails, 2, tmp_path):
+        assert "failed to find the saved parts in the model on rank 1 of 2: ValueError: no state here" in message
+
+
 def on_meta():
     with torch.device("meta"):
         return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -291,6 +315,11 @@ def test_torch_file_holds_unusual_tensors_and_they_load_on_every_rank(kind, tmp_
             "csr",
             lambda: as_csr(torch.ones(3, 3)),
             "sparse_csr with 3 elements tensors, the model has sparse_csr with 9",
+        ),
+        (
+            "expanded",
+            lambda: torch.zeros(1).expand(5),
+            "the model has a tensor whose elements share memory .* for value",
         ),
         ("conjugate", lambda: torch.zeros(3), "complex64 cannot become float32 without a loss for value"),
     ],

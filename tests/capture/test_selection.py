@@ -187,6 +187,17 @@ def test_extra_state_of_plain_data_comes_back_as_it_was_on_every_rank(tmp_path):
     assert run_ranks(load_extra_state, 2, tmp_path) == [repr(STATE)] * 2
 
 
+@pytest.mark.parametrize("file_format", ["torch", "safetensors", "dcp"])
+@pytest.mark.parametrize(
+    "before", [torch.zeros(0), torch.zeros(3, dtype=torch.int16), None], ids=["empty", "int", "None"]
+)
+def test_extra_state_that_is_a_tensor_comes_back_in_any_shape(before, file_format, tmp_path):
+    with BestKeeper(WithState(torch.arange(3.0)), directory=tmp_path, metric_key="loss", format=file_format) as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, REF, model := WithState(before))
+    assert torch.equal(model.state, torch.arange(3.0))
+
+
 @pytest.mark.parametrize("state", [len, [{"a": (len,)}], Named(1), np.float64(1.0), {1: len}], ids=repr)
 def test_extra_state_that_could_not_be_read_again_is_refused(state, tmp_path):
     keeper = BestKeeper(WithState(state), directory=tmp_path / "run", metric_key="loss")

@@ -113,6 +113,31 @@ def test_lost_best_is_taken_back_on_every_rank_and_the_next_better_one_saved(tmp
         assert resumed.state.to_json() == state
 
 
+class WithState(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.state = {"scale": torch.ones(2), "steps": [1]}
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_extra_state_is_written_as_it_was_when_the_best_was_found(tmp_path, disk):
+    run = Run(tmp_path, WithState(), async_save=True)
+    with run.keeper as keeper:
+        run.observe(5.0)
+        assert disk.has_begun.wait(30)
+        run.model.state["scale"].fill_(7.0)
+        run.model.state["steps"].append(2)
+        disk.may_go_on.set()
+        keeper.flush()
+        state = torch.load(keeper.best_path / "model.pt", weights_only=True)["_extra_state"]
+    assert (state["scale"].tolist(), state["steps"]) == ([1.0, 1.0], [1])
+
+
 def test_queued_best_that_nothing_needs_is_skipped(tmp_path, disk):
     run = Run(tmp_path, async_save=True)
     with run.keeper as keeper:

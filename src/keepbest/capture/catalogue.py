@@ -116,14 +116,14 @@ def look(items: Items, rank: int) -> Held:
         flat: dict[str, FlatEntry] = {}
         if source.holds_fsdp1:
             flat = {entry.key: entry for entry in flat_entries(source.module)}
-            state = _state_beside(source) | {key: entry.flat for key, entry in flat.items()}
+            state = state_beside(source) | {key: entry.flat for key, entry in flat.items()}
         else:
             state = held.states[source.path] = plain_state_dict(source)
         _add(held, source, state, flat, rank)
     return held
 
 
-def _state_beside(source: Source) -> StateDict:
+def state_beside(source: Source) -> StateDict:
     """What a source with FSDP1 units holds beside their flat parameters, without a collective."""
     state: StateDict = {}
     for path, inner in source.module.named_modules(remove_duplicate=False):
@@ -173,7 +173,8 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
 
 def _identity(key: str, value: torch.Tensor) -> Hashable:
     """What two keys of one tensor have in common."""
-    return place_of(key, value) if type(value) in PLAIN_CLASSES else id(value)  # others may not say where they lie
+    has_place = type(value) in PLAIN_CLASSES and not value.is_nested  # others may not say where they lie
+    return place_of(key, value) if has_place else id(value)
 
 
 def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry | None) -> Entry:
@@ -185,12 +186,14 @@ def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry 
     if flat is not None:
         shape, members = flat.shape, flat.members
         spread = f"{_IN_UNIT} over {len(members)} ranks"
-    elif not is_lazy(value):
+    elif not is_lazy(value) and not value.is_nested:
         shape = tuple(value.shape)
     if is_dtensor(value):
         mesh = value.device_mesh
         members = tuple(mesh.mesh.flatten().tolist())
         spread = f"{tuple(value.placements)} over {' x '.join(map(str, mesh.mesh.shape))} ranks"
-    layout = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+    layout = str(value.layout).removeprefix("torch.")
+    if value.is_quantized or value.is_nested:
+        layout = "quantized" if value.is_quantized else "nested"
     form = Form(role, shape, str(value.dtype).removeprefix("torch."), layout, spread, is_frozen)
     return Entry(form, members, value.device.type, "")

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from keepbest.capture.contents import Kind, PartContents, is_extra_state, whole_key
 from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import form_of
+from keepbest.modules.kinds import form_of, has_shards
 from keepbest.modules.parts import Part
 
 _LISTED_KEYS = 6
@@ -31,6 +31,15 @@ class Cast(NamedTuple):
     part: str
     key: str
     dtype: str
+
+
+class StandIn(torch.Tensor):
+    """A tensor that takes no memory, where only a shape and a dtype are asked for."""
+
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: torch.dtype) -> StandIn:
+        """What stands for a tensor of this shape and dtype."""
+        return torch.empty((), dtype=dtype).expand(tuple(shape)).as_subclass(cls)
 
 
 @dataclass(slots=True)
@@ -78,6 +87,8 @@ class Comparison:
         missing = (key for key in present.keys() - saved.keys() - may_lack if not is_extra_state(key))
         faults["the snapshot lacks"] = sorted(missing)
         for key in sorted(saved.keys() & present.keys()):
+            if is_extra_state(key):
+                continue  # its shape and kind are the matter of the module
             target = _without_shards(present[key])
             if (fault := _misfit(saved[key], target)) is not None:
                 faults.setdefault(fault, []).append(key)
@@ -143,6 +154,8 @@ def _misfit(saved: Kind, target: Any) -> str | None:
         return "the model is on the meta device (call its to_empty(device=...) before) for"
     if not is_lazy(target) and saved.shape != tuple(target.shape):
         return "shapes differ for"
+    if _has_shared_elements(target):
+        return "the model has a tensor whose elements share memory (clone it) for"
     if saved.form != (form := form_of(target)):
         return f"the snapshot has {saved.form or 'dense'} tensors, the model has {form or 'dense'} ones for"
     if judge(saved.dtype, target.dtype) == "never":
@@ -151,9 +164,18 @@ def _misfit(saved: Kind, target: Any) -> str | None:
     return None
 
 
+def _has_shared_elements(target: torch.Tensor) -> bool:
+    """Whether torch refuses to write into a tensor: one that was made by `expand`."""
+    if has_shards(target) or isinstance(target, StandIn) or is_lazy(target) or target.layout != torch.strided:
+        return False
+    return target.numel() > 0 and any(
+        size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)
+    )
+
+
 def _without_shards(target: Any) -> Any:
     """What stands for the sharded tensors of FSDP1, which have no properties on a rank without a shard."""
     if not hasattr(target, "local_shards"):
         return target
     whole = target.metadata()
-    return torch.empty((), dtype=whole.tensor_properties.dtype).expand(whole.size)
+    return StandIn.of(whole.size, whole.tensor_properties.dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.capture.compare import Cast
+from keepbest.capture.compare import Cast, StandIn
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.conversion import survives
 from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
@@ -224,5 +224,4 @@ def _lost(casts: Sequence[Cast], readers: Mapping[str, PartReader]) -> list[Cast
 
 
 def _stand_in(_: str, value: torch.Tensor) -> torch.Tensor:
-    # Only its shape and dtype are asked for: a tensor that takes no memory.
-    return torch.empty((), dtype=value.dtype).expand(value.shape)
+    return StandIn.of(value.shape, value.dtype)

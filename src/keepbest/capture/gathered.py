@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -152,7 +153,8 @@ class _Receiver:
         self._slot = slot
         self._shards = shards
         self._elsewhere = elsewhere
-        self._moved: dict[int, torch.Tensor] = {}  # by the id of the tensor itself and of what it was made from
+        # By the owner, and the id of the tensor itself or of what it was made from.
+        self._moved: dict[tuple[int, int], torch.Tensor] = {}
 
     def take(self, source: Source, key: str, value: torch.Tensor) -> torch.Tensor | None:
         """What becomes of a full parameter of FSDP1 that is about to be gone, if it is to be kept. **Rank-local**."""
@@ -166,7 +168,7 @@ class _Receiver:
                     self._elsewhere.send(name, value)
                 return None
             copy = self._slot.copy(_room_of(name), value)
-            self._moved[id(copy)] = copy
+            self._moved[id(copy), 0] = copy
             return copy
         return None
 
@@ -185,15 +187,26 @@ class _Receiver:
         return found
 
     def _receive(self, name: Name, holding: Holding, value: Any) -> Any:
-        if holding.entry.form.is_in_unit and not self._ranks.is_main:
-            return None  # it was sent where it had to be
-        if not isinstance(value, torch.Tensor):
-            if holding.owner == self._ranks.rank and not self._ranks.is_main:
-                self._elsewhere.send(name, value)
-            return value
-        if id(value) not in self._moved:
-            self._moved[id(value)] = self._move(name, holding, value)
-        return self._moved[id(value)]
+        if holding.entry.form.role == "data":
+            if holding.owner != self._ranks.rank:
+                return None
+            return self._own(value) if self._ranks.is_main else self._elsewhere.send(name, value)
+        if (holding.entry.form.is_in_unit and not self._ranks.is_main) or value is None:
+            return None  # `take` sent it where it had to be
+        # Names of one tensor may have several owners: what is tied on this rank need not be on a lower one.
+        place = id(value), holding.owner
+        if place not in self._moved:
+            self._moved[place] = self._move(name, holding, value)
+        return self._moved[place]
+
+    def _own(self, data: Any) -> Any:
+        """An extra state, or what else is no weight, as it stays until it is written."""
+        if self._slot.is_live:
+            return data
+        # The module may go on changing what it gave, and the tensors in it.
+        torch.save(data, packed := io.BytesIO())
+        packed.seek(0)
+        return torch.load(packed, map_location="cpu", weights_only=True)
 
     def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
         found: dict[Name, Any] = {}
@@ -202,7 +215,7 @@ class _Receiver:
                 name = None if (inside := source.key_in(part, key)) is None else Name(part.name, inside)
                 if name is not None and name not in self._agreed.union.holdings and not source.is_frozen(key):
                     is_tensor = isinstance(value, torch.Tensor)
-                    found[name] = self._slot.copy(_room_of(name), value) if is_tensor else value
+                    found[name] = self._slot.copy(_room_of(name), value) if is_tensor else self._own(value)
         return found
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,10 @@ class Inventory:
             self._warn_of_buffers(step, agreed, numbers)
             return agreed
         changed = changes(before, held.entries)
-        prints = self._prints(held, (name for name in changed if _is_remade(before.get(name), held.entries.get(name))))
+        # Also what is the same here, if another rank has remade it, or has it now for the first time.
+        mine = [name for name in changed if _is_remade(before.get(name), held.entries.get(name))]
+        remade = {Name(*name): None for names in self.ranks.gather_json(step, lambda: mine) for name in names}
+        prints = self.ranks.agree(step, lambda: self._prints(held, remade), saving=saving)
         try:
             self._adopt(found := Report(held.entries, prints), unite(self._reports(step, found)))
         except ConfigError as error:

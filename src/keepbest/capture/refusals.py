@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from keepbest.capture.catalogue import PLAIN_CLASSES, Held, Name
+from keepbest.capture.catalogue import PLAIN_CLASSES, Form, Held, Name
 from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
@@ -23,6 +23,8 @@ _IN_A_UNIT_AROUND = (
     "lies in a flat parameter of FSDP1, but the model of the keeper is not wrapped by FSDP1, so only a shard of it is "
     "seen. Make the keeper with the wrapped model, after it was wrapped"
 )
+
+_LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
 def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, ranks: Ranks) -> None:
@@ -36,8 +38,9 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
         if entry.form.is_frozen:
             continue  # it is not saved
         fault = (
-            _fault_of(held.values[name], is_in_unit=entry.form.is_in_unit)
+            _fault_of(held.values[name], entry.form)
             or _outside(entry.members, ranks)
+            or (_gathered_wrongly(held.values[name]) if form.capture == "gathered" else None)
             or form.cannot_hold(held.values[name])
         )
         if fault is not None:
@@ -52,9 +55,11 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
             _refuse_partly_sharded(source.module, ranks)
 
 
-def _fault_of(value: object, *, is_in_unit: bool) -> str | None:
-    if isinstance(value, torch.Tensor):
-        return _fault_of_tensor(value, is_in_unit=is_in_unit)
+def _fault_of(value: object, form: Form) -> str | None:
+    if isinstance(value, torch.Tensor) and form.role != "data":
+        if form.layout not in _LAYOUTS:
+            return f"is of layout {form.layout}, which is not supported. Register a dense or sparse tensor in its place"
+        return _fault_of_tensor(value, is_in_unit=form.is_in_unit)
     if is_plain_data(value):
         return None
     return (
@@ -93,6 +98,19 @@ def _outside(members: Iterable[int], ranks: Ranks) -> str | None:
     return None
 
 
+def _gathered_wrongly(value: object) -> str | None:
+    if not is_dtensor(value):
+        return None
+    ranks = value.device_mesh.mesh
+    for dim, placement in enumerate(value.placements):
+        if not placement.is_replicate() and bool((ranks.diff(dim=dim) < 0).any()):
+            return (
+                f"is a DTensor over the ranks {ranks.tolist()}, whose shards torch puts together in the order of the "
+                "ranks, not of the mesh. Make the mesh of ascending ranks, or use format 'dcp'"
+            )
+    return None
+
+
 def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
     for unit in module.modules():
         if is_fsdp1(unit) and isinstance(unit.process_group, dist.ProcessGroup):
@@ -117,5 +135,5 @@ def is_plain_data(value: object) -> bool:
     if type(value) in (list, tuple, set):
         return all(map(is_plain_data, cast("Iterable[object]", value)))
     if isinstance(value, torch.Tensor):
-        return _fault_of_tensor(value, is_in_unit=False) is None
+        return not is_dtensor(value) and _fault_of_tensor(value, is_in_unit=False) is None
     return type(value) in (NoneType, bool, int, float, complex, str, bytes)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+from keepbest.capture.catalogue import state_beside
 from keepbest.capture.compare import Comparison, refuse_losses, refuse_misfits
 from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
@@ -147,6 +148,9 @@ def _find(model: nn.Module, parts: Sequence[Part], feed: Feed, ranks: Ranks) -> 
     def find() -> tuple[list[Source], dict[str, StateDict]]:
         here = [part for part in parts if modules_along(model, part.path) is not None]
         sources = list_sources(model, here, save_frozen_weights=True)
+        for source in sources:
+            if source.holds_fsdp1:
+                state_beside(source)  # what fails in the modules themselves must not fail below, among collectives
         return sources, {source.path: plain_state_dict(source) for source in sources if not source.holds_fsdp1}
 
     sources, state = ranks.agree(step, find)

@@ -115,12 +115,16 @@ def unite(reports: Sequence[Report]) -> Union:
             holders.setdefault(name, []).append(rank)
     _refuse_other_forms(reports, holders)
     _refuse_other_values(reports, holders)
-    return Union(
-        {
-            name: Holding(number, reports[ranks[0]].entries[name], ranks[0], len(ranks) == len(reports))
-            for number, (name, ranks) in enumerate(holders.items())
-        }
-    )
+    holdings: dict[Name, Holding] = {}
+    for number, (name, ranks) in enumerate(holders.items()):
+        entry = reports[ranks[0]].entries[name]
+        first = holdings.get(Name(name.part, entry.first))  # the names of lower ranks come first
+        if first is not None:
+            # Parameters were compared. A buffer of another rank may have other values than this rank's.
+            is_same = first.owner == ranks[0] or first.entry.form.role == "parameter"
+            entry = entry._replace(first=first.entry.first or entry.first if is_same else "")
+        holdings[name] = Holding(number, entry, ranks[0], len(ranks) == len(reports))
+    return Union(holdings)
 
 
 def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:

@@ -65,6 +65,9 @@ class DistributedCheckpoint(Format):
     def cannot_hold(self, value: object) -> str | None:
         if isinstance(value, torch.Tensor) and (kind := special_kind(value)):
             return f"is {kind}, which format 'dcp' cannot hold; use format 'torch'"
+        # Of these torch cannot plan the shares.
+        if isinstance(value, torch.Tensor) and str(value.dtype).startswith("torch.bits"):
+            return f"is {value.dtype}, which format 'dcp' cannot hold; use format 'torch'"
         return None
 
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:

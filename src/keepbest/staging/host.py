@@ -19,6 +19,8 @@ class HostSlot:
     They are pinned where the model is on a CUDA device, so that a copy into them does not hold up training.
     """
 
+    is_live = False
+
     def __init__(self, release: Callable[[HostSlot], None]) -> None:
         self._release = release
         self._tensors: dict[str, torch.Tensor] = {}

@@ -27,7 +27,14 @@ class Like(NamedTuple):
 
 
 class Slot(Protocol):
-    """Room for one snapshot on the CPU. **Rank-local**."""
+    """Room for one snapshot on the CPU. **Rank-local**.
+
+    Attributes:
+        is_live: Whether training waits for the write, so that values can be written from where the model has them.
+    """
+
+    @property
+    def is_live(self) -> bool: ...
 
     def reserve(self, key: str, like: Like) -> None:
         """Allocate room now, so that a lack of memory shows before anything is on its way."""
@@ -67,6 +74,8 @@ class Staging(Protocol):
 
 class LiveSlot:
     """Weights on the CPU are written from where they are, before training continues. Others get room of their own."""
+
+    is_live = True
 
     def __init__(self) -> None:
         self._rooms: dict[str, torch.Tensor] = {}
