@@ -201,10 +201,16 @@ def test_ties_that_name_what_is_not_there_are_refused(tmp_path):
             find_format("dcp").reader(folder, files, "model")
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("to", ["model.pt", "model.safetensors"])
-def test_work_to_export_a_distributed_checkpoint_grows_with_its_tensors_and_not_with_their_square(to, tmp_path):
+def test_work_to_export_grows_with_the_tensors_and_not_with_their_square(file_format, to, tmp_path):
     def work(size):
-        keep(tmp_path / str(size), "dcp", lambda _: nn.ParameterList([torch.zeros(1) for _ in range(size)]), "single")
+        keep(
+            tmp_path / str(size),
+            file_format,
+            lambda _: nn.ParameterList([torch.zeros(1) for _ in range(size)]),
+            "single",
+        )
         return count_calls(lambda: export(tmp_path / str(size), BEST, tmp_path / f"{size}-{to}"))
 
     assert work(400) < 5 * work(100)
