@@ -36,7 +36,7 @@ class WholePart:
         """Further names of stored tensors, and the key of each."""
         return first_names(self._tensors)
 
-    @property
+    @cached_property
     def kinds(self) -> dict[str, TensorKind]:
         """Shape and dtype of each tensor that is stored, by its key."""
         stored = (key for key in self._tensors if key not in self.tied)
