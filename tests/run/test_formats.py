@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, SnapshotError, StorageError
+from keepbest.formats.shards import Shard, ShardReader
+from keepbest.formats.torch_file import without_crc32
 from keepbest.run.verify import verify
-from tests.kit.models import odd
+from tests.kit.models import odd, same
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, snapshots, update
 from tests.kit.strategies import WRAPS
@@ -74,6 +77,64 @@ def test_extra_state_survives_in_a_distributed_checkpoint(tmp_path):
         keeper.observe(1.0, update(1))
     load(tmp_path, BEST, model := WithState(2, 2))
     assert model.seen == 7
+
+
+SQUARE = torch.arange(4.0).view(2, 2)
+SHARDS = [  # and whether the values alone are read
+    *((torch.arange(6).to(dtype), True) for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.float8_e4m3fn)),
+    (torch.tensor(0xA5, dtype=torch.uint8), True),
+    (SQUARE.add(1), True),
+    (SQUARE.t(), False),
+    (torch.complex(SQUARE, SQUARE).conj(), False),
+    (torch.complex(SQUARE, SQUARE).conj().imag, False),
+    (torch.empty(0, 2), False),
+]
+
+
+def read_shards(path, shards):
+    """The shards that `torch.save` writes into one file, with how many of them `torch.load` reads."""
+    places = []
+    with path.open("wb") as file:
+        for tensor in shards:
+            start = file.tell()
+            torch.save(tensor, file)
+            places.append(Shard("key", path.name, start, file.tell() - start, tensor.shape, tensor.dtype))
+    loads, reader = [], ShardReader()
+    with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
+        patch.setattr(torch, "load", lambda *arguments, **settings: loads.append(1) or LOAD(*arguments, **settings))
+        return [reader.read(file, place) for place in reversed(places)][::-1], len(loads)
+
+
+LOAD = torch.load
+
+
+def resolved(tensors):
+    return {number: tensor.resolve_conj().resolve_neg() for number, tensor in enumerate(tensors)}
+
+
+def test_values_of_a_shard_are_read_alone_where_torch_saves_the_same_around_them(tmp_path):
+    tensors = [tensor for tensor, _ in SHARDS]
+    with without_crc32():
+        found, loads = read_shards(tmp_path / "shards", tensors)
+    assert same(resolved(found), resolved(tensors))
+    assert loads == sum(not is_read_alone for _, is_read_alone in SHARDS)
+    found, loads = read_shards(tmp_path / "with checksums", tensors)  # as if another version of torch had written it
+    assert same(resolved(found), resolved(tensors))
+    assert loads == len(tensors)
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path("ran").touch, ()
+
+
+def test_shard_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Hostile(), "shard")
+    shard = Shard("key", "shard", 0, Path("shard").stat().st_size, torch.Size([2]), torch.float32)
+    with Path("shard").open("rb") as file, pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        ShardReader().read(file, shard)
+    assert not Path("ran").exists()
 
 
 def keep_two(directory, wrap):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -167,7 +168,7 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
                 place = _identity(inside, value) if entry.form.role != "data" else inside
                 first = firsts.setdefault((part.name, entry.form.is_frozen, place), inside)
             name = Name(part.name, inside)
-            held.entries[name] = entry._replace(first="" if first in (None, inside) else first or "")
+            held.entries[name] = entry if first in (None, inside) else entry._replace(first=first)
             held.values[name] = value
 
 
@@ -192,8 +193,13 @@ def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry 
         mesh = value.device_mesh
         members = tuple(mesh.mesh.flatten().tolist())
         spread = f"{tuple(value.placements)} over {' x '.join(map(str, mesh.mesh.shape))} ranks"
-    layout = str(value.layout).removeprefix("torch.")
+    layout = _word(value.layout)
     if value.is_quantized or value.is_nested:
         layout = "quantized" if value.is_quantized else "nested"
-    form = Form(role, shape, str(value.dtype).removeprefix("torch."), layout, spread, is_frozen)
+    form = Form(role, shape, _word(value.dtype), layout, spread, is_frozen)
     return Entry(form, members, value.device.type, "")
+
+
+@cache
+def _word(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

@@ -85,11 +85,11 @@ class Feed(Protocol):
 
 
 @dataclass(slots=True)
-class FromMain:
-    """Rank 0 reads, and sends each value once: `Feed`.
+class _Read:
+    """A read of a snapshot.
 
     Attributes:
-        stored: Snapshot, found by rank 0.
+        stored: Snapshot, found by the ranks that read.
         ranks: Ranks of the model.
         step: What is being done, in words.
     """
@@ -99,16 +99,22 @@ class FromMain:
     step: str
     _readers: Mapping[str, PartReader] = field(default_factory=dict)
 
-    def contents(self) -> list[PartContents]:
-        def read() -> list[Any]:
-            found = self.stored.found
-            if found is None:
-                raise RuntimeError("rank 0 was not given the folder of the snapshot")
-            found.check_files()
-            self._readers = self.stored.readers(found)
-            return [PartContents.of(part, self._readers[part.name]).to_json() for part in self.stored.parts]
+    def _open(self, *share: int) -> list[PartContents]:
+        """Verify the files, or a share of them, and open the parts. **Rank-local**, on a rank that reads."""
+        found = self.stored.found
+        if found is None:
+            raise RuntimeError(f"rank {self.ranks.rank} was not given the folder of the snapshot")
+        found.check_files(*share)
+        self._readers = self.stored.readers(found)
+        return [PartContents.of(part, self._readers[part.name]) for part in self.stored.parts]
 
-        contents = self.ranks.broadcast(self.step, read, saving=True)
+
+@dataclass(slots=True)
+class FromMain(_Read):
+    """Rank 0 reads, and sends each value once: `Feed`."""
+
+    def contents(self) -> list[PartContents]:
+        contents = self.ranks.broadcast(self.step, lambda: [each.to_json() for each in self._open()], saving=True)
         return [PartContents.from_json(part, each) for part, each in zip(self.stored.parts, contents, strict=True)]
 
     def layout(self, source: Source) -> StateDict:
@@ -159,32 +165,15 @@ class FromMain:
 
 
 @dataclass(slots=True)
-class FromFiles:
+class FromFiles(_Read):
     """Every rank reads the shards that its model holds: `Feed`.
 
     Every rank verifies its share of the files first, or all of them, if others do not see the same ones.
-
-    Attributes:
-        stored: Snapshot, found by every rank.
-        ranks: Ranks of the model.
-        step: What is being done, in words.
     """
 
-    stored: Stored
-    ranks: Ranks
-    step: str
-    _readers: Mapping[str, PartReader] = field(default_factory=dict)
-
     def contents(self) -> list[PartContents]:
-        def verify_and_open() -> list[PartContents]:
-            found, ranks = self.stored.found, self.ranks
-            if found is None:
-                raise RuntimeError(f"rank {ranks.rank} was not given the folder of the snapshot")
-            found.check_files(*((ranks.rank, ranks.world_size) if self.stored.is_shared else ()))
-            self._readers = self.stored.readers(found)
-            return [PartContents.of(part, self._readers[part.name]) for part in self.stored.parts]
-
-        return self.ranks.agree(self.step, verify_and_open, saving=True)
+        share = (self.ranks.rank, self.ranks.world_size) if self.stored.is_shared else ()
+        return self.ranks.agree(self.step, lambda: self._open(*share), saving=True)
 
     def layout(self, source: Source) -> StateDict:
         return sharded_state_dict(source)

@@ -219,9 +219,9 @@ class _Receiver:
         return found
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
-        like = _like(holding)
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):
-            return self._shards.move(value, partial(self._slot.room, _room_of(name), like), holding.number)
+            room = partial(self._slot.room, _room_of(name), _like(holding))
+            return self._shards.move(value, room, holding.number)
         whole = whole_tensor(value) if is_dtensor(value) else value.detach().resolve_conj().resolve_neg()
         if self._ranks.is_main and holding.owner == 0:
             return self._slot.put(_room_of(name), whole)

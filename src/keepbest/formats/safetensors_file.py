@@ -122,7 +122,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
                 raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is {kind}")
             if tensor.numel():
                 sink.write(raw_bytes(tensor).numpy().data)
-        file.sync()
+        sink.sync()
     return sink.digest
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict, TensorKind
+from keepbest.formats.shards import Shard, ShardReader
 from keepbest.modules.quiet import quiet
 
 
@@ -35,6 +36,7 @@ class ShardedPart:
         self._path = path
         self.others = others
         self.tied = tied
+        self._reader = ShardReader()
         try:
             self._index: Metadata = FileSystemReader(path).read_metadata()
         except Exception as error:
@@ -59,14 +61,14 @@ class ShardedPart:
     def fetch(self, key: str) -> torch.Tensor:
         # Each shard is read from where the index says that it lies: to plan a read of one key takes a look at all.
         shape, dtype = self.kinds[key]
-        chunks = cast("TensorStorageMetadata", self._index.state_dict_metadata[key]).chunks
+        chunks = self._chunks(key)
         if len(chunks) == 1 and chunks[0].sizes == shape:
-            return self._read(key, chunks[0], dtype)
+            return self._read_at(key, chunks[0].offsets)
         whole, filled = torch.empty(tuple(shape), dtype=dtype), 0
         for chunk in chunks:
-            region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            region = _region(chunk.offsets, chunk.sizes)
             if whole[region].shape == chunk.sizes:
-                whole[region] = self._read(key, chunk, dtype)
+                whole[region] = self._read_at(key, chunk.offsets)
                 filled += chunk.sizes.numel()
         if filled != whole.numel():
             raise SnapshotError(f"{self._path} is damaged: the shards of {key!r} do not make the whole of it")
@@ -86,22 +88,63 @@ class ShardedPart:
             self._fill(held)
 
     def _fill(self, wanted: dict[str, Any]) -> None:
-        reader, planner = FileSystemReader(self._path), DefaultLoadPlanner()
+        planner = DefaultLoadPlanner()
         with quiet():
             planner.set_up_planner(wanted, self._index, is_coordinator=True)
-            reader.set_up_storage_reader(self._index, is_coordinator=True)
-            plan = reader.prepare_local_plan(planner.create_local_plan())
-            [plan] = reader.prepare_global_plan(planner.create_global_plan([plan]))
-            reader.read_data(planner.finish_plan(plan), planner).wait()
+            [plan] = planner.create_global_plan([planner.create_local_plan()])
+            items = planner.finish_plan(plan).items
+        by_file: dict[str, list[tuple[Shard, ReadItem]]] = {}
+        for item in items:
+            shard = self._find(item.storage_index)
+            by_file.setdefault(shard.file, []).append((shard, item))
+        for name, there in by_file.items():
+            with self._open(name) as file:
+                for shard, item in there:
+                    piece = self._read(file, shard)
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(piece[_region(item.storage_offsets, item.lengths)])
+                    planner.commit_tensor(item, target)
 
-    def _read(self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> torch.Tensor:
+    @cached_property
+    def _shards(self) -> dict[MetadataIndex, Shard]:
+        """Each shard of a tensor, by its key and its place in the tensor."""
+        shards = {}
+        for key, kind in self.kinds.items():
+            for chunk in self._chunks(key):
+                index = MetadataIndex(key, chunk.offsets)
+                if info := self._index.storage_data.get(index):
+                    place = info.relative_path, info.offset, info.length
+                    shards[index] = Shard(key, *place, chunk.sizes, kind.dtype)
+        return shards
+
+    def _chunks(self, key: str) -> list[ChunkStorageMetadata]:
+        return cast("TensorStorageMetadata", self._index.state_dict_metadata[key]).chunks
+
+    def _find(self, index: MetadataIndex) -> Shard:
+        if index not in self._shards:
+            raise SnapshotError(f"{self._path} is damaged: a shard of {index.fqn!r} is nowhere")
+        return self._shards[index]
+
+    def _read_at(self, key: str, offsets: Sequence[int]) -> torch.Tensor:
+        shard = self._find(MetadataIndex(key, offsets))
+        with self._open(shard.file) as file:
+            return self._read(file, shard)
+
+    def _open(self, name: str) -> BinaryIO:
         try:
-            info = self._index.storage_data[MetadataIndex(key, chunk.offsets)]
-            with (self._path / info.relative_path).open("rb") as file:
-                file.seek(info.offset)
-                piece = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            return (self._path / name).open("rb")
+        except OSError as error:
+            raise SnapshotError(f"{self._path / name} cannot be read: {error}") from error
+
+    def _read(self, file: BinaryIO, shard: Shard) -> torch.Tensor:
+        try:
+            piece = self._reader.read(file, shard)
         except Exception as error:
-            raise SnapshotError(f"{self._path}: a shard of {key!r} cannot be read: {error!r}") from error
-        if not isinstance(piece, torch.Tensor) or (piece.shape, piece.dtype) != (chunk.sizes, dtype):
-            raise SnapshotError(f"{self._path} is damaged: a shard of {key!r} is not what the index says")
+            raise SnapshotError(f"{self._path}: a shard of {shard.key!r} cannot be read: {error!r}") from error
+        if not isinstance(piece, torch.Tensor) or (piece.shape, piece.dtype) != (shard.shape, shard.dtype):
+            raise SnapshotError(f"{self._path} is damaged: a shard of {shard.key!r} is not what the index says")
         return piece
+
+
+def _region(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))

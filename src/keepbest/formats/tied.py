@@ -29,7 +29,7 @@ def write_ties(files: Files, path: Path, tied: Mapping[str, str]) -> Digest:
     with files.create(path) as file:
         sink = DigestingFile(file)
         sink.write(json.dumps(dict(tied), indent=1).encode())
-        file.sync()
+        sink.sync()
     return sink.digest
 
 
@@ -48,7 +48,24 @@ def place_of(key: str, tensor: torch.Tensor) -> Hashable:
     """What two keys of one tensor have in common, and those of others have not."""
     if has_shards(tensor) or tensor.layout != torch.strided:
         return id(tensor)  # such tensors have no one place, and where a rank's shard lies differs from rank to rank
-    if tensor.numel() == 0:
-        return key
-    flags = tensor.is_conj(), tensor.is_neg()
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, flags
+    return _Place(tensor) if tensor.numel() else key
+
+
+class _Place:
+    """Where a tensor lies. What it is there is asked for only if another one begins at the same address."""
+
+    __slots__ = ("_address", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._address = tensor.data_ptr()
+
+    def __hash__(self) -> int:
+        return hash(self._address)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Place) and self._address == other._address and self._view() == other._view()
+
+    def _view(self) -> Hashable:
+        tensor = self._tensor
+        return tensor.device, tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()

@@ -38,7 +38,7 @@ class TorchFile(WholeFileFormat):
                 if sink.failure is not None:
                     raise sink.failure from error
                 raise
-            file.sync()
+            sink.sync()
         return sink.digest
 
     def read_file(self, path: Path) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import sys
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
+
+_PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
 
 
 def is_fsdp1(module: object) -> TypeGuard[FullyShardedDataParallel]:
@@ -42,6 +45,8 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 
 def has_shards(value: object) -> bool:
     """Whether `value` is a tensor of which each rank holds a part."""
+    if type(value) in _PLAIN_CLASSES:
+        return False
     return is_dtensor(value) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -37,7 +38,7 @@ class Source:
     names: PlainNames
     is_frozen: Callable[[str], bool]
 
-    @property
+    @cached_property
     def holds_fsdp1(self) -> bool:
         """Whether a module in it is wrapped by FSDP1."""
         return any(is_fsdp1(module) for module in self.module.modules())

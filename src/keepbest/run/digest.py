@@ -12,6 +12,7 @@ from keepbest.run.files import DurableFile
 
 DIGEST_ALGORITHM = "xxh3-128"
 _READ_BYTES = 1 << 22
+_HELD_BYTES = 1 << 16
 
 
 class Digest(NamedTuple):
@@ -35,10 +36,32 @@ class DigestingFile:
         self._file = file
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
+        self._held = bytearray()  # torch writes each small tensor in many pieces
         self.failure: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`. Raises `OSError`."""
+        """Write all of `data`, together with what follows if there is little of it. Raises `OSError`."""
+        if len(data) < _HELD_BYTES:
+            self._held += data
+        else:
+            self.flush()
+            self._pass(data)
+        if len(self._held) >= _HELD_BYTES:
+            self.flush()
+        return len(data)
+
+    def flush(self) -> None:
+        """Write what is held. Raises `OSError`."""
+        held, self._held = self._held, bytearray()
+        if held:
+            self._pass(held)
+
+    def sync(self) -> None:
+        """Write what is held, and wait until all of it is on the disk. Raises `OSError`."""
+        self.flush()
+        self._file.sync()
+
+    def _pass(self, data: bytes | bytearray | memoryview) -> None:
         try:
             written = self._file.write(data)
         except OSError as error:
@@ -46,15 +69,10 @@ class DigestingFile:
             raise
         self._hash.update(data)
         self._bytes += written
-        return written
-
-    def flush(self) -> None:
-        """Nothing is buffered; part of the protocol of a file object."""
-        self._file.flush()
 
     @property
     def digest(self) -> Digest:
-        """Of all that was written."""
+        """Of all that was written, after `sync`."""
         return Digest(self._bytes, self._hash.hexdigest())
 
 
