@@ -251,6 +251,29 @@ def test_hooks_beside_units_of_fsdp1_may_rename_and_leave_out(file_format, tmp_p
     assert run_ranks(keep_and_load_renamed, 2, tmp_path, file_format) == [expected] * 2
 
 
+class ScalingUnit(nn.Module):
+    """Scales in its state dict what lies in a unit of FSDP1."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit = FullyShardedDataParallel(nn.Linear(2, 2), device_id=CPU, use_orig_params=True)
+        self._register_state_dict_hook(self.scale)
+
+    @staticmethod
+    def scale(_module, state, *_others):
+        for key in [key for key in state if key.endswith("unit.weight")]:
+            state[key] = state[key] * 10
+
+
+def keep_scaled_unit(directory):
+    with pytest.raises(SnapshotError, match="is changed by a hook or override"):
+        keep(ScalingUnit(), directory)
+
+
+def test_hook_that_changes_a_unit_of_fsdp1_from_outside_is_refused(tmp_path):
+    run_ranks(keep_scaled_unit, 1, tmp_path)
+
+
 def on_meta():
     with torch.device("meta"):
         return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
