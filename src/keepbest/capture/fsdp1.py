@@ -11,11 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
 from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import PlainNames, walk
+
+_CHANGED_OUTSIDE = (
+    "of a unit of FSDP1 is changed by a hook or override of state_dict() of a module around the unit, which would need "
+    "all of the model at once. Register the hook on the module that FSDP1 wraps, or use FSDP2"
+)
 
 
 def fsdp1_state_dict(
@@ -46,11 +52,26 @@ def fsdp1_state_dict(
                 if tied.get(id(parameter)) is None:
                     tied[id(parameter)] = take(plain, state[key])
                 taken[plain] = tied[id(parameter)]
-                state[key] = state[key].new_empty(0)  # FSDP1 wants to find each key, and clones what it finds
+                # FSDP1 wants to find each key, and clones what it finds.
+                state[key] = state[key].new_empty(0).as_subclass(_Taken)
 
     with full_fsdp1_state(module, rank0_only=rank0_only), _hooks_in_units(module, take_unit):
         state = state_dict_of(module)
-    return {key: taken.get(key, value) for key, value in names.plain_state(state).items()}
+    plain_state = names.plain_state(state)
+    for key, value in plain_state.items():
+        if (key in taken) != isinstance(value, _Taken):
+            raise SnapshotError(f"{key!r} {_CHANGED_OUTSIDE}")
+    return {key: taken.get(key, value) for key, value in plain_state.items()}
+
+
+class _Taken(torch.Tensor):
+    """Stands for a full parameter that is gone, so that hooks of modules around its unit cannot compute with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.Tensor.clone, torch.Tensor.detach) and func.__name__ != "__get__":
+            raise SnapshotError(f"a weight {_CHANGED_OUTSIDE}")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # of torch
 
 
 class FlatEntry(NamedTuple):

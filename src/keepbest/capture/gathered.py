@@ -12,7 +12,7 @@ import torch
 from keepbest.capture.catalogue import Name
 from keepbest.capture.foreign import ForeignTransfer
 from keepbest.capture.fsdp1 import fsdp1_state_dict
-from keepbest.capture.inventory import Agreed, Inventory
+from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.share import Share, main_alone
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.capture.union import Holding
@@ -120,6 +120,8 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     for name, holding in agreed.union.kept():
         first = Name(name.part, holding.entry.first or name.key)
         if (value := found.get(name, found.get(first, _NOTHING))) is _NOTHING:
+            if holding.owner == 0 and not holding.entry.form.is_in_unit:
+                continue  # a hook of state_dict() leaves it out, which FSDP1 alone can call
             raise SnapshotError(f"{str(name)!r} was in the model when the keeper looked, but not when it was saved")
         files.setdefault(name.part, {})[name.key] = value
     for name, value in found.items():
@@ -209,14 +211,10 @@ class _Receiver:
         return torch.load(packed, map_location="cpu", weights_only=True)
 
     def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
-        found: dict[Name, Any] = {}
-        for part in source.parts:
-            for key, value in state.items():
-                name = None if (inside := source.key_in(part, key)) is None else Name(part.name, inside)
-                if name is not None and name not in self._agreed.union.holdings and not source.is_frozen(key):
-                    is_tensor = isinstance(value, torch.Tensor)
-                    found[name] = self._slot.copy(_room_of(name), value) if is_tensor else self._own(value)
-        return found
+        return {
+            name: self._slot.copy(_room_of(name), value) if isinstance(value, torch.Tensor) else self._own(value)
+            for name, value in added_by_hooks(source, state, self._agreed).items()
+        }
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ from keepbest.capture.union import Report, Union, changes, describe, listed, sam
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor
-from keepbest.modules.sources import list_sources
+from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.wrappers import walk
 from keepbest.ranks import Number, Ranks
 
@@ -223,6 +224,17 @@ class Inventory:
                 more,
                 listed([0]),
             )
+
+
+def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Name, Any]:
+    """What of `state`, of a source with FSDP1 units, hooks of state_dict() have added. **Rank-local**."""
+    found: dict[Name, Any] = {}
+    for part in source.parts:
+        for key, value in state.items():
+            name = None if (inside := source.key_in(part, key)) is None else Name(part.name, inside)
+            if name is not None and name not in agreed.union.holdings and not source.is_frozen(key):
+                found[name] = value
+    return found
 
 
 def _place_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
