@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from typing_extensions import Unpack
 
@@ -237,10 +237,11 @@ def _reported_key(args: TrainingArguments, metric_key: str | None) -> str:
 
 def _refuse_if_never_evaluated(args: TrainingArguments, state: TrainerState) -> None:
     # Counted in what the strategy counts. Versions of the Trainer differ in whether they evaluate after the last step.
-    ends = {"steps": state.max_steps, "epoch": state.num_train_epochs}.get(args.eval_strategy.value, -1)
+    strategy = IntervalStrategy(args.eval_strategy).value
+    ends = {"steps": state.max_steps, "epoch": state.num_train_epochs}.get(strategy, -1)
     if args.eval_delay > ends:
         raise ConfigError(
-            f"there is no evaluation with eval_strategy={args.eval_strategy.value!r} and eval_delay={args.eval_delay}, "
+            f"there is no evaluation with eval_strategy={strategy!r} and eval_delay={args.eval_delay}, "
             f"so no best could be kept: training ends at step {state.max_steps}, in epoch {state.num_train_epochs}. "
             "Change these training arguments"
         )
