@@ -179,6 +179,32 @@ def test_hybrid_fsdp1_is_refused_by_dcp_at_start_and_kept_by_torch(tmp_path):
     assert run_ranks(start_hybrid, 4, tmp_path / "run") == [True] * 4
 
 
+class HeadAlone(nn.Sequential):
+    """As users write it who share only what they trained."""
+
+    def state_dict(self, *arguments, **named):
+        state = super().state_dict(*arguments, **named)
+        for key in [key for key in state if "0." in key]:
+            del state[key]
+        return state
+
+
+def start_fsdp1_with_a_state_dict_of_its_own(directory, file_format):
+    inside = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True)
+    beside = HeadAlone(inside, nn.Linear(4, 1))
+    around = FullyShardedDataParallel(
+        HeadAlone(nn.Linear(4, 4), nn.Linear(4, 1)), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    for number, model in enumerate((beside, around)):
+        with pytest.raises(ConfigError, match=r"0\.weight.*A state_dict\(\) of the model's own"):
+            BestKeeper(model, directory=directory / str(number), metric_key="loss", format=file_format).start()
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_fsdp1_whose_weights_a_state_dict_leaves_out_is_refused_at_start(file_format, tmp_path):
+    run_ranks(start_fsdp1_with_a_state_dict_of_its_own, 2, tmp_path, file_format)
+
+
 def start_partial(directory):
     model = nn.Linear(4, 4)
     mesh = init_device_mesh("cpu", (2,))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.errors import SnapshotError
+from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
 from keepbest.modules.state_dicts import state_dict_of
-from keepbest.modules.wrappers import PlainNames, walk
+from keepbest.modules.wrappers import PlainNames, walk, wrapper_of
 
 _CHANGED_OUTSIDE = (
     "of a unit of FSDP1 is changed by a hook or override of state_dict() of a module around the unit, which would need "
@@ -72,6 +72,44 @@ class _Taken(torch.Tensor):
         if func not in (torch.Tensor.clone, torch.Tensor.detach) and func.__name__ != "__get__":
             raise SnapshotError(f"a weight {_CHANGED_OUTSIDE}")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # of torch
+
+
+def check_own_state_dicts(source: Source, keys: Iterable[str]) -> None:
+    """Check that what is to be kept of a source with FSDP1 units is in its state dict.
+
+    **Collective** where a module of the user's has a state dict of its own: what it returns is known only from a call.
+
+    Args:
+        source: Source in the model.
+        keys: Plain keys of what is to be kept of the units.
+
+    Raises:
+        ConfigError: If something is missing there, or changed by a module around its unit.
+    """
+    if not source.holds_fsdp1 or not any(map(_has_own_state_dict, source.module.modules())):
+        return
+    try:
+        state = fsdp1_state_dict(source, lambda *_: None, rank0_only=False)
+    except (AssertionError, KeyError) as error:
+        raise ConfigError(f"FSDP1 does not find its weights there ({error}). {_OWN_STATE_DICT}") from error
+    except SnapshotError as error:
+        raise ConfigError(str(error)) from error
+    if missing := [key for key in keys if key not in state]:
+        raise ConfigError(f"the state dict lacks {', '.join(missing[:4])}. {_OWN_STATE_DICT}")
+
+
+_OWN_STATE_DICT = (
+    "A state_dict() of the model's own, or a hook on it, leaves out or renames weights, which cannot be kept beside "
+    "units of FSDP1. Use FSDP2, leave the names as they are, or name what is to be kept (model_names)"
+)
+
+
+def _has_own_state_dict(module: nn.Module) -> bool:
+    if is_fsdp1(module) or wrapper_of(module) is not None:
+        return False
+    methods = ("state_dict", "_save_to_state_dict")
+    is_overridden = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in methods)
+    return is_overridden or "state_dict" in vars(module) or bool(module._state_dict_hooks)  # noqa: SLF001  # torch has no public list of them
 
 
 class FlatEntry(NamedTuple):

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.capture.catalogue import Entry, Held, Name, look, stored_tensors
 from keepbest.capture.fingerprint import fingerprint, sample
+from keepbest.capture.fsdp1 import check_own_state_dicts
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
 from keepbest.capture.union import Report, Union, changes, describe, listed, same_everywhere, unite
@@ -73,17 +74,19 @@ class Inventory:
                 under one name, or nothing is left to save.
         """
 
-        def report() -> tuple[Report, Number]:
+        def report() -> tuple[tuple[Held, Report], Number]:
             held = self._look()
             refuse_what_cannot_be_kept(held, held.entries, self._format, self.ranks)
             found = Report(held.entries, self._prints(held, held.entries))
-            return found, Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
+            return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 
-        found, digests = self.ranks.compare(f"look at the weights to {step}", report)
+        (held, found), digests = self.ranks.compare(f"look at the weights to {step}", report)
         if len({number.note for number in digests}) == 1:
             self._adopt(found, same_everywhere(found.entries))
         else:
             self._adopt(found, unite(self._reports(step, found)))
+        if any(holding.entry.form.is_in_unit for _, holding in self._union_now().kept()):
+            self.ranks.agree(f"look at the state dict to {step}", lambda: self._check_own_state_dicts(held))
 
     def settle(self, step: str, claim: Callable[[Agreed], None], *, saving: bool) -> Agreed:
         """Look at what the ranks hold now, and agree that it still can be kept. **Collective**.
@@ -156,6 +159,13 @@ class Inventory:
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )
         self._report, self._union = report, union
+
+    def _check_own_state_dicts(self, held: Held) -> None:
+        forms = {name: entry.form for name, entry in held.entries.items()}
+        kept = [name for name, form in forms.items() if form.is_in_unit and not form.is_frozen]
+        for source in held.sources:
+            inside = {part.name: source.path_of(part) for part in source.parts}
+            check_own_state_dicts(source, [inside[part] + key for part, key in kept if part in inside])
 
     def _union_now(self) -> Union:
         if self._union is None:
