@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
