@@ -69,9 +69,10 @@ class _Taken(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (torch.Tensor.clone, torch.Tensor.detach) and func.__name__ != "__get__":
+        made: object = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # of torch
+        if isinstance(made, torch.Tensor) and func not in (torch.Tensor.clone, torch.Tensor.detach):
             raise SnapshotError(f"a weight {_CHANGED_OUTSIDE}")
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # of torch
+        return made
 
 
 def check_own_state_dicts(source: Source, keys: Iterable[str]) -> None:
