@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from keepbest import BestKeeper, TrainingIteration, load
-from keepbest.errors import RankFailedError, SnapshotError
+from keepbest.errors import ConfigError, RankFailedError, SnapshotError
 from tests.kit.models import filled, same_bits
 from tests.kit.pool import run_ranks
 from tests.kit.runs import set_weights
@@ -266,12 +266,12 @@ class ScalingUnit(nn.Module):
 
 
 def keep_scaled_unit(directory):
-    with pytest.raises(SnapshotError, match="is changed by a hook or override"):
-        keep(ScalingUnit(), directory)
+    with pytest.raises(ConfigError, match="is changed by a hook or override"):
+        BestKeeper(ScalingUnit(), directory=directory, metric_key="loss").start()
 
 
 def test_hook_that_changes_a_unit_of_fsdp1_from_outside_is_refused(tmp_path):
-    run_ranks(keep_scaled_unit, 1, tmp_path)
+    run_ranks(keep_scaled_unit, 2, tmp_path)
 
 
 def on_meta():
