@@ -102,7 +102,7 @@ def test_resuming_from_any_state_ends_like_the_uninterrupted_run(policy, values,
 
 
 @given(POLICIES, TIMELINES)
-def test_a_save_that_failed_counts_like_a_value_that_is_no_improvement(policy, values):
+def test_failed_save_counts_like_no_improvement(policy, values):
     lost = [(value if durable else math.nan, True) for value, durable in values]
     assert fold(policy, timeline(values)) == fold(policy, timeline(lost))
 
@@ -117,7 +117,7 @@ def test_lower_is_better_is_the_mirror_of_higher_is_better(policy, values):
     assert one.best is None or (one.best.value, one.best.iteration) == (-other.best.value, other.best.iteration)
 
 
-def test_tolerances_close_at_the_documented_interval_and_stay_closed():
+def test_tolerances_close_at_their_interval_and_stay_closed():
     policy = Policy(False, tolerances=(2, 0))
     values = [3.0, 3.0, 2.0, 2.5, 2.5, 2.5, 1.0]
     state, closed = BestState(), []

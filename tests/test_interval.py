@@ -11,7 +11,7 @@ COUNTS = st.integers(1, 12)
 
 
 @given(n=COUNTS, updates_per_epoch=COUNTS, effective_batch_size=COUNTS)
-def test_due_updates_are_those_that_a_count_sample_by_sample_finds(n, updates_per_epoch, effective_batch_size):
+def test_due_updates_equal_a_count_sample_by_sample(n, updates_per_epoch, effective_batch_size):
     samples = epochs = 0
     for update in range(1, 40):
         passed = False

@@ -99,7 +99,7 @@ def test_exception_in_the_block_records_nothing_more(tmp_path):
         assert keeper.state == run.keeper.state
 
 
-def test_worse_model_never_replaces_a_better_one_after_a_resume_from_before_the_best(tmp_path):
+def test_worse_model_replaces_no_better_one_after_a_resume(tmp_path):
     run = Run(tmp_path)
     with run.keeper:
         run.observe(3.0)
@@ -218,7 +218,7 @@ def test_keepers_of_one_model_share_a_snapshot_and_its_gather(tmp_path):
     }
 
 
-def test_keepers_that_save_different_parts_have_snapshots_of_their_own(tmp_path):
+def test_keepers_of_different_parts_have_own_snapshots(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     run = Run(tmp_path, model)
     part = BestKeeper(model, directory=tmp_path, metric_key="loss", id="first layer", model_names=["0"])
@@ -254,7 +254,7 @@ def test_keepers_of_one_metric_need_ids(tmp_path):
     assert set(refs(tmp_path / "b")) == set(names)
 
 
-def test_pinned_snapshots_stay_until_the_tag_is_pinned_anew_or_released(tmp_path):
+def test_pinned_snapshots_stay_until_pinned_anew_or_released(tmp_path):
     run = Run(tmp_path, tolerances=[0])
     with run.keeper:
         run.observe(5.0, 4.0, 4.5)  # closes tolerance 0 with U2
@@ -275,7 +275,7 @@ def test_pinned_snapshots_stay_until_the_tag_is_pinned_anew_or_released(tmp_path
     assert snapshots(tmp_path) == {"U2", "U6", "U7.r1"}
 
 
-def test_pin_survives_a_resume_and_gives_back_what_its_state_names(tmp_path):
+def test_pin_survives_a_resume_and_keeps_what_its_state_names(tmp_path):
     run = Run(tmp_path, tolerances=[1])
     with run.keeper:
         run.observe(3.0, 4.0)
@@ -328,7 +328,7 @@ def test_best_can_be_restored_into_the_live_model(tmp_path):
         ({"rank_timeout": 0}, "rank_timeout"),
     ],
 )
-def test_settings_that_cannot_be_right_are_refused_before_anything_is_written(settings, message, tmp_path):
+def test_impossible_settings_are_refused_before_any_write(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         Run(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
@@ -341,7 +341,7 @@ def hold_the_folder(directory):
     return os.getpid()
 
 
-def test_folder_of_a_living_process_is_refused_and_that_of_a_dead_one_is_free(tmp_path):
+def test_folder_is_refused_while_its_process_lives(tmp_path):
     with start_ranks(hold_the_folder, 1, tmp_path, init=False) as ranks:
         ranks.wait_for(0, "holding")
         with pytest.raises(RunExistsError, match=rf'in use by another process .*"pid": {ranks.processes[0].pid}'):
@@ -369,7 +369,7 @@ def test_files_have_the_modes_that_the_umask_gives(mask, tmp_path):
             assert stat.S_IMODE(path.stat().st_mode) == wanted, path
 
 
-def test_run_that_was_copied_with_its_links_followed_loads_and_goes_on(tmp_path):
+def test_run_copied_without_its_links_loads_and_resumes(tmp_path):
     run = Run(tmp_path / "run", tolerances=[0])
     with run.keeper:
         run.observe(2.0, 3.0, 1.0)

@@ -153,7 +153,7 @@ def test_what_is_no_number_is_refused(value):
         read_value(value)
 
 
-def test_mapping_is_read_by_the_key_of_the_metric_or_its_last_part():
+def test_mapping_is_read_by_the_metric_key_or_its_last_part():
     values = {"loss": 0.5, "val/accuracy": torch.tensor(0.25)}
     assert read_value(values, metric_key="val/loss").value == 0.5
     assert read_value(values, metric_key="val/accuracy").value == 0.25
@@ -263,7 +263,7 @@ def read_from_logs(caches):
     return str(caught.value)
 
 
-def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank_that_tells_the_keys_there():
+def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank():
     logged = LoggedScalar(1.0, None, TrainingIteration(update=1))
     outcomes = run_ranks(read_from_logs, 2, [{"loss/val": logged}, {"loss/train": logged, "accuracy": logged}])
     assert outcomes == [outcomes[0]] * 2

@@ -192,7 +192,7 @@ def test_setting_that_is_wrong_on_one_rank_is_reported_on_all(wrong, message, tm
     assert f"rank 1 of 2: ConfigError: {message}" in told[0]
 
 
-def test_setting_that_is_added_to_the_model_is_taken_by_every_face(tmp_path):
+def test_setting_added_to_the_model_is_accepted_by_every_face(tmp_path):
     package = tmp_path / "keepbest"
     shutil.copytree(Path(keepbest.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     source = (package / "settings.py").read_text()

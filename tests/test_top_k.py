@@ -80,7 +80,7 @@ def test_min_delta_holds_for_the_best_alone(tmp_path):
     assert stamps(tmp_path) == {"": 3, ".tolerance=1": 3, ".top=1": 3, ".top=2": 2, ".top=3": 1}
 
 
-def test_resumed_run_goes_on_with_the_best_it_had_and_another_k_moves_the_refs(tmp_path):
+def test_resumed_run_keeps_its_best_and_another_k_moves_the_refs(tmp_path):
     _, state = train(tmp_path, VALUES[:4], 1)
     assert [best["value"] for best in state["state"]["top"]] == [3.0, 4.0, 5.0]
     train(tmp_path, VALUES[4:], 5, resume="ledger")

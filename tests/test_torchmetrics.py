@@ -49,7 +49,7 @@ def test_ranks_are_synchronized_once_by_the_metric_itself(make, expected, reduct
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("mean", 4.0), ("sum", 8.0), ("max", 5.0), ("rank0", 3.0)])
-def test_metric_that_does_not_synchronize_is_reduced_by_the_keeper(reduction, expected, tmp_path):
+def test_unsynchronized_metric_is_reduced_by_the_keeper(reduction, expected, tmp_path):
     assert run_ranks(observed, 2, tmp_path, unsynchronized, reduction) == [(expected, expected)] * 2
 
 

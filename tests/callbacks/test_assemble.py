@@ -40,7 +40,7 @@ def offline_loss(key="val", **settings):
     return {"kind": "keepbest.callbacks.OfflineLossCallback", "dataset_key": key, "every_n_epochs": 1} | settings
 
 
-def test_order_is_that_of_the_configs_but_for_those_that_run_last():
+def test_order_is_that_of_the_configs_then_those_that_run_last():
     configs = [
         {"name": "Last", "every_n_epochs": 1},
         NamedConfig(every_n_epochs=1),

@@ -211,7 +211,7 @@ def train_the_example_on_ranks(directory):
     return trainer.callbacks[1].best_metric_value
 
 
-def test_children_run_on_new_bests_only_and_whatever_their_schedule(tmp_path):
+def test_children_run_on_new_bests_and_on_no_schedule(tmp_path):
     children = [RECORDER, {"name": "ModeOfEvaluation", "dataset_key": "val", "every_n_epochs": 9, "batch_size": 3}]
     session = Session(tmp_path, tolerances=[0], eval_callbacks=children)
     recorder, mode = session.callback.eval_callbacks
@@ -229,7 +229,7 @@ def test_children_run_on_new_bests_only_and_whatever_their_schedule(tmp_path):
     assert session.context["model"].training
 
 
-def test_iterator_child_takes_the_batch_size_of_the_hook_and_none_of_the_trainers_batches(tmp_path):
+def test_iterator_child_takes_its_own_batches_of_the_hooks_size(tmp_path):
     session = Session(
         tmp_path, eval_callbacks=[{"name": "ModeOfEvaluation", "dataset_key": "val", "every_n_epochs": 1}]
     )
@@ -305,7 +305,7 @@ def go_on_from_nothing(directory, tolerances):
     return session.callback.tolerance_counter
 
 
-def test_tolerances_without_a_past_are_not_implemented_on_every_rank(tmp_path):
+def test_tolerances_without_a_past_are_refused_on_every_rank(tmp_path):
     outcomes = run_ranks(go_on_from_nothing, 2, tmp_path / "a", [2])
     assert outcomes == [outcomes[0]] * 2
     assert outcomes[0].startswith("cannot resume at E1_U3_S36 with tolerances: there is neither a saved state")
@@ -339,7 +339,7 @@ def test_resumed_callback_ends_like_the_uninterrupted_one(knows_by, tmp_path):
         assert ledger(folder)[0]["run"] == state["keeper"]["run_id"]
 
 
-def test_snapshots_that_a_resume_checkpoint_names_stay_as_long_as_it(tmp_path):
+def test_snapshots_stay_while_a_checkpoint_names_them(tmp_path):
     session = Session(tmp_path)
     session.callback.before_training(update_counter=session.counter)
     session.go(3.0)

@@ -163,13 +163,13 @@ def test_older_checkpoints_are_removed(keep_last, kept, tmp_path):
     assert (tmp_path / "resume" / "latest").readlink() == Path("E2_U5_S120")
 
 
-def test_checkpoint_holds_what_callbacks_do_at_the_end_of_the_epoch(tmp_path):
+def test_checkpoint_holds_what_callbacks_did_in_its_epoch(tmp_path):
     trained(tmp_path, EVERY_UPDATE, NotingConfig(every_n_epochs=1), epochs=1)
     resumed = trained(tmp_path, EVERY_UPDATE, NotingConfig(every_n_epochs=1), epochs=2, resume="auto")
     assert resumed.callbacks[0].updates == [2, 4]
 
 
-def test_keepers_pin_before_a_checkpoint_and_release_after_it_is_removed(tmp_path):
+def test_keepers_pin_for_a_checkpoint_and_release_after_it(tmp_path):
     trainer = trained(tmp_path, EVERY_UPDATE, PinningConfig(every_n_updates=1), updates=3)
     assert trainer.callbacks[0].told == [
         ("pin", "E0_U1_S24", []),
@@ -180,7 +180,7 @@ def test_keepers_pin_before_a_checkpoint_and_release_after_it_is_removed(tmp_pat
     ]
 
 
-def test_resume_from_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
+def test_resume_from_an_earlier_checkpoint_abandons_later_ones(tmp_path):
     keep_all = {**EVERY_UPDATE, "keep_last": None}
     trained(tmp_path, keep_all, NOTING, updates=5)
     resumed = trained(
@@ -212,7 +212,7 @@ def test_interrupted_checkpoint_is_never_resumed_and_swept_later(tmp_path):
     assert names_in(tmp_path) == ["E2_U4_S96"]
 
 
-def test_error_between_checkpoints_costs_what_came_after_the_last_one(tmp_path):
+def test_error_costs_what_came_after_the_last_checkpoint(tmp_path):
     with pytest.raises(CrashError):
         trained(tmp_path, {**EVERY_UPDATE, "every_n_updates": 2}, NOTING, CrashingConfig(every_n_updates=5))
     resumed = trained(tmp_path, EVERY_UPDATE, NOTING, resume="auto")
@@ -310,7 +310,7 @@ def train_a_late_layer(directory: Path, strategy: str, resume: str | None, updat
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("fsdp1", 2), ("fsdp2", 2)])
-def test_parameters_without_a_gradient_until_now_do_not_prevent_a_resume(strategy, world_size, tmp_path):
+def test_parameters_without_a_gradient_do_not_prevent_a_resume(strategy, world_size, tmp_path):
     through = run_ranks(train_a_late_layer, world_size, tmp_path / "through", strategy, None, 6)
     run_ranks(train_a_late_layer, world_size, tmp_path / "stopped", strategy, None, 2)
     resumed = run_ranks(train_a_late_layer, world_size, tmp_path / "stopped", strategy, "auto", 6)
@@ -330,7 +330,7 @@ def save_until_the_disk_is_full(directory: Path, rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_that_cannot_write_its_share_fails_all_and_spoils_nothing(rank, tmp_path):
+def test_rank_that_cannot_write_its_share_fails_all_ranks(rank, tmp_path):
     for message in run_ranks(save_until_the_disk_is_full, 2, tmp_path, rank):
         assert "write the resume checkpoint E1_U2_S48" in message
         assert f"rank {rank}" in message

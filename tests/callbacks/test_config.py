@@ -35,7 +35,7 @@ OFFLINE_LOSS = {"every_n_epochs": 1, "dataset_key": "val"}
         {"kind": "keepbest.callbacks.OfflineLossCallback", "name": "OfflineLossCallback"},
     ],
 )
-def test_a_mapping_becomes_the_config_that_its_kind_or_name_leads_to(choice):
+def test_mapping_becomes_the_config_of_its_kind_or_name(choice):
     [config] = Holder(callbacks=[choice | OFFLINE_LOSS]).callbacks
     assert type(config) is OfflineLossCallbackConfig
     assert config.dataset_key == "val"
@@ -49,7 +49,7 @@ def test_a_config_stays_what_it_is_and_survives_json():
     assert Holder.model_validate_json(holder.model_dump_json()) == holder
 
 
-def test_every_public_config_is_registered_under_the_name_of_its_callback():
+def test_public_configs_are_registered_by_callback_name():
     configs = [
         value
         for value in vars(package).values()

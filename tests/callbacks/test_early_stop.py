@@ -38,7 +38,7 @@ class Run:
 
 
 @given(values=st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan, math.inf]), max_size=12), tolerance=st.integers(0, 3))
-def test_stops_after_more_than_tolerance_intervals_without_a_new_best(values, tolerance):
+def test_training_stops_after_more_intervals_than_the_tolerance(values, tolerance):
     finite = [value if math.isfinite(value) else 99.0 for value in values]
     bests = list(accumulate(finite, min, initial=99.0))
     droughts, expected = 0, len(values)

@@ -46,9 +46,7 @@ def ddp(model):
 
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
 @pytest.mark.parametrize(("wrap", "world_size"), [(plain, 1), (ddp, 2)])
-def test_averaged_weights_are_kept_under_plain_names_and_load_into_the_plain_model(
-    wrap, world_size, file_format, tmp_path
-):
+def test_averaged_weights_have_plain_names_and_load(wrap, world_size, file_format, tmp_path):
     for expected, again in run_ranks(train_and_keep, world_size, tmp_path, wrap, file_format):
         assert expected.keys() == again.keys() == network().state_dict().keys()
         assert all(torch.equal(again[key], value) for key, value in expected.items())

@@ -124,7 +124,7 @@ def test_equal_copies_of_sharded_weights_are_kept(file_format, tmp_path):
     assert run_ranks(keep_equal_copies_on_parts_of_the_mesh, 4, tmp_path, file_format) == [True] * 4
 
 
-def test_fingerprint_on_an_accelerator_counts_every_byte_and_its_place():
+def test_fingerprint_on_an_accelerator_covers_bytes_and_places():
     values = torch.arange(1003, dtype=torch.int64).to(torch.uint8)
     swapped, changed = values.clone(), values.clone()
     swapped[:8], swapped[8:16] = values[8:16], values[:8]
@@ -161,7 +161,7 @@ def freeze(wrap, directory, victims, file_format):
 
 @FORMATS
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_layer_that_one_rank_froze_is_refused_before_a_weight_moves(wrap, file_format, tmp_path):
+def test_layer_frozen_on_one_rank_is_refused_before_any_move(wrap, file_format, tmp_path):
     messages = run_ranks(freeze, 2, wrap, tmp_path, [0], file_format)
     assert messages[0] == messages[1]
     assert "do not agree on whether '0.weight' is frozen" in messages[0]
@@ -203,7 +203,7 @@ def shard_by_hand_later(directory):
     return str(caught.value)
 
 
-def test_weights_that_were_split_by_hand_after_the_start_are_refused(tmp_path):
+def test_weights_split_by_hand_after_the_start_are_refused(tmp_path):
     for message in run_ranks(shard_by_hand_later, 2, tmp_path):
         assert "ranks 0, 1 hold different weights under the same name: 0.weight" in message
         assert "'0.weight' was a parameter of shape [8, 8]" in message
@@ -229,7 +229,7 @@ def bring_a_layer_of_another_rank(directory, value):
 @pytest.mark.parametrize(
     ("value", "found"), [(1.0, "True"), (2.0, "ranks 0, 1 hold different weights .* extra.weight")]
 )
-def test_layer_that_another_rank_has_is_compared_with_it_when_it_comes_later(value, found, tmp_path):
+def test_layer_added_later_is_compared_with_that_of_another_rank(value, found, tmp_path):
     for message in run_ranks(bring_a_layer_of_another_rank, 2, tmp_path, value):
         assert re.match(found, message), message
 
@@ -308,7 +308,7 @@ def run_out_of_memory(directory, wrap, in_background):
 
 
 @pytest.mark.parametrize(("wrap", "in_background"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
-def test_rank_0_without_memory_is_an_error_on_every_rank_before_a_weight_moves(wrap, in_background, tmp_path):
+def test_rank_0_without_memory_is_an_error_before_any_move(wrap, in_background, tmp_path):
     mine, others = run_ranks(run_out_of_memory, 2, tmp_path, wrap, in_background)
     assert mine == others
     assert all("list the weights" in message and "on rank 0 of 2" in message for message in mine)

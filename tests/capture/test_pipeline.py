@@ -143,7 +143,7 @@ def keep_tied_stages(directory, file_format):
 
 
 @FORMATS
-def test_weight_of_a_lower_stage_that_is_tied_on_a_later_one_is_kept(file_format, tmp_path):
+def test_weight_of_a_lower_stage_tied_on_a_later_one_is_kept(file_format, tmp_path):
     run_ranks(keep_tied_stages, 2, tmp_path, file_format)
     whole = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("embedding", "head")})
     load(tmp_path, "best_model.loss", whole)
@@ -156,7 +156,7 @@ def reported(role, **firsts):
 
 
 @pytest.mark.parametrize(("role", "first"), [("parameter", "a"), ("buffer", "")])
-def test_names_that_are_tied_on_other_ranks_lead_to_one_that_is_stored(role, first):
+def test_names_tied_on_other_ranks_lead_to_one_that_is_stored(role, first):
     union = unite([reported(role, a="", b="a"), reported(role, b="", c="b")])
     assert {name.key: holding.entry.first for name, holding in union.holdings.items()} == {
         "a": "",

@@ -142,7 +142,7 @@ def test_sparse_buffer_is_kept_by_torch(layout, in_background, tmp_path):
 
 @pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("file_format", GATHERED)
-def test_lazily_conjugated_and_negated_views_are_kept_as_what_they_are(file_format, in_background, tmp_path):
+def test_conjugated_and_negated_views_are_kept_as_they_are(file_format, in_background, tmp_path):
     model = WithBuffer(torch.tensor([1 + 2j, 3 - 4j]).conj())
     model.register_buffer("negated", torch.tensor([1 + 2j]).conj().imag)
     assert model.extra.is_conj()
@@ -175,7 +175,7 @@ def start_hybrid(directory):
         return keeper.observe(1.0, update(1)).is_new_best
 
 
-def test_hybrid_fsdp1_is_refused_by_dcp_at_start_and_kept_by_torch(tmp_path):
+def test_hybrid_fsdp1_is_refused_by_dcp_and_kept_by_torch(tmp_path):
     assert run_ranks(start_hybrid, 4, tmp_path / "run") == [True] * 4
 
 
@@ -201,7 +201,7 @@ def start_fsdp1_with_a_state_dict_of_its_own(directory, file_format):
 
 
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
-def test_fsdp1_whose_weights_a_state_dict_leaves_out_is_refused_at_start(file_format, tmp_path):
+def test_fsdp1_with_a_state_dict_that_lacks_weights_is_refused(file_format, tmp_path):
     run_ranks(start_fsdp1_with_a_state_dict_of_its_own, 2, tmp_path, file_format)
 
 

@@ -206,7 +206,7 @@ def load_where_a_module_fails(directory):
     return str(caught.value)
 
 
-def test_module_that_fails_on_one_rank_beside_units_of_fsdp1_is_an_error_on_every_rank(tmp_path):
+def test_failure_beside_units_of_fsdp1_is_raised_on_every_rank(tmp_path):
     keep(nn.Sequential(nn.Linear(2, 2), StateOnRank0(2, 2)), tmp_path)
     for message in run_ranks(load_where_a_module_fails, 2, tmp_path):
         assert "failed to find the saved parts in the model on rank 1 of 2: ValueError: no state here" in message
@@ -270,7 +270,7 @@ def keep_scaled_unit(directory):
         BestKeeper(ScalingUnit(), directory=directory, metric_key="loss").start()
 
 
-def test_hook_that_changes_a_unit_of_fsdp1_from_outside_is_refused(tmp_path):
+def test_hook_around_a_unit_of_fsdp1_that_changes_it_is_refused(tmp_path):
     run_ranks(keep_scaled_unit, 2, tmp_path)
 
 
@@ -365,7 +365,7 @@ def load_form(directory, kind):
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_torch_file_holds_unusual_tensors_and_they_load_on_every_rank(kind, tmp_path):
+def test_torch_file_holds_unusual_tensors_for_every_rank(kind, tmp_path):
     keep(Holder(FORMS[kind]()), tmp_path)
     assert run_ranks(load_form, 2, tmp_path, kind) == [True] * 2
 

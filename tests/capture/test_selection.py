@@ -26,7 +26,7 @@ def names(model, model_names=None):
     return [part.name for part in select_parts(model, model_names)]
 
 
-def test_composites_are_saved_submodel_by_submodel_and_others_as_one():
+def test_composites_are_saved_by_submodel_and_others_whole():
     assert names(Odd()) == ["model"]
     assert names(nested()) == ["autoencoder.encoder", "autoencoder.decoder", "head", "model"]
     assert names(nested(), ["autoencoder"]) == ["autoencoder.encoder", "autoencoder.decoder"]
@@ -106,7 +106,7 @@ def save_without_frozen_weights(family, directory):
 
 
 @pytest.mark.parametrize(("family", "world_size"), [("replicated", 1), ("replicated", 2), ("fsdp1", 2), ("fsdp2", 3)])
-def test_frozen_weights_can_be_left_out_and_exactly_they_may_be_missing(family, world_size, tmp_path):
+def test_only_frozen_weights_may_be_left_out_and_missing(family, world_size, tmp_path):
     assert run_ranks(save_without_frozen_weights, world_size, family, tmp_path) == [[]] * world_size
 
 
@@ -127,7 +127,7 @@ def test_flat_fsdp1_unit_is_frozen_as_a_whole():
     assert run_ranks(save_without_a_frozen_flat_unit, 2) == [True, True]
 
 
-def test_what_is_frozen_at_that_moment_counts_and_all_of_it_is_nothing_to_save(tmp_path):
+def test_frozen_weights_count_when_saved_and_all_is_an_error(tmp_path):
     model = odd(0)
     keeper = BestKeeper(model, directory=tmp_path, metric_key="loss", save_frozen_weights=False)
     with keeper:
@@ -180,7 +180,7 @@ def load_extra_state(directory):
     return repr(model.state)
 
 
-def test_extra_state_of_plain_data_comes_back_as_it_was_on_every_rank(tmp_path):
+def test_extra_state_of_plain_data_is_restored_on_every_rank(tmp_path):
     with BestKeeper(WithState(STATE), directory=tmp_path, metric_key="loss") as keeper:
         keeper.observe(1.0, update(1))
     assert load_extra_state(tmp_path) == repr(STATE)

@@ -89,7 +89,7 @@ def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
     ],
     ids=lambda parts: "-".join(f"{strategy}-{world_size}" for world_size, strategy in parts),
 )
-def test_run_that_goes_on_with_other_ranks_ends_like_one_on_a_single_rank(parts, tmp_path):
+def test_run_resumed_on_other_ranks_ends_like_one_on_one_rank(parts, tmp_path):
     whole, elastic = tmp_path / "whole", tmp_path / "elastic"
     path = tmp_path / "config.yaml"
     runs.succeeded(runs.train_on_ranks(1, runs.write_config(path, describe(whole, "single"))))
@@ -127,7 +127,7 @@ def test_run_that_goes_on_with_other_ranks_ends_like_one_on_a_single_rank(parts,
     assert_equal_up_to_rounding(elastic, whole)
 
 
-def test_torchrun_restarts_the_workers_after_a_kill_and_the_run_goes_on(tmp_path):
+def test_run_continues_after_torchrun_restarts_killed_workers(tmp_path):
     whole, restarted, note = tmp_path / "whole", tmp_path / "restarted", tmp_path / "died"
     path = tmp_path / "config.yaml"
     runs.succeeded(runs.train_on_ranks(2, runs.write_config(path, describe(whole, "ddp"))))

@@ -24,7 +24,7 @@ def test_show_verify_and_eval_know_what_all_ranks_wrote(run):
     assert evaluated[0].splitlines()[1:] == evaluated[1].splitlines()[1:] != []
 
 
-def test_export_of_what_all_ranks_wrote_equals_the_gathered_snapshot(run, tmp_path):
+def test_export_of_dcp_equals_the_gathered_snapshot(run, tmp_path):
     gathered = runs.weights(run, f"{runs.BEST}.id=gathered")
     for to in ("best.pt", "best.safetensors", "best"):
         exported = runs.keepbest("export", run, runs.BEST, "--to", tmp_path / to)

@@ -141,7 +141,7 @@ def test_page_loads_nothing(page):
 
 
 @pytest.mark.parametrize(("policy", "title"), [(True, "safe"), (False, "stolen")])
-def test_policy_of_the_page_stops_scripts_that_the_browser_would_run(policy, title, browser, report, tmp_path):
+def test_policy_of_the_report_stops_scripts_in_the_browser(policy, title, browser, report, tmp_path):
     kept = re.search("<meta http-equiv.*?>", report.read_text())[0] if policy else ""
     path = tmp_path / "page.html"
     path.write_text(f"<!doctype html><html><head>{kept}<title>safe</title></head><body>{ATTACK}</body></html>")

@@ -74,7 +74,7 @@ def test_tolerances_that_make_no_sense_are_refused(text):
         parse_tolerances(text)
 
 
-def test_curve_knows_the_present_timeline_what_was_abandoned_and_the_restart(directory):
+def test_curve_shows_the_timeline_abandoned_ones_and_restarts(directory):
     [curve] = curves(read_history(directory))
     assert [repr(point.value) for point in curve.points] == [repr(value) for value in VALUES]
     assert [curve.position(point.iteration) for point in curve.points if point.is_new_best] == [1, 2, 6]

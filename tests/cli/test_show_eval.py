@@ -74,7 +74,7 @@ def test_train_ends_with_the_table(tmp_path):
     [(1, []), (2, []), (2, ["trainer.strategy=fsdp1"]), (2, ["trainer.strategy=fsdp2"])],
 )
 @pytest.mark.parametrize("ref", [runs.BEST, f"{runs.BEST}.tolerance=50"])
-def test_eval_finds_the_metric_that_the_checkpoint_was_saved_with(world_size, arguments, ref, trained):
+def test_eval_finds_the_metric_of_the_checkpoint(world_size, arguments, ref, trained):
     before = runs.tree(trained)
     outcomes = runs.succeeded(runs.eval_on_ranks(world_size, trained, *arguments, ref=ref))
     metrics = printed_metrics(outcomes[0].output)

@@ -38,7 +38,7 @@ def test_batches_are_made_by_the_collator_of_their_dataset():
     assert container.load_batch("val", [0, 2]) == 8
 
 
-def test_datasets_that_load_many_samples_at_once_are_asked_for_them():
+def test_datasets_that_load_many_samples_at_once_do_so():
     asked = []
 
     class Recorded(Subset):

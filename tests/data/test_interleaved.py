@@ -59,7 +59,7 @@ def test_samples_of_an_update_do_not_depend_on_the_ranks():
     assert global_batches(1, accumulation_steps=4) == expected
 
 
-def test_epochs_are_the_ranks_shares_of_a_permutation_made_from_seed_and_epoch():
+def test_epochs_are_shares_of_a_permutation_of_seed_and_epoch():
     whole = torch.randperm(26, generator=torch.Generator().manual_seed(3 + 1)).tolist()
     for rank in range(3):
         mine = [index for request in islice(make_sampler(rank=rank, world_size=3), 2, 4) for index in request.indices]
@@ -99,7 +99,7 @@ def test_resumed_sampler_goes_on_where_the_whole_one_would_be(world_size, start,
 
 
 @given(length=st.integers(1, 30), world_size=st.integers(1, 6))
-def test_every_rank_evaluates_equally_many_samples_that_interleave_to_the_dataset(length, world_size):
+def test_ranks_evaluate_equal_shares_that_make_up_the_dataset(length, world_size):
     shares = [evaluation_indices(length, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {-(-length // world_size)}
     interleaved = [index for row in zip(*shares, strict=True) for index in row]
@@ -122,7 +122,7 @@ def tell_val(samples):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_loader_delivers_the_batches_in_order_by_the_collators_of_their_datasets(num_workers):
+def test_loader_delivers_batches_in_order_by_their_collators(num_workers):
     container = DataContainer(
         {"train": range(100, 107), "val": range(3)}, {"train": tell, "val": tell_val}, num_workers=num_workers
     )

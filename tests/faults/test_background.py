@@ -97,7 +97,7 @@ def go_on_after_a_lost_best(directory: Path) -> list:
     return [states, keeper.state.to_json()]
 
 
-def test_lost_best_is_taken_back_on_every_rank_and_the_next_better_one_saved(tmp_path):
+def test_lost_best_is_taken_back_and_the_next_better_one_saved(tmp_path):
     results = run_ranks(go_on_after_a_lost_best, 2, tmp_path / "run")
     assert results[0] == results[1]
     states, state = results[0]
@@ -125,7 +125,7 @@ class WithState(nn.Linear):
         self.state = state
 
 
-def test_extra_state_is_written_as_it_was_when_the_best_was_found(tmp_path, disk):
+def test_extra_state_is_written_as_it_was_at_the_best(tmp_path, disk):
     run = Run(tmp_path, WithState(), async_save=True)
     with run.keeper as keeper:
         run.observe(5.0)
@@ -157,7 +157,7 @@ def test_queued_best_that_nothing_needs_is_skipped(tmp_path, disk):
         assert resumed.state == keeper.state
 
 
-def test_skipped_best_counts_only_if_the_one_that_replaced_it_was_committed(tmp_path):
+def test_skipped_best_counts_only_if_its_successor_was_committed(tmp_path):
     slow = SlowDisk()
 
     def refuse(operation: Operation) -> None:
@@ -181,7 +181,7 @@ def test_skipped_best_counts_only_if_the_one_that_replaced_it_was_committed(tmp_
         assert resumed.state == state
 
 
-def test_best_that_was_skipped_for_one_that_cannot_be_captured_does_not_count(tmp_path, disk, monkeypatch):
+def test_best_skipped_for_a_failed_capture_does_not_count(tmp_path, disk, monkeypatch):
     run = Run(tmp_path, async_save=True, tolerances=[5])
     with run.keeper as keeper:
         run.observe(5.0)
@@ -218,7 +218,7 @@ def test_queued_best_that_a_tolerance_names_is_waited_for(tmp_path, disk):
     assert (saved_at(tmp_path, REF), saved_at(tmp_path, f"{REF}.tolerance=0")) == (4, 2)
 
 
-def test_later_weights_do_not_reach_a_snapshot_that_is_being_written(tmp_path, disk):
+def test_later_weights_do_not_reach_a_snapshot_in_progress(tmp_path, disk):
     run = Run(tmp_path, async_save=True)
     with run.keeper:
         run.observe(5.0)
@@ -267,7 +267,7 @@ ENTER = {
 
 
 @pytest.mark.parametrize("way", list(ENTER))
-def test_process_that_ends_by_an_exception_leaves_the_best_on_the_disk(tmp_path, way):
+def test_process_ended_by_an_exception_leaves_the_best_on_disk(tmp_path, way):
     program = PROGRAM.format(enter=ENTER[way])
     ended = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False

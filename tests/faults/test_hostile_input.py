@@ -51,7 +51,7 @@ def run(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "snapshot.json"])
-def test_no_byte_of_a_snapshot_can_change_or_go_missing_unnoticed(run, name):
+def test_changed_or_missing_byte_of_a_snapshot_is_noticed(run, name):
     path = snapshot(run) / name
     data = path.read_bytes()
     for at in [*range(0, len(data), 1 + len(data) // 60), len(data) - 1]:
@@ -201,7 +201,7 @@ def test_ref_that_points_outside_does_not_lead_a_load_there(run, tmp_path):
     assert (tmp_path / "other/checkpoints/snapshots/E1/model.pt").exists()
 
 
-def test_link_among_the_snapshots_is_removed_and_not_what_it_points_at(run, tmp_path):
+def test_link_among_the_snapshots_is_removed_not_its_target(run, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("mine")
     (checkpoints(run) / "snapshots/E9").symlink_to(tmp_path / "precious")
@@ -257,7 +257,7 @@ def test_case_twins_are_refused_and_do_not_harm_the_first(tmp_path):
     assert holds(run) == {1.0}
 
 
-def test_refused_new_run_leaves_the_folder_and_can_be_made_a_resume(run):
+def test_refused_new_run_leaves_the_folder_to_be_resumed(run):
     assert "RunExistsError" in refused_start(run, resume=None)
     with BestKeeper(net(0.0), directory=run, resume="ledger", **settings()) as keeper:
         assert keeper.best_metric_value == 1.0

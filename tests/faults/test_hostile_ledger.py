@@ -35,7 +35,7 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_no_flipped_byte_of_the_ledger_loads_anything_but_whole_weights(run):
+def test_flipped_byte_of_the_ledger_loads_whole_weights_only(run):
     data = ledger(run).read_bytes()
     loaded, reasons = [], []
     for at in range(len(data)):
@@ -147,7 +147,7 @@ def test_newer_format_says_what_to_do(run):
     assert "another version of keepbest" in refused_load(run)
 
 
-def test_lost_ledger_with_snapshots_is_not_taken_for_an_empty_folder(run):
+def test_lost_ledger_beside_snapshots_is_no_empty_folder(run):
     ledger(run).unlink()
     for resume in (None, "ledger"):
         assert "was lost, or is an older copy" in refused_start(run, resume)

@@ -315,7 +315,7 @@ def run_with_kills(
         tally.counts["runs"] += 1
 
 
-def test_killed_and_resumed_run_ends_like_one_that_was_never_interrupted(share, reference, killings, tmp_path, request):
+def test_killed_and_resumed_run_ends_like_an_uninterrupted_one(share, reference, killings, tmp_path, request):
     seed, kills = request.config.getoption("--fault-seed"), request.config.getoption("--kills")
     print(f"\n{share.strategy}, run {share.number}: --kills {kills} --fault-seed {seed}")
     random_, expected = random.Random(f"{seed} {share.number}"), reference(share.strategy)

@@ -255,9 +255,7 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
         ("state", "dcp", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
     ],
 )
-def test_full_disk_reaches_every_rank_and_the_run_goes_on_once_there_is_room(
-    small_disk, resume_from, file_format, told
-):
+def test_full_disk_is_reported_on_every_rank_and_resumable(small_disk, resume_from, file_format, told):
     directory = small_disk / "run"
     _, state, error = break_and_mend(directory, "raise", 4, lambda: fill(small_disk), None, file_format)
     assert told in error
@@ -310,7 +308,7 @@ def test_export_to_a_full_disk_is_an_error_that_leaves_nothing(kilobytes, to, fi
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-def test_read_only_disk_is_told_at_the_start_and_can_still_be_read(small_disk):
+def test_read_only_disk_is_refused_at_the_start_and_readable(small_disk):
     directory = small_disk / "run"
     run_ranks(one_session_of_ranks, 2, directory, 6)
     remount(small_disk, "ro")

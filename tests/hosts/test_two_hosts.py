@@ -98,7 +98,7 @@ def test_two_hosts_end_like_one_process(whole, tmp_path):
 
 # Where each rank waits for `rank_timeout`, and where training does.
 @pytest.mark.parametrize("place", [1, 3], ids=["before the metric is observed", "before the next update"])
-def test_cut_network_ends_all_ranks_and_the_resumed_run_equals_one_that_went_through(place, network, whole, tmp_path):
+def test_cut_network_ends_all_ranks_and_they_resume_bit_for_bit(place, network, whole, tmp_path):
     run, content = tmp_path / "run", describe(tmp_path / "run")
     waiting = {"kind": "tests.hosts.wait_for_cut.WaitForCut", "every_n_updates": 1, "update": CUT}
     content["trainer"]["callbacks"].insert(place, {**waiting, "folder": str(tmp_path)})

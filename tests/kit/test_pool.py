@@ -73,7 +73,7 @@ def test_there_is_no_process_group_without_init():
     assert run_ranks(has_process_group, 1) == [True]
 
 
-def test_first_exception_is_raised_with_the_traceback_of_its_rank(capsys: pytest.CaptureFixture[str]):
+def test_first_exception_has_the_traceback_of_its_rank(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ConfigError, match="expected a setting") as caught:
         run_ranks(fail_on_rank_1, 2)
     assert "rank 1 of 2: Traceback" in str(caught.value.__cause__)

@@ -47,9 +47,7 @@ def keep(model, directory, **settings):
 
 @FORMATS
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrapped_submodule_under_two_names_has_both_plain_names_and_loads_with_and_without_its_wrapper(
-    wrapper, file_format, tmp_path
-):
+def test_wrapped_submodule_with_two_names_has_both_and_loads(wrapper, file_format, tmp_path):
     wrap = WRAPPERS[wrapper]
     model, plain = Shared(0, wrap), Shared(0)
     assert gather(model).files["model"].keys() == plain.state_dict().keys()
@@ -109,7 +107,7 @@ def test_weight_of_a_wrapper_itself_is_kept_and_loaded(file_format, tmp_path):
     assert model.decay == 0.5
 
 
-def test_keys_that_fall_together_are_an_error_before_anything_is_saved_that_names_both(tmp_path):
+def test_keys_that_fall_together_are_refused_at_the_start(tmp_path):
     inner = nn.Linear(1, 1)
     inner.register_buffer("decay", torch.tensor(0.1))
     model = nn.ModuleDict({"net": compiled(Decayed(inner, 0.5))})
@@ -118,7 +116,7 @@ def test_keys_that_fall_together_are_an_error_before_anything_is_saved_that_name
     assert not (tmp_path / "run").exists()
 
 
-def test_keys_that_fall_together_later_are_an_error_that_names_both():
+def test_keys_that_fall_together_later_are_refused_by_name():
     model = Decayed(nn.Linear(1, 1), 0.5)
     model.module.register_state_dict_post_hook(
         lambda _module, state, prefix, _metadata: state.update({f"{prefix}decay": torch.zeros(1)})
@@ -139,7 +137,7 @@ def test_key_of_the_state_dict_follows_from_the_plain_key():
 
 
 @pytest.mark.parametrize("save_frozen_weights", [True, False])
-def test_work_to_gather_a_model_grows_with_its_weights_and_not_with_their_square(save_frozen_weights):
+def test_work_to_gather_a_model_is_linear_in_its_weights(save_frozen_weights):
     def work(size):
         model = compiled(nn.ModuleList([nn.Linear(1, 1) for _ in range(size)]))
         return count_calls(lambda: gather(model, save_frozen_weights=save_frozen_weights))

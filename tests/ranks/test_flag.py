@@ -34,7 +34,7 @@ def polls(raised_before: dict[int, int], count: int) -> list[bool]:
         (3, {0: 3}, [False] * 4),
     ],
 )
-def test_all_ranks_see_a_flag_at_the_poll_after_the_one_that_sent_it(world_size, raised_before, seen):
+def test_all_ranks_see_a_flag_one_poll_after_it_was_sent(world_size, raised_before, seen):
     assert run_ranks(polls, world_size, raised_before, 4) == [seen] * world_size
 
 

@@ -69,7 +69,7 @@ def test_copy_ends_like_the_run_and_keeps_no_more(tmp_path, place):
 
 
 @pytest.mark.parametrize("loses", ["the network", "its memory"])
-def test_storage_that_stops_in_the_middle_of_an_upload_and_starts_again(tmp_path, place, loses):
+def test_storage_that_restarts_during_an_upload_is_completed(tmp_path, place, loses):
     directory = tmp_path / "run"
     arguments = (directory, place.url, environment(place), tmp_path)
     with start_ranks(ranks_that_keep_bests_until, 2, *arguments) as ranks, Watch(place) as watch:
@@ -119,7 +119,7 @@ def test_storage_that_forgets_what_it_has_just_confirmed(tmp_path, place, monkey
     assert place.objects() == local_files(tmp_path)
 
 
-def test_storage_that_does_not_come_back_ends_training_on_every_rank_and_upload_makes_up_for_it(tmp_path, place):
+def test_lost_storage_ends_training_and_upload_makes_up_for_it(tmp_path, place):
     directory = tmp_path / "run"
     (tmp_path / "mended").touch()
     (tmp_path / "end").touch()
@@ -144,7 +144,7 @@ def failing_ranks(*arguments):
     ranks_that_keep_bests_until(*arguments, patience=1.0)
 
 
-def test_storage_that_does_not_come_back_costs_a_warning_where_training_goes_on(tmp_path, place, monkeypatch, caplog):
+def test_lost_storage_is_a_warning_where_training_continues(tmp_path, place, monkeypatch, caplog):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with use(tmp_path, patience=0.5):
         run = Run(tmp_path, remote=place.url, on_save_error="warn")
@@ -161,7 +161,7 @@ def test_storage_that_does_not_come_back_costs_a_warning_where_training_goes_on(
     assert place.objects() == local_files(tmp_path)
 
 
-def test_process_that_is_killed_in_the_middle_of_an_upload_leaves_an_earlier_state_of_the_run(tmp_path, place):
+def test_kill_during_an_upload_leaves_an_earlier_state(tmp_path, place):
     directory, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     with start_ranks(ranks_that_keep_bests_until, 2, directory, place.url, environment(place), tmp_path) as ranks:
         for rank in (0, 1):
@@ -185,7 +185,7 @@ def test_process_that_is_killed_in_the_middle_of_an_upload_leaves_an_earlier_sta
     assert place.objects() == local_files(elsewhere)
 
 
-def test_bucket_that_is_not_there_is_told_before_training_on_every_rank(tmp_path, place):
+def test_missing_bucket_is_reported_on_every_rank_at_the_start(tmp_path, place):
     missing = "s3://no-such-bucket/run"
     with start_ranks(ranks_that_keep_bests_until, 2, tmp_path / "run", missing, environment(place), tmp_path) as ranks:
         outcomes = ranks.collect(timeout=60)
@@ -216,7 +216,7 @@ def test_another_run_in_the_same_place_is_noticed(tmp_path, place):
         ("nosuchprotocol://bucket/run", "nosuchprotocol"),
     ],
 )
-def test_remote_that_cannot_be_opened_is_refused_before_anything_is_written(tmp_path, remote, told):
+def test_remote_that_cannot_be_opened_is_refused_at_the_start(tmp_path, remote, told):
     with pytest.raises(ConfigError, match=told):
         Run(tmp_path / "run", remote=remote)
     assert not (tmp_path / "run").exists()
@@ -245,7 +245,7 @@ def two_keepers(directory, url, environment):
             second.keeper.observe(accuracy, update(number))  # of the weights that the first has saved
 
 
-def test_trainer_keeps_a_copy_and_starts_over_where_only_that_is_left(tmp_path, place):
+def test_trainer_starts_over_from_its_remote_copy(tmp_path, place):
     arguments = (tmp_path, place.url, environment(place))
     first = run_ranks(train, 2, *arguments)
     copied = place.objects()

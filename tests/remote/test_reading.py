@@ -46,7 +46,7 @@ def observed(directory: Path) -> list[tuple]:
 
 
 @pytest.mark.parametrize("how", ["by the ledger", "by a state"])
-def test_run_goes_on_in_an_empty_directory_as_if_it_had_never_stopped(tmp_path, place, how):
+def test_run_continues_from_its_remote_copy_in_an_empty_folder(tmp_path, place, how):
     whole = Run(tmp_path / "whole", tolerances=[0, 1], keep_top_k=2)
     with whole.keeper:
         whole.observe(*VALUES)
@@ -79,7 +79,7 @@ def test_new_run_does_not_take_the_place_of_another(tmp_path, finished):
     assert not snapshots(tmp_path / "new")
 
 
-def test_run_that_went_on_elsewhere_is_not_gone_on_with_from_here(tmp_path, finished):
+def test_run_that_continued_elsewhere_is_not_resumed_here(tmp_path, finished):
     elsewhere = Run(tmp_path / "elsewhere", remote=finished.url, resume="ledger")
     with elsewhere.keeper:
         elsewhere.observe(1.0, first=8)

@@ -85,7 +85,7 @@ def test_signs_of_a_pattern_in_a_url_are_no_pattern(tmp_path):
     assert neighbour.objects() == {"snapshots/U1/model.pt": b"of a neighbour"}
 
 
-def test_damage_here_does_not_take_the_place_of_what_is_whole_there(tmp_path, place):
+def test_local_damage_does_not_replace_a_whole_remote_copy(tmp_path, place):
     run = Run(tmp_path, remote=place.url)
     with run.keeper:
         run.observe(3.0)
@@ -129,7 +129,7 @@ def test_snapshot_that_is_missing_everywhere_is_not_named_there(tmp_path, place)
     assert place.objects() == {}
 
 
-def test_second_run_is_refused_though_the_first_has_observed_nothing_yet(tmp_path, place):
+def test_second_run_is_refused_before_the_first_observes(tmp_path, place):
     first = Run(tmp_path / "first", remote=place.url)
     with first.keeper:
         with pytest.raises(RunExistsError, match="choose another remote"):
@@ -194,7 +194,7 @@ def test_every_keeper_is_told_of_a_copy_that_lags_behind(tmp_path, place, impati
     assert "training continues" in caplog.text
 
 
-def test_upload_that_takes_longer_than_the_patience_and_fails_is_tried_again(tmp_path, place, monkeypatch):
+def test_upload_that_fails_after_the_patience_is_tried_again(tmp_path, place, monkeypatch):
     put, now, failures = Remote.put, [0.0], [ConnectionError("cut")]
 
     def slow(remote, file, path):
@@ -220,7 +220,7 @@ def test_storage_that_never_shows_what_it_has_taken_is_given_up(tmp_path, place,
         run.keeper.close()
 
 
-def test_storage_that_lets_nothing_be_removed_costs_its_room_only(tmp_path, place, monkeypatch, caplog):
+def test_storage_without_removals_costs_only_its_room(tmp_path, place, monkeypatch, caplog):
     monkeypatch.setattr(Remote, "remove", refuse(PermissionError("not yours")))
     run = Run(tmp_path, remote=place.url)
     with run.keeper as keeper:
@@ -253,7 +253,7 @@ def test_reader_of_a_run_that_goes_on_finds_a_state_of_it(tmp_path, place, monke
         assert verify(place.url) == []
 
 
-def test_keeper_that_is_left_does_not_wait_and_its_upload_changes_nothing_later(tmp_path, place, monkeypatch):
+def test_abandoned_keeper_does_not_wait_for_its_upload(tmp_path, place, monkeypatch):
     monkeypatch.setattr(mirror, "_PATIENCE_AT_THE_END", 0.05)
     put, is_begun, may_end = Remote.put, threading.Event(), threading.Event()
 

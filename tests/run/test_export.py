@@ -50,7 +50,7 @@ def read(paths):
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("to", ["model.pt", "model.safetensors", "folder"])
-def test_export_holds_the_weights_of_the_single_process_model_bit_for_bit(file_format, to, tmp_path):
+def test_export_equals_the_single_process_model_bit_for_bit(file_format, to, tmp_path):
     run_ranks(keep, 2, tmp_path / "run", file_format)
     written = export(tmp_path / "run", BEST, tmp_path / "out" / to)
     assert [path.is_relative_to(tmp_path / "out" / to) for path in written] == [True]
@@ -59,7 +59,7 @@ def test_export_holds_the_weights_of_the_single_process_model_bit_for_bit(file_f
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_parts_come_together_under_the_keys_of_the_whole_model_or_alone_under_their_own(file_format, tmp_path):
+def test_parts_are_exported_together_or_alone_by_their_own_keys(file_format, tmp_path):
     keep(tmp_path / "run", file_format, nested, "single")
     model = nested(0)
     parts = ["autoencoder.encoder", "autoencoder.decoder", "head"]
@@ -77,7 +77,7 @@ def test_parts_come_together_under_the_keys_of_the_whole_model_or_alone_under_th
 
 
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
-def test_large_folder_has_several_files_and_an_index_that_finds_each_tensor(file_format, tmp_path):
+def test_large_export_has_several_files_and_an_index(file_format, tmp_path):
     keep(tmp_path / "run", file_format, wrap="single")
     written = export(tmp_path / "run", BEST, tmp_path / "out", largest_file=200)
     *files, index = written
@@ -167,7 +167,7 @@ def keep_and_load_tied(directory, wrap):
     return [{value for weight in whole_weights(model) for value in weight.flatten().tolist()} for model in models]
 
 
-def test_tied_tensors_of_a_distributed_checkpoint_are_written_once_and_tied_again(tmp_path):
+def test_tied_tensors_of_dcp_are_written_once_and_tied_again(tmp_path):
     for wrap, ranks in [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp1", 2), ("fsdp1_flat", 3)]:
         run = tmp_path / wrap
         assert run_ranks(keep_and_load_tied, ranks, run, wrap) == [[{7.0}] * 2] * ranks
@@ -213,7 +213,7 @@ def test_work_to_export_is_linear_and_no_more_for_dcp(to, tmp_path):
     assert large["dcp"] < large["torch"]
 
 
-def test_export_of_a_distributed_checkpoint_plans_no_read_of_each_tensor(tmp_path, monkeypatch):
+def test_export_of_dcp_plans_no_read_of_each_tensor(tmp_path, monkeypatch):
     keep(tmp_path / "run", "dcp", wrap="single")
     planned = []
     monkeypatch.setattr(DefaultLoadPlanner, "set_up_planner", lambda *arguments, **_: planned.append(arguments))

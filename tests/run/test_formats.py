@@ -47,20 +47,20 @@ class WithState(nn.Linear):
         ({"format": "dcp", "async_save": True}, "async_save goes with 'torch' and 'safetensors' only"),
     ],
 )
-def test_format_that_cannot_be_is_refused_before_anything_is_done(settings, message, tmp_path):
+def test_impossible_format_is_refused_at_construction(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         keeper_of(nn.Sequential(nn.Linear(1, 1), WithState(1, 1)), tmp_path / "run", **settings).start()
     assert not (tmp_path / "run").exists()
 
 
-def test_dtype_that_a_safetensors_file_cannot_hold_is_refused_before_anything_is_done(tmp_path):
+def test_dtype_unknown_to_safetensors_is_refused_at_the_start(tmp_path):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(2, 2, dtype=torch.complex128))
     with pytest.raises(ConfigError, match=r"'1\.weight' is torch\.complex128, which format 'safetensors' cannot hold"):
         keeper_of(model, tmp_path / "run", format="safetensors").start()
     assert not (tmp_path / "run").exists()
 
 
-def test_tied_tensors_are_one_in_a_safetensors_file_and_in_what_is_loaded_of_it(tmp_path):
+def test_tied_tensors_are_one_in_safetensors_and_when_loaded(tmp_path):
     with keeper_of(odd(0), tmp_path, format="safetensors") as keeper:
         keeper.observe(1.0, update(1))
     [file] = keeper.best_path.glob("*.safetensors")
@@ -112,7 +112,7 @@ def resolved(tensors):
     return {number: tensor.resolve_conj().resolve_neg() for number, tensor in enumerate(tensors)}
 
 
-def test_values_of_a_shard_are_read_alone_where_torch_saves_the_same_around_them(tmp_path):
+def test_values_of_a_shard_are_read_alone_in_a_known_frame(tmp_path):
     tensors = [tensor for tensor, _ in SHARDS]
     with without_crc32():
         found, loads = read_shards(tmp_path / "shards", tensors)
@@ -149,7 +149,7 @@ def keep_two(directory, wrap):
         keeper.close()
 
 
-def test_keepers_share_a_snapshot_of_one_format_and_old_ones_are_removed(tmp_path):
+def test_keepers_share_a_snapshot_and_old_ones_are_removed(tmp_path):
     run_ranks(keep_two, 2, tmp_path, "fsdp2")
     found = refs(tmp_path)
     assert found[BEST] == found[f"{BEST}.id=b"] == "U2"
@@ -171,7 +171,7 @@ def keep_where_ranks_see_different_folders(directory):
     return str(caught.value)
 
 
-def test_folder_that_hosts_do_not_share_is_told_on_every_rank_and_nothing_is_left(tmp_path):
+def test_unshared_folder_is_reported_on_every_rank(tmp_path):
     messages = run_ranks(keep_where_ranks_see_different_folders, 3, tmp_path)
     assert len(set(messages)) == 1
     assert "failed to open run for best_model.loss on rank 1 of 3: OSError: run" in messages[0]
@@ -200,7 +200,7 @@ def keep_where_a_rank_cannot_write(directory, on_save_error):
     return failure, outcome.is_new_best
 
 
-def test_rank_that_cannot_write_fails_on_all_and_the_best_before_stays(tmp_path):
+def test_rank_that_cannot_write_fails_on_all_and_the_best_stays(tmp_path):
     results = run_ranks(keep_where_a_rank_cannot_write, 2, tmp_path / "raise", "raise")
     assert results[0] == results[1]
     assert (
@@ -234,7 +234,7 @@ def test_slow_disk_of_one_rank_trips_no_timeout(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
-def test_flipped_byte_in_any_shard_is_found_on_whatever_rank_reads_it(name, tmp_path):
+def test_flipped_byte_of_a_shard_is_found_on_each_reading_rank(name, tmp_path):
     run_ranks(keep_one, 2, tmp_path)
     path = tmp_path / "checkpoints" / BEST / "model.dcp" / name
     data = bytearray(path.read_bytes())

@@ -75,7 +75,7 @@ def test_refs_and_snapshots_follow_the_ledger_after_a_crash(run):
     assert [path.name for path in (folder / "snapshots").iterdir()] == ["U2"]
 
 
-def test_quiet_intervals_are_on_the_disk_after_a_flush_and_values_keep_their_bits(tmp_path):
+def test_quiet_intervals_are_on_disk_after_a_flush_bit_for_bit(tmp_path):
     values = [0.1 + 0.2, 1e308, 5e-324, float("inf"), float("nan"), -0.0, 1.0]
     run = Run(tmp_path)
     run.observe(*values)

@@ -52,7 +52,7 @@ def test_flipped_byte_is_found_in_any_file(run, name):
 
 
 @pytest.mark.parametrize("change", ["truncate", "remove", "empty", "append"])
-def test_file_of_another_length_is_refused_before_anything_is_loaded(run, change):
+def test_file_of_another_length_is_refused_before_the_load(run, change):
     path = run.keeper.best_path / "1.pt"
     data = path.read_bytes()
     path.write_bytes({"truncate": data[:-1], "append": data + b"\0"}.get(change, b""))
@@ -66,7 +66,7 @@ class Trap:
         return os.mkdir, ("sprung",)
 
 
-def test_pickle_that_would_run_code_is_refused_also_where_its_digest_is_right(run, monkeypatch, tmp_path):
+def test_pickle_that_runs_code_is_refused_despite_its_digest(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path = run.keeper.best_path / "0.pt"
     torch.save({"weight": Trap()}, path)

@@ -18,7 +18,7 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
-def test_new_best_does_not_wait_for_the_removal_of_the_old_one_but_the_next_and_a_flush_do(run, monkeypatch):
+def test_new_best_does_not_wait_for_the_removal_of_the_old_one(run, monkeypatch):
     remove, join, create = shutil.rmtree, threading.Thread.join, Files.create
     is_waited_for = threading.Event()
     found = []
@@ -45,7 +45,7 @@ def test_new_best_does_not_wait_for_the_removal_of_the_old_one_but_the_next_and_
         assert names(run) == {"U3"}
 
 
-def test_what_could_not_be_removed_is_told_and_goes_with_the_next_best(run, monkeypatch, caplog):
+def test_failed_removal_is_logged_and_retried_at_the_next_best(run, monkeypatch, caplog):
     remove = shutil.rmtree
     refusals = [PermissionError("not now")]
     monkeypatch.setattr(

@@ -40,7 +40,7 @@ def harder(folder, **settings):
 
 @pytest.mark.parametrize("has_copy", [False, True])
 @pytest.mark.parametrize("resume", [removed, before, harder])
-def test_next_finite_value_is_a_new_best_where_the_best_has_no_weights(resume, has_copy, tmp_path, caplog):
+def test_finite_value_replaces_a_best_without_weights(resume, has_copy, tmp_path, caplog):
     folder = tmp_path / "run"
     settings = {"remote": f"file://{tmp_path}/copy"} if has_copy else {}
     first = Run(folder, **settings)
@@ -82,7 +82,7 @@ def test_best_that_the_copy_still_has_is_brought_back(tmp_path):
     assert saved_at(tmp_path / "run", BEST) == 3
 
 
-def test_state_that_is_resumed_in_an_empty_folder_keeps_the_next_finite_value(tmp_path, caplog):
+def test_state_resumed_in_an_empty_folder_keeps_the_next_value(tmp_path, caplog):
     first = Run(tmp_path / "a", tolerances=[0, 5], keep_top_k=2)
     with first.keeper:
         first.observe(1.0, 2.0, 3.0)
@@ -123,7 +123,7 @@ def test_nothing_else_is_removed_before_there_is_a_new_best(tmp_path):
     run.keeper.close()
 
 
-def test_ref_on_weights_that_are_gone_moves_to_the_best_that_is_left(tmp_path):
+def test_ref_on_lost_weights_moves_to_the_best_that_is_left(tmp_path):
     run = Run(tmp_path, tolerances=[0])
     with run.keeper:
         run.observe(5.0)

@@ -109,7 +109,7 @@ def test_job_that_is_signalled_goes_on_from_where_it_was(cluster, rounds, update
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_job_that_is_signalled_before_it_trains_returns_to_the_queue_too(cluster, updates, whole, tmp_path):
+def test_job_signalled_before_training_returns_to_the_queue(cluster, updates, whole, tmp_path):
     late = {"kind": "tests.slurm.pause.LateAutoEncoder", "folder": str(tmp_path)}
     job = submit(cluster, tmp_path, "run", updates, model=late)
     job.wait_until("builds its model", lambda: len(list(tmp_path.glob("rank*"))) == 4)
@@ -141,9 +141,7 @@ def test_job_returns_when_one_of_its_nodes_goes_down(cluster, rounds, updates, w
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_rank_that_dies_ends_the_job_which_can_be_sent_back_to_its_last_resume_checkpoint(
-    cluster, updates, whole, tmp_path
-):
+def test_dead_rank_ends_the_job_which_resumes_from_a_checkpoint(cluster, updates, whole, tmp_path):
     job = submit(cluster, tmp_path, "run", updates)
     checkpoint = updates // 2
     job.wait_until("is behind its first resume checkpoint", lambda: observed(tmp_path / "run") > checkpoint + PART // 2)

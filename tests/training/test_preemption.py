@@ -68,9 +68,7 @@ def with_signal(content: dict[str, Any], number: int, update: int, rank: int) ->
         (3, "fsdp1", signal.SIGINT, 2, False),
     ],
 )
-def test_all_ranks_stop_together_and_the_resumed_run_equals_one_that_went_through(
-    world_size, strategy, number, rank, async_save, tmp_path
-):
+def test_all_ranks_stop_together_and_resume_bit_for_bit(world_size, strategy, number, rank, async_save, tmp_path):
     content = describe(tmp_path / "whole", strategy, async_save=async_save)
     path = runs.write_config(tmp_path / "config.yaml", content)
     runs.succeeded(runs.train_on_ranks(world_size, path))
@@ -91,7 +89,7 @@ def test_all_ranks_stop_together_and_the_resumed_run_equals_one_that_went_throug
 
 
 @pytest.mark.parametrize("update", [2 * EPOCHS - 1, 2 * EPOCHS])
-def test_signal_that_comes_with_the_last_updates_lets_training_end(update, tmp_path):
+def test_signal_during_the_last_updates_lets_training_end(update, tmp_path):
     content = with_signal(describe(tmp_path / "run", "ddp"), signal.SIGTERM, update, 1)
     runs.succeeded(runs.train_on_ranks(2, runs.write_config(tmp_path / "config.yaml", content)))
     assert {checkpoint.exceeded for checkpoint in runs.checkpoints(tmp_path / "run").values()} >= {None}
@@ -107,7 +105,7 @@ def test_checkpoint_of_the_same_iteration_is_not_saved_twice(tmp_path):
     assert len(pins) == 1
 
 
-def test_without_resume_checkpoints_the_run_says_that_it_will_start_over(tmp_path):
+def test_run_without_checkpoints_says_it_will_start_over(tmp_path):
     content = with_signal(describe(tmp_path / "run", "single", checkpoints=False), signal.SIGTERM, 5, 0)
     path = runs.write_config(tmp_path / "config.yaml", content)
     ended = runs.real_keepbest("train", path)
@@ -130,7 +128,7 @@ def heeds_the_keyboard():
 
 
 @pytest.mark.usefixtures("heeds_the_keyboard")
-def test_second_interrupt_from_the_keyboard_is_obeyed_at_once_and_handlers_are_put_back():
+def test_second_interrupt_is_obeyed_and_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     preemption = Preemption(Ranks.connect())
 

@@ -74,7 +74,7 @@ def scalars(directory):
     return {key: [(each.step, each.value) for each in events.Scalars(key)] for key in events.Tags()["scalars"]}
 
 
-def test_bests_and_closed_tolerances_are_marked_also_after_a_resume_from_an_earlier_iteration(tmp_path):
+def test_bests_and_closed_tolerances_are_marked_after_a_resume(tmp_path):
     run_ranks(train, 2, tmp_path, LEFT, None, len(LEFT))
     found = scalars(tmp_path)
     assert found[f"best/{KEY}"] == [(1, 5.0), (2, 3.0), (5, 2.0), (6, 1.0)]
