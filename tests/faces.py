@@ -45,22 +45,26 @@ def command_line(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def lightning(directory: Path, settings: dict[str, Any]) -> None:
+    from pytorch_lightning import Trainer
+
     from keepbest.integrations.lightning import BestCheckpoint
 
     checkpoint = BestCheckpoint("loss", directory=directory, **settings)
-    trainer = SimpleNamespace(fast_dev_run=False, callbacks=[], model=None, current_epoch=0, global_step=0)
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     checkpoint.on_train_start(trainer, nn.Linear(1, 1))
     checkpoint.on_exception(trainer, nn.Linear(1, 1), KeyboardInterrupt())
 
 
 def transformers(directory: Path, settings: dict[str, Any]) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from keepbest.integrations.transformers import BestCheckpoint
 
     checkpoint = BestCheckpoint("loss", directory=directory, **settings)
-    arguments = SimpleNamespace(deepspeed_plugin=None, metric_for_best_model=None)
-    state = SimpleNamespace(stateful_callbacks={}, global_step=0)
-    checkpoint.on_train_begin(arguments, state, SimpleNamespace(), model=nn.Linear(1, 1))
-    checkpoint.on_train_end(arguments, state, SimpleNamespace())
+    arguments = TrainingArguments(directory, eval_strategy="epoch", use_cpu=True, report_to="none")
+    state, control = TrainerState(), TrainerControl()
+    checkpoint.on_train_begin(arguments, state, control, model=nn.Linear(1, 1))
+    checkpoint.on_train_end(arguments, state, control)
 
 
 def ignite(directory: Path, settings: dict[str, Any]) -> None:

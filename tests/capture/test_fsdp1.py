@@ -49,8 +49,7 @@ def bytes_beside_the_buffer(wrap, is_nested):
     return held
 
 
-@pytest.mark.parametrize("is_nested", [False, True])
-@pytest.mark.parametrize("wrap", [fsdp1, fsdp1_flat])
+@pytest.mark.parametrize(("wrap", "is_nested"), [(fsdp1, True), (fsdp1_flat, False)])
 def test_no_gathered_unit_outlives_its_copy_into_the_buffer(wrap, is_nested):
     for held in run_ranks(bytes_beside_the_buffer, 2, wrap, is_nested):
         assert max(held) < WIDTH * WIDTH * 4 / 2  # not even one parameter
