@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -182,6 +182,9 @@ def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry 
     is_frozen = source.is_frozen(key)
     if key.rpartition(".")[2] == EXTRA_STATE or not isinstance(value, torch.Tensor):
         return Entry(Form("data", (), "", "", "", is_frozen), (), "cpu", "")
+    is_plain = flat is None and type(value) in PLAIN_CLASSES
+    if is_plain and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
+        return _dense_entry(role, value.shape, value.dtype, value.device.type, is_frozen)
     shape: tuple[int, ...] = ()
     spread, members = "", tuple[int, ...]()
     if flat is not None:
@@ -198,6 +201,12 @@ def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry 
         layout = "quantized" if value.is_quantized else "nested"
     form = Form(role, shape, _word(value.dtype), layout, spread, is_frozen)
     return Entry(form, members, value.device.type, "")
+
+
+@lru_cache(maxsize=1024)
+def _dense_entry(role: Role, shape: torch.Size, dtype: torch.dtype, device: str, is_frozen: bool) -> Entry:
+    """One entry for all tensors of a kind: a model may have thousands of each."""
+    return Entry(Form(role, tuple(shape), _word(dtype), "strided", "", is_frozen), (), device, "")
 
 
 @cache

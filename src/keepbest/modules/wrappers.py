@@ -83,6 +83,7 @@ class PlainNames:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._is_wrapped = any(wrapper_of(inner) is not None for inner in module.modules())
         self._seen: dict[int, tuple[Wrapper | None, frozenset[str]]] = {}
         self._parsed: dict[str, tuple[str, bool]] = {}
 
@@ -124,6 +125,8 @@ class PlainNames:
 
     def _parse(self, key: str) -> tuple[str, bool]:
         """Return the plain key, and whether what it names is no mere bookkeeping of a wrapper."""
+        if not self._is_wrapped:
+            return key, True
         if (parsed := self._parsed.get(key)) is None:
             parsed = self._parsed[key] = self._walk_along(key)
         return parsed
