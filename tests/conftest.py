@@ -17,6 +17,7 @@ from tests.kit.quick import NoProcesses
 torch.set_num_threads(1)
 # How long an example takes depends on what the other test process does.
 settings.register_profile("keepbest", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=20)
 settings.load_profile("keepbest")
 
 
@@ -42,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick"):
+        settings.load_profile("quick")
         config.pluginmanager.register(NoProcesses())
 
 

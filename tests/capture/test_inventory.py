@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from keepbest import BestKeeper
+from keepbest import BestKeeper, load
 from keepbest.capture.fingerprint import _reduced
 from keepbest.errors import ConfigError, RankFailedError
 from tests.kit.pool import run_ranks
@@ -232,6 +232,29 @@ def bring_a_layer_of_another_rank(directory, value):
 def test_layer_added_later_is_compared_with_that_of_another_rank(value, found, tmp_path):
     for message in run_ranks(bring_a_layer_of_another_rank, 2, tmp_path, value):
         assert re.match(found, message), message
+
+
+def let_ranks_drift_apart(directory, file_format):
+    model = three_layers()
+    set_weights(model, 1.0)
+    with keeper_of(model, directory, format=file_format) as keeper:
+        keeper.observe(2.0, update(1))
+        with torch.no_grad():
+            model[1].weight[0, 0] += float(dist.get_rank())  # as without an exchange of gradients
+        with pytest.raises(ConfigError) as caught:
+            keeper.observe(1.0, update(2))
+        with torch.no_grad():
+            model[1].weight[0, 0] = 3.0
+        return str(caught.value), keeper.observe(1.5, update(3)).is_new_best
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_weights_that_drift_apart_in_training_are_refused(file_format, tmp_path):
+    for message, is_kept_later in run_ranks(let_ranks_drift_apart, 3, tmp_path, file_format):
+        assert re.match("ranks 0, 1, 2 hold different weights under the same name: 1.weight", message)
+        assert is_kept_later
+    load(tmp_path, "best_model.loss", model := three_layers())
+    assert model[1].weight[0, 0].item() == 3.0
 
 
 def change_in_ways_that_can_be_kept(directory):

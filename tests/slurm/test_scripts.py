@@ -20,7 +20,7 @@ BEST = "best_model.loss.val.classification"
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("alone") / "run"
-    ended = runs.keepbest("train", CONFIG, "trainer.strategy=single", f"directory={directory}")
+    ended = runs.real_keepbest("train", CONFIG, "trainer.strategy=single", f"directory={directory}")
     assert ended.returncode == 0, ended.stderr
     return directory
 

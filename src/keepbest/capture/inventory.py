@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dicts
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
-from keepbest.capture.union import Report, Union, changes, describe, listed, same_everywhere, unite
+from keepbest.capture.union import Report, Union, changes, describe, listed, refuse_other_values, same_everywhere, unite
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor
@@ -121,13 +121,14 @@ class Inventory:
             if changed or union is None:
                 return held, Number(None, None, describe(changed, before, held.entries))
             claim(Agreed(held, union))
-            return held, Number(self._print_of_buffers(held, union), None)
+            return held, Number(self._print_of_values(held, union), None)
 
         held, numbers = self.ranks.compare(step, look_again, saving=saving)
         notes = {rank: number.note for rank, number in enumerate(numbers) if number.note}
         if not notes and union is not None:
             agreed = Agreed(held, union)
-            self._warn_of_buffers(step, agreed, numbers)
+            if len({number.value for number in numbers}) > 1:
+                self._compare_values(step, agreed)
             return agreed
         changed = changes(before, held.entries)
         # Also what is the same here, if another rank has remade it, or has it now for the first time.
@@ -195,35 +196,46 @@ class Inventory:
             found[name] = (place, known[id(value)])
         return found
 
-    def _print_of_buffers(self, held: Held, union: Union) -> float | None:
-        if self._has_warned:
+    def _print_of_values(self, held: Held, union: Union) -> float | None:
+        if self.ranks.world_size == 1:
             return None
-        prints = json.dumps(self._prints_of_buffers(held, union))
+        prints = json.dumps(self._prints_of_values(held, union))
         return float(int.from_bytes(hashlib.blake2b(prints.encode(), digest_size=8).digest(), "big") % _EXACT)
 
-    def _prints_of_buffers(self, held: Held, union: Union) -> dict[str, str]:
-        """Fingerprints of the buffers that every rank has to itself. Those that DDP keeps equal are not among them."""
-        kept_equal = [
-            f"{path}." if path else ""
-            for path, module in walk(self.items.model)
-            if isinstance(module, DistributedDataParallel) and module.broadcast_buffers
-        ]
-        paths = {part.name: f"{part.path}." if part.path else "" for part in self.items.parts}
-        return {
-            str(name): fingerprint(held.values[name])
-            for name, holding in union.kept()
-            if holding.is_everywhere and holding.entry.form.role == "buffer" and not holding.entry.members
-            if not f"{paths[name.part]}{name.key}".startswith(tuple(kept_equal))
-        }
+    def _prints_of_values(self, held: Held, union: Union) -> list[tuple[str, str, str]]:
+        """Fingerprints, by part and key, of what every rank has to itself and nothing keeps equal.
 
-    def _warn_of_buffers(self, step: str, agreed: Agreed, numbers: list[Number]) -> None:
-        if self._has_warned or len({number.value for number in numbers}) == 1:
-            return
-        self._has_warned = True
-        everybodys: list[Mapping[str, str]] = self.ranks.gather_json(
-            step, lambda: self._prints_of_buffers(agreed.held, agreed.union)
+        These are parameters that train outside of DDP, and, until a warning, buffers that DDP does not broadcast.
+        """
+        in_ddp, broadcast = list[str](), list[str]()
+        for path, module in walk(self.items.model):
+            if isinstance(module, DistributedDataParallel):
+                in_ddp.append(f"{path}." if path else "")
+                broadcast += in_ddp[-1:] if module.broadcast_buffers else []
+        kept_equal = {"parameter": tuple(in_ddp), "buffer": tuple(broadcast)}
+        paths = {part.name: f"{part.path}." if part.path else "" for part in self.items.parts}
+        prints = []
+        for name, holding in union.kept():
+            role = holding.entry.form.role
+            if role not in kept_equal or not holding.is_everywhere or holding.entry.members:
+                continue
+            value: torch.Tensor = held.values[name]
+            may_differ = value.requires_grad if role == "parameter" else not self._has_warned
+            if may_differ and not f"{paths[name.part]}{name.key}".startswith(kept_equal[role]):
+                prints.append((*name, fingerprint(value)))
+        return prints
+
+    def _compare_values(self, step: str, agreed: Agreed) -> None:
+        """Refuse parameters that have come to differ, and warn of buffers. **Collective**."""
+        everybodys: list[list[tuple[str, str, str]]] = self.ranks.gather_json(
+            step, lambda: self._prints_of_values(agreed.held, agreed.union)
         )
-        differing = [name for name in everybodys[0] if len({prints[name] for prints in everybodys}) > 1]
+        prints = [{Name(part, key): ("", digest) for part, key, digest in each} for each in everybodys]
+        holdings = agreed.union.holdings
+        buffers = [name for name in prints[0] if holdings[name].entry.form.role == "buffer"]
+        refuse_other_values([{name: each[name] for name in each if name not in buffers} for each in prints])
+        differing = [str(name) for name in buffers if len({each[name] for each in prints}) > 1]
+        self._has_warned = self._has_warned or bool(differing)
         if differing and self.ranks.is_main:
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             _logger.warning(

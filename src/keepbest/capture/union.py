@@ -114,7 +114,7 @@ def unite(reports: Sequence[Report]) -> Union:
         for name in report.entries:
             holders.setdefault(name, []).append(rank)
     _refuse_other_forms(reports, holders)
-    _refuse_other_values(reports, holders)
+    refuse_other_values([report.prints for report in reports])
     holdings: dict[Name, Holding] = {}
     for number, (name, ranks) in enumerate(holders.items()):
         entry = reports[ranks[0]].entries[name]
@@ -142,15 +142,20 @@ def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequen
             raise ConfigError(f"the ranks hold different things under the name {str(name)!r}: {found}. {_WAYS_OUT}")
 
 
-def _refuse_other_values(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:
+def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]]) -> None:
+    """Check that ranks that hold the same piece of a parameter hold the same values.
+
+    Args:
+        prints: What each rank holds, by name: which piece, and its fingerprint.
+
+    Raises:
+        ConfigError: If they do not. The same on every rank.
+    """
     differing: dict[str, set[int]] = {}
-    for name, ranks in holders.items():
-        seen: dict[str, tuple[str, int]] = {}
-        for rank in ranks:
-            if name not in reports[rank].prints:
-                continue
-            place, digest = reports[rank].prints[name]
-            known, first = seen.setdefault(place, (digest, rank))
+    seen: dict[tuple[Name, str], tuple[str, int]] = {}
+    for rank, each in enumerate(prints):
+        for name, (place, digest) in each.items():
+            known, first = seen.setdefault((name, place), (digest, rank))
             if known != digest:
                 differing.setdefault(str(name), set()).update((first, rank))
     if differing:
