@@ -50,7 +50,7 @@ def place():
 
 @pytest.fixture
 def impatient(tmp_path):
-    with use(tmp_path, patience=1.5):
+    with use(tmp_path, patience=0.5):
         yield
 
 
