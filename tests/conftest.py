@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick"):
         settings.load_profile("quick")
         config.pluginmanager.register(NoProcesses())
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays. Frameworks collect garbage in each training, and would look through all of it each time.
+    gc.freeze()
 
 
 # {path: the option that it needs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -34,6 +35,7 @@ def pause(text: str) -> None:
 
 def main(connection: Connection, folder: Path, rank: int, world_size: int, init: bool, job: bytes) -> None:
     """Runs the pickled `(function, arguments)`, reports its outcome and lives on until the parent lets go."""
+    gc.freeze()  # what the forkserver has imported is no garbage, and stays shared with it
     threading.Thread(target=_end_with_test_process, daemon=True).start()
     _send_output_to(folder / f"rank{rank}.txt")
     _to_parent.append(connection)
