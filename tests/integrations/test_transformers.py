@@ -107,18 +107,14 @@ class Evaluates(TrainerCallback):
             self.is_busy = False
 
 
-def run_with_other_evaluations(directory):
+def test_one_evaluation_of_the_training_per_step_is_observed(tmp_path):
     evaluates, best = Evaluates(), BestCheckpoint()
-    trainer = make_trainer(directory, callbacks=[best, evaluates], eval_on_start=True, eval_steps=2)
+    trainer = make_trainer(tmp_path, callbacks=[best, evaluates], eval_on_start=True, eval_steps=2)
     evaluates.trainer = trainer
     trainer.evaluate()
     trainer.train()
     trainer.evaluate()
     trainer.predict(trainer.eval_dataset)
-
-
-def test_one_evaluation_of_the_training_per_step_is_observed(tmp_path):
-    run_ranks(run_with_other_evaluations, 2, tmp_path)
     assert FACE.observed(tmp_path) == [("U2", 3.0), ("U4", 6.0), ("U6", 2.0), ("U8", 2.5)]
 
 

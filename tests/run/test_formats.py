@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -16,9 +17,12 @@ from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, SnapshotError, StorageError
+from keepbest.formats.registry import find_format
 from keepbest.formats.shards import Shard, ShardReader
 from keepbest.formats.torch_file import without_crc32
+from keepbest.run.files import Files
 from keepbest.run.verify import verify
+from tests.kit.files import SteppedFiles, before
 from tests.kit.models import odd, same
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, snapshots, update
@@ -51,6 +55,18 @@ def test_impossible_format_is_refused_at_construction(settings, message, tmp_pat
     with pytest.raises(ConfigError, match=message):
         keeper_of(nn.Sequential(nn.Linear(1, 1), WithState(1, 1)), tmp_path / "run", **settings).start()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [10, 5_000_000], ids=["small", "large"])
+def test_refused_write_of_a_torch_file_shows_its_cause(size, tmp_path):
+    def refuse(operation):
+        if operation.name == "write":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        find_format("torch").write_file(SteppedFiles(before(refuse)), tmp_path / "a.pt", {"weight": torch.zeros(size)})
+    find_format("torch").write_file(Files(), tmp_path / "b.pt", state := {"weight": torch.randn(size)})
+    assert torch.equal(torch.load(tmp_path / "b.pt", weights_only=True)["weight"], state["weight"])
 
 
 def test_dtype_unknown_to_safetensors_is_refused_at_the_start(tmp_path):

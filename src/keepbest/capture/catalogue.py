@@ -154,8 +154,9 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
     } | flat.keys()
     firsts: dict[tuple[str, bool, Hashable], str] = {}  # a tensor that is kept is none that is left out
     for part in source.parts:
+        is_whole = not source.path_of(part) and not part.apart
         for key, value in state.items():
-            inside = source.key_in(part, key)
+            inside = key if is_whole else source.key_in(part, key)
             if inside is None:
                 continue
             role: Role = "parameter" if key in parameters else "buffer"

@@ -182,8 +182,10 @@ class _Receiver:
             if name.part in inside and name in self._agreed.held.entries:
                 key = inside[name.part] + name.key
                 if key in state or not source.holds_fsdp1:
-                    first = Name(name.part, holding.entry.first)
-                    found[name] = found[first] if first in found else self._receive(name, holding, state[key])
+                    if holding.entry.first and (first := Name(name.part, holding.entry.first)) in found:
+                        found[name] = found[first]
+                    else:
+                        found[name] = self._receive(name, holding, state[key])
         if source.holds_fsdp1 and self._ranks.is_main:
             found |= self._added_by_hooks(source, state)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from types import NoneType
@@ -45,7 +46,7 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
         )
         if fault is not None:
             raise ConfigError(f"{str(name)!r} {fault}")
-    for source in held.sources:
+    for source in held.sources if "torch.distributed.fsdp" in sys.modules else ():
         # Without original parameters FSDP1 takes the parameters out of their modules: they have no names any more.
         taken = (path for path, inside in source.module.named_modules() if _is_emptied_by_fsdp1(inside))
         if not source.holds_fsdp1 and (path := next(taken, None)) is not None:

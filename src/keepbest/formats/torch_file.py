@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from keepbest.modules.kinds import is_dense
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
+# A file of fewer bytes is made in memory first: torch writes each tensor in five pieces, however small it is.
+_SMALL = 1 << 24
+
 
 class TorchFile(WholeFileFormat):
     """Files that a bare `torch.load(path, weights_only=True)` reads."""
@@ -29,15 +33,14 @@ class TorchFile(WholeFileFormat):
         tied = first_names({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
         compact = {key: _compact(value) for key, value in state.items() if key not in tied}
         compact |= {key: compact[first] for key, first in tied.items()}
-        with files.create(path) as file:
+        ordered = {key: compact[key] for key in state}
+        with files.create(path) as file, without_crc32():
             sink = DigestingFile(file)
-            try:
-                with without_crc32():
-                    torch.save({key: compact[key] for key in state}, sink)  # type: ignore[arg-type]  # it needs write and flush only
-            except RuntimeError as error:
-                if sink.failure is not None:
-                    raise sink.failure from error
-                raise
+            if _is_small(compact.values()):
+                torch.save(ordered, memory := io.BytesIO())
+                sink.write(memory.getbuffer())
+            else:
+                _save_through(sink, ordered)
             sink.sync()
         return sink.digest
 
@@ -55,6 +58,20 @@ class TorchFile(WholeFileFormat):
 FORMAT = TorchFile()
 
 
+def _is_small(values: Iterable[Any]) -> bool:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return all(value.layout == torch.strided for value in tensors) and sum(value.nbytes for value in tensors) < _SMALL
+
+
+def _save_through(sink: DigestingFile, state: dict[str, Any]) -> None:
+    try:
+        torch.save(state, sink)  # type: ignore[arg-type]  # it needs write and flush only
+    except RuntimeError as error:
+        if sink.failure is not None:
+            raise sink.failure from error
+        raise
+
+
 @contextlib.contextmanager
 def without_crc32() -> Iterator[None]:
     """Let torch write no checksum of each tensor: that takes half as long as the write, and a file has a digest."""
@@ -70,6 +87,9 @@ def _compact(value: Any) -> Any:
     # A view would drag the whole storage that it looks into along into the file. What is sparse has none.
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        if is_dense(value) and value.untyped_storage().nbytes() != value.numel() * value.element_size():
+        has_storage = value.layout == torch.strided and type(value) is torch.Tensor
+        if has_storage and value.untyped_storage().nbytes() == value.nbytes:
+            return value
+        if is_dense(value) and value.untyped_storage().nbytes() != value.nbytes:
             return value.clone(memory_format=torch.contiguous_format)
     return value

@@ -116,6 +116,8 @@ class PlainNames:
         Raises:
             SnapshotError: If two keys have the same plain key.
         """
+        if not self._is_wrapped:
+            return dict(state)
         keys: dict[str, str] = {}
         for key in state:
             plain, is_kept = self._parse(key)
