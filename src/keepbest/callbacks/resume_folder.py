@@ -70,7 +70,9 @@ class ResumeFolder:
         final = self.path / name
         self._files.sync_folder(self.temporary(name))
         if final.exists():  # it belongs to an abandoned timeline
-            self._files.rename(final, self.temporary(f"{name}.replaced"))
+            replaced = self.temporary(f"{name}.replaced")
+            self._files.remove(replaced)  # from a process that was killed right here
+            self._files.rename(final, replaced)
         self._files.rename(self.temporary(name), final)
         self._files.sync_folder(self.path)
         link = self.temporary(_LATEST)

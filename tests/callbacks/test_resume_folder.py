@@ -1,0 +1,67 @@
+"""The folder of resume checkpoints outlives a kill at each of its operations."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+
+from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
+from tests.kit.files import SteppedFiles, before
+from tests.kit.seams import use
+
+NAME = "E1_U2"
+
+
+class Killed(BaseException):
+    """Ends the process in the middle of an operation."""
+
+
+def publish(directory, files, content):
+    with use(directory, files=files):
+        folder = ResumeFolder(directory)
+        folder.begin(NAME)
+        for file in (".metadata", STATE_FILE):
+            folder.write(NAME, file, content)
+        folder.publish(NAME, keep_last=2)
+
+
+def operations(directory):
+    done = []
+    publish(directory, SteppedFiles(before(done.append)), b"0")
+    publish(directory, SteppedFiles(before(done.append)), b"1")
+    return len(done)
+
+
+def killed_at(count):
+    left = [count]
+
+    def count_down(_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    return SteppedFiles(before(count_down))
+
+
+def test_checkpoint_is_published_again_after_two_kills(tmp_path):
+    for count in range(operations(tmp_path / "whole")):
+        directory = tmp_path / str(count)
+        publish(directory, SteppedFiles(before(lambda _: None)), b"0")
+        for _ in range(2):  # the second finds what the first has left
+            with suppress(Killed):
+                publish(directory, killed_at(count), b"1")
+        publish(directory, SteppedFiles(before(lambda _: None)), b"2")
+        found = ResumeFolder(directory).find("auto")
+        assert (found / STATE_FILE).read_bytes() == b"2"
+        assert sorted(path.name for path in (directory / "resume").iterdir()) == [NAME, "latest"]
+
+
+@pytest.mark.parametrize("name", ["latest.tmp", f"{NAME}.tmp", f"{NAME}.replaced.tmp"])
+def test_leftover_of_a_killed_process_is_no_obstacle(name, tmp_path):
+    files = SteppedFiles(before(lambda _: None))
+    publish(tmp_path, files, b"0")
+    (tmp_path / "resume" / name).mkdir()
+    (tmp_path / "resume" / name / "left").touch()
+    publish(tmp_path, files, b"1")
+    assert (ResumeFolder(tmp_path).find("auto") / STATE_FILE).read_bytes() == b"1"
