@@ -15,10 +15,10 @@ SOME_RUNS_NEED = [
 ]  # fmt: skip
 
 
-def test_only_torch_pydantic_and_a_digest_are_required():
+def test_only_torch_numpy_pydantic_and_a_digest_are_required():
     required = [line for line in requires("keepbest") or [] if "extra ==" not in line]
     names = {re.match(r"[A-Za-z0-9_.-]+", line)[0] for line in required}
-    assert names == {"torch", "pydantic", "xxhash"}
+    assert names == {"torch", "numpy", "pydantic", "xxhash"}
 
 
 def test_import_leaves_to_later_what_only_some_runs_need():
