@@ -26,8 +26,8 @@ class TrainingIteration:
         epoch: Number of completed epochs; `None` if they are not counted.
         update: Number of completed optimizer updates; `None` if they are not counted.
         sample: Number of completed samples; `None` if they are not counted.
-        batch: Number of completed batches; `None` if they are not counted. They tell apart what is observed between two
-            updates where several batches make one.
+        batch: Number of completed batches; `None` if they are not counted. Count them if a metric is observed more than
+            once between two updates.
 
     Raises:
         IterationError: If no part is given, or one is negative or not an integer. Integers of numpy and of tensors are

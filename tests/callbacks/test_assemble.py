@@ -61,7 +61,7 @@ def test_order_is_that_of_the_configs_then_those_that_run_last():
 def test_callbacks_that_cannot_be_told_apart_are_refused():
     context = make_context()
     with pytest.raises(
-        ConfigError, match=r"callbacks\[0\] and callbacks\[2\] cannot be told apart.*every_n_epochs=1/val"
+        ConfigError, match=r"callbacks\[0\] and callbacks\[2\] cannot be distinguished.*every_n_epochs=1/val"
     ):
         assemble_callbacks([offline_loss(), offline_loss(every_n_epochs=2), offline_loss(batch_size=3)], **context)
     named = [NamedConfig(every_n_epochs=1, id=identity) for identity in ("encoder", None, "Encoder")]

@@ -353,9 +353,9 @@ def test_snapshots_stay_while_a_checkpoint_names_them(tmp_path):
 def test_two_on_the_same_metric_need_ids(tmp_path):
     context = {**make_context(), "directory": tmp_path, "trainer": StandInTrainer()}
     config = {"name": "BestCheckpointCallback", "every_n_updates": 1, "metric_key": KEY}
-    with pytest.raises(ConfigError, match="cannot be told apart"):
+    with pytest.raises(ConfigError, match="cannot be distinguished"):
         assemble_callbacks([config, config], **context)
-    with pytest.raises(ConfigError, match="cannot be told apart"):
+    with pytest.raises(ConfigError, match="cannot be distinguished"):
         assemble_callbacks([{**config, "id": "a"}, {**config, "id": "A"}], **context)
     first, second = assemble_callbacks([config, {**config, "id": "b"}], **context)
     for callback in (first, second):

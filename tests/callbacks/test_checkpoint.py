@@ -249,7 +249,7 @@ def test_other_model_is_refused_on_every_rank(strategy, world_size, tmp_path):
 
 
 def test_two_checkpoint_callbacks_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be told apart"):
+    with pytest.raises(ConfigError, match="cannot be distinguished"):
         trained(tmp_path, EVERY_UPDATE, {**EVERY_UPDATE, "every_n_updates": 2})
 
 

@@ -257,6 +257,39 @@ def test_weights_that_drift_apart_in_training_are_refused(file_format, tmp_path)
     assert model[1].weight[0, 0].item() == 3.0
 
 
+def let_tied_stages_drift_apart(directory):
+    """The embedding is on the first and on the last stage, whose gradients nobody exchanges."""
+    rank = dist.get_rank()
+    model = nn.ModuleDict({f"stage{rank}": nn.Linear(2, 2), **({} if rank == 1 else {"embedding": nn.Linear(2, 2)})})
+    set_weights(model, 1.0)
+    with keeper_of(model, directory) as keeper:
+        keeper.observe(2.0, update(1))
+        if rank == 2:
+            set_weights(model["embedding"], 2.0)
+        with pytest.raises(
+            ConfigError, match=r"ranks 0, 2 hold different weights under the same name: embedding\.weight"
+        ):
+            keeper.observe(1.0, update(2))
+
+
+def test_weights_that_a_part_of_the_ranks_holds_may_not_drift_apart(tmp_path):
+    run_ranks(let_tied_stages_drift_apart, 3, tmp_path)
+
+
+def drift_apart_when_a_layer_changes(directory):
+    model = three_layers()
+    with keeper_of(model, directory) as keeper:
+        keeper.observe(2.0, update(1))
+        set_weights(model[1], float(dist.get_rank()))
+        model[2].requires_grad_(False)  # the same on every rank
+        with pytest.raises(ConfigError, match=r"hold different weights under the same name: 1\.weight"):
+            keeper.observe(1.0, update(2))
+
+
+def test_weights_that_drift_apart_beside_a_change_are_refused(tmp_path):
+    run_ranks(drift_apart_when_a_layer_changes, 2, tmp_path)
+
+
 def change_in_ways_that_can_be_kept(directory):
     model = three_layers()
     with keeper_of(model, directory) as keeper:

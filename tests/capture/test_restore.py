@@ -274,6 +274,18 @@ def test_hook_around_a_unit_of_fsdp1_that_changes_it_is_refused(tmp_path):
     run_ranks(keep_scaled_unit, 2, tmp_path)
 
 
+def add_a_hook_on_rank_1(directory):
+    model = nn.ModuleDict({"unit": FullyShardedDataParallel(nn.Linear(2, 2), device_id=CPU, use_orig_params=True)})
+    if dist.get_rank() == 1:
+        model._register_state_dict_hook(lambda *_: None)
+    keep(model, directory)
+    return "kept"
+
+
+def test_hook_around_a_unit_of_fsdp1_on_one_rank_hangs_nobody(tmp_path):
+    assert run_ranks(add_a_hook_on_rank_1, 2, tmp_path) == ["kept"] * 2
+
+
 def on_meta():
     with torch.device("meta"):
         return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))

@@ -68,7 +68,7 @@ def refs_of(state: BestState) -> dict[str, int]:
 
 
 def recorded_state(directory: Path) -> BestState:
-    """What the ledger tells a resume; which takes the provisional refs back."""
+    """What a resume finds in the ledger. It takes the provisional refs back."""
     keeper = keeper_of(directory, net(), resume="ledger")
     keeper.start()
     keeper.abandon()

@@ -247,7 +247,7 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
 
 
 @pytest.mark.parametrize(
-    ("resume_from", "file_format", "told"),
+    ("resume_from", "file_format", "reported"),
     [
         ("state", "torch", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
         ("ledger", "torch", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
@@ -255,10 +255,10 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
         ("state", "dcp", "on rank 0 of 2: OSError: [Errno 28] No space left on device"),
     ],
 )
-def test_full_disk_is_reported_on_every_rank_and_resumable(small_disk, resume_from, file_format, told):
+def test_full_disk_is_reported_on_every_rank_and_resumable(small_disk, resume_from, file_format, reported):
     directory = small_disk / "run"
     _, state, error = break_and_mend(directory, "raise", 4, lambda: fill(small_disk), None, file_format)
-    assert told in error
+    assert reported in error
     assert "save the new best of loss at E5" in error
     assert verify(directory) == []  # not even a half-written file is left to take up the little room
     assert refs_hold(directory, WIDTH) == {BEST: 2, f"{BEST}.tolerance=1": 2}

@@ -77,7 +77,7 @@ def wait_until(condition: Callable[[], bool], folder: Path) -> None:
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline, told(folder)
-        time.sleep(0.01)  # other processes do it, and tell by files only
+        time.sleep(0.01)  # other processes do it, and only files show it
 
 
 def table(directory: Path) -> dict[str, tuple[float | None, str | None, bool | None]]:

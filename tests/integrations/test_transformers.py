@@ -38,6 +38,18 @@ def test_best_is_that_of_the_save_strategy_best(tmp_path):
     assert FACE.kept(tmp_path)[""] == ("U6", 2.0, FACE.weights_of_checkpoint(path))
 
 
+def evaluate_before_training(directory):
+    """The Trainer then takes the model for prepared, and trains without DDP."""
+    trainer = make_trainer(directory, callbacks=[BestCheckpoint()])
+    trainer.evaluate()
+    with pytest.raises(ConfigError, match="ranks 0, 1 hold different weights under the same name"):
+        trainer.train()
+
+
+def test_ranks_that_the_trainer_does_not_synchronize_are_refused(tmp_path):
+    run_ranks(evaluate_before_training, 2, tmp_path)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -229,7 +229,7 @@ class RankProcesses:
         deadline = time.monotonic() + 2.0
         length, output = length_before, self._output(rank)
         while time.monotonic() < deadline and (len(output) == length_before or len(output) != length):
-            time.sleep(0.02)  # a process that dumps its stacks does not tell when it has done so
+            time.sleep(0.02)  # nothing reports that a process has dumped its stacks
             length, output = len(output), self._output(rank)
         return output if len(output) > length_before else f"{output}(no stacks: the process is stopped or dead)"
 

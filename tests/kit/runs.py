@@ -1,4 +1,4 @@
-"""Runs whose weights tell when they were saved, and what is on the disk after them."""
+"""Runs whose weights show when they were saved, and what is on the disk after them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Place:
         deadline = time.monotonic() + 60
         while b'"snapshot"' not in self.objects().get("ledger.jsonl", b""):
             assert time.monotonic() < deadline
-            time.sleep(0.01)  # a storage tells only when it is asked
+            time.sleep(0.01)  # a storage reports only when it is asked
 
     def snapshots(self) -> set[str]:
         return {path.split("/")[1] for path in self.objects() if path.startswith("snapshots/")}

@@ -42,7 +42,7 @@ class Server:
                 break
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise RuntimeError("moto_server does not start")
-            time.sleep(0.05)  # the server tells that it is ready only when it is asked
+            time.sleep(0.05)  # the server reports that it is ready only when it is asked
         self.client = boto3.client(
             "s3",
             endpoint_url=f"http://127.0.0.1:{self.port}",

@@ -209,15 +209,15 @@ def test_another_run_in_the_same_place_is_noticed(tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    ("remote", "told"),
+    ("remote", "reported"),
     [
         ("runs/a", "must be a URL"),
         ("gs://bucket/run", "gcsfs"),
         ("nosuchprotocol://bucket/run", "nosuchprotocol"),
     ],
 )
-def test_remote_that_cannot_be_opened_is_refused_at_the_start(tmp_path, remote, told):
-    with pytest.raises(ConfigError, match=told):
+def test_remote_that_cannot_be_opened_is_refused_at_the_start(tmp_path, remote, reported):
+    with pytest.raises(ConfigError, match=reported):
         Run(tmp_path / "run", remote=remote)
     assert not (tmp_path / "run").exists()
 

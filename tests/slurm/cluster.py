@@ -82,7 +82,7 @@ class Job:
             state = self.state
             if time.monotonic() > deadline or (state in ENDED and not condition()):
                 raise AssertionError(f"job {self.number} is {state}, but not: {what}. It printed:\n{self.printed()}")
-            time.sleep(0.1)  # SLURM tells of a job only when it is asked
+            time.sleep(0.1)  # SLURM reports on a job only when it is asked
 
     def wait(self, *, timeout: float = 500) -> str:
         """Its state at its end."""
@@ -230,4 +230,4 @@ def _wait_until(what: str, condition: Callable[[], bool], *, timeout: float = 60
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"waited {timeout} seconds, but not: {what}")
-        time.sleep(0.1)  # the daemons tell of themselves only when they are asked
+        time.sleep(0.1)  # the daemons report on themselves only when they are asked

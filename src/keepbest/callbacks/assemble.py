@@ -32,7 +32,7 @@ def assemble_callbacks(configs: Sequence[CallBackBaseConfig | Mapping[str, Any]]
         first = places.setdefault(callback.state_key.casefold(), index)
         if first != index:
             raise ConfigError(
-                f"callbacks[{first}] and callbacks[{index}] cannot be told apart: their state keys are "
+                f"callbacks[{first}] and callbacks[{index}] cannot be distinguished: their state keys are "
                 f"{callbacks[first].state_key!r} and {callback.state_key!r}; "
                 "remove one of them, or give them different settings or ids"
             )

@@ -14,12 +14,10 @@ from torch.nn.parameter import is_lazy
 from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
 from keepbest.formats.tied import place_of
-from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
 
 EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
-
-PLAIN_CLASSES = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 _IN_UNIT = "in a unit of FSDP1"
 

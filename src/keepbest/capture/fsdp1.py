@@ -75,10 +75,15 @@ class _Taken(torch.Tensor):
         return made
 
 
-def check_own_state_dicts(source: Source, keys: Iterable[str]) -> None:
-    """Check that what is to be kept of a source with FSDP1 units is in its state dict.
+def has_own_state_dict(source: Source) -> bool:
+    """Whether a module of the user's in a source with FSDP1 units has a state dict of its own. **Rank-local**."""
+    return source.holds_fsdp1 and any(map(_changes_state_dict, source.module.modules()))
 
-    **Collective** where a module of the user's has a state dict of its own: what it returns is known only from a call.
+
+def check_own_state_dict(source: Source, keys: Iterable[str]) -> None:
+    """Check that what is to be kept of the FSDP1 units in a source is in its state dict. **Collective**.
+
+    What a state dict of the user's own has is known only from a call.
 
     Args:
         source: Source in the model.
@@ -87,7 +92,7 @@ def check_own_state_dicts(source: Source, keys: Iterable[str]) -> None:
     Raises:
         ConfigError: If something is missing there, or changed by a module around its unit.
     """
-    if not source.holds_fsdp1 or not any(map(_has_own_state_dict, source.module.modules())):
+    if not source.holds_fsdp1:
         return
     try:
         state = fsdp1_state_dict(source, lambda *_: None, rank0_only=False)
@@ -105,7 +110,7 @@ _OWN_STATE_DICT = (
 )
 
 
-def _has_own_state_dict(module: nn.Module) -> bool:
+def _changes_state_dict(module: nn.Module) -> bool:
     if is_fsdp1(module) or wrapper_of(module) is not None:
         return False
     methods = ("state_dict", "_save_to_state_dict")

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.capture.catalogue import Entry, Held, Name, look, stored_tensors
 from keepbest.capture.fingerprint import fingerprint, sample
-from keepbest.capture.fsdp1 import check_own_state_dicts
+from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
 from keepbest.capture.union import Report, Union, changes, describe, listed, refuse_other_values, same_everywhere, unite
@@ -82,11 +82,11 @@ class Inventory:
 
         (held, found), digests = self.ranks.compare(f"look at the weights to {step}", report)
         if len({number.note for number in digests}) == 1:
-            self._adopt(found, same_everywhere(found.entries))
+            self._adopt(found, same_everywhere(found.entries, self.ranks.world_size))
         else:
             self._adopt(found, unite(self._reports(step, found)))
         if any(holding.entry.form.is_in_unit for _, holding in self._union_now().kept()):
-            self.ranks.agree(f"look at the state dict to {step}", lambda: self._check_own_state_dicts(held))
+            self._check_state_dicts_of_units(held, f"look at the state dict to {step}")
 
     def settle(self, step: str, claim: Callable[[Agreed], None], *, saving: bool) -> Agreed:
         """Look at what the ranks hold now, and agree that it still can be kept. **Collective**.
@@ -121,13 +121,13 @@ class Inventory:
             if changed or union is None:
                 return held, Number(None, None, describe(changed, before, held.entries))
             claim(Agreed(held, union))
-            return held, Number(self._print_of_values(held, union), None)
+            return held, Number(self._balance(held, union), None)
 
         held, numbers = self.ranks.compare(step, look_again, saving=saving)
         notes = {rank: number.note for rank, number in enumerate(numbers) if number.note}
         if not notes and union is not None:
             agreed = Agreed(held, union)
-            if len({number.value for number in numbers}) > 1:
+            if sum(int(number.value or 0) for number in numbers) % _EXACT:
                 self._compare_values(step, agreed)
             return agreed
         changed = changes(before, held.entries)
@@ -141,6 +141,7 @@ class Inventory:
             what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
             raise ConfigError(f"{error}. {_since(what)}") from error
         agreed = Agreed(held, self._union_now())
+        self._compare_values(step, agreed)
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)
         return agreed
 
@@ -161,12 +162,20 @@ class Inventory:
             )
         self._report, self._union = report, union
 
-    def _check_own_state_dicts(self, held: Held) -> None:
+    def _check_state_dicts_of_units(self, held: Held, step: str) -> None:
+        """Check what modules around units of FSDP1 make of their state dicts, if one may change it. **Collective**."""
+        # To look takes collectives. So all ranks look, or none.
+        if not any(self.ranks.gather_json(step, lambda: any(map(has_own_state_dict, held.sources)))):
+            return
         forms = {name: entry.form for name, entry in held.entries.items()}
         kept = [name for name, form in forms.items() if form.is_in_unit and not form.is_frozen]
-        for source in held.sources:
-            inside = {part.name: source.path_of(part) for part in source.parts}
-            check_own_state_dicts(source, [inside[part] + key for part, key in kept if part in inside])
+
+        def check() -> None:
+            for source in held.sources:
+                inside = {part.name: source.path_of(part) for part in source.parts}
+                check_own_state_dict(source, [inside[part] + key for part, key in kept if part in inside])
+
+        self.ranks.agree(step, check)
 
     def _union_now(self) -> Union:
         if self._union is None:
@@ -196,17 +205,25 @@ class Inventory:
             found[name] = (place, known[id(value)])
         return found
 
-    def _print_of_values(self, held: Held, union: Union) -> float | None:
-        if self.ranks.world_size == 1:
-            return None
-        prints = json.dumps(self._prints_of_values(held, union))
-        return float(int.from_bytes(hashlib.blake2b(prints.encode(), digest_size=8).digest(), "big") % _EXACT)
+    def _balance(self, held: Held, union: Union) -> float:
+        """A number of this rank. Those of all ranks add up to a multiple of `_EXACT` where they hold the same values.
+
+        Of what n ranks hold, the lowest adds the fingerprint n - 1 times, and each of the others subtracts it once.
+        """
+        balance = 0
+        for part, key, digest in self._prints_of_values(held, union):
+            holders = union.holdings[Name(part, key)].holders
+            found = hashlib.blake2b(f"{part} {key} {digest}".encode(), digest_size=8).digest()
+            balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self.ranks.rank else -1)
+        return float(balance % _EXACT)
 
     def _prints_of_values(self, held: Held, union: Union) -> list[tuple[str, str, str]]:
-        """Fingerprints, by part and key, of what every rank has to itself and nothing keeps equal.
+        """Fingerprints, by part and key, of what other ranks hold too and nothing keeps equal.
 
         These are parameters that train outside of DDP, and, until a warning, buffers that DDP does not broadcast.
         """
+        if self.ranks.world_size == 1:
+            return []
         in_ddp, broadcast = list[str](), list[str]()
         for path, module in walk(self.items.model):
             if isinstance(module, DistributedDataParallel):
@@ -217,10 +234,11 @@ class Inventory:
         prints = []
         for name, holding in union.kept():
             role = holding.entry.form.role
-            if role not in kept_equal or not holding.is_everywhere or holding.entry.members:
+            if role not in kept_equal or name not in held.values or holding.entry.members or len(holding.holders) == 1:
                 continue
             value: torch.Tensor = held.values[name]
-            may_differ = value.requires_grad if role == "parameter" else not self._has_warned
+            is_everywhere = len(holding.holders) == self.ranks.world_size
+            may_differ = value.requires_grad if role == "parameter" else is_everywhere and not self._has_warned
             if may_differ and not f"{paths[name.part]}{name.key}".startswith(kept_equal[role]):
                 prints.append((*name, fingerprint(value)))
         return prints
@@ -232,7 +250,7 @@ class Inventory:
         )
         prints = [{Name(part, key): ("", digest) for part, key, digest in each} for each in everybodys]
         holdings = agreed.union.holdings
-        buffers = [name for name in prints[0] if holdings[name].entry.form.role == "buffer"]
+        buffers = [name for name in prints[0] if holdings[name].entry.form.role == "buffer"]  # every rank has them
         refuse_other_values([{name: each[name] for name in each if name not in buffers} for each in prints])
         differing = [str(name) for name in buffers if len({each[name] for each in prints}) > 1]
         self._has_warned = self._has_warned or bool(differing)

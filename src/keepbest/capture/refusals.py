@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from keepbest.capture.catalogue import PLAIN_CLASSES, Form, Held, Name
+from keepbest.capture.catalogue import Form, Held, Name
 from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
-from keepbest.modules.kinds import is_dtensor, is_fsdp1
+from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fsdp1
 from keepbest.ranks import Ranks
 
 _IN_A_UNIT_AROUND = (

@@ -54,14 +54,17 @@ class Holding:
     Attributes:
         number: Place among all entries, the same on every rank. Transfers are matched by it.
         entry: Entry as the owner holds it.
-        owner: Lowest rank of the keeper that holds it; the snapshot has what that rank sees.
-        is_everywhere: Whether every rank holds it.
+        holders: Ranks of the keeper that hold it, the lowest first.
     """
 
     number: int
     entry: Entry
-    owner: int
-    is_everywhere: bool
+    holders: Sequence[int]
+
+    @property
+    def owner(self) -> int:
+        """The lowest rank that holds it. The snapshot has what that rank sees."""
+        return self.holders[0]
 
 
 class Union:
@@ -98,9 +101,10 @@ class Union:
         return [holding for name, holding in self.holdings.items() if name.part == part]
 
 
-def same_everywhere(entries: Mapping[Name, Entry]) -> Union:
+def same_everywhere(entries: Mapping[Name, Entry], world_size: int) -> Union:
     """The union where every rank holds the same."""
-    return Union({name: Holding(number, entry, 0, True) for number, (name, entry) in enumerate(entries.items())})
+    ranks = range(world_size)
+    return Union({name: Holding(number, entry, ranks) for number, (name, entry) in enumerate(entries.items())})
 
 
 def unite(reports: Sequence[Report]) -> Union:
@@ -123,7 +127,7 @@ def unite(reports: Sequence[Report]) -> Union:
             # Parameters were compared. A buffer of another rank may have other values than this rank's.
             is_same = first.owner == ranks[0] or first.entry.form.role == "parameter"
             entry = entry._replace(first=first.entry.first or entry.first if is_same else "")
-        holdings[name] = Holding(number, entry, ranks[0], len(ranks) == len(reports))
+        holdings[name] = Holding(number, entry, ranks)
     return Union(holdings)
 
 

@@ -87,9 +87,6 @@ def _compact(value: Any) -> Any:
     # A view would drag the whole storage that it looks into along into the file. What is sparse has none.
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        has_storage = value.layout == torch.strided and type(value) is torch.Tensor
-        if has_storage and value.untyped_storage().nbytes() == value.nbytes:
-            return value
         if is_dense(value) and value.untyped_storage().nbytes() != value.nbytes:
             return value.clone(memory_format=torch.contiguous_format)
     return value

@@ -196,6 +196,6 @@ def _refuse_if_never_validated(trainer: Trainer) -> None:
 
 
 def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:
-    """Batches tell apart the validations between two updates, of accumulated gradients or manual optimization."""
+    """The present iteration. Only its batches differ between validations without an update in between."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
     return TrainingIteration(epoch=epoch, update=trainer.global_step, batch=batches)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-_PLAIN_CLASSES = (torch.Tensor, nn.Parameter)
+PLAIN_CLASSES = (torch.Tensor, nn.Parameter, nn.Buffer)  # all others may behave in their own way
 
 
 def is_fsdp1(module: object) -> TypeGuard[FullyShardedDataParallel]:
@@ -45,7 +45,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 
 def has_shards(value: object) -> bool:
     """Whether `value` is a tensor of which each rank holds a part."""
-    if type(value) in _PLAIN_CLASSES:
+    if type(value) in PLAIN_CLASSES:
         return False
     return is_dtensor(value) or hasattr(value, "local_shards")  # the tensors of FSDP1 have those
 
@@ -57,7 +57,8 @@ def is_dense(value: object) -> TypeGuard[torch.Tensor]:
 
 def form_of(tensor: torch.Tensor) -> str:
     """Layout and class of a tensor, as far as they are not those of a dense one, which may be sharded, or to come."""
-    if has_shards(tensor) or is_lazy(tensor):
+    is_plain = type(tensor) in PLAIN_CLASSES and tensor.layout == torch.strided
+    if (is_plain and not (tensor.is_quantized or tensor.is_meta)) or has_shards(tensor) or is_lazy(tensor):
         return ""
     words = []
     if tensor.layout != torch.strided:
