@@ -27,6 +27,7 @@ BEST = "best_model.loss"
         ({"epoch": 3}, TrainingIteration(epoch=3)),
         ({"update": np.int64(3)}, TrainingIteration(update=3)),
         ({"epoch": 1, "sample": 9}, TrainingIteration(epoch=1, sample=9)),
+        ({"update": 2, "batch": 8}, TrainingIteration(update=2, batch=8)),
         ({"iteration": TrainingIteration(epoch=3)}, TrainingIteration(epoch=3)),
     ],
     ids=str,
