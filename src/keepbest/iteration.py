@@ -6,13 +6,17 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from keepbest.errors import IterationError
 
+Parts = tuple[int | None, int | None, int | None, int | None]
+
 _COUNT = "(0|[1-9][0-9]*)"
 # Each part, in the order of its text, and the letter before its count.
 _LETTERS = {"epoch": "E", "update": "U", "sample": "S", "batch": "B"}
+_NOTHING = (None,) * len(_LETTERS)
 _PATTERN = re.compile("".join(f"(?:(?:^|(?<=[0-9])_){letter}{_COUNT})?" for letter in _LETTERS.values()))
 
 
@@ -40,7 +44,7 @@ class TrainingIteration:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        if all(part is None for part in self.parts):
+        if self.parts == _NOTHING:
             raise IterationError("TrainingIteration needs at least one of epoch, update, sample and batch")
         for name, part in zip(_LETTERS, self.parts, strict=True):
             if part is not None and type(part) is not int:
@@ -72,7 +76,7 @@ class TrainingIteration:
         )
 
     @property
-    def parts(self) -> tuple[int | None, int | None, int | None, int | None]:
+    def parts(self) -> Parts:
         """The parts in the order epoch, update, sample, batch."""
         return (self.epoch, self.update, self.sample, self.batch)
 
@@ -97,8 +101,7 @@ class TrainingIteration:
         return has_greater and not has_smaller
 
     def __str__(self) -> str:
-        counts = zip(_LETTERS.values(), self.parts, strict=True)
-        return "_".join(f"{letter}{count}" for letter, count in counts if count is not None)
+        return _text(self.parts)
 
     @classmethod
     def parse(cls, text: str) -> TrainingIteration:
@@ -111,6 +114,12 @@ class TrainingIteration:
         if match is None or not text:
             raise IterationError(f"not a training iteration: {text!r}; expected a form like E7_U140_S8960")
         return cls(*(None if part is None else int(part) for part in match.groups()))
+
+
+@lru_cache(maxsize=64)  # a quiet interval shows the iteration of the best, and those of two observations
+def _text(parts: Parts) -> str:
+    counts = zip(_LETTERS.values(), parts, strict=True)
+    return "_".join(f"{letter}{count}" for letter, count in counts if count is not None)
 
 
 def _as_int(name: str, part: Any) -> int:

@@ -328,5 +328,25 @@ def test_weights_swapped_between_two_keepers_make_two_snapshots(swap, tmp_path):
     assert swap_between_keepers(tmp_path, swap, "single") == ([1.0, 7.0], 1)
 
 
+class WithScale(nn.Linear):
+    scale = 1.0
+
+    def get_extra_state(self):
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state):
+        self.scale = state["scale"]
+
+
+def test_extra_state_swapped_between_two_keepers_makes_two_snapshots(tmp_path):
+    model = WithScale(2, 2)
+    with keeper_of(model, tmp_path, id="raw") as raw, keeper_of(model, tmp_path, id="average") as average:
+        raw.observe(1.0, update(1))
+        model.scale = 7.0
+        average.observe(1.0, update(1))
+        states = [torch.load(each.best_path / "model.pt", weights_only=True) for each in (raw, average)]
+    assert [state["_extra_state"]["scale"] for state in states] == [1.0, 7.0]
+
+
 def test_swapped_shards_make_two_snapshots(tmp_path):
     assert run_ranks(swap_between_keepers, 2, tmp_path, copy_into, "fsdp2")[0] == ([1.0, 7.0], 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 
 import torch
 import xxhash
 
+from keepbest.capture.refusals import is_plain_data
 from keepbest.modules.raw_bytes import raw_bytes
 
 _WORDS_AT_ONCE = 1 << 22  # of a tensor on an accelerator, so that what is computed in between stays small
@@ -26,8 +28,8 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return f"{_reduced(values) & ((1 << 64) - 1):016x}"
 
 
-def sample(tensors: Iterable[torch.Tensor]) -> str:
-    """A digest of where tensors lie, of how often torch has changed them, and of some of their values.
+def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
+    """A digest of where tensors lie, of how often torch has changed them, of some of their values, and of all `data`.
 
     It notices weights that were exchanged for others, also where that went past torch's count of changes, as a copy
     into `parameter.data` does. It costs next to nothing.
@@ -40,6 +42,9 @@ def sample(tensors: Iterable[torch.Tensor]) -> str:
         seen.update(f"{tensor.data_ptr()}".encode())
         flat = tensor.detach().reshape(-1)
         seen.update(_bytes_of(flat[:: max(1, flat.numel() // _SAMPLED)].cpu()).numpy().data)
+    for value in data:
+        # What cannot be pickled cannot be kept either, and is refused by who keeps it.
+        seen.update(pickle.dumps(value) if is_plain_data(value) else b"")
     return seen.hexdigest()
 
 
