@@ -195,6 +195,33 @@ class Outcome:
     save_failed: bool = False
 
 
+def outcome_again(observation: Observation, before: BestState, after: BestState, recorded: float | None) -> Outcome:
+    """Return the outcome of an observation that was recorded already, by a call that was interrupted.
+
+    Args:
+        observation: What is observed again.
+        before: State before it was recorded.
+        after: State after that.
+        recorded: Value that was recorded.
+
+    Raises:
+        IterationError: If it had another value.
+    """
+    iteration, value = observation.iteration, observation.value
+    if repr(recorded) != repr(value):
+        raise IterationError(
+            f"iteration {iteration} was recorded with the value {recorded!r} by a call that was interrupted, and now "
+            f"has the value {value!r}: continue with the next iteration"
+        )
+    return Outcome(
+        iteration,
+        value,
+        is_new_best=after.best is not None and after.best.iteration == iteration,
+        newly_exceeded=tuple(sorted(after.exceeded.keys() - before.exceeded.keys())),
+        enters_top=any(best.iteration == iteration for best in after.top),
+    )
+
+
 def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[BestState, Decision]:
     """Return the state after `observation`, and what to do about it.
 

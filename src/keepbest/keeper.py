@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from keepbest.capture.share import Items
-from keepbest.decision import BestState, Decision, Observation, Outcome, decide
+from keepbest.decision import BestState, Decision, Observation, Outcome, decide, outcome_again
 from keepbest.errors import ConfigError, InvalidMetricError, IterationError, StorageError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
@@ -25,7 +25,7 @@ from keepbest.metric import Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
 from keepbest.run.layout import snapshots_folder
-from keepbest.run.record import KeeperRecord
+from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState, Owner
 from keepbest.saving.open_run import OpenRun
@@ -84,10 +84,8 @@ class BestKeeper:
             ),
             state=lambda checked: checked.to_compare(),
         )
-        given = checked.given
-        self._on_nonfinite, self._on_save_error = given.on_nonfinite, given.on_save_error
-        self._remote, self._resume = given.remote, given.resume
-        self.name, self.policy, self._reduction = checked.name, checked.policy, given.metric_reduction
+        self.name, self.policy, given = checked.name, checked.policy, checked.given
+        self._settings = given
         self._owner = Owner(self.name, metric_key, self.policy.higher_is_better)
         self._direction_from = "the name" if given.higher_is_better is None else "higher_is_better"
         self._run = OpenRun(self.directory).share()
@@ -126,14 +124,14 @@ class BestKeeper:
         """
         if self._phase != "new":
             return
-        resumes = f"{self._loaded} {self._resume} {at}".encode()
+        resumes = f"{self._loaded} {self._settings.resume} {at}".encode()
         step = f"open {self.directory} for {self.name}"
         try:
             self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
             # Only a remote copy may take long to be brought here.
-            saving = self._remote is not None
+            saving = self._settings.remote is not None
             facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=saving)
         except BaseException:
             self._leave()
@@ -192,25 +190,19 @@ class BestKeeper:
     def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
         self.start()
         self._refuse_if_closed()
-        value, iteration = self._agree(read, find_iteration)
-        if not math.isfinite(value) and self._on_nonfinite == "raise":
+        before = self._state
+        observation, revision = self._agree(read, find_iteration)
+        iteration, value = observation.iteration, observation.value
+        if revision is not None and iteration == self._state.last_iteration:
+            return outcome_again(observation, before, self._state, revision.value)
+        if not math.isfinite(value) and self._settings.on_nonfinite == "raise":
             raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
-        observation = Observation(iteration, value)
         state, decision = decide(self.policy, self._state, observation)
-        if not decision.is_saved:
-            return self._record(observation, state, decision)
-        exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
-        step = f"save {'the new' if decision.is_new_best else 'one of the'} best of {self.metric_key} at {iteration}"
-        try:
-            self._saver.save(Kept(observation, decision.is_new_best, exceeded), step)
-        except StorageError as error:
-            if self._on_save_error == "raise":
-                raise
-            _logger.warning("%s: the new best at %s was not saved: %s", self.name, iteration, error)
-            lost = replace(observation, durable=False)
-            return self._record(lost, *decide(self.policy, self._state, lost))
-        self._state = state
-        return Outcome(iteration, value, decision.is_new_best, decision.newly_exceeded, decision.enters_top)
+        # Whatever comes between here and the end: the next exchange asks rank 0 what is recorded.
+        self._saver.is_in_doubt = True
+        outcome = (self._save if decision.is_saved else self._record)(observation, state, decision)
+        self._saver.is_in_doubt = False
+        return outcome
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` resumes from; the same on every rank. **Rank-local**."""
@@ -268,7 +260,7 @@ class BestKeeper:
             return
         try:
             self._settle(f"close {self.name}", lambda record: record.end(self._state))
-            self._saver.arrive(f"bring {self.name} to {self._remote}")
+            self._saver.arrive(f"bring {self.name} to {self._settings.remote}")
         finally:
             self._leave()
         self._saver.warn_if_nothing_is_kept(self._state)
@@ -324,20 +316,16 @@ class BestKeeper:
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
-        from_ledger = self._resume == "ledger" or at is not None
+        from_ledger = self._settings.resume == "ledger" or at is not None
         state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
         self._saver.start(record)
-        return {
-            "run": record.run_id,
-            "timeline": record.history.present.number,
-            "state": state.to_json(),
-            "best": record.best_snapshot,
-        }
+        timeline = record.history.present.number
+        return {"run": record.run_id, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
 
     def _join(self, at: TrainingIteration | None) -> None:
         if at is not None:
             TrainingIteration.of(at, {})
-        self._run.join(self.name, self._remote)
+        self._run.join(self.name, self._settings.remote)
         self._has_joined = True
 
     def _leave(self) -> None:
@@ -349,36 +337,51 @@ class BestKeeper:
 
     def _agree(
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]
-    ) -> tuple[float, TrainingIteration]:
-        """The metric that all ranks agree on, and when. What rank 0 could not write before is raised first."""
+    ) -> tuple[Observation, Revision | None]:
+        """What all agree on, and what rank 0 has recorded, if not all know it. What it could not write comes first."""
         failure = self._saver.take_failure()
         iteration: TrainingIteration | None = None
+        revised: Revision | None = None
         try:
             iteration = find_iteration()
-        except IterationError as error:
+            revised = None if failure is not None else self._saver.revised_state()
+        except (IterationError, OSError) as error:
             failure = failure or error  # the other ranks are waiting, and have to learn of it
-        revised = None if failure is not None else self._saver.revised_state()
         value, news = agree_on_metric(
             self._ranks,
             self.metric_key,
             read,
-            self._reduction,
+            self._settings.metric_reduction,
             failure=failure,
             note="" if revised is None else json.dumps(revised.to_json()),
             state=f"{self.name} at {iteration} after {self._state}".encode(),
         )
-        if news:
-            self._revise(BestState.from_json(json.loads(news)))
         if iteration is None:
             raise RuntimeError("a rank without an iteration raises in the exchange")
-        return value, iteration
+        revision = Revision.from_json(json.loads(news)) if news else None
+        self._adopt(revision)
+        return Observation(iteration, value), revision
 
-    def _revise(self, state: BestState) -> None:
-        """Adopt the state without bests that could not be written, and close the tolerances that this closes."""
-        before, self._state = self._state.exceeded, state
-        exceeded = state.exceeded.items()
-        self._saver.losses.all_know()
-        self._saver.correct({each: best for each, best in exceeded if each not in before or before[each] != best})
+    def _adopt(self, revision: Revision | None) -> None:
+        """Adopt what rank 0 has recorded: without bests that were lost, with an observation that was interrupted."""
+        if revision is not None:
+            before, self._state = self._state, revision.state
+            self._saver.all_know(revision, before)
+
+    def _save(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
+        iteration, value = observation.iteration, observation.value
+        exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
+        step = f"save {'the new' if decision.is_new_best else 'one of the'} best of {self.metric_key} at {iteration}"
+        try:
+            self._saver.save(Kept(observation, decision.is_new_best, exceeded), step)
+        except StorageError as error:
+            if self._settings.on_save_error == "raise":
+                raise
+            _logger.warning("%s: the new best at %s was not saved: %s", self.name, iteration, error)
+            lost = replace(observation, durable=False)
+            return self._record(lost, *decide(self.policy, self._state, lost))
+        self._state = state
+        return Outcome(iteration, value, decision.is_new_best, decision.newly_exceeded, decision.enters_top)
 
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
@@ -388,8 +391,7 @@ class BestKeeper:
 
     def _settle(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
         """Wait for what is being written, and let rank 0 write something that all must know to be there."""
-        if (revised := self._saver.settle(step)) is not None:
-            self._revise(revised)
+        self._adopt(self._saver.settle(step))
         self._saver.write(step, write)
 
     def _refuse_if_closed(self) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,8 +20,11 @@ def read_events(path: Path) -> list[dict]:
         if b"\0" not in line and is_waited_for(json.loads(line)):
             raise ValueError("the ledger is damaged")
     events = [json.loads(line) for line in lines[:whole]]
-    if events[0]["event"] != "run" or events[0]["version"] != 2:
-        raise ValueError("not a ledger of version 2")
+    if events[0]["event"] != "run" or events[0]["version"] != 3:
+        raise ValueError("not a ledger of version 3")
+    for line, event in zip(lines, events, strict=False):
+        if zlib.crc32(line[: line.rindex(b',"crc":')]) != int(event["crc"], 16):
+            raise ValueError("the ledger is damaged")
     return events
 
 

@@ -43,7 +43,7 @@ AT = TrainingIteration(epoch=1)
 BEST = Best(1.0, AT)
 MOVES = {"best_model.a": "E1"}
 FULL_EVENTS = [
-    RunBegan("a", version=3),
+    RunBegan("a", version=4),
     SessionBegan(1),
     KeeperBegan("best_model.a", "a", Policy(True), 0, AT, BestState(BEST, 1, {2: BEST}, AT, (BEST,)), MOVES, ("E1",)),
     Observed("best_model.a", AT, 1.0, "E1", "00", is_best=False, superseded=True, lost=True, refs=MOVES),
@@ -54,7 +54,7 @@ FULL_EVENTS = [
 ]
 FULL_RECORD = FileRecord("model", Digest(1, "00"), 1)
 FULL_MANIFEST = Manifest(
-    "a", AT, "best_model.a", "a", 1.0, "torch", (SavedPart("model", "", ()),), {"model.pt": FULL_RECORD}, {}
+    "a", AT, "best_model.a", "a", 1.0, "torch", (SavedPart("model", "", ()),), {"model.pt": FULL_RECORD}, {}, 9
 )
 
 
@@ -196,7 +196,7 @@ def test_run_has_what_is_hard_to_read(directory):
 def test_independent_reader_imports_nothing_of_keepbest():
     source = (ROOT / "tests" / "docs" / "independent_reader.py").read_text()
     imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import ", "from "))}
-    assert imported <= {"__future__", "copy", "hashlib", "json", "math", "pathlib", "re", "xxhash"}
+    assert imported <= {"__future__", "copy", "hashlib", "json", "math", "pathlib", "re", "xxhash", "zlib"}
 
 
 def test_independent_reader_agrees_about_refs_and_pins(directory):
@@ -235,6 +235,16 @@ def test_independent_reader_finds_a_changed_byte(directory, tmp_path, file):
         Run(copied).verified_files(ref)
     with pytest.raises(SnapshotError, match="damaged"):
         find_ref(copied, read_history(copied), ref).check_files()
+
+
+def test_independent_reader_refuses_a_flipped_digit(directory, tmp_path):
+    copied = shutil.copytree(directory, tmp_path / "run", symlinks=True)
+    path = copied / "checkpoints" / "ledger.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"value":5.0', b'"value":5.5'))
+    with pytest.raises(ValueError, match="damaged"):
+        Run(copied)
+    with pytest.raises(LedgerError, match="checksum does not match"):
+        read_history(copied)
 
 
 def test_independent_reader_refuses_a_hole_before_a_commit(directory, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import KeepBestError
 from keepbest.run.verify import verify
+from tests.kit.lines import sealed_line
 
 BEST = "best_model.loss"
 VALUES = [3.0, 2.0, 2.5, 1.0]  # new bests at 1, 2 and 4
@@ -55,7 +56,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def rewrite(run: Path, entries: list[dict]) -> None:
-    ledger(run).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    ledger(run).write_bytes(b"".join(map(sealed_line, entries)))
 
 
 def bits(model: nn.Module) -> list[list[float]]:

@@ -20,6 +20,7 @@ from keepbest.run.events import event_to_json
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
 from keepbest.run.ledger import read_ledger
+from keepbest.run.lines import encode_line
 from keepbest.run.maintenance import repair
 from keepbest.run.names import best_ref
 from keepbest.run.record import KeeperRecord
@@ -114,7 +115,7 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
     events, _ = read_ledger(ledger)
     lines = [event_to_json(event) for event in events]
     assert committed <= len(lines) <= len(issued)
-    assert lines == [json.loads(text) for text in issued[: len(lines)]]
+    assert [encode_line(event) for event in events] == issued[: len(lines)]
     if not lines:
         folder = RunFolder(run, Files())
         KeeperRecord(folder, LOSS, "loss", POLICIES[LOSS]).begin()

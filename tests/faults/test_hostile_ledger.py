@@ -108,8 +108,8 @@ FORGED_LINES = {
     "a state in words": with_line(BEGIN, state="fine"),
     "a restart in words": lambda entries: [*entries, {"event": "session", "restart": "1/../../../x"}],
     "a restart of nothing": lambda entries: [*entries, {"event": "session"}],
-    "a newer format": with_line(0, version=3),
-    "a format in words": with_line(0, version="2"),
+    "a newer format": with_line(0, version=4),
+    "a format in words": with_line(0, version="3"),
     "no first line": lambda entries: entries[1:],
 }
 
@@ -143,7 +143,7 @@ def test_bytes_that_are_no_line_are_refused_everywhere(run, raw):
 
 
 def test_newer_format_says_what_to_do(run):
-    rewrite(run, with_line(0, version=3)(lines(run)))
+    rewrite(run, with_line(0, version=4)(lines(run)))
     assert "another version of keepbest" in refused_load(run)
 
 

@@ -61,4 +61,6 @@ def saved_at(directory: Path, ref: str) -> int:
 
 
 def ledger(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "checkpoints" / "ledger.jsonl").read_text().splitlines()]
+    """The events, without the checksums of their lines."""
+    lines = map(json.loads, (directory / "checkpoints" / "ledger.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "crc"} for line in lines]

@@ -54,9 +54,9 @@ def test_damaged_line_is_named_on_reading_and_resuming(run, damage):
 
 def test_another_version_is_refused(run):
     lines = path_of(run).read_text().splitlines()
-    lines[0] = json.dumps({**json.loads(lines[0]), "version": 1})
+    lines[0] = json.dumps({**json.loads(lines[0]), "version": 2})
     path_of(run).write_text("\n".join([*lines, ""]))
-    with pytest.raises(LedgerError, match=r'expected a ledger of version 2, found .*"version": 1'):
+    with pytest.raises(LedgerError, match=r'expected a ledger of version 3, found .*"version": 2'):
         Run(run.keeper.directory, resume="ledger").keeper.start()
 
 

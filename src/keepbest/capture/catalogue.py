@@ -128,7 +128,7 @@ def state_beside(source: Source) -> StateDict:
     for path, inner in source.module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **_persistent_buffers(inner)}
-        if type(inner).get_extra_state is not nn.Module.get_extra_state:
+        if _has_extra_state(inner):
             own[EXTRA_STATE] = inner.get_extra_state()
         state |= {prefix + key: value for key, value in own.items() if not is_flattened(value)}
     return source.names.plain_state(state)
@@ -139,6 +139,15 @@ def stored_tensors(module: nn.Module, *, with_frozen: bool) -> Iterator[torch.Te
     yield from (parameter for parameter in module.parameters() if with_frozen or parameter.requires_grad)
     for inner in module.modules():
         yield from _persistent_buffers(inner).values()
+
+
+def extra_states(module: nn.Module) -> Iterator[object]:
+    """The extra states of a module and those below; no hook runs."""
+    yield from (inner.get_extra_state() for inner in module.modules() if _has_extra_state(inner))
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from keepbest.capture.catalogue import Entry, Held, Name, look, stored_tensors
+from keepbest.capture.catalogue import Entry, Held, Name, extra_states, look, stored_tensors
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
@@ -21,7 +21,7 @@ from keepbest.capture.union import Report, Union, changes, describe, listed, ref
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor
-from keepbest.modules.sources import Source, StateDict
+from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.wrappers import walk
 from keepbest.ranks import Number, Ranks
 
@@ -110,7 +110,7 @@ class Inventory:
 
         def look_again() -> tuple[Held, Number]:
             held = self._look()
-            self.mark = self._mark_of(held) if self.is_watched else ""
+            self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)
             data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
             try:
@@ -147,13 +147,13 @@ class Inventory:
 
     def mark_now(self) -> str:
         """What shows whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
-        return self._mark_of(self._look())
-
-    def _mark_of(self, held: Held) -> str:
-        with_frozen = self.items.save_frozen_weights
-        tensors = (stored_tensors(source.module, with_frozen=with_frozen) for source in held.sources)
-        data = [held.values[name] for name, entry in held.entries.items() if entry.form.role == "data"]
-        return sample((_local(tensor) for each in tensors for tensor in each), data)
+        items = self.items
+        sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
+        tensors = (stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources)
+        data = (extra_states(source.module) for source in sources)
+        return sample(
+            (_local(tensor) for each in tensors for tensor in each), (value for each in data for value in each)
+        )
 
     def _look(self) -> Held:
         return look(self.items, self.ranks.members[self.ranks.rank])

@@ -16,7 +16,7 @@ class DurableFile:
     """A file open for appending, whose bytes are safe after `sync`. Serves `torch.save` as its file object."""
 
     def __init__(self, path: Path, *, exclusive: bool) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
         self.path = path
         self._descriptor = os.open(path, flags, 0o666)
 
@@ -27,6 +27,20 @@ class DurableFile:
         while rest:
             rest = rest[os.write(self._descriptor, rest) :]
         return size
+
+    def read(self, size: int) -> bytes:
+        """The first `size` bytes of the file, or all of them if there are fewer."""
+        data = bytearray()
+        while part := os.pread(self._descriptor, size - len(data), len(data)):
+            data += part
+        return bytes(data)
+
+    def is_in_place(self) -> bool:
+        """Whether this file is still the one at its path."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def flush(self) -> None:
         """Nothing is buffered; part of the protocol of a file object."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from keepbest.errors import LedgerError, RunExistsError
-from keepbest.run.events import Event, RunBegan, SessionBegan, refs_of
+from keepbest.run.events import Event, Moves, RunBegan, SessionBegan, refs_of
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
+from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
@@ -57,6 +59,7 @@ class RunFolder:
         self.snapshots = SnapshotFolder(files, self.path / SNAPSHOTS)
         self._links = RefLinks(files, self.path)
         self._links_lag = False
+        self._is_interrupted = False
         self._is_followed = False
         files.make_folder(self.path / SNAPSHOTS)
         self._lock = RunLock(self.path / LOCK)
@@ -71,8 +74,13 @@ class RunFolder:
         """Check that the ledger is the one that the folder was written with. Raises `LedgerError`."""
         # The ledger knows every snapshot before anything points at it, so what it does not know is not garbage here: it
         # is what a ledger that was lost, or replaced by an older one, knew.
-        unknown = self.snapshots.names() - self.history.manifests.keys()
-        lost = unknown if self.history.run_id is None else unknown & self._links.targets()
+        names = self.snapshots.names()
+        unknown = names - self.history.manifests.keys()
+        lost = unknown
+        # A crash leaves a snapshot that was not committed yet, and everything that the ledger keeps.
+        if self.history.run_id is not None and self.history.kept() <= names:
+            later = {name for name in unknown if self.snapshots.ledger_bytes(name) > self._ledger_bytes}
+            lost = unknown & self._links.targets() | later
         if lost:
             raise LedgerError(
                 f"{self.path / LEDGER} does not know the snapshots {', '.join(sorted(lost))}: it was lost, or is an "
@@ -114,17 +122,30 @@ class RunFolder:
         self._links.restore(self.history.refs)
 
     def append(self, event: Event, *, durable: bool = False, withdraw: bool = False) -> None:
-        """Record an event from which nothing follows on the disk. Arguments and errors as `LedgerFile.append`."""
+        """Record an event from which nothing follows on the disk.
+
+        An interruption does not withdraw it: it counts, and is recorded as soon as anything else is.
+
+        Args and errors as `LedgerFile.append`.
+        """
+        self.catch_up()
         if self._ledger is None:
             raise RunExistsError(f"{self.path} is closed: start a keeper before it records anything")
+        self.history.check(event)
+        self._is_interrupted = True
         try:
             self._ledger.append(event, durable=durable, withdraw=withdraw)
         except OSError:
             if not withdraw:
-                self.history.apply(event)
+                self.history.take(event)
                 self._links_lag = True
+            self._is_interrupted = False
             raise
-        self.history.apply(event)
+        except SENSELESS:
+            self._is_interrupted = False
+            raise
+        self.history.take(event)
+        self._is_interrupted = False
 
     def commit(self, event: Event, *, withdraw: bool = False) -> None:
         """Make an event durable, then do what follows: refs move, and what nothing names any more is removed.
@@ -133,17 +154,44 @@ class RunFolder:
             OSError: As `LedgerFile.append`. What was committed stays committed, also if later steps are refused.
         """
         self.append(event, durable=True, withdraw=withdraw)
+        self._follow(refs_of(event))
+
+    def catch_up(self) -> None:
+        """Bring what is known up to the ledger, where an interruption came between the two.
+
+        Raises:
+            OSError: Any refusal of the file system.
+        """
+        if self._is_interrupted and self._ledger is not None:
+            self._links_lag = True
+            self._ledger.sync()
+            events, _ = read_ledger(self.path / LEDGER)
+            self.history = History.of(events)
+            self._is_interrupted = False
+
+    def _follow(self, refs: Moves) -> None:
+        """Bring links and garbage up to the ledger. What fails is done after the next commit."""
+        lag, self._links_lag = self._links_lag, True
+        failures: list[Exception] = []
         try:
-            if self._links_lag:
+            if lag:
                 self._links.restore(self.history.refs)
             else:
-                self._links.move(refs_of(event))
+                self._links.move(refs)
+        except Exception as error:  # noqa: BLE001  # whichever it is, what was committed stays committed
+            failures.append(error)
+        try:
             self._collect()
-            self._links_lag = False
-        except OSError as error:
-            # Links and garbage are brought up to the ledger by the next commit.
-            self._links_lag = True
-            _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self.path, error)
+        except Exception as error:  # noqa: BLE001  # as above
+            failures.append(error)
+        self._links_lag = bool(failures)
+        for failure in failures:
+            _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self.path, failure)
+
+    @property
+    def durable_bytes(self) -> int:
+        """The bytes of the ledger that are known to be on the disk."""
+        return 0 if self._ledger is None else self._ledger.durable_size
 
     @property
     def is_torn(self) -> bool:
@@ -178,6 +226,12 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder for other processes. A second call does nothing."""
+        with ExitStack() as steps:  # the last one first, and each of them whatever becomes of the others
+            steps.callback(self._lock.release)
+            steps.callback(self.snapshots.finish_removal)
+            steps.callback(self._close_ledger)
+
+    def _close_ledger(self) -> None:
         try:
             try:
                 self._stop_following()
@@ -187,9 +241,6 @@ class RunFolder:
         except OSError as error:
             # Who waits for a line syncs it; what was not synced may be lost, as it may be in a crash.
             _logger.warning("%s: the newest observations may be lost: %s", self.path, error)
-        finally:
-            self.snapshots.finish_removal()
-            self._lock.release()
 
     def _read(self) -> None:
         events, self._ledger_bytes = read_ledger(self.path / LEDGER)
@@ -214,6 +265,7 @@ class RunFolder:
             return
         try:
             if self._ledger is not None:
+                self.catch_up()
                 self._ledger.sync()
                 self._collect()
         finally:

@@ -218,11 +218,38 @@ class History:
         return not any(timeline.entries for keeper in self.keepers.values() for timeline in keeper.timelines)
 
     def apply(self, event: Event) -> None:
-        """Take in one more event.
+        """Take in one more event. Raises as `check`."""
+        self.check(event)
+        self.take(event)
+
+    def check(self, event: Event) -> None:
+        """Check that an event follows from those before it.
 
         Raises:
-            LookupError, ValueError: If it does not follow from those before it.
+            LookupError, ValueError: If not.
         """
+        named = {snapshot for snapshot in refs_of(event).values() if snapshot is not None}
+        match event:
+            case KeeperBegan(state=None):
+                if event.timeline is None:
+                    raise ValueError("a keeper begins with neither a timeline nor a state")
+                _ = self.keepers[event.keeper].timelines[event.timeline]
+            case Observed():
+                last = self.keepers[event.keeper].present.last_iteration
+                if last is not None and not event.iteration.follows(last):
+                    raise ValueError(f"{event.iteration} does not come after {last}")
+                if event.snapshot is not None and self.manifests.get(event.snapshot, event.manifest) != event.manifest:
+                    raise ValueError(f"the name {event.snapshot} is used for a second snapshot")
+                named.discard(event.snapshot or "")
+            case Pinned():
+                named.update(event.snapshots)
+            case RefsMoved():
+                _ = self.keepers[event.keeper].present
+        if unknown := named - self.manifests.keys():
+            raise ValueError(f"no line before it introduces the snapshots {', '.join(sorted(unknown))}")
+
+    def take(self, event: Event) -> None:
+        """Take in one more event, which was checked."""
         match event:
             case RunBegan():
                 self.run_id = event.run
@@ -233,7 +260,6 @@ class History:
             case Observed():
                 self._observe(event)
             case Pinned():
-                self._check_known(*event.snapshots)
                 self.pins[event.keeper, event.tag] = frozenset(event.snapshots)
             case Unpinned():
                 self.pins.pop((event.keeper, event.tag), None)
@@ -243,7 +269,6 @@ class History:
             if snapshot is None:
                 self.refs.pop(name, None)
             else:
-                self._check_known(snapshot)
                 self.refs[name] = snapshot
 
     def kept(self) -> set[str]:
@@ -253,25 +278,16 @@ class History:
         spare = (timeline.spare for timeline in timelines)
         return {*self.refs.values(), *bests}.union(*self.pins.values(), *spare)
 
-    def _check_known(self, *snapshots: str) -> None:
-        if unknown := set(snapshots) - self.manifests.keys():
-            raise ValueError(f"no line before it introduces the snapshots {', '.join(sorted(unknown))}")
-
     def _begin(self, event: KeeperBegan) -> None:
         keeper = self.keepers.setdefault(event.keeper, KeeperHistory(event.metric_key, event.policy))
         keeper.policy = event.policy
-        if event.state is None and event.timeline is None:
-            raise ValueError("a keeper begins with neither a timeline nor a state")
         branch = None if event.state is not None or event.timeline is None else keeper.timelines[event.timeline]
         keeper.begin(branch, event)
 
     def _observe(self, event: Observed) -> None:
-        keeper, observation = self.keepers[event.keeper], event.observation
-        last = keeper.present.last_iteration
-        if last is not None and not observation.iteration.follows(last):
-            raise ValueError(f"{observation.iteration} does not come after {last}")
+        keeper = self.keepers[event.keeper]
         keeper.present.add(event)
         if event.snapshot is not None and event.manifest is not None:
             self.manifests.setdefault(event.snapshot, event.manifest)
             if event.refs.get(event.keeper) == event.snapshot:
-                keeper.kept_best = observation.value
+                keeper.kept_best = event.value

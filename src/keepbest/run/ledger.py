@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from keepbest.errors import LedgerError
-from keepbest.run.events import VERSION, Event, RunBegan, event_to_json, parse_event
+from keepbest.run.events import VERSION, Event, RunBegan
 from keepbest.run.files import DurableFile, Files
-
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
-# What a line that is no event makes the parser raise.
-_SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+from keepbest.run.layout import TEMPORARY
+from keepbest.run.lines import SENSELESS, decode_line, encode_line
 
 
 def read_ledger(path: Path) -> tuple[list[Event], int]:
@@ -47,38 +47,68 @@ def read_ledger(path: Path) -> tuple[list[Event], int]:
 
 def _parsed(path: Path, number: int, raw: bytes) -> Event:
     try:
-        line = json.loads(raw)
-        if number == 1 and line["event"] == RunBegan.name and line.get("version") != VERSION:
-            raise LedgerError(
-                f"{path}, line 1: expected a ledger of version {VERSION}, found {raw[:80]!r}; "
-                "it was written by another version of keepbest: use that one"
-            )
-        return parse_event(line)
-    except _SENSELESS as error:
+        if number == 1:
+            _refuse_other_version(path, raw)
+        return decode_line(raw)
+    except SENSELESS as error:
         raise LedgerError(f"{path}, line {number} is damaged: {error!r}; found {raw[:80]!r}") from error
+
+
+def _refuse_other_version(path: Path, raw: bytes) -> None:
+    line = json.loads(raw)
+    if line["event"] == RunBegan.name and line.get("version") != VERSION:
+        raise LedgerError(
+            f"{path}, line 1: expected a ledger of version {VERSION}, found {raw[:80]!r}; "
+            "it was written by another version of keepbest: use that one"
+        )
 
 
 def _is_waited_for(raw: bytes) -> bool:
     """Whether nothing is written after this line before it is on the disk."""
     try:
-        return parse_event(json.loads(raw)).is_waited_for
-    except _SENSELESS:
+        return decode_line(raw).is_waited_for
+    except SENSELESS:
         return False
+
+
+class _Tail(NamedTuple):
+    """What follows the bytes of the ledger that are known to be on the disk.
+
+    Attributes:
+        start: Number of bytes before it.
+        lines: Lines that count, whether they are in the file yet or not.
+        written: Number of these lines that are in the file.
+        end: Bytes of the file that are as they should be.
+    """
+
+    start: int
+    lines: list[bytes]
+    written: int
+    end: int
+
+    @classmethod
+    def after(cls, size: int) -> _Tail:
+        """An empty one."""
+        return cls(size, [], 0, size)
 
 
 class LedgerFile:
     """Appends lines to a ledger.
 
-    An observation is a fact, also if the disk refuses it: it is then written before the next line. A
-    commit is true only when it is on the disk: one that could not be written is taken back.
+    An observation is a fact, also if the disk refuses it: it is then written before the next line. A commit is true
+    only when it is on the disk: one that the disk refused is taken back. One that was interrupted, by Ctrl-C for
+    example, counts: it may be on the disk, and the weights that it names are.
     """
 
     def __init__(self, files: Files, path: Path, size: int) -> None:
         """Open `path` and cut what lies beyond `size` bytes."""
+        self._files = files
+        self._path = path
         self._file: DurableFile = files.append(path)
-        self._size = size
-        self._unwritten = b""
-        self._is_torn = True
+        # An interruption may come between any two statements. So each of these changes in one step, and the condition
+        # is what it would be if the next step never came.
+        self._tail = _Tail.after(size)
+        self._condition: Literal["whole", "torn", "doubtful"] = "torn"
         try:
             self._cut()
         except OSError:
@@ -94,51 +124,93 @@ class LedgerFile:
             withdraw: Whether to forget it if it cannot be written; else it is written before the next one.
 
         Raises:
-            OSError: Any refusal of the file system. The file then ends as it did before, or does so before anything
-                else is written (`is_torn`).
+            OSError: Any refusal of the file system, or the ledger was removed or replaced. The file then ends as it did
+                before, or does so before anything else is written (`is_torn`).
+            ValueError, TypeError, LookupError, AttributeError, ArithmeticError: If the event could not be read again.
+                Nothing is written.
         """
-        text = _encode(event_to_json(event)).encode() + b"\n"
-        data = self._unwritten + text
+        line = encode_line(event)
+        self._tail.lines.append(line)
         try:
-            self._write(data, durable=durable)
+            self._write(durable=durable)
         except OSError:
-            self._unwritten = self._unwritten if withdraw else data
+            if withdraw:
+                self._withdraw_last()
+            with contextlib.suppress(OSError):  # the first refusal is the cause, and the next line tries again
+                self._restore()
             raise
-        self._unwritten = b""
 
     def sync(self) -> None:
         """Make all lines durable, those included that could not be written before. Raises as `append`."""
-        self._write(self._unwritten, durable=True)
-        self._unwritten = b""
+        self._write(durable=True)
 
     @property
     def size(self) -> int:
         """The bytes of all lines that were written."""
-        return self._size
+        return self._tail.end
+
+    @property
+    def durable_size(self) -> int:
+        """The bytes of all lines that are known to be on the disk."""
+        return self._tail.start
 
     @property
     def is_torn(self) -> bool:
         """Whether a line that was refused may still be in the file, since it could not be cut either."""
-        return self._is_torn
+        return self._condition != "whole"
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _write(self, data: bytes, *, durable: bool) -> None:
-        if self._is_torn:
-            self._cut()
+        """Close the file, after what was interrupted or refused before. Raises `OSError` if it is refused again."""
         try:
-            self._file.write(data)
-            if durable:
-                self._file.sync()
-        except OSError:
-            self._is_torn = True
-            with contextlib.suppress(OSError):  # the first refusal is the cause, and the next write tries again
-                self._cut()
-            raise
-        self._size += len(data)
+            if self.is_torn or self._tail.written < len(self._tail.lines):
+                self._write(durable=True)
+        finally:
+            self._file.close()
+
+    def _write(self, *, durable: bool) -> None:
+        self._restore()
+        if durable and not self._file.is_in_place():
+            raise OSError(errno.ENOENT, "the ledger was removed or replaced while the run was open", str(self._path))
+        lines = self._tail.lines
+        missing = b"".join(lines[self._tail.written :])
+        self._condition = "torn"
+        self._file.write(missing)
+        self._tail = _Tail(self._tail.start, lines, len(lines), self._tail.end + len(missing))
+        if durable:
+            self._condition = "doubtful"
+            self._file.sync()
+            self._tail = _Tail.after(self._tail.end)
+        self._condition = "whole"
+
+    def _withdraw_last(self) -> None:
+        start, lines, written, end = self._tail
+        line = lines.pop()
+        if written > len(lines):
+            self._tail = _Tail(start, lines, len(lines), end - len(line))
+
+    def _restore(self) -> None:
+        """Bring the file back to the lines that count."""
+        if self._condition == "torn":
+            self._cut()
+        elif self._condition == "doubtful":
+            self._write_anew()
 
     def _cut(self) -> None:
-        self._file.truncate(self._size)
-        self._is_torn = False
+        self._file.truncate(self._tail.end)
+        self._condition = "whole"
+
+    def _write_anew(self) -> None:
+        # After a sync that failed the kernel may believe that its pages are on the disk: a second one proves nothing.
+        self._file.truncate(self._tail.end)
+        data = self._file.read(self._tail.start) + b"".join(self._tail.lines)
+        temporary = self._path.with_name(f"{TEMPORARY}{self._path.name}")
+        self._files.remove(temporary)
+        with self._files.create(temporary) as file:
+            file.write(data)
+            file.sync()
+        self._files.rename(temporary, self._path)
+        replaced, self._file = self._file, self._files.append(self._path)
+        replaced.close()
+        self._files.sync_folder(self._path.parent)
+        self._tail = _Tail.after(len(data))
+        self._condition = "whole"

@@ -70,6 +70,8 @@ class Manifest:
         parts: Parts of the model that were selected, in order.
         files: Record of each file, by its path in the folder of the snapshot.
         left_out: For each part the keys, relative to the part, that were frozen and not saved.
+        ledger_bytes: Bytes of the ledger that were on the disk when the snapshot was complete. A ledger with fewer is
+            an older one.
     """
 
     run: str
@@ -81,6 +83,7 @@ class Manifest:
     parts: tuple[SavedPart, ...]
     files: Mapping[str, FileRecord]
     left_out: Mapping[str, Sequence[str]]
+    ledger_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -111,6 +114,7 @@ class Manifest:
             "parts": [list(part) for part in self.parts],
             "files": {name: record.to_json() for name, record in self.files.items()},
             "left_out": self.left_out,
+            "ledger_bytes": self.ledger_bytes,
         }
         return json.dumps(content, indent=1).encode()
 
@@ -136,6 +140,7 @@ class Manifest:
             parts=tuple(SavedPart(name, path, tuple(apart)) for name, path, apart in content["parts"]),
             files={name: FileRecord.from_json(record) for name, record in content["files"].items()},
             left_out={name: list(keys) for name, keys in content["left_out"].items()},
+            ledger_bytes=content["ledger_bytes"],
         )
 
 
@@ -149,6 +154,8 @@ def _check(content: Any) -> None:
         raise TypeError(f"expected text, found {strange[0]!r}")
     if not isinstance(content["value"], float | int):
         raise TypeError(f"the value of the metric is {content['value']!r}")
+    if type(content["ledger_bytes"]) is not int:
+        raise TypeError(f"the ledger had {content['ledger_bytes']!r} bytes")
     if outside := [name for name in content["files"] if not _is_inside(name)]:
         raise ValueError(f"it names files outside of its folder: {', '.join(outside)}")
     for record in content["files"].values():

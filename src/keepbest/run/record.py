@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
@@ -16,6 +17,27 @@ from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_m
 from keepbest.run.takeover import LoadedState, check_takeover
 
 _logger = logging.getLogger(__name__)
+
+
+class Revision(NamedTuple):
+    """What rank 0 has recorded, for ranks that believe something else.
+
+    Attributes:
+        state: State of the timeline.
+        value: Value of its newest observation; `None` if there is none.
+    """
+
+    state: BestState
+    value: float | None
+
+    def to_json(self) -> list[Any]:
+        """JSON values only, in which NaN is a number; `from_json` is the inverse."""
+        return [self.state.to_json(), self.value]
+
+    @classmethod
+    def from_json(cls, revision: Sequence[Any]) -> Revision:
+        """The inverse of `to_json`."""
+        return cls(BestState.from_json(revision[0]), revision[1])
 
 
 class KeeperRecord:
@@ -178,13 +200,27 @@ class KeeperRecord:
         """
         self.folder.append(Observed(self.keeper, observation.iteration, observation.value, superseded=True))
 
+    def has(self, observation: Observation) -> bool:
+        """Whether the observation is recorded, as the newest one. Raises `OSError` if that cannot be known."""
+        self.folder.catch_up()
+        return self.history.present.last_iteration == observation.iteration
+
+    def revision(self, policy: Policy) -> Revision:
+        """What is recorded, as `policy` sees it. Raises `OSError` if that cannot be known."""
+        self.folder.catch_up()
+        timeline = self.history.present
+        value = timeline.entries[-1].observation.value if timeline.entries else None
+        return Revision(timeline.state(policy, until=timeline.last_iteration), value)
+
     def close_tolerances(self, exceeded: Mapping[int, Best | None]) -> None:
         """Set the refs of tolerances that closed earlier than was known, since a save had failed.
 
         Raises:
             OSError: Any refusal of the file system. It then goes to the disk with the next line.
         """
-        self.folder.commit(RefsMoved(self.keeper, self._tolerance_moves(exceeded)))
+        moves, refs = self._tolerance_moves(exceeded), self.folder.history.refs
+        if any(refs.get(ref) != snapshot for ref, snapshot in moves.items()):
+            self.folder.commit(RefsMoved(self.keeper, moves))
 
     def drop_skipped(self) -> None:
         """Record that bests do not count that were skipped for one that was lost. Raises as `observe`."""

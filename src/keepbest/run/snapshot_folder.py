@@ -13,6 +13,7 @@ from pathlib import Path
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
 from keepbest.run.layout import MANIFEST, TEMPORARY, unfinished_folder
+from keepbest.run.lines import SENSELESS
 from keepbest.run.manifest import Manifest, manifest_digest
 
 _logger = logging.getLogger(__name__)
@@ -35,6 +36,13 @@ class SnapshotFolder:
     def names(self) -> set[str]:
         """The names of all complete snapshots, whether the ledger knows them or not."""
         return {path.name for path in self._path.iterdir() if not path.name.startswith(TEMPORARY)}
+
+    def ledger_bytes(self, name: str) -> int:
+        """The bytes that the ledger had at least when this snapshot was complete; 0 if it does not say."""
+        try:
+            return Manifest.from_bytes((self._path / name / MANIFEST).read_bytes()).ledger_bytes
+        except (OSError, *SENSELESS):
+            return 0
 
     def new_name(self, iteration: TrainingIteration, restarts: int, selection: str, known: Collection[str]) -> str:
         """A name that no snapshot has or had.
@@ -88,8 +96,8 @@ class SnapshotFolder:
     def remove_all_but(self, kept: Collection[str]) -> None:
         """Remove everything that is not in `kept`, also what a crash left half written.
 
-        All of it loses its name at once. A thread frees the space: for large files that takes as long as a part of the
-        write, and only the next write needs to wait for it.
+        All of it loses its name at once. A thread frees the space, if one can be started: for large files that takes as
+        long as a part of the write, and only the next write needs to wait for it.
 
         Raises:
             OSError: Any refusal of the file system.
@@ -98,8 +106,13 @@ class SnapshotFolder:
         doomed = [path for path in self._path.iterdir() if path.name not in kept]
         removed = [self._without_name(path) for path in doomed]
         if removed:
-            self._removal = threading.Thread(target=self._remove, args=(removed,), name="keepbest-removal", daemon=True)
-            self._removal.start()
+            removal = threading.Thread(target=self._remove, args=(removed,), name="keepbest-removal", daemon=True)
+            try:
+                removal.start()
+            except RuntimeError:  # too many threads, or the interpreter is about to exit
+                self._remove(removed)
+            else:
+                self._removal = removal
 
     def finish_removal(self) -> None:
         """Wait until the space of all that was removed is free."""

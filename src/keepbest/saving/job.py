@@ -165,6 +165,7 @@ class PendingSnapshot:
             parts=tuple(SavedPart(part.name, part.path, part.apart) for part in share.parts),
             files=self._format.complete(self._files, folder, share, written),
             left_out=share.left_out,
+            ledger_bytes=record.folder.durable_bytes,
         )
         return Written(self._name, record.folder.snapshots.publish(self._name, manifest))
 
@@ -186,9 +187,6 @@ class SaveJob:
         snapshot: Snapshot of the weights.
         record: Record of the keeper.
         is_first: Whether this keeper took the snapshot, rather than another one at the same iteration.
-
-    Attributes:
-        is_superseded: Whether the snapshot was given up, since a better one followed.
     """
 
     def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord, *, is_first: bool) -> None:
@@ -196,7 +194,6 @@ class SaveJob:
         self._snapshot = snapshot
         self._record = record
         self._is_first = is_first
-        self.is_superseded = False
         if not is_first:
             snapshot.need()
 
@@ -207,8 +204,7 @@ class SaveJob:
             ConfigError: If there is nothing to save.
             OSError: Any refusal of the file system. Nothing was saved or recorded then.
         """
-        self.is_superseded = self._is_first and not self._snapshot.begin()
-        if self.is_superseded:
+        if self._is_first and not self._snapshot.begin():
             self._record.supersede(self._kept.observation)
             return
         written = self._snapshot.write()

@@ -17,7 +17,7 @@ from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
-from keepbest.run.record import KeeperRecord
+from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
 from keepbest.saving.job import PendingSnapshot, SaveJob
 from keepbest.saving.losses import Losses
@@ -50,6 +50,7 @@ class Saver:
 
     Attributes:
         best_snapshot: Name of the best snapshot that the run ever saved, as far as this rank knows.
+        is_in_doubt: Whether the newest observation may be recorded or not, since what records it has not returned.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Saver:
         self._record: KeeperRecord | None = None
         self.losses = Losses(name, tolerates=tolerates)
         self.best_snapshot: str | None = None
+        self.is_in_doubt = False
 
     def look_at_weights(self, step: str) -> None:
         """Check that what the ranks hold can be kept and loaded again. **Collective**.
@@ -110,11 +112,6 @@ class Saver:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
         self._submit(lambda record: record.observe(observation, exceeded), names_bests=bool(exceeded))
 
-    def correct(self, exceeded: Mapping[int, Best | None]) -> None:
-        """Record tolerances that turned out to be closed with another best. **Rank-local**."""
-        if exceeded:
-            self._submit(lambda record: record.close_tolerances(exceeded), names_bests=True)
-
     def save(self, kept: Kept, step: str) -> None:
         """Save the weights of a new best, or of one of the top k. **Collective**.
 
@@ -140,35 +137,50 @@ class Saver:
             # All ranks come here, or none: a snapshot that is known to have failed is not shared.
             self._run.remember(iteration, content, snapshot, self._inventory.mark)
 
-    def revised_state(self) -> BestState | None:
-        """The state without bests that were lost in the background and not all ranks know of. **Rank-local**."""
-        if self._record is None or not self.losses.announce():
+    def revised_state(self) -> Revision | None:
+        """What is recorded, if not all ranks know it. **Rank-local**.
+
+        Raises:
+            OSError: If it cannot be known, since the file system refuses to finish what was interrupted.
+        """
+        if self._record is None or not (self.losses.announce() or self.is_in_doubt):
             return None
         self._run.worker.drain()
         self._submit(KeeperRecord.drop_skipped, names_bests=False)
-        timeline = self._record.history.present
-        return timeline.state(self._policy, until=timeline.last_iteration)
+        return self._record.revision(self._policy)
+
+    def all_know(self, revision: Revision, before: BestState) -> None:
+        """Every rank has adopted the revision. Tolerances that it closes are recorded. **Rank-local**."""
+        self.losses.all_know()
+        self.is_in_doubt = False
+        closed = {
+            tolerance: best
+            for tolerance, best in revision.state.exceeded.items()
+            if tolerance not in before.exceeded or before.exceeded[tolerance] != best
+        }
+        if closed:
+            self._submit(lambda record: record.close_tolerances(closed), names_bests=True)
 
     def take_failure(self) -> BaseException | None:
         """What could not be written or uploaded, for every rank to raise; each once. **Rank-local**."""
         folder = self._run.folder
         return self.losses.take() or self.losses.take_upload(None if folder is None else folder.copy)
 
-    def settle(self, step: str) -> BestState | None:
-        """Wait for what is being written; the state without bests that were lost, if there are any. **Collective**.
+    def settle(self, step: str) -> Revision | None:
+        """Wait for what is being written, and return what is recorded, if not all ranks know it. **Collective**.
 
         Raises:
             StorageError: On every rank, if something could not be written.
         """
 
-        def wait(_: KeeperRecord) -> dict[str, Any] | None:
+        def wait(_: KeeperRecord) -> list[Any] | None:
             if (failure := self.losses.take()) is not None:
                 raise failure
             revised = self.revised_state()
             return None if revised is None else revised.to_json()
 
         news = self._on_main(step, wait)
-        return None if news is None else BestState.from_json(news)
+        return None if news is None else Revision.from_json(news)
 
     def write(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
         """Let rank 0 write something that all must know to be there. **Collective**. Raises as `settle`."""
@@ -253,8 +265,8 @@ class Saver:
     def _run_in_background(self, job: SaveJob, kept: Kept, record: KeeperRecord) -> None:
         try:
             job.run()
-        except Exception:  # whichever it was, the ledger must know that this best is lost
-            if not job.is_superseded:
+        except Exception:  # whichever it was, the ledger must know that this best is lost, unless it has it already
+            if not record.has(kept.observation):
                 self.losses.lose_best()
                 record.observe(replace(kept.observation, durable=False), kept.exceeded)
             raise

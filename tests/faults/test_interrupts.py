@@ -1,0 +1,132 @@
+"""Ctrl-C, or an exception of a signal handler, between any two lines of keepbest: nothing is lost or recorded twice.
+
+A trace function raises at one line that is executed after another, as a signal handler of Python would.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import keepbest
+from keepbest import TrainingIteration
+from keepbest.run.verify import verify
+from tests.faults.filled_run import COMPLETE, VALUES, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
+from tests.kit.files import SteppedFiles, without_waiting
+from tests.kit.seams import use
+
+PACKAGE = str(Path(keepbest.__file__).parent)
+
+
+class Interruption(KeyboardInterrupt):
+    """What the signal handler raises."""
+
+
+class Interrupter:
+    """Raises at line number `at` that this thread executes in keepbest while it is `armed`; counts the lines."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.at = at
+        self.lines = 0
+        self.place = ""
+
+    def __enter__(self) -> Interrupter:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame, event, arg):
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _line(self, frame, event, arg):
+        if event != "line":
+            return self._line
+        self.lines += 1
+        if self.lines - 1 == self.at:
+            self.place = f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
+            raise Interruption
+        return self._line
+
+
+@pytest.fixture
+def memory_folder(tmp_path):
+    """Where hundreds of runs do not wait for a disk."""
+    shared_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else tmp_path) as folder:
+        yield Path(folder)
+
+
+def observe_again(keeper, model, epoch: int) -> None:
+    """What a notebook does with the cell that was interrupted."""
+    outcome = keeper.observe(VALUES[epoch - 1], TrainingIteration(epoch=epoch))
+    assert (outcome.iteration.epoch, outcome.is_new_best) == (epoch, epoch in (1, 2, 5, 8))
+
+
+def one_run(directory: Path, epoch: int, interrupter: Interrupter, *, then: str, **settings) -> bool:
+    """A run whose call of `observe` at `epoch` is interrupted; returns whether it was."""
+    model = net()
+    keeper = keeper_of(directory, model, **settings)
+    go_on(keeper, model, VALUES[: epoch - 1])
+    model.weight.data.fill_(float(epoch))
+    was_interrupted = False
+    try:
+        with interrupter:
+            keeper.observe(VALUES[epoch - 1], TrainingIteration(epoch=epoch))
+    except Interruption:
+        was_interrupted = True
+    if not was_interrupted:
+        keeper.abandon()
+        return False
+    if then == "resume":
+        keeper.abandon()
+        keeper = keeper_of(directory, model, resume="ledger", **settings)
+    elif then == "again":
+        observe_again(keeper, model, epoch)
+    elif then == "flush":
+        keeper.flush()
+    with keeper:
+        go_on(keeper, model)
+    return True
+
+
+def check(directory: Path) -> None:
+    text = (directory / "checkpoints/ledger.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if line["event"] == "observation"]
+    assert [line["iteration"] for line in lines] == [f"E{epoch}" for epoch in range(1, len(VALUES) + 1)]
+    assert not any("lost" in line for line in lines)
+    assert verify(directory) == []
+    assert refs_hold(directory) == refs_of(COMPLETE)
+    assert recorded_state(directory) == COMPLETE
+
+
+@pytest.mark.parametrize("settings", [{}, {"async_save": True}], ids=["waited for", "in background"])
+@pytest.mark.parametrize("then", ["again", "resume", "flush"])
+@pytest.mark.parametrize("epoch", [4, 5])  # one that exceeds a tolerance, and a new best
+def test_interrupt_at_any_line_of_observe_loses_nothing(epoch, then, settings, memory_folder, request):
+    everything = request.config.getoption("--crash-points") == "all"
+    step = 7 if everything else 199 if request.config.getoption("--quick") else 61
+    at, tried = random.Random(f"{request.config.getoption('--fault-seed')} {then}").randrange(step), 0
+    while True:
+        directory = memory_folder / str(at)
+        interrupter = Interrupter(at)
+        with use(directory, files=SteppedFiles(without_waiting)):
+            if not one_run(directory, epoch, interrupter, then=then, **settings):
+                break
+            try:
+                check(directory)
+            except BaseException:
+                print(f"interrupted at line {at}, {interrupter.place}")
+                raise
+        shutil.rmtree(directory)
+        tried += 1
+        at += step
+    print(f"{tried} of {at} lines")
+    assert tried > 200 // step

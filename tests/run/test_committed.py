@@ -1,0 +1,227 @@
+"""What was committed stays committed, whatever comes after its line is on the disk; and nothing is recorded twice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from keepbest.decision import fold
+from keepbest.errors import IterationError, LedgerError, StorageError
+from keepbest.run.ledger import read_ledger
+from keepbest.run.maintenance import repair
+from keepbest.run.verify import verify
+from tests.faults.filled_run import COMPLETE, POLICY, VALUES, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
+from tests.faults.power_cut import LOST, RecordingFiles
+from tests.kit.files import SteppedFiles
+from tests.kit.pool import run_ranks
+from tests.kit.runs import ledger, refs, snapshots
+from tests.kit.seams import use
+
+
+def at(epoch):
+    return {"value": VALUES[epoch - 1], "epoch": epoch}
+
+
+def assert_is_complete(directory):
+    seen = [line["iteration"] for line in ledger(directory) if line["event"] == "observation"]
+    assert seen == [f"E{epoch}" for epoch in range(1, len(VALUES) + 1)]
+    assert verify(directory) == []
+    assert refs_hold(directory) == refs_of(COMPLETE)
+    assert recorded_state(directory) == COMPLETE
+
+
+class SlowSync:
+    """A sync of the ledger during which a signal comes, once."""
+
+    def __init__(self):
+        self.is_armed = False
+
+    def __call__(self, operation):
+        if self.is_armed and operation.name == "sync" and operation.path.name == "ledger.jsonl":
+            self.is_armed = False
+            operation.do()
+            os.kill(os.getpid(), signal.SIGINT)
+        return operation.do()
+
+
+@pytest.mark.parametrize("then", ["again", "close", "flush"])
+def test_ctrl_c_in_the_sync_of_a_commit_commits_it(then, tmp_path):
+    disk, model = SlowSync(), net()
+    with use(tmp_path, files=SteppedFiles(disk)):
+        keeper = keeper_of(tmp_path, model)
+        go_on(keeper, model, VALUES[:4])
+        model.weight.data.fill_(5.0)
+        disk.is_armed = True
+        with pytest.raises(KeyboardInterrupt):
+            keeper.observe(**at(5))
+        if then == "again":
+            assert keeper.observe(**at(5)).is_new_best
+        elif then == "flush":
+            keeper.flush()
+            assert keeper.state.last_iteration.epoch == 5
+        if then != "close":
+            go_on(keeper, model)
+        keeper.close()
+    if then == "close":
+        with keeper_of(tmp_path, model, resume="ledger") as keeper:
+            go_on(keeper, model)
+    assert_is_complete(tmp_path)
+
+
+def test_value_that_differs_from_the_recorded_one_is_refused(tmp_path):
+    disk, model = SlowSync(), net()
+    with use(tmp_path, files=SteppedFiles(disk)):
+        keeper = keeper_of(tmp_path, model)
+        go_on(keeper, model, VALUES[:4])
+        disk.is_armed = True
+        with pytest.raises(KeyboardInterrupt):
+            keeper.observe(**at(5))
+        with pytest.raises(IterationError, match=r"E5 was recorded with the value 3.0 .* now has the value 2.9"):
+            keeper.observe(2.9, epoch=5)
+        assert keeper.observe(**at(6)).iteration.epoch == 6
+        keeper.abandon()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_removal_thread_that_cannot_start_loses_no_best(in_background, tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "keepbest-removal":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    model = net()
+    with keeper_of(tmp_path, model, async_save=in_background) as keeper:
+        assert all(seen.durable for seen in go_on(keeper, model))
+    assert snapshots(tmp_path) == {"E2", "E8"}
+    assert_is_complete(tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, ZeroDivisionError])
+@pytest.mark.parametrize("name", ["rename", "link", "remove", "sync_folder"])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_any_exception_after_the_line_loses_no_best(in_background, name, error, tmp_path):
+    is_armed = False
+
+    def break_down(operation):
+        folder = operation.path if name == "sync_folder" else operation.path.parent
+        if is_armed and operation.name == name and folder.name == "checkpoints":
+            raise error
+        return operation.do()
+
+    model = net()
+    with use(tmp_path, files=SteppedFiles(break_down)):
+        keeper = keeper_of(tmp_path, model, async_save=in_background)
+        keeper.start()
+        is_armed = True
+        assert all(seen.durable for seen in go_on(keeper, model))
+        keeper.close()
+        is_armed = False
+    assert recorded_state(tmp_path) == COMPLETE
+    with keeper_of(tmp_path, model, resume="ledger"):
+        pass
+    assert_is_complete(tmp_path)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_sync_that_failed_is_not_trusted_after_it_succeeds(number, tmp_path):
+    """Linux marks pages as written that it could not write, so the next sync of the file returns at once."""
+    root = tmp_path / "recorded"
+    root.mkdir()
+    files, model = RecordingFiles(root), net()
+    record, syncs, lost = files._step, [], []
+
+    def fail_once(operation):
+        if operation.name == "sync" and operation.path.name == "ledger.jsonl":
+            syncs.append(operation)
+            if len(syncs) == number + 2:
+                inode = files.inode_of(operation.path)
+                lost.extend(each for each in files.unsynced(len(files.log)) if files.log[each].inode == inode)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return record(operation)
+
+    files._step = fail_once
+    with use(root / "run", files=files):
+        keeper = keeper_of(root / "run", model, on_save_error="warn")
+        seen = go_on(keeper, model)
+        try:
+            keeper.flush()
+        except StorageError:
+            keeper.flush()
+        keeper.abandon()
+    place = tmp_path / "after"
+    files.after_power_cut(len(files.log), dict.fromkeys(lost, LOST)).build(files.ROOT, place)
+    events, _ = read_ledger(place / "run/checkpoints/ledger.jsonl")
+    assert sum(event.name == "observation" for event in events) == len(VALUES)
+    assert recorded_state(place / "run") == fold(POLICY, seen)
+    repair(place / "run")
+    assert verify(place / "run") == []
+
+
+def replace_ledger(path):
+    shutil.copy(path, path.with_name("copy"))
+    path.with_name("copy").replace(path)
+
+
+HARM = {
+    "ledger removed": lambda folder: (folder / "ledger.jsonl").unlink(),
+    "ledger replaced": lambda folder: replace_ledger(folder / "ledger.jsonl"),
+    "folder removed": shutil.rmtree,
+    "folder moved": lambda folder: folder.rename(folder.with_name("elsewhere")),
+}
+
+
+def harm(directory, kind, in_background):
+    model, found = net(), []
+    keeper = keeper_of(directory, model, async_save=in_background, rank_timeout=20.0)
+    go_on(keeper, model, VALUES[:2])
+    keeper.flush()
+    if dist.get_rank() == 0:
+        HARM[kind](directory / "checkpoints")
+    for act in (lambda: keeper.observe(**at(5)), keeper.flush, lambda: keeper.observe(**at(8)), keeper.flush):
+        try:
+            act()
+        except StorageError as error:
+            found.append(str(error))
+    keeper.abandon()
+    return found
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("kind", HARM)
+def test_ledger_gone_under_a_live_run_is_an_error_on_every_rank(kind, in_background, tmp_path):
+    found = run_ranks(harm, 2, tmp_path, kind, in_background)
+    assert found[0] == found[1]
+    assert found[0]
+    assert all("removed or replaced while the run was open" in message for message in found[0]), found[0]
+
+
+def test_older_ledger_in_a_folder_without_links_is_refused(tmp_path):
+    model, folder = net(), tmp_path / "run/checkpoints"
+    keeper = keeper_of(tmp_path / "run", model)
+    go_on(keeper, model, VALUES[:2])
+    keeper.flush()
+    older = (folder / "ledger.jsonl").read_bytes()
+    go_on(keeper, model)
+    keeper.close()
+    shutil.copytree(folder, tmp_path / "copy/checkpoints", symlinks=False)
+    for link in [*(tmp_path / "copy/checkpoints").glob("best_model*")]:
+        shutil.rmtree(link)
+    (tmp_path / "copy/checkpoints/ledger.jsonl").write_bytes(older)
+    before = snapshots(tmp_path / "copy")
+    for act in (
+        lambda: keeper_of(tmp_path / "copy", model, resume="ledger").start(),
+        lambda: repair(tmp_path / "copy"),
+    ):
+        with pytest.raises(LedgerError, match="is an older copy"):
+            act()
+    assert snapshots(tmp_path / "copy") == before
+    assert refs(tmp_path / "copy") == {}
