@@ -11,6 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from keepbest.errors import LedgerError, RunExistsError
@@ -170,23 +171,17 @@ class RunFolder:
             self._is_interrupted = False
 
     def _follow(self, refs: Moves) -> None:
-        """Bring links and garbage up to the ledger. What fails is done after the next commit."""
+        """Bring links and garbage up to the ledger. What the file system refuses is done after the next commit."""
         lag, self._links_lag = self._links_lag, True
-        failures: list[Exception] = []
-        try:
-            if lag:
-                self._links.restore(self.history.refs)
-            else:
-                self._links.move(refs)
-        except Exception as error:  # noqa: BLE001  # whichever it is, what was committed stays committed
-            failures.append(error)
-        try:
-            self._collect()
-        except Exception as error:  # noqa: BLE001  # as above
-            failures.append(error)
-        self._links_lag = bool(failures)
-        for failure in failures:
-            _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self.path, failure)
+        move = partial(self._links.restore, self.history.refs) if lag else partial(self._links.move, refs)
+        is_behind = False
+        for step in (move, self._collect):
+            try:
+                step()
+            except OSError as error:
+                is_behind = True
+                _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self.path, error)
+        self._links_lag = is_behind
 
     @property
     def durable_bytes(self) -> int:

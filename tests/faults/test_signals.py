@@ -1,0 +1,126 @@
+"""Signals at any moment of a run in one process, as in a notebook: it continues, and ends as if nothing had happened.
+
+pytest -s tests/faults/test_signals.py --kills 200 --fault-seed 7
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from keepbest.errors import RankFailedError
+from keepbest.run.verify import verify
+from tests.faults.filled_run import COMPLETE, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
+
+KINDS = {
+    "sync": {},
+    "async": {"async_save": True},
+    "dcp": {"format": "dcp"},
+    "safetensors with a copy": {"format": "safetensors", "remote": True},
+    "async with a copy": {"async_save": True, "remote": True},
+}
+
+
+class HandlerError(Exception):
+    """What a signal handler of the user raises."""
+
+
+def raise_error(number, frame):
+    raise HandlerError
+
+
+def leave(number, frame):
+    sys.exit(1)
+
+
+HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: leave,
+    signal.SIGUSR1: raise_error,
+}
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, HandlerError, RankFailedError)
+
+
+@contextmanager
+def interrupted(number: signal.Signals, after: float) -> Iterator[None]:
+    """The main thread gets a signal after so many seconds, unless the block has ended by then."""
+    is_over = False
+
+    def handle(*arguments):
+        if not is_over:
+            HANDLERS[number](*arguments)
+
+    before = signal.signal(number, handle)
+    timer = threading.Timer(after, signal.pthread_kill, [threading.main_thread().ident, number])
+    timer.start()
+    try:
+        yield
+    finally:
+        is_over = True
+        timer.cancel()
+        timer.join()
+        signal.signal(number, before)
+
+
+def train(directory: Path, chance: random.Random, interruptions: int, **settings) -> Counter[str]:
+    """A run that is interrupted so often, and each time goes on with the same keeper, or with one that resumes."""
+    if settings.get("remote"):
+        settings["remote"] = directory.with_name("copy").as_uri()
+    model, seen, longest = net(), Counter(), 0.02
+    keeper = keeper_of(directory, model, **settings)
+    while True:
+        is_left_alone = seen.total() >= interruptions
+        started = time.monotonic()
+        try:
+            with interrupted(chance.choice(list(HANDLERS)), 60.0 if is_left_alone else chance.uniform(0.0, longest)):
+                keeper.start()
+                go_on(keeper, model)
+                keeper.flush(pin="resume")
+                keeper.close()
+        except INTERRUPTIONS as interruption:
+            # What a rank raises is raised as an error of that rank, on all of them.
+            if isinstance(interruption, RankFailedError) and not isinstance(interruption.__cause__, HandlerError):
+                raise
+            seen[type(interruption).__name__] += 1
+        else:
+            if is_left_alone:
+                return seen
+            longest = time.monotonic() - started  # too late: what is left to do takes less
+        if chance.random() < 0.5 or keeper.state.last_iteration == COMPLETE.last_iteration:
+            keeper.abandon()
+            keeper = keeper_of(directory, model, resume="ledger", **settings)
+
+
+@pytest.fixture
+def counted(request):
+    counts = Counter()
+    yield counts
+    print(f"\n{request.node.name}: {counts}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_at_any_moment_lose_and_repeat_nothing(kind, counted, tmp_path, request):
+    interruptions = max(4, request.config.getoption("--kills") // len(KINDS))
+    chance = random.Random(f"{request.config.getoption('--fault-seed')} {kind}")
+    number = 0
+    while counted.total() < interruptions:
+        directory = tmp_path / str(number) / "run"
+        counted += train(directory, chance, min(5, interruptions - counted.total()), **KINDS[kind])
+        text = (directory / "checkpoints/ledger.jsonl").read_text()
+        lines = [line for line in map(json.loads, text.splitlines()) if line["event"] == "observation"]
+        assert [line["iteration"] for line in lines] == [f"E{epoch}" for epoch in range(1, 10)]
+        assert not any("lost" in line for line in lines)
+        assert verify(directory) == []
+        assert refs_hold(directory) == refs_of(COMPLETE)
+        assert recorded_state(directory) == COMPLETE
+        number += 1
