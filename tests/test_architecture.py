@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "MetricPropertyProvider",
     "Outcome",
     "TrainingIteration",
+    "abandon",
     "load",
 ]
 

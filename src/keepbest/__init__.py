@@ -8,6 +8,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.load import LoadedSnapshot, load
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.saving.open_run import abandon
 
 __all__ = [
     "BestKeeper",
@@ -16,6 +17,7 @@ __all__ = [
     "MetricPropertyProvider",
     "Outcome",
     "TrainingIteration",
+    "abandon",
     "load",
 ]
 

@@ -104,7 +104,6 @@ class BestKeeper:
         self._loaded: LoadedState | None = None
         self._state = BestState()
         self._phase: Literal["new", "started", "closed"] = "new"
-        self._has_joined = False
 
     def start(self, at: TrainingIteration | None = None) -> None:
         """Open the run folder, so that problems with it show before training. **Collective**; once.
@@ -122,6 +121,7 @@ class BestKeeper:
             SnapshotError: On every rank, if the remote copy cannot be read, or is damaged.
             StorageError: On every rank, if the folder, or the remote storage, cannot be written.
         """
+        self._run.refuse_elsewhere()
         if self._phase != "new":
             return
         resumes = f"{self._loaded} {self._settings.resume} {at}".encode()
@@ -256,7 +256,7 @@ class BestKeeper:
             StorageError: On every rank, if something could not be written, here or in the remote storage.
         """
         phase, self._phase = self._phase, "closed"
-        if phase != "started":
+        if phase != "started" or self._run.is_elsewhere:
             return
         try:
             self._settle(f"close {self.name}", lambda record: record.end(self._state))
@@ -317,23 +317,20 @@ class BestKeeper:
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
         from_ledger = self._settings.resume == "ledger" or at is not None
+        self._saver.start(record)  # a thread that cannot be started is an error before anything is recorded
         state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
-        self._saver.start(record)
         timeline = record.history.present.number
         return {"run": record.run_id, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
 
     def _join(self, at: TrainingIteration | None) -> None:
         if at is not None:
             TrainingIteration.of(at, {})
-        self._run.join(self.name, self._settings.remote)
-        self._has_joined = True
+        self._run.join(self.name, self._settings.remote, self)
 
     def _leave(self) -> None:
-        # A keeper that was refused, for example because of its name, must not end the one that has it.
-        if self._has_joined:
-            self._has_joined = False
-            self._run.leave(self.name)
+        if not self._run.is_elsewhere:
             self._saver.stop()
+            self._run.leave(self.name, self)
 
     def _agree(
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]
@@ -395,5 +392,6 @@ class BestKeeper:
         self._saver.write(step, write)
 
     def _refuse_if_closed(self) -> None:
+        self._run.refuse_elsewhere()
         if self._phase == "closed":
             raise ConfigError(f"the keeper of {self.metric_key} is closed")

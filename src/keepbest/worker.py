@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
+
+from keepbest.errors import ConfigError
 
 
 class _Job(NamedTuple):
@@ -45,22 +46,28 @@ class Inline:
 
 
 class Threaded:
-    """Works on a thread of its own, until it is closed or the interpreter exits.
-
-    The interpreter waits for what is queued when it exits in order, also after an exception in the main thread.
+    """Works on a thread of its own, until it is closed.
 
     Args:
         name: Name of the thread.
+
+    Raises:
+        ConfigError: If no thread can be started.
     """
 
     def __init__(self, name: str) -> None:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
-        self._is_closing = False
+        self._is_closing = self._is_over = False
         # A daemon, since the interpreter joins other threads before it would ask this one to end.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the thread {name} cannot be started ({error}): raise the number of threads that this process may "
+                "have (ulimit -u, or the limit of its container), or train with async_save=False and without remote"
+            ) from error
 
     def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         with self._changed:
@@ -77,15 +84,19 @@ class Threaded:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join(timeout)
-        atexit.unregister(self.close)
-        return not self._thread.is_alive()
+            # After an interrupted join() of a thread that works, Python takes it for one that has ended.
+            has_ended = self._changed.wait_for(lambda: self._is_over, timeout)
+        if has_ended:
+            self._thread.join()
+        return has_ended
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._is_closing)
                 if not self._jobs:
+                    self._is_over = True
+                    self._changed.notify_all()
                     return
                 job = self._jobs[0]
             try:
@@ -93,6 +104,7 @@ class Threaded:
             except BaseException as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
                 job.failed(error)
             finally:
+                del job  # it may name the keeper, which must not outlive its last user here
                 with self._changed:
                     self._jobs.popleft()
                     self._changed.notify_all()

@@ -18,22 +18,10 @@ from keepbest.staging.host import HostSlot
 from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.runs import ledger, refs, set_weights, snapshots, update
 from tests.kit.seams import use
+from tests.saving.gate import Gate
 
 A, B = "best_model.loss.a", "best_model.loss.b"
 WARN = {"on_save_error": "warn"}
-
-
-class Gate:
-    """Holds up the thread that comes to a file until it is opened."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_reached, self.is_open = threading.Event(), threading.Event()
-
-    def __call__(self, operation: Operation) -> None:
-        if operation.name == "create" and operation.path.name == self.name:
-            self.is_reached.set()
-            assert self.is_open.wait(60)
 
 
 class RefusedOnce:

@@ -6,7 +6,6 @@ run is cut off, the remote ledger records an earlier state of the run, and all o
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import threading
@@ -39,6 +38,9 @@ class Mirror:
         arrived: Paths of what is there, where there is a ledger of this run.
         clock: Function that gives seconds.
         patience: Seconds.
+
+    Raises:
+        ConfigError: If no thread can be started.
     """
 
     def __init__(
@@ -62,7 +64,6 @@ class Mirror:
         self._is_closing, self._is_over = threading.Event(), threading.Event()
         self._is_queued = False
         self._uploader = Threaded("keepbest-upload")
-        atexit.register(self.close)  # before the uploader's, which waits forever
 
     def follow(self, committed: Committed) -> None:
         """Bring this state to the remote storage, soon. Before its snapshots may go, ask `held`."""
@@ -96,10 +97,11 @@ class Mirror:
 
     def close(self) -> None:
         """Wait for what is under way, but not for long, and end. A second call does nothing."""
-        atexit.unregister(self.close)
         self._is_closing.set()
-        has_ended = self._uploader.close(timeout=_PATIENCE_AT_THE_END)
-        self._is_over.set()
+        try:
+            has_ended = self._uploader.close(timeout=_PATIENCE_AT_THE_END)
+        finally:
+            self._is_over.set()
         if (failure := self.failure) is not None:
             _logger.warning("%s", failure)
         elif not has_ended:

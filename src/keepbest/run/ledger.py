@@ -109,6 +109,7 @@ class LedgerFile:
         # is what it would be if the next step never came.
         self._tail = _Tail.after(size)
         self._condition: Literal["whole", "torn", "doubtful"] = "torn"
+        self._is_closed = False
         try:
             self._cut()
         except OSError:
@@ -160,12 +161,18 @@ class LedgerFile:
         return self._condition != "whole"
 
     def close(self) -> None:
-        """Close the file, after what was interrupted or refused before. Raises `OSError` if it is refused again."""
+        """Close the file, after what was interrupted or refused before. Raises `OSError` if it is refused again.
+
+        A second call does nothing.
+        """
+        if self._is_closed:
+            return
         try:
             if self.is_torn or self._tail.written < len(self._tail.lines):
                 self._write(durable=True)
         finally:
             self._file.close()
+            self._is_closed = True
 
     def _write(self, *, durable: bool) -> None:
         self._restore()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
@@ -22,6 +27,11 @@ class OpenRun:
     """The same object for every keeper of this process in one run folder.
 
     All ranks have one, since all must know when a snapshot can be shared. That of rank 0 also has the folder.
+
+    It belongs to the process in which the first keeper joined. A child that was forked from it has a copy, which
+    changes nothing and releases nothing. A keeper that is garbage has left: a thread releases what it was the last to
+    use, since a finalizer runs on any thread, at any moment, and must not wait. When the interpreter exits, what is
+    still open is released as by `leave`.
 
     Args:
         directory: Directory of the run.
@@ -47,12 +57,31 @@ class OpenRun:
         self.files = files or Files()
         self._clock = clock
         self._patience = patience
-        self._keepers: set[str] = set()
+        self._keepers: dict[str, weakref.finalize[..., Any]] = {}
+        self._process: int | None = None
+        self._lock = threading.RLock()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
 
     def share(self) -> OpenRun:
         """The one that everybody in this directory shares: this one, unless somebody holds another. **Rank-local**."""
-        return _open_runs.setdefault(self.directory.resolve(), self)
+        path = self.directory.resolve()
+        run = _open_runs.setdefault(path, self)
+        if run.is_elsewhere:
+            run = _open_runs[path] = self
+        return run
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is a copy in a process that was forked from the one that works in the run."""
+        return self._process is not None and self._process != os.getpid()
+
+    def refuse_elsewhere(self) -> None:
+        """Raise `ConfigError` in a process that was forked from the one that works in the run."""
+        if self.is_elsewhere:
+            raise ConfigError(
+                f"process {os.getpid()} was forked from process {self._process}, whose keepers work in "
+                f"{self.directory}: a forked process cannot use them. keepbest.load reads in any process what they keep"
+            )
 
     def open_folder(self) -> RunFolder:
         """The folder, opened if need be, when nothing is being written into it. **Rank-local**, on rank 0.
@@ -70,33 +99,85 @@ class OpenRun:
         if isinstance(self.worker, Inline):
             self.worker = Threaded("keepbest-writer")
 
-    def join(self, keeper: str, remote: str | None) -> None:
+    def join(self, name: str, remote: str | None, keeper: object) -> None:
         """Let `keeper`, which wants a copy of the run at `remote`, work here. **Rank-local**, on every rank.
 
         Raises:
-            ConfigError: If there is one of this name already, or one that wants the copy elsewhere.
+            ConfigError: If there is one of this name already, or one that wants the copy elsewhere, or this is a
+                forked process.
         """
-        if keeper in self._keepers:
-            raise ConfigError(f"two keepers of this run are named {keeper!r}; give one of them an id")
-        if self._keepers and remote != self.remote:
-            raise ConfigError(
-                f"{keeper} has remote={remote!r}, and other keepers in {self.directory} have {self.remote!r}: a run "
-                "has one remote copy, so give all of its keepers the same"
-            )
-        self.remote = remote
-        self._keepers.add(keeper)
+        self.refuse_elsewhere()
+        with self._lock:
+            self._release_if_left()
+            if name in self._keepers:
+                raise ConfigError(
+                    f"two keepers of this run are named {name!r}; give one of them an id. If the other one is left "
+                    "from code that was interrupted, such as a cell of a notebook, release it and start again: "
+                    f"keepbest.abandon({str(self.directory)!r})"
+                )
+            if self._keepers and remote != self.remote:
+                raise ConfigError(
+                    f"{name} has remote={remote!r}, and other keepers in {self.directory} have {self.remote!r}: a run "
+                    "has one remote copy, so give all of its keepers the same"
+                )
+            if self._process is None:
+                self._process = os.getpid()
+                atexit.register(self._leave_all)
+            self.remote = remote
+            self._keepers[name] = weakref.finalize(keeper, self._drop, name)
+            self._keepers[name].atexit = False
 
-    def leave(self, keeper: str) -> None:
-        """Let `keeper` go; the last one waits for the worker and releases the folder. **Rank-local**, on every rank."""
-        self._keepers.discard(keeper)
-        if self._keepers:
+    def leave(self, name: str, keeper: object) -> None:
+        """Let `keeper` go; the last one waits for the worker and releases the folder. **Rank-local**, on every rank.
+
+        Nothing happens if it has not joined. Who is interrupted leaves the waiting to a thread.
+        """
+        if self.is_elsewhere or self._keeper_named(name) is not keeper:
             return
-        self._newest = None
-        self.worker.close()
-        self.worker = Inline()
-        if self.folder is not None:
-            self.folder.close()
+        try:
+            self._keepers.pop(name).detach()
+            self._release_if_left()
+        except BaseException:
+            self._release_soon()
+            raise
+
+    def keepers(self) -> list[Any]:
+        """The keepers that work here. **Rank-local**."""
+        return [keeper for name in list(self._keepers) if (keeper := self._keeper_named(name)) is not None]
+
+    def _keeper_named(self, name: str) -> Any:
+        held = self._keepers[name].peek() if name in self._keepers else None
+        return None if held is None else held[0]
+
+    def _drop(self, name: str) -> None:
+        if not self.is_elsewhere:
+            self._keepers.pop(name, None)
+            self._release_soon()
+
+    def _release_soon(self) -> None:
+        # Without a thread, the next keeper that joins does it, or the exit of the interpreter.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=self._release_if_left, name="keepbest-release", daemon=True).start()
+
+    def _leave_all(self) -> None:
+        if not self.is_elsewhere:
+            self._keepers.clear()
+            self._release_if_left()
+
+    def _release_if_left(self) -> None:
+        """Release the folder, once what is queued is written, if no keeper works here any more."""
+        with self._lock:
+            if self._keepers or self._process is None:
+                return
+            # Each step may be taken again, if an interruption comes before the last one.
+            self._newest = None
+            self.worker.close()
+            self.worker = Inline()
+            if self.folder is not None:
+                self.folder.close()
             self.folder = None
+            self._process = None
+            atexit.unregister(self._leave_all)
 
     @property
     def is_shared(self) -> bool:
@@ -116,3 +197,14 @@ class OpenRun:
 
 # One folder, lock and ledger for a directory in a process, for as long as a keeper holds it.
 _open_runs: weakref.WeakValueDictionary[Path, OpenRun] = weakref.WeakValueDictionary()
+
+
+def abandon(directory: str | Path) -> None:
+    """Abandon all keepers that this process has started in `directory`, and not closed. **Rank-local**.
+
+    That is for a notebook, in which a cell that was interrupted may have left a keeper that no variable names any more.
+    Each of them leaves the run as it is, to be resumed. Where there are none, nothing happens.
+    """
+    run = _open_runs.get(Path(directory).expanduser().resolve())
+    for keeper in [] if run is None else run.keepers():
+        keeper.abandon()

@@ -98,13 +98,13 @@ class Saver:
             check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def start(self, record: KeeperRecord) -> None:
-        """Get ready to write. **Rank-local**, on rank 0, when the record has begun."""
-        self._record = record
+        """Get ready to write. **Rank-local**, on rank 0. Raises `ConfigError` if no thread can be started."""
         if self._in_background:
             self._run.write_in_the_background()
+        self._record = record
 
     def stop(self) -> None:
-        """Free what was staged, once nothing is being written any more. **Rank-local**."""
+        """Free what is staged, as soon as it is written. **Rank-local**."""
         self._staging.close()
         self._staging, self._queued = Unstaged(), None
 
