@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 
 from keepbest.errors import ConfigError
@@ -12,6 +13,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.remote.copy import FollowingCopy
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
+from keepbest.run.lock import RunLock
 from keepbest.saving.job import PendingSnapshot
 from keepbest.worker import Inline, Threaded, Worker
 
@@ -26,8 +28,9 @@ class OpenRun:
     Args:
         directory: Directory of the run.
         files: Operations that change the folder.
-        clock: Seconds that pass, for the patience of a remote copy.
+        clock: Seconds that pass, for what follows here.
         patience: Seconds for which the upload to a remote copy is tried again.
+        lock_patience: Seconds to wait for a process of this host that has the folder, and may be on its way out.
 
     Attributes:
         directory: As passed.
@@ -38,7 +41,13 @@ class OpenRun:
     """
 
     def __init__(
-        self, directory: Path, *, files: Files | None = None, clock: Clock = time.monotonic, patience: float = 300.0
+        self,
+        directory: Path,
+        *,
+        files: Files | None = None,
+        clock: Clock = time.monotonic,
+        patience: float = 300.0,
+        lock_patience: float = 15.0,
     ) -> None:
         self.directory = directory
         self.remote: str | None = None
@@ -47,6 +56,7 @@ class OpenRun:
         self.files = files or Files()
         self._clock = clock
         self._patience = patience
+        self._lock_patience = lock_patience
         self._keepers: set[str] = set()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
 
@@ -62,7 +72,8 @@ class OpenRun:
         self.worker.drain()
         if self.folder is None:
             copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)
-            self.folder = RunFolder(self.directory, self.files, copy)
+            lock = partial(RunLock, patience=self._lock_patience, clock=self._clock)
+            self.folder = RunFolder(self.directory, self.files, copy, lock=lock)
         return self.folder
 
     def write_in_the_background(self) -> None:
