@@ -16,6 +16,7 @@ from keepbest.errors import ConfigError, InvalidMetricError, IterationError, Run
 from tests.kit.child import pause
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, snapshots, update
+from tests.kit.seams import use
 
 BEST = "best_model.loss"
 
@@ -344,7 +345,8 @@ def hold_the_folder(directory):
 def test_folder_is_refused_while_its_process_lives(tmp_path):
     with start_ranks(hold_the_folder, 1, tmp_path, init=False) as ranks:
         ranks.wait_for(0, "holding")
-        with pytest.raises(RunExistsError, match=rf'in use by another process .*"pid": {ranks.processes[0].pid}'):
+        holder = rf'in use by another process .*"pid": {ranks.processes[0].pid}'
+        with use(tmp_path, lock_patience=0.0), pytest.raises(RunExistsError, match=holder):
             Run(tmp_path, resume="ledger").keeper.start()
         ranks.signal(0, signal.SIGKILL)
         ranks.collect()

@@ -130,9 +130,7 @@ class BestKeeper:
             self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
-            # Only a remote copy may take long to be brought here.
-            saving = self._settings.remote is not None
-            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=saving)
+            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=True)
         except BaseException:
             self._leave()
             raise

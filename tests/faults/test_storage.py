@@ -34,7 +34,7 @@ from tests.faults.filled_run import (
     refs_of,
 )
 from tests.kit.child import pause
-from tests.kit.files import OPERATIONS, Fault, SteppedFiles, before
+from tests.kit.files import OPERATIONS, Fault, Operation, SteppedFiles, before
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.seams import use
 
@@ -161,6 +161,22 @@ def test_every_rank_raises_what_rank_0_was_refused(memory_folder):
         assert one_session(memory_folder / operation, "raise")[1] is None
         assert verify(memory_folder / operation) == []
         assert refs_hold(memory_folder / operation) == refs_of(COMPLETE)
+
+
+def start_on_a_slow_disk(directory: Path) -> None:
+    def slowly(operation: Operation) -> None:
+        if operation.name in ("sync", "sync_folder"):
+            time.sleep(0.5)
+
+    with use(directory, files=SteppedFiles(before(slowly))):
+        keeper = keeper_of(directory, net(), format="dcp", rank_timeout=1.5, save_timeout=60.0)
+        keeper.start()
+        keeper.abandon()
+
+
+def test_slow_disk_is_bounded_by_save_timeout_from_the_start(memory_folder):
+    # Both exchanges of the start take longer than ranks wait for each other: the folders to be made are many.
+    run_ranks(start_on_a_slow_disk, 2, memory_folder / "a" / "b" / "c" / "run")
 
 
 # --- real file systems ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ def use(
     files: Files | None = None,
     clock: Callable[[], float] | None = None,
     patience: float | None = None,
+    lock_patience: float | None = None,
 ) -> Iterator[None]:
     """While the block lasts, whatever this process opens of the run in `directory` goes by these.
 
@@ -28,8 +29,9 @@ def use(
         files: Layer by which the run folder and the resume checkpoints in it are changed.
         clock: Time in seconds, as the upload to a remote copy reads it.
         patience: Seconds after which an upload that gets nowhere is given up.
+        lock_patience: Seconds to wait for another process of this host that has the folder.
     """
-    given = {"files": files, "clock": clock, "patience": patience}
+    given = {"files": files, "clock": clock, "patience": patience, "lock_patience": lock_patience}
     seams = {name: seam for name, seam in given.items() if seam is not None}
     run = OpenRun(directory, **seams)
     # Every keeper in the directory shares it for as long as it is held here.

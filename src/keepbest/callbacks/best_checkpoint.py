@@ -148,8 +148,7 @@ class BestCheckpointCallback(PeriodicCallback):
             child.before_training(update_counter=update_counter, **kwargs)
 
     def _ledger_exists(self) -> bool:
-        step = f"look into {self.directory}"
-        return bool(self.ranks.broadcast(step, lambda: ledger_exists(self.directory)))
+        return bool(self.ranks.broadcast("look for a ledger", lambda: ledger_exists(self.directory), saving=True))
 
     def periodic_callback(
         self, *, interval_type: IntervalType, update_counter: UpdateCounter, batch_size: int, **_kwargs: Any

@@ -51,7 +51,7 @@ def write_resume_checkpoint(folder: ResumeFolder, name: str, trainer: TrainerVie
         StorageError: On every rank, if the file system refuses.
     """
     step = f"write the resume checkpoint {name}"
-    ranks.agree(step, lambda: folder.begin(name) if ranks.is_main else None)
+    ranks.agree(step, lambda: folder.begin(name) if ranks.is_main else None, saving=True)
     with one_error(step, ranks, RankFailedError):
         model, optimizers = get_state_dict(trainer.model, list(trainer.optimizers.values()), options=_OPTIONS)
         state = {_MODEL: model, _OPTIMIZERS: optimizers, **_weights_of_average(trainer)}
@@ -75,7 +75,7 @@ def find_resume_checkpoint(directory: Path, resume: Path | str, ranks: Ranks) ->
         found = ResumeFolder(directory).find(resume)
         return None if found is None else str(found)
 
-    path = ranks.broadcast("find the resume checkpoint", find)
+    path = ranks.broadcast("find the resume checkpoint", find, saving=True)
     return None if path is None else Path(path)
 
 
@@ -104,7 +104,8 @@ def load_resume_checkpoint(path: Path, trainer: TrainerView, ranks: Ranks) -> di
         SnapshotError: If model or optimizers are not those that were saved.
     """
     step = f"resume from {path}"
-    saved = ranks.agree(step, lambda: _read(path, ranks), remedy="Every rank must be able to read this folder")
+    remedy = "Every rank must be able to read this folder"
+    saved = ranks.agree(step, lambda: _read(path, ranks), remedy=remedy, saving=True)
     ranks.agree(step, lambda: trainer.update_counter.load_state_dict(saved.state["update_counter"]))
     ranks.agree(step, lambda: _load_average(saved.state.get("average"), trainer))
     with one_error(step, ranks, SnapshotError):

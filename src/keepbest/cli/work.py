@@ -35,7 +35,8 @@ def train(config: Path, arguments: Sequence[str]) -> None:
 
     def keep_config() -> None:
         save = run.save if ranks.is_main else lambda: None
-        ranks.agree(f"save {CONFIG_FILE} in {run.config.directory}", save, remedy="Check that it can be written")
+        remedy = f"Check that {run.config.directory} can be written"
+        ranks.agree(f"save {CONFIG_FILE}", save, remedy=remedy, saving=True)
 
     # Not before training starts: until then the directory may turn out to hold another run.
     trainer.train(on_start=keep_config)
@@ -64,7 +65,7 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
         return {**here, **parse_settings(arguments), "directory": str(directory)}
 
     run = _read(ranks, directory / CONFIG_FILE, settings)
-    name = ranks.broadcast(f"look into {directory}", lambda: ref or _only_best(directory))
+    name = ranks.broadcast("look into the run", lambda: ref or _only_best(directory), saving=True)
     trainer = build_trainer(run.config)
     loaded = load(directory, name, trainer.model)
     metrics = trainer.eval(update=loaded.iteration.update or 0)
@@ -82,7 +83,7 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
 
 def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> RunFile:
     return ranks.agree(
-        f"read the config {path}",
+        f"read the config {path.name}",
         lambda: RunFile.read(path, settings()),
         state=lambda run: json.dumps(run.content, sort_keys=True, default=str).encode(),
     )

@@ -38,6 +38,7 @@ class RunFolder:
         directory: Directory of the run.
         files: Operations that change the folder.
         copy: Remote copy that follows each commit.
+        lock: Function that takes the lock at a path, with the patience that it has.
 
     Attributes:
         path: Path of the folder.
@@ -53,7 +54,14 @@ class RunFolder:
         OSError: Any refusal of the file system.
     """
 
-    def __init__(self, directory: Path, files: Files, copy: Follower | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Files,
+        copy: Follower | None = None,
+        *,
+        lock: Callable[[Path], RunLock] = RunLock,
+    ) -> None:
         self.path = directory / CHECKPOINTS
         self.files = files
         self.copy = copy
@@ -63,7 +71,7 @@ class RunFolder:
         self._is_interrupted = False
         self._is_followed = False
         files.make_folder(self.path / SNAPSHOTS)
-        self._lock = RunLock(self.path / LOCK)
+        self._lock = lock(self.path / LOCK)
         try:
             self._read()
         except BaseException:

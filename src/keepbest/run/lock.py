@@ -2,53 +2,144 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
 import socket
+import struct
+import sys
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from keepbest.errors import RunExistsError
 
 _logger = logging.getLogger(__name__)
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_HELD = (errno.EACCES, errno.EAGAIN)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_POLL_SECONDS = 0.1
+_OWNER_BYTES = 4096
+# `struct flock` of a write lock on the whole file, as Linux has it: type, whence, start, length, no process.
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 class RunLock:
     """An advisory lock on a file in the run folder, held while this process lives.
 
-    It is a POSIX record lock: the kernel drops it when the process dies, child processes (data loader workers) do not
-    inherit it, and NFS carries it. A second lock of the same process on the same file would not be refused, so
-    the keepers of a process share one `OpenRun`.
+    On Linux it belongs to the open file: nothing else in this process that opens and closes the file, such as a copy
+    of the folder, drops it. A forked child, such as a data loader worker, closes the file at once, so it holds nothing
+    when this process dies. Elsewhere, and on file systems without such locks, it is a POSIX record lock. The two refuse
+    each other, and NFS carries both.
+
+    A file system that refuses any lock is a warning.
+
+    Args:
+        path: File that is locked.
+        patience: Seconds to wait for a process of this host, which may be on its way out.
+        clock: Function that gives seconds.
 
     Raises:
-        RunExistsError: If another process holds it. The message names the process, if the file does.
+        RunExistsError: If somebody else holds it. The message names the process, if the file does.
+        OSError: If the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def __init__(self, path: Path, *, patience: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._close: weakref.finalize[Any, Any] | None = None
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                owner = os.read(self._descriptor, 4096).decode(errors="replace") or "unknown"
-                self.release()
-                raise RunExistsError(
-                    f"{path.parent} is in use by another process ({owner}); "
-                    "let it end, or choose another directory for this run"
-                ) from error
-            if error.errno not in _UNSUPPORTED:
-                self.release()
+            if error.errno not in _FULL:
                 raise
-            _logger.warning("%s: this file system has no locks; a second run in this folder would go unnoticed", path)
-        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, owner.encode(), 0)
+            # A folder that frees its own space must be one that can be opened.
+            _logger.warning("%s cannot be made (%s); a second run in this folder would go unnoticed", path, error)
+            return
+        # Also where nobody releases it, such as a keeper that was dropped.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._close.atexit = False  # threads that still write at the end hold it until the process is gone
+        try:
+            _refuse_if_held_here(self._descriptor, path)
+            _locks[self] = self._descriptor
+            self._take(clock() + patience, clock)
+        except BaseException:
+            self.release()
+            raise
+        self._write_owner()
 
     def release(self) -> None:
         """Release the folder. A second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        _locks.pop(self, None)
+        if self._close is not None:
+            self._close()
+
+    def _take(self, deadline: float, clock: Callable[[], float]) -> None:
+        is_announced = False
+        while (refusal := _refusal_of_lock(self._descriptor)) is not None:
+            if refusal.errno not in _HELD:
+                _logger.warning(
+                    "%s: this file system has no locks (%s); a second run in this folder would go unnoticed",
+                    self._path,
+                    refusal,
+                )
+                return
+            owner = os.pread(self._descriptor, _OWNER_BYTES, 0).decode(errors="replace")
+            if clock() >= deadline or not _may_be_here(owner):
+                raise RunExistsError(
+                    f"{self._path.parent} is in use by another process ({owner or 'unknown'}); "
+                    "let it end, or choose another directory for this run"
+                ) from refusal
+            if not is_announced:
+                _logger.warning("%s: waiting for another process (%s) to end", self._path.parent, owner or "unknown")
+                is_announced = True
+            time.sleep(_POLL_SECONDS)
+
+    def _write_owner(self) -> None:
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        with contextlib.suppress(OSError):  # for people, and a full disk must not be in the way of a lock
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, owner.encode(), 0)
+
+
+def _refusal_of_lock(descriptor: int) -> OSError | None:
+    """Lock an open file, without waiting; why not, if it cannot be."""
+    try:
+        if sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK"):
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            except OSError as error:
+                if error.errno in _HELD:
+                    return error
+            else:
+                return None
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
+
+
+def _refuse_if_held_here(descriptor: int, path: Path) -> None:
+    if any(os.path.sameopenfile(descriptor, held) for held in list(_locks.values())):
+        raise RunExistsError(f"{path.parent} is open in this process already: close the keeper that has it")
+
+
+def _may_be_here(owner: str) -> bool:
+    """Whether the process that a lock file names runs on this host, as far as the file says anything."""
+    try:
+        return bool(json.loads(owner)["host"] == socket.gethostname())
+    except (ValueError, LookupError, TypeError):
+        return True
+
+
+def _close_in_child() -> None:
+    # A child shares the open files of its parent, and would hold the lock after the death of the parent.
+    for lock in list(_locks):
+        lock.release()
+
+
+_locks: weakref.WeakKeyDictionary[RunLock, int] = weakref.WeakKeyDictionary()  # their descriptors
+os.register_at_fork(after_in_child=_close_in_child)

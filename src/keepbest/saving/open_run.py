@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.remote.copy import FollowingCopy
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
+from keepbest.run.lock import RunLock
 from keepbest.saving.job import PendingSnapshot
 from keepbest.worker import Inline, Threaded, Worker
 
@@ -36,8 +38,9 @@ class OpenRun:
     Args:
         directory: Directory of the run.
         files: Operations that change the folder.
-        clock: Seconds that pass, for the patience of a remote copy.
+        clock: Seconds that pass, for what follows here.
         patience: Seconds for which the upload to a remote copy is tried again.
+        lock_patience: Seconds to wait for a process of this host that has the folder, and may be on its way out.
 
     Attributes:
         directory: As passed.
@@ -48,7 +51,13 @@ class OpenRun:
     """
 
     def __init__(
-        self, directory: Path, *, files: Files | None = None, clock: Clock = time.monotonic, patience: float = 300.0
+        self,
+        directory: Path,
+        *,
+        files: Files | None = None,
+        clock: Clock = time.monotonic,
+        patience: float = 300.0,
+        lock_patience: float = 15.0,
     ) -> None:
         self.directory = directory
         self.remote: str | None = None
@@ -57,6 +66,7 @@ class OpenRun:
         self.files = files or Files()
         self._clock = clock
         self._patience = patience
+        self._lock_patience = lock_patience
         self._keepers: dict[str, weakref.finalize[..., Any]] = {}
         self._process: int | None = None
         self._lock = threading.RLock()
@@ -91,7 +101,8 @@ class OpenRun:
         self.worker.drain()
         if self.folder is None:
             copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)
-            self.folder = RunFolder(self.directory, self.files, copy)
+            lock = partial(RunLock, patience=self._lock_patience, clock=self._clock)
+            self.folder = RunFolder(self.directory, self.files, copy, lock=lock)
         return self.folder
 
     def write_in_the_background(self) -> None:

@@ -33,14 +33,14 @@ def check_is_shared(directory: Path, files: Files, ranks: Ranks, step: str) -> N
         files.create(folder / name).close()
         return name
 
-    token: str = ranks.broadcast(step, make, remedy=_REMEDY)
+    token: str = ranks.broadcast(step, make, remedy=_REMEDY, saving=True)
 
     def see() -> None:
         if not (folder / token).is_file():
             raise OSError(f"{folder} is not the folder of rank 0: it has no {token}")
 
     try:
-        ranks.agree(step, see, remedy=_REMEDY)
+        ranks.agree(step, see, remedy=_REMEDY, saving=True)
     finally:
         if ranks.is_main:
             # What is refused here stays until the keeper starts, which removes temporary files.
