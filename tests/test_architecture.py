@@ -123,7 +123,9 @@ COLLECTIVES_LIVE_IN = (
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "formats/dcp.py",
+    "formats/index.py",  # reads what torch writes into an index
     "formats/sharded_part.py",  # reads what that one writes
+    "formats/torch_reader.py",  # lets torch read resume checkpoints without running their code
     "modules/kinds.py",  # recognizes what is sharded
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)

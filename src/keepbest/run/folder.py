@@ -17,6 +17,7 @@ from keepbest.run.events import Event, RunBegan, SessionBegan, refs_of
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
+from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lock import RunLock
@@ -46,7 +47,7 @@ class RunFolder:
 
     Raises:
         RunExistsError: If another process owns the folder.
-        LedgerError: If the ledger is damaged or of another version.
+        LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
         OSError: Any refusal of the file system.
     """
 
@@ -58,6 +59,7 @@ class RunFolder:
         self._links = RefLinks(files, self.path)
         self._links_lag = False
         self._is_followed = False
+        check_frame(directory)
         files.make_folder(self.path / SNAPSHOTS)
         self._lock = RunLock(self.path / LOCK)
         try:
