@@ -67,7 +67,7 @@ DOCUMENTED_NAMES = [
 ]
 
 # Decisions must be the same on all ranks: these modules see no tensors, no clock, no chance and no disk.
-PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py"]
+PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py", "printable.py"]
 IMPURE_MODULES = {
     "datetime", "io", "json", "logging", "os", "pathlib", "random", "shutil", "subprocess", "tempfile", "threading",
     "time", "torch",
@@ -100,6 +100,7 @@ PATH = [
     "iteration",
     "metric_properties",
     "errors",
+    "printable",
 ]
 SHELLS = ["__main__", "callbacks", "cli", "data", "integrations", "launch", "random_state", "training"]
 
