@@ -68,7 +68,7 @@ DOCUMENTED_NAMES = [
 ]
 
 # Decisions must be the same on all ranks: these modules see no tensors, no clock, no chance and no disk.
-PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py"]
+PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py", "printable.py"]
 IMPURE_MODULES = {
     "datetime", "io", "json", "logging", "os", "pathlib", "random", "shutil", "subprocess", "tempfile", "threading",
     "time", "torch",
@@ -101,6 +101,7 @@ PATH = [
     "iteration",
     "metric_properties",
     "errors",
+    "printable",
 ]
 SHELLS = ["__main__", "callbacks", "cli", "data", "integrations", "launch", "random_state", "training"]
 
@@ -124,7 +125,9 @@ COLLECTIVES_LIVE_IN = (
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "formats/dcp.py",
+    "formats/index.py",  # reads what torch writes into an index
     "formats/sharded_part.py",  # reads what that one writes
+    "formats/torch_reader.py",  # lets torch read resume checkpoints without running their code
     "modules/kinds.py",  # recognizes what is sharded
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)

@@ -24,13 +24,19 @@ Each of them is built from one message, so that a rank can raise again what anot
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from keepbest.printable import printable
+
 
 class KeepBestError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library. Its text is fit for a terminal, whatever it quotes."""
+
+    _keep: ClassVar[str] = "\n\t"
 
     def __str__(self) -> str:
         # KeyError.__str__ would print the repr of the message, line breaks escaped.
-        return str(self.args[0]) if self.args else ""
+        return printable(str(self.args[0]), keep=self._keep) if self.args else ""
 
 
 class ConfigError(KeepBestError, ValueError):
@@ -96,6 +102,10 @@ class RunExistsError(KeepBestError, FileExistsError):
 class LedgerError(KeepBestError):
     """The ledger is damaged, or was written by a newer format."""
 
+    _keep = ""  # it quotes what anybody may have written, which must not look like a line of ours
+
 
 class SnapshotError(KeepBestError):
     """A snapshot is missing, damaged, or does not fit the model."""
+
+    _keep = ""  # as above

@@ -13,6 +13,7 @@ from keepbest.errors import IterationError
 
 Parts = tuple[int | None, int | None, int | None, int | None]
 
+_LARGEST = 2**63 - 1  # that is read; nobody trains for longer
 _COUNT = "(0|[1-9][0-9]*)"
 # Each part, in the order of its text, and the letter before its count.
 _LETTERS = {"epoch": "E", "update": "U", "sample": "S", "batch": "B"}
@@ -113,7 +114,10 @@ class TrainingIteration:
         match = _PATTERN.fullmatch(text)
         if match is None or not text:
             raise IterationError(f"not a training iteration: {text!r}; expected a form like E7_U140_S8960")
-        return cls(*(None if part is None else int(part) for part in match.groups()))
+        parts = [None if part is None else int(part) for part in match.groups()]
+        if any(part > _LARGEST for part in parts if part is not None):
+            raise IterationError(f"not a training iteration: it counts to more than {_LARGEST}")
+        return cls(*parts)
 
 
 @lru_cache(maxsize=64)  # a quiet interval shows the iteration of the best, and those of two observations

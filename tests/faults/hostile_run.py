@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import KeepBestError
+from keepbest.run.manifest import manifest_digest
 from keepbest.run.verify import verify
-from tests.kit.lines import sealed_line
+from tests.kit.ledger_lines import ledger_of as ledger
+from tests.kit.ledger_lines import read_lines as lines
+from tests.kit.ledger_lines import write_lines as rewrite
+
+__all__ = ["ledger", "lines", "rewrite"]
 
 BEST = "best_model.loss"
 VALUES = [3.0, 2.0, 2.5, 1.0]  # new bests at 1, 2 and 4
@@ -45,18 +52,6 @@ def checkpoints(run: Path) -> Path:
 
 def snapshot(run: Path) -> Path:
     return checkpoints(run) / "snapshots" / NEWEST
-
-
-def ledger(run: Path) -> Path:
-    return checkpoints(run) / "ledger.jsonl"
-
-
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in ledger(run).read_text().splitlines()]
-
-
-def rewrite(run: Path, entries: list[dict]) -> None:
-    ledger(run).write_bytes(b"".join(map(sealed_line, entries)))
 
 
 def bits(model: nn.Module) -> list[list[float]]:
@@ -104,3 +99,38 @@ def damage(run: Path) -> list[str]:
 
 def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :]
+
+
+class Evil:
+    """A pickle of it creates a file when it is read without a check."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+def forge(run: Path, state: object, *, save=torch.save, name: str = "model.pt") -> None:
+    """Puts `state` in the place of a file of the newest weights, with manifest and ledger rewritten to match."""
+    save(state, snapshot(run) / name)
+    record(run)
+
+
+def record(run: Path) -> None:
+    """Rewrites manifest and ledger to match the files of the newest weights."""
+    manifest = json.loads((snapshot(run) / "snapshot.json").read_text())
+    for name, file in manifest["files"].items():
+        data = (snapshot(run) / name).read_bytes()
+        file.update(bytes=len(data), digest=xxhash.xxh3_128(data).hexdigest())
+    forge_manifest(run, manifest)
+
+
+def forge_manifest(run: Path, manifest: object) -> None:
+    text = json.dumps(manifest).encode()
+    (snapshot(run) / "snapshot.json").write_bytes(text)
+    entries = lines(run)
+    for entry in entries:
+        if entry.get("snapshot") == NEWEST:
+            entry["manifest"] = manifest_digest(text)
+    rewrite(run, entries)

@@ -6,34 +6,31 @@ A refused load leaves every byte of the model, a refused start every entry of th
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 
 from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, KeepBestError
 from keepbest.run.maintenance import repair
-from keepbest.run.snapshot_folder import manifest_digest
 from keepbest.run.verify import verify
 from tests.faults.hostile_run import (
     BEST,
-    NEWEST,
+    Evil,
     bits,
     checkpoints,
     damage,
     flipped,
+    forge,
+    forge_manifest,
     holds,
-    lines,
     make_run,
     net,
     refused_load,
     refused_start,
-    rewrite,
     settings,
     snapshot,
     tree,
@@ -69,35 +66,6 @@ def test_changed_or_missing_byte_of_a_snapshot_is_noticed(run, name):
 # --- forged files -----------------------------------------------------------------------------------------------------
 
 
-class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def forge(run: Path, state: object, *, save=torch.save) -> None:
-    """Puts `state` in the place of the newest weights, with manifest and ledger rewritten to match."""
-    path = snapshot(run) / "model.pt"
-    save(state, path)
-    manifest = json.loads((snapshot(run) / "snapshot.json").read_text())
-    manifest["files"]["model.pt"].update(
-        bytes=path.stat().st_size, digest=xxhash.xxh3_128(path.read_bytes()).hexdigest()
-    )
-    forge_manifest(run, manifest)
-
-
-def forge_manifest(run: Path, manifest: object) -> None:
-    text = json.dumps(manifest).encode()
-    (snapshot(run) / "snapshot.json").write_bytes(text)
-    entries = lines(run)
-    for entry in entries:
-        if entry.get("snapshot") == NEWEST:
-            entry["manifest"] = manifest_digest(text)
-    rewrite(run, entries)
-
-
 def save_bare_pickle(state, path: Path) -> None:
     path.write_bytes(pickle.dumps(state))
 
@@ -106,7 +74,7 @@ def save_bare_pickle(state, path: Path) -> None:
 @pytest.mark.parametrize("place", ["instead", "as a value", "as a key"])
 def test_pickle_that_would_run_code_is_refused_and_not_run(run, tmp_path, save, place):
     mark = tmp_path / "it ran"
-    evil = Evil(mark.as_posix().replace(" ", "\\ "))
+    evil = Evil(mark)
     state = {"instead": evil, "as a value": {**net(0.0).state_dict(), "0.bias": evil}, "as a key": {evil: 1}}[place]
     forge(run, state, save=save)
     assert damage(run) == []  # the forgery is consistent: weights_only alone stands in its way

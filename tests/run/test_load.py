@@ -14,7 +14,7 @@ from torch import nn
 
 from keepbest import load
 from keepbest.errors import SnapshotError
-from tests.kit.lines import seal
+from tests.kit.ledger_lines import read_lines, write_lines
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, set_weights, update
 
@@ -93,7 +93,7 @@ def _sign(run, path):
     ledger = run.keeper.directory / "checkpoints" / "ledger.jsonl"
     assert before in ledger.read_text()
     ledger.write_text(ledger.read_text().replace(before, after))
-    seal(ledger)
+    write_lines(run.keeper.directory, read_lines(run.keeper.directory))
 
 
 def test_unknown_ref_lists_those_that_exist(run, tmp_path):

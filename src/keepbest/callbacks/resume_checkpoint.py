@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,6 +27,9 @@ from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.capture.torch_errors import one_error
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
+from keepbest.formats.index import read_index
+from keepbest.formats.plain_load import check_sizes, load_plain, load_plain_bytes
+from keepbest.formats.torch_reader import PlainPlanner, PlainReader
 from keepbest.modules.wrappers import PlainNames
 from keepbest.random_state import read_random_state
 from keepbest.ranks import Ranks
@@ -134,11 +136,19 @@ def _write_states(folder: ResumeFolder, name: str, trainer: TrainerView, ranks: 
 
 
 def _read(path: Path, ranks: Ranks) -> _Saved:
-    state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True)
+    state: dict[str, Any] = _read_state(path / STATE_FILE)
     random_state = None
     if state["world_size"] == ranks.world_size:
-        random_state = torch.load(path / f"rng_{ranks.rank}.pt", weights_only=True)
-    return _Saved(state, random_state, frozenset(FileSystemReader(path).read_metadata().state_dict_metadata))
+        random_state = _read_state(path / f"rng_{ranks.rank}.pt")
+    return _Saved(state, random_state, frozenset(read_index(path).state_dict_metadata))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = load_plain(path)
+    if not isinstance(state, dict):
+        raise SnapshotError(f"{path} holds a {type(state).__name__}, not the state of a run")
+    check_sizes(path, state)
+    return state
 
 
 def _load_average(state: dict[str, int] | None, trainer: TrainerView) -> None:
@@ -170,7 +180,7 @@ def _load_weights(path: Path, ranks: Ranks, trainer: TrainerView, saved_keys: fr
         if not key.startswith("state.") or key.removeprefix("state.").rpartition(".")[0] in stateful
     }
     loaded: dict[str, Any] = {_MODEL: model, _OPTIMIZERS: stored, **_weights_of_average(trainer)}
-    load(loaded, checkpoint_id=path, no_dist=ranks.world_size == 1)
+    load(loaded, storage_reader=PlainReader(path), planner=PlainPlanner(), no_dist=ranks.world_size == 1)
     set_state_dict(
         trainer.model,
         optimizers,
@@ -191,5 +201,5 @@ def _serialized(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     # A state that only unpickling of arbitrary objects could read back is refused now, not when the run has to resume.
-    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    load_plain_bytes(buffer.getvalue())
     return buffer.getvalue()

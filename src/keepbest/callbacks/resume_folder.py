@@ -7,6 +7,7 @@ from pathlib import Path
 from keepbest.errors import ConfigError, IterationError
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
+from keepbest.run.inside import check_own
 
 STATE_FILE = "trainer.pt"
 
@@ -39,8 +40,10 @@ class ResumeFolder:
         """Make an empty folder for the checkpoint `name`.
 
         Raises:
+            SnapshotError: If the folder of the checkpoints is a link.
             OSError: If the file system refuses.
         """
+        check_own(self.path)
         self._files.remove(self.temporary(name))
         self._files.make_folder(self.temporary(name))
 
@@ -90,15 +93,21 @@ class ResumeFolder:
     def find(self, resume: Path | str) -> Path | None:
         """Find the checkpoint that `resume` means; `None` if that is "auto" and there is none.
 
+        Of links only `latest` is followed, to a checkpoint beside it, and what the caller names itself.
+
         Raises:
             ConfigError: If there is no complete checkpoint at a path.
+            SnapshotError: If the folder of the checkpoints is a link.
         """
+        check_own(self.path)
         complete = self._complete()
         if resume == "auto":
             latest = self.path / _LATEST
-            found = latest if _is_complete(latest) else self.path / complete[-1] if complete else None
+            newest = self.path / complete[-1] if complete else None
+            found = latest if _is_complete(latest) and _target(latest) in complete else newest
             return None if found is None else found.resolve()
-        if not _is_complete(Path(resume)):
+        leads_out = Path(resume).name == _LATEST and "/" in _target(Path(resume))
+        if leads_out or not _is_complete(Path(resume)):
             raise ConfigError(
                 f"no complete resume checkpoint at {resume}; in {self.path} there are: {', '.join(complete) or 'none'}"
             )
@@ -115,13 +124,18 @@ class ResumeFolder:
         """The names of the complete checkpoints, oldest iteration first."""
         if not self.path.is_dir():
             return []
-        found = [path.name for path in self.path.iterdir() if _is_checkpoint_name(path.name) and _is_complete(path)]
+        names = [path.name for path in self.path.iterdir() if _is_checkpoint_name(path.name) and not path.is_symlink()]
+        found = [name for name in names if _is_complete(self.path / name)]
         return sorted(found, key=_update)
 
 
 def _is_complete(path: Path) -> bool:
     # torch writes .metadata last.
     return not path.name.endswith(_TEMPORARY) and (path / ".metadata").is_file() and (path / STATE_FILE).is_file()
+
+
+def _target(path: Path) -> str:
+    return str(path.readlink()) if path.is_symlink() else path.name
 
 
 def _is_checkpoint_name(name: str) -> bool:

@@ -12,15 +12,17 @@ from typing import Annotated, Optional
 import typer
 from pydantic import ValidationError
 
+from keepbest.cli.console import say
 from keepbest.cli.history import print_history
 from keepbest.cli.plot import plot
 from keepbest.cli.report import report
-from keepbest.cli.table import print_json, print_table
+from keepbest.cli.table import print_checkpoints, print_json
 from keepbest.cli.tolerance import parse_tolerances, print_tolerances
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.export import export
 from keepbest.launch import Process, distributed
+from keepbest.printable import printable
 from keepbest.remote.storage import check_local
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
@@ -30,6 +32,8 @@ from keepbest.validation import describe
 
 # Errors that differ between ranks. All others are the same on every rank, and rank 0 reports them.
 _OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
+
+_LINES = "\n\t"  # of errors, which may be tables
 
 app = typer.Typer(
     help="Train, and keep the best checkpoints. Start train and eval with torchrun or srun to use several processes.",
@@ -82,10 +86,17 @@ def eval_command(
         Optional[str],  # noqa: UP045  # as above
         typer.Option(help="Name of the checkpoint. The default is the best of a run that monitors one metric."),
     ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045  # as above
+        typer.Option(help="YAML file to use in the place of the config.yaml of RUN, whose classes would be run."),
+    ] = None,
     timeout: Timeout = 600.0,
 ) -> None:
-    """Evaluate a checkpoint of RUN with the callbacks of its config, and print the metrics."""
-    _run(lambda: evaluate(check_local(run), ref, overrides or []), timeout=timeout, debug=context.obj)
+    """Evaluate a checkpoint of RUN with the callbacks of its config, and print the metrics.
+
+    This runs the classes and functions that the config names. Of a run that you do not trust, pass --config.
+    """
+    _run(lambda: evaluate(check_local(run), ref, overrides or [], config=config), timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -96,7 +107,7 @@ def show_command(
     history: Annotated[bool, typer.Option("--history", help="Show every observation instead.")] = False,
 ) -> None:
     """Show the checkpoints that RUN keeps."""
-    show = print_history if history else print_json if as_json else print_table
+    show = print_history if history else print_json if as_json else print_checkpoints
     _run(lambda: show(run), debug=context.obj)
 
 
@@ -141,8 +152,8 @@ def verify_command(context: typer.Context, run: Run) -> None:
     def check() -> None:
         faults = verify_run(run)
         for fault in faults:
-            typer.echo(f"{fault.kind}: {fault.message}")
-        typer.echo(f"{run}: {len(faults)} faults" if faults else f"{run}: everything is as the ledger says")
+            say(f"{fault.kind}: {fault.message}")
+        say(f"{run}: {len(faults)} faults" if faults else f"{run}: everything is as the ledger says")
         if faults:
             raise typer.Exit(1)
 
@@ -168,7 +179,7 @@ def export_command(
 
     def write() -> None:
         for path in export(run, ref, to, part=part, only=only or None):
-            typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+            say(f"{path}: {path.stat().st_size:,} bytes")
 
     _run(write, debug=context.obj)
 
@@ -183,8 +194,8 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
         repair(directory)
         after = verify(directory)
         for fault in before:
-            typer.echo(f"{'left' if fault in after else 'repaired'}: {fault.message}")
-        typer.echo(f"{run}: {len(before) - len(after)} repaired, {len(after)} left")
+            say(f"{'left' if fault in after else 'repaired'}: {fault.message}")
+        say(f"{run}: {len(before) - len(after)} repaired, {len(after)} left")
         if after:
             raise typer.Exit(1)
 
@@ -204,7 +215,7 @@ def upload_command(
             upload(check_local(run), to)
         except OSError as error:
             raise KeepBestError(str(error)) from error
-        typer.echo(f"{to}: everything that {run} keeps is there")
+        say(f"{to}: everything that {run} keeps is there")
 
     _run(upload_run, debug=context.obj)
 
@@ -222,12 +233,13 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
             command()
     except PreemptedError as error:
         if process.rank == 0:
-            typer.echo(str(error), err=True)
+            say(str(error), err=True)
         raise typer.Exit(os.EX_TEMPFAIL) from error
-    except (KeepBestError, NotImplementedError, ValidationError) as error:
-        if debug:
+    except (KeepBestError, NotImplementedError, ValidationError, OSError) as error:
+        # In training an OSError that is none of ours comes from the user's code, which its traceback shows.
+        if debug or (timeout is not None and isinstance(error, OSError) and not isinstance(error, KeepBestError)):
             raise
         if process.rank == 0 or isinstance(error, _OWN_ERRORS):
             text = "\n".join(describe(error, lambda _: ())) if isinstance(error, ValidationError) else str(error)
-            typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
+            typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
-from keepbest.cli.console import console
+from keepbest.cli.console import print_table
 from keepbest.remote.download import local_copy
 from keepbest.run.events import Event, KeeperBegan, KeeperEnded, Observed, SessionBegan
 from keepbest.run.layout import CHECKPOINTS, LEDGER
@@ -29,12 +26,8 @@ def print_history(run: Path | str) -> None:
     with local_copy(run) as directory:
         read_history(directory)
         events, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
-    table = Table(title=f"history of {run}", title_justify="left", box=box.SIMPLE)
-    for heading in ("keeper", "iteration", "value", "what followed"):
-        table.add_column(heading, justify="right" if heading == "value" else "left", no_wrap=heading == "keeper")
-    for row in _rows(events):
-        table.add_row(*row)
-    console().print(table)
+    headings = ("keeper", "iteration", "value", "what followed")
+    print_table(f"history of {run}", headings, _rows(events), right=("value",))
 
 
 def _rows(events: list[Event]) -> Iterator[tuple[str, str, str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from keepbest.cli.curve import curves
 from keepbest.cli.plot import FOREGROUND, draw
 from keepbest.cli.table import Checkpoint, read_checkpoints
+from keepbest.printable import printable
 from keepbest.remote.download import local_copy
 from keepbest.run.reader import read_history
 
@@ -46,7 +47,7 @@ def report(run: Path | str, to: Path) -> None:
         history = read_history(directory)
     picture = draw(curves(history), "svg", transparent=True).decode().replace(FOREGROUND, "currentColor")
     rows = "\n".join(map(_row, read_checkpoints(run)))
-    name = html.escape(str(run))
+    name = _text(str(run))
     restarts = {0: "never restarted", 1: "restarted once"}.get(history.restarts, f"restarted {history.restarts} times")
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
@@ -54,7 +55,7 @@ def report(run: Path | str, to: Path) -> None:
 <meta name="viewport" content="width=device-width">
 <style>{_STYLE}</style></head>
 <body><h1>Best checkpoints of {name}</h1>
-<p>Run <code>{html.escape(str(history.run_id))}</code>, {restarts}.</p>
+<p>Run <code>{_text(str(history.run_id))}</code>, {restarts}.</p>
 {picture[picture.index("<svg") :]}
 <div><table><thead><tr><th>ref</th><th class=number>value</th><th>iteration</th><th>tolerance</th>
 <th class=number>bytes</th></tr></thead>
@@ -66,13 +67,17 @@ def report(run: Path | str, to: Path) -> None:
     to.write_text(text, encoding="utf-8")
 
 
+def _text(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def _row(checkpoint: Checkpoint) -> str:
     state = "" if checkpoint.tolerance is None else "exceeded" if checkpoint.exceeded else "not exceeded"
     if checkpoint.damage is not None:
-        state = f'<span class="damaged">{html.escape(checkpoint.damage)}</span>'
+        state = f'<span class="damaged">{_text(checkpoint.damage)}</span>'
     value = "?" if checkpoint.value is None else f"{checkpoint.value:.9g}"
     size = "?" if checkpoint.bytes is None else f"{checkpoint.bytes:,}"
     return (
-        f"<tr><td><code>{html.escape(checkpoint.ref)}</code></td><td class=number>{value}</td>"
-        f"<td>{html.escape(checkpoint.iteration or '?')}</td><td>{state}</td><td class=number>{size}</td></tr>"
+        f"<tr><td><code>{_text(checkpoint.ref)}</code></td><td class=number>{value}</td>"
+        f"<td>{_text(checkpoint.iteration or '?')}</td><td>{state}</td><td class=number>{size}</td></tr>"
     )

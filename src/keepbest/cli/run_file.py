@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from keepbest.callbacks.config import known_settings
 from keepbest.errors import ConfigError
+from keepbest.run.inside import check_own
 from keepbest.training.config import RunConfig, TrainerConfig
 from keepbest.validation import Place, describe
 
@@ -63,11 +64,14 @@ class RunFile:
         """Write the content to `config.yaml` in the directory of the run. A crash leaves the old file or the new one.
 
         Raises:
+            SnapshotError: If one of the two is a link.
             OSError: If the file system refuses.
         """
         path = self.config.directory / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
+        check_own(path)
+        check_own(temporary)
         temporary.write_text(yaml.safe_dump(self.content, sort_keys=False))
         temporary.replace(path)
 

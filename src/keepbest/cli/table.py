@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
-from rich.table import Table
 
-from keepbest.cli.console import console
+from keepbest.cli.console import print_table
 from keepbest.errors import SnapshotError
 from keepbest.remote.download import local_copy
 from keepbest.run.history import History, KeeperHistory
@@ -77,24 +75,24 @@ def read_checkpoints(run: Path | str) -> list[Checkpoint]:
         ]
 
 
-def print_table(run: Path | str) -> None:
+def print_checkpoints(run: Path | str) -> None:
     """Print the checkpoints for people. Raises what `read_checkpoints` raises."""
-    table = Table(title=f"checkpoints of {run}", title_justify="left", box=box.SIMPLE)
-    for heading in ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest"):
-        is_number = heading in ("value", "bytes")
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading == "ref")
-    for each in read_checkpoints(run):
-        table.add_row(
-            each.ref,
-            "?" if each.value is None else f"{each.value:.9g}",
-            "higher" if each.higher_is_better else "lower",
-            each.iteration or "?",
-            "" if each.tolerance is None else "exceeded" if each.exceeded else "not exceeded (provisional)",
-            _list_files(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
-            "?" if each.bytes is None else f"{each.bytes:,}",
-            each.digest[:_DIGITS_SHOWN],
-        )
-    console().print(table)
+    headings = ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest")
+    rows = map(_row, read_checkpoints(run))
+    print_table(f"checkpoints of {run}", headings, rows, right=("value", "bytes"))
+
+
+def _row(each: Checkpoint) -> tuple[str, ...]:
+    return (
+        each.ref,
+        "?" if each.value is None else f"{each.value:.9g}",
+        "higher" if each.higher_is_better else "lower",
+        each.iteration or "?",
+        "" if each.tolerance is None else "exceeded" if each.exceeded else "not exceeded (provisional)",
+        _list_files(each.files) if each.damage is None else f"DAMAGED: {each.damage}",
+        "?" if each.bytes is None else f"{each.bytes:,}",
+        each.digest[:_DIGITS_SHOWN],
+    )
 
 
 def _list_files(files: Collection[str]) -> str:
@@ -114,7 +112,8 @@ def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[
     for tolerance in keeper.policy.tolerances:
         if (ref := tolerance_ref(name, tolerance)) in history.refs:
             yield ref, tolerance
-    for place in range(1, keeper.policy.top_k + 1):
+    # There may be fewer of them than the policy keeps, which is any number that somebody wrote.
+    for place in range(1, min(keeper.policy.top_k, len(history.refs)) + 1):
         if (ref := top_ref(name, place)) in history.refs:
             yield ref, None
 

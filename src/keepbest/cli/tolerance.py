@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
-from keepbest.cli.console import console
+from keepbest.cli.console import print_table
 from keepbest.cli.curve import patiences
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.remote.download import local_copy
@@ -50,18 +47,15 @@ def print_tolerances(run: Path | str, tolerances: list[int]) -> None:
     if history.is_empty:
         raise SnapshotError("nothing was observed in this run yet")
     kept = history.kept()
-    table = Table(title=f"what tolerances keep in {run}", title_justify="left", box=box.SIMPLE)
-    for heading in ("keeper", "tolerance", "value", "iteration", "exceeded at", "weights"):
-        table.add_column(heading, justify="right" if heading in ("tolerance", "value") else "left")
+    rows: list[tuple[str, ...]] = []
     for name, keeper in history.keepers.items():
         for patience in patiences(keeper, tolerances):
             snapshot = None if patience.kept is None else keeper.present.saved.get(patience.kept.iteration)
-            table.add_row(
-                name,
-                str(patience.tolerance),
-                "" if patience.kept is None else f"{patience.kept.value:.9g}",
-                "none yet" if patience.kept is None else str(patience.kept.iteration),
-                str(patience.exceeded_at or "not exceeded"),
-                f"snapshots/{snapshot}" if snapshot in kept else "" if patience.kept is None else "removed",
+            value = "" if patience.kept is None else f"{patience.kept.value:.9g}"
+            at = "none yet" if patience.kept is None else str(patience.kept.iteration)
+            weights = f"snapshots/{snapshot}" if snapshot in kept else "" if patience.kept is None else "removed"
+            rows.append(
+                (name, str(patience.tolerance), value, at, str(patience.exceeded_at or "not exceeded"), weights)
             )
-    console().print(table)
+    headings = ("keeper", "tolerance", "value", "iteration", "exceeded at", "weights")
+    print_table(f"what tolerances keep in {run}", headings, rows, right=("tolerance", "value"))

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from keepbest.cli.console import say
 from keepbest.cli.run_file import CONFIG_FILE, RunFile, parse_settings
-from keepbest.cli.table import print_table
+from keepbest.cli.table import print_checkpoints
 from keepbest.errors import ConfigError
 from keepbest.load import load
 from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
+from keepbest.run.inside import check_own
 from keepbest.run.reader import find_ref, ledger_exists, read_history
 from keepbest.training.trainer import build_trainer
 
@@ -41,16 +41,17 @@ def train(config: Path, arguments: Sequence[str]) -> None:
     # Not before training starts: until then the directory may turn out to hold another run.
     trainer.train(on_start=keep_config)
     if ranks.is_main and ledger_exists(run.config.directory):
-        print_table(run.config.directory)
+        print_checkpoints(run.config.directory)
 
 
-def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None:
+def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, config: Path | None = None) -> None:
     """Evaluate a checkpoint with the callbacks of its run, and print what they log. Nothing is written.
 
     Args:
         directory: Directory of the run.
         ref: Name of the checkpoint; `None` is the best of the only metric that the run monitors.
         arguments: Settings that replace those of the run.
+        config: Path of the config to use; `None` is that of the run.
 
     Raises:
         KeepBestError: On every rank, if the checkpoint cannot be found, loaded or evaluated.
@@ -64,21 +65,25 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str]) -> None
             here["trainer.strategy"] = "single"
         return {**here, **parse_settings(arguments), "directory": str(directory)}
 
-    run = _read(ranks, directory / CONFIG_FILE, settings)
+    path = directory / CONFIG_FILE if config is None else config
+    if config is None:
+        ranks.agree(f"read the config {path}", lambda: check_own(path))
+    run = _read(ranks, path, settings)
+    if ranks.is_main:
+        whose = "which came with the run" if config is None else "which you chose"
+        say(f"this runs the classes that {path.absolute()} names, {whose}")
     name = ranks.broadcast("look into the run", lambda: ref or _only_best(directory), saving=True)
     trainer = build_trainer(run.config)
     loaded = load(directory, name, trainer.model)
     metrics = trainer.eval(update=loaded.iteration.update or 0)
     if not ranks.is_main:
         return
-    typer.echo(f"{name} of {loaded.iteration}: {loaded.metric_key} was {loaded.value!r} when it was saved")
+    say(f"{name} of {loaded.iteration}: {loaded.metric_key} was {loaded.value!r} when it was saved")
     manifest = find_ref(directory, read_history(directory), name).manifest
     for missing in _not_loaded(select_parts(trainer.model), loaded.parts, manifest.left_out):
-        typer.echo(
-            f"note: {missing} was not saved and is as the config builds it; metrics that depend on it may differ"
-        )
+        say(f"note: {missing} was not saved and is as the config builds it; metrics that depend on it may differ")
     for key, value in metrics.items():
-        typer.echo(f"{key} {value!r}")
+        say(f"{key} {value!r}")
 
 
 def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> RunFile:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from keepbest.formats import torch_file
 from keepbest.formats.format import Format, Receipt, ToWrite, special_kind
+from keepbest.formats.index import INDEX
 from keepbest.formats.sharded_part import ShardedPart
 from keepbest.formats.tied import read_ties, write_ties
 from keepbest.modules.quiet import quiet
@@ -36,7 +37,6 @@ from keepbest.run.names import part_name
 
 _ENDING = ".dcp"
 _TIES_ENDING = ".tied.json"
-_INDEX = ".metadata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class DistributedCheckpoint(Format):
             inside = folder / _folder_name(part)
             with _refusals(inside):
                 FileSystemWriter(inside, sync_files=False).finish(planned.metadata, [each[part] for each in results])
-            records[f"{inside.name}/{_INDEX}"] = _durable(files, inside / _INDEX, part)
+            records[f"{inside.name}/{INDEX}"] = _durable(files, inside / INDEX, part)
             files.sync_folder(inside)
             if planned.tied:
                 path = folder / _file_of_ties(part)

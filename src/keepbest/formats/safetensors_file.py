@@ -135,7 +135,7 @@ def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             tied = json.loads((file.metadata() or {}).get(_TIED, "{}"))
             yield from tensors.items()
             yield from ((name, tensors[first]) for name, first in tied.items())
-    except (SafetensorError, ValueError, LookupError, AttributeError) as error:
+    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
 
 

@@ -9,14 +9,15 @@ from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict, TensorKind
+from keepbest.formats.index import read_index
 from keepbest.formats.shards import Shard, ShardReader
 from keepbest.modules.quiet import quiet
+from keepbest.run.inside import open_file
 
 
 class ShardedPart:
@@ -37,10 +38,7 @@ class ShardedPart:
         self.others = others
         self.tied = tied
         self._reader = ShardReader()
-        try:
-            self._index: Metadata = FileSystemReader(path).read_metadata()
-        except Exception as error:
-            raise SnapshotError(f"{path} cannot be read as a distributed checkpoint: {error!r}") from error
+        self._index: Metadata = read_index(path)
         shards = {info.relative_path for info in self._index.storage_data.values()}
         if strange := sorted(shard for shard in shards if f"{path.name}/{shard}" not in files):
             raise SnapshotError(f"{path} names files that are not recorded in the snapshot: {', '.join(strange)}")
@@ -64,6 +62,9 @@ class ShardedPart:
         chunks = self._chunks(key)
         if len(chunks) == 1 and chunks[0].sizes == shape:
             return self._read_at(key, chunks[0].offsets)
+        # Before there is memory for it: the shards lie in the files, and the whole does not.
+        if sum(chunk.sizes.numel() for chunk in chunks) != torch.Size(shape).numel():
+            raise SnapshotError(f"{self._path} is damaged: the shards of {key!r} do not make the whole of it")
         whole, filled = torch.empty(tuple(shape), dtype=dtype), 0
         for chunk in chunks:
             region = _region(chunk.offsets, chunk.sizes)
@@ -132,7 +133,7 @@ class ShardedPart:
 
     def _open(self, name: str) -> BinaryIO:
         try:
-            return (self._path / name).open("rb")
+            return open_file(self._path / name)
         except OSError as error:
             raise SnapshotError(f"{self._path / name} cannot be read: {error}") from error
 

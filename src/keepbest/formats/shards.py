@@ -7,11 +7,11 @@ the values are read as they are. All else is left to `torch.load`, such as a fil
 
 from __future__ import annotations
 
-import io
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from keepbest.formats.plain_load import load_plain_bytes
 from keepbest.formats.torch_file import without_crc32
 from keepbest.modules.raw_bytes import raw_bytes
 
@@ -62,7 +62,7 @@ class ShardReader:
         if (tensor := self._read_framed(file, shard)) is not None:
             return tensor
         file.seek(shard.offset)
-        return torch.load(io.BytesIO(file.read(shard.length)), map_location="cpu", weights_only=True)
+        return load_plain_bytes(file.read(shard.length))
 
     def _read_framed(self, file: BinaryIO, shard: Shard) -> torch.Tensor | None:
         if not 0 < shard.bytes < shard.length:

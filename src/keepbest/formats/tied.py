@@ -12,6 +12,7 @@ from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import has_shards
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
+from keepbest.run.inside import open_file
 
 
 def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -36,7 +37,8 @@ def write_ties(files: Files, path: Path, tied: Mapping[str, str]) -> Digest:
 def read_ties(path: Path) -> dict[str, str]:
     """Read what `write_ties` wrote. Raises `SnapshotError`."""
     try:
-        tied = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            tied = json.loads(file.read())
     except (OSError, ValueError, RecursionError) as error:
         raise SnapshotError(f"{path} cannot be read: {error!r}") from error
     if not isinstance(tied, dict) or not all(isinstance(first, str) and first not in tied for first in tied.values()):

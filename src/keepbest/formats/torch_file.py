@@ -13,6 +13,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict
+from keepbest.formats.plain_load import check_sizes, load_plain
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
 from keepbest.modules.kinds import is_dense
@@ -46,12 +47,10 @@ class TorchFile(WholeFileFormat):
 
     def read_file(self, path: Path) -> dict[str, Any]:
         # The tensors are mapped from the file.
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
+        state = load_plain(path)
         if not isinstance(state, dict):
             raise SnapshotError(f"{path} holds a {type(state).__name__}, not a state dict")
+        check_sizes(path, state)
         return state
 
 

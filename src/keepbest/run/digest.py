@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
 from keepbest.errors import SnapshotError
 from keepbest.run.files import DurableFile
+from keepbest.run.inside import open_file
 
 DIGEST_ALGORITHM = "xxh3-128"
 _READ_BYTES = 1 << 22
@@ -77,12 +79,16 @@ class DigestingFile:
 
 
 def digest_file(path: Path) -> Digest:
-    """The digest of a file that is there. **Rank-local**. Raises `OSError`."""
+    """The digest of a file that is there, and no link. **Rank-local**. Raises `OSError`."""
+    with open_file(path) as file:
+        return _digest(file)
+
+
+def _digest(file: BinaryIO) -> Digest:
     found, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            found.update(chunk)
-            size += len(chunk)
+    while chunk := file.read(_READ_BYTES):
+        found.update(chunk)
+        size += len(chunk)
     return Digest(size, found.hexdigest())
 
 
@@ -97,7 +103,9 @@ def check_file(path: Path, expected: Digest) -> None:
             f"{path} was written with the digest {expected.algorithm!r}; this version knows {DIGEST_ALGORITHM}"
         )
     try:
-        found = digest_file(path)
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            found = _digest(file) if size == expected.bytes else Digest(size, "")  # which may be very large
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read: {error}") from error
     if found.bytes != expected.bytes:

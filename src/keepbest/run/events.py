@@ -234,8 +234,8 @@ def _parse_session(line: Mapping[str, Any]) -> SessionBegan:
 
 def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
     return KeeperBegan(
-        keeper=line["keeper"],
-        metric_key=line["metric_key"],
+        keeper=_ref(line["keeper"]),
+        metric_key=_text(line["metric_key"]),
         policy=_policy_from_json(line["policy"]),
         timeline=line["timeline"],
         at=None if line["at"] is None else TrainingIteration.parse(line["at"]),
@@ -248,7 +248,7 @@ def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
 def _parse_observation(line: Mapping[str, Any]) -> Observed:
     snapshot = line.get("snapshot")
     return Observed(
-        keeper=line["keeper"],
+        keeper=_ref(line["keeper"]),
         iteration=TrainingIteration.parse(line["iteration"]),
         value=float(line["value"]),
         snapshot=None if snapshot is None else _safe(snapshot),
@@ -297,12 +297,14 @@ def _policy_from_json(policy: Mapping[str, Any]) -> Policy:
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], Event]] = {
-    RunBegan.name: lambda line: RunBegan(line["run"], line["version"]),
+    RunBegan.name: lambda line: RunBegan(_text(line["run"]), line["version"]),
     SessionBegan.name: _parse_session,
     KeeperBegan.name: _parse_begin,
     Observed.name: _parse_observation,
-    RefsMoved.name: lambda line: RefsMoved(line["keeper"], _parse_moves(line)),
-    Pinned.name: lambda line: Pinned(line["keeper"], line["tag"], tuple(_safe(name) for name in line["snapshots"])),
-    Unpinned.name: lambda line: Unpinned(line["keeper"], line["tag"]),
-    KeeperEnded.name: lambda line: KeeperEnded(line["keeper"], _parse_moves(line)),
+    RefsMoved.name: lambda line: RefsMoved(_ref(line["keeper"]), _parse_moves(line)),
+    Pinned.name: lambda line: Pinned(
+        _ref(line["keeper"]), _text(line["tag"]), tuple(_safe(name) for name in line["snapshots"])
+    ),
+    Unpinned.name: lambda line: Unpinned(_ref(line["keeper"]), _text(line["tag"])),
+    KeeperEnded.name: lambda line: KeeperEnded(_ref(line["keeper"]), _parse_moves(line)),
 }

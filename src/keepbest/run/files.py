@@ -16,7 +16,7 @@ class DurableFile:
     """A file open for appending, whose bytes are safe after `sync`. Serves `torch.save` as its file object."""
 
     def __init__(self, path: Path, *, exclusive: bool) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else 0)
         self.path = path
         self._descriptor = os.open(path, flags, 0o666)
 

@@ -19,6 +19,7 @@ from keepbest.run.events import Event, Moves, RunBegan, SessionBegan, refs_of
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
+from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
@@ -50,7 +51,7 @@ class RunFolder:
 
     Raises:
         RunExistsError: If another process owns the folder.
-        LedgerError: If the ledger is damaged or of another version.
+        LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
         OSError: Any refusal of the file system.
     """
 
@@ -70,6 +71,7 @@ class RunFolder:
         self._links_lag = False
         self._is_interrupted = False
         self._is_followed = False
+        check_frame(directory)
         files.make_folder(self.path / SNAPSHOTS)
         self._lock = lock(self.path / LOCK)
         try:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.history import History
+from keepbest.run.inside import check_frame, open_file
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest, manifest_digest
@@ -35,8 +36,9 @@ def read_history(directory: Path) -> History:
 
     Raises:
         SnapshotError: If there is no ledger.
-        LedgerError: If it is damaged or of another version.
+        LedgerError: If it is damaged or of another version, or the folder is made of links.
     """
+    check_frame(directory)
     path = directory / CHECKPOINTS / LEDGER
     events, _ = read_ledger(path)
     if not events:
@@ -74,7 +76,8 @@ def read_manifest(folder: Path, digest: str | None) -> Manifest:
         SnapshotError: If the manifest is missing, damaged, or of another version.
     """
     try:
-        text = (folder / MANIFEST).read_bytes()
+        with open_file(folder / MANIFEST) as file:
+            text = file.read()
     except OSError as error:
         raise SnapshotError(f"snapshot {folder.name} cannot be read: {error}") from error
     if manifest_digest(text) != digest:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
+from keepbest.run.inside import open_file
 from keepbest.run.layout import MANIFEST, TEMPORARY, unfinished_folder
 from keepbest.run.lines import SENSELESS
 from keepbest.run.manifest import Manifest, manifest_digest
@@ -40,7 +41,8 @@ class SnapshotFolder:
     def ledger_bytes(self, name: str) -> int:
         """The bytes that the ledger had at least when this snapshot was complete; 0 if it does not say."""
         try:
-            return Manifest.from_bytes((self._path / name / MANIFEST).read_bytes()).ledger_bytes
+            with open_file(self._path / name / MANIFEST) as file:
+                return Manifest.from_bytes(file.read()).ledger_bytes
         except (OSError, *SENSELESS):
             return 0
 

@@ -78,12 +78,16 @@ def snapshot_faults(directory: Path, history: History, name: str) -> list[Fault]
             check_file(folder / file, record.digest)
         except SnapshotError as error:
             faults.append(Fault("damage", str(error)))
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
     extra = sorted(present - {*manifest.files, MANIFEST})
     return [*faults, *(Fault("damage", f"{folder / file} was put there by somebody else") for file in extra)]
 
 
 def _leftovers(folder: Path, history: History) -> list[Fault]:
-    unnamed = {path.name for path in (folder / SNAPSHOTS).iterdir()} - history.kept()
+    # Without the folder of the snapshots, each of them is missing.
+    present = (folder / SNAPSHOTS).iterdir() if (folder / SNAPSHOTS).exists() else ()
+    unnamed = {path.name for path in present} - history.kept()
     paths = [*(folder / SNAPSHOTS / name for name in sorted(unnamed)), *sorted(folder.glob(f"{TEMPORARY}*"))]
     return [Fault("unfinished", f"{path} is left over; nothing needs it") for path in paths]

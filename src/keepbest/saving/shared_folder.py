@@ -8,6 +8,7 @@ from pathlib import Path
 
 from keepbest.ranks import Ranks
 from keepbest.run.files import Files
+from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, TEMPORARY
 
 _REMEDY = "This format needs a run directory on a file system that all hosts share and may write to"
@@ -29,6 +30,7 @@ def check_is_shared(directory: Path, files: Files, ranks: Ranks, step: str) -> N
 
     def make() -> str:
         name = f"{TEMPORARY}made-by-rank-0-{uuid.uuid4().hex}"
+        check_frame(directory)
         files.make_folder(folder)
         files.create(folder / name).close()
         return name

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from keepbest.iteration import TrainingIteration
+from keepbest.run.inside import check_own
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -62,8 +63,10 @@ class JsonLinesTracker:
         """Append one line.
 
         Raises:
+            SnapshotError: If the file is a link.
             OSError: If the file cannot be written.
         """
+        check_own(self._path)
         parts = {"epoch": iteration.epoch, "update": iteration.update, "sample": iteration.sample}
         values = {key: value if math.isfinite(value) else str(value) for key, value in scalars.items()}
         line = json.dumps(parts | values) + "\n"
@@ -102,11 +105,13 @@ class TensorBoardTracker:
         """Add each scalar at `iteration.update`.
 
         Raises:
+            SnapshotError: If the directory is a link.
             ModuleNotFoundError: If the package `tensorboard` is not installed.
         """
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            check_own(self._directory)
             self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
             self._purge_step = None  # what is logged from now on stays, even if the file is closed in between
         for key, value in scalars.items():
