@@ -13,7 +13,7 @@ from keepbest.errors import ConfigError, RankFailedError
 from tests.capture.test_restore import REF, keep
 from tests.kit.pool import run_ranks
 from tests.kit.runs import set_weights
-from tests.kit.strategies import CPU
+from tests.kit.strategies import CPU, whole_weights
 
 
 class StateOnRank0(nn.Linear):
@@ -78,27 +78,42 @@ def test_hooks_beside_units_of_fsdp1_may_rename_and_leave_out(file_format, tmp_p
     assert run_ranks(keep_and_load_renamed, 2, tmp_path, file_format) == [expected] * 2
 
 
-class ScalingUnit(nn.Module):
-    """Scales in its state dict what lies in a unit of FSDP1."""
-
-    def __init__(self):
-        super().__init__()
-        self.unit = FullyShardedDataParallel(nn.Linear(2, 2), device_id=CPU, use_orig_params=True)
-        self._register_state_dict_hook(self.scale)
-
-    @staticmethod
-    def scale(_module, state, *_others):
-        for key in [key for key in state if key.endswith("unit.weight")]:
-            state[key] = state[key] * 10
+def scale(_module, state, *_others):
+    for key in [key for key in state if key.endswith("weight")]:
+        state[key] = state[key] * 10
 
 
-def keep_scaled_unit(directory):
+def model_with_a_hook(hook, place):
+    unit = FullyShardedDataParallel(nn.Linear(2, 2), device_id=CPU, use_orig_params=True)
+    model = nn.ModuleDict({"unit": unit})
+    (unit if place == "on" else model)._register_state_dict_hook(hook)
+    return model
+
+
+def keep_scaled_unit(directory, place):
     with pytest.raises(ConfigError, match="is changed by a hook or override"):
-        BestKeeper(ScalingUnit(), directory=directory, metric_key="loss").start()
+        BestKeeper(model_with_a_hook(scale, place), directory=directory, metric_key="loss").start()
 
 
-def test_hook_around_a_unit_of_fsdp1_that_changes_it_is_refused(tmp_path):
-    run_ranks(keep_scaled_unit, 2, tmp_path)
+@pytest.mark.parametrize("place", ["on", "around"])
+def test_hook_at_a_unit_of_fsdp1_that_changes_it_is_refused(place, tmp_path):
+    run_ranks(keep_scaled_unit, 2, tmp_path, place)
+
+
+def move(_module, state, *_others):
+    state.update({key: value.cpu().contiguous() for key, value in state.items()})
+
+
+def keep_and_load_moved(directory):
+    models = [model_with_a_hook(move, "around") for _ in range(2)]
+    keep(models[0], directory)
+    load(directory, REF, models[1], rank_timeout=20)
+    weights = [whole_weights(model) for model in models]
+    return all(map(torch.equal, *weights))
+
+
+def test_hook_around_a_unit_of_fsdp1_may_copy_it(tmp_path):
+    assert run_ranks(keep_and_load_moved, 2, tmp_path) == [True] * 2
 
 
 def add_a_hook_on_rank_1(directory):

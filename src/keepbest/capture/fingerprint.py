@@ -55,7 +55,7 @@ def _version_of(tensor: torch.Tensor) -> int:
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if tensor.is_quantized:
-        tensor = tensor.int_repr()
+        tensor = tensor.dequantize()  # the integers alone would leave out their scale
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     return raw_bytes(tensor)

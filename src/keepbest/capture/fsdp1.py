@@ -64,13 +64,16 @@ def fsdp1_state_dict(
     return {key: taken.get(key, value) for key, value in plain_state.items()}
 
 
+_KEEPING_VALUES = (torch.Tensor.clone, torch.Tensor.detach, torch.Tensor.cpu, torch.Tensor.contiguous)
+
+
 class _Taken(torch.Tensor):
     """Stands for a full parameter that is gone, so that hooks of modules around its unit cannot compute with it."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made: object = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # of torch
-        if isinstance(made, torch.Tensor) and func not in (torch.Tensor.clone, torch.Tensor.detach):
+        if isinstance(made, torch.Tensor) and func not in _KEEPING_VALUES:
             raise SnapshotError(f"a weight {_CHANGED_OUTSIDE}")
         return made
 
@@ -111,11 +114,14 @@ _OWN_STATE_DICT = (
 
 
 def _changes_state_dict(module: nn.Module) -> bool:
+    known = nn.Module.state_dict, nn.Module._save_to_state_dict  # noqa: SLF001  # torch's own protocol
+    hooks = module._state_dict_hooks.values()  # noqa: SLF001  # torch has no public list of them
+    methods = (getattr(type(module), name) for name in ("state_dict", "_save_to_state_dict"))
+    own = [each for each in (*methods, *hooks) if each not in known]
     if is_fsdp1(module) or wrapper_of(module) is not None:
-        return False
-    methods = ("state_dict", "_save_to_state_dict")
-    is_overridden = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in methods)
-    return is_overridden or "state_dict" in vars(module) or bool(module._state_dict_hooks)  # noqa: SLF001  # torch has no public list of them
+        # These have hooks of torch, which change names that `PlainNames` knows. A user may have added others.
+        own = [each for each in own if not str(getattr(each, "__module__", "")).startswith("torch.")]
+    return bool(own) or "state_dict" in vars(module)
 
 
 class FlatEntry(NamedTuple):

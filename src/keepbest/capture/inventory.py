@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.capture.catalogue import Entry, Held, Name, extra_states, look, stored_tensors
+from keepbest.capture.drift import Drift, is_balanced
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
-from keepbest.capture.union import Report, Union, changes, describe, listed, refuse_other_values, same_everywhere, unite
+from keepbest.capture.union import Report, Union, changes, describe, same_everywhere, unite
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
-from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.kinds import is_dtensor, local_of
 from keepbest.modules.sources import Source, StateDict, list_sources
-from keepbest.modules.wrappers import walk
 from keepbest.ranks import Number, Ranks
-
-_logger = logging.getLogger(__name__)
-
-_EXACT = 1 << 53  # whole numbers below it are exact as float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +58,7 @@ class Inventory:
         self._union: Union | None = None
         self.is_watched = False
         self.mark = ""
-        self._has_warned = ranks.world_size == 1
+        self._drift = Drift(items, ranks)
 
     def take(self, step: str) -> None:
         """Look at what the ranks hold, and agree that it can be kept and loaded again. **Collective**.
@@ -121,14 +115,14 @@ class Inventory:
             if changed or union is None:
                 return held, Number(None, None, describe(changed, before, held.entries))
             claim(Agreed(held, union))
-            return held, Number(self._balance(held, union), None)
+            return held, Number(self._drift.balance(held, union), None)
 
         held, numbers = self.ranks.compare(step, look_again, saving=saving)
         notes = {rank: number.note for rank, number in enumerate(numbers) if number.note}
         if not notes and union is not None:
             agreed = Agreed(held, union)
-            if sum(int(number.value or 0) for number in numbers) % _EXACT:
-                self._compare_values(step, agreed)
+            if not is_balanced(number.value or 0.0 for number in numbers):
+                self._drift.compare(step, held, union)
             return agreed
         changed = changes(before, held.entries)
         # Also what is the same here, if another rank has remade it, or has it now for the first time.
@@ -141,7 +135,7 @@ class Inventory:
             what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
             raise ConfigError(f"{error}. {_since(what)}") from error
         agreed = Agreed(held, self._union_now())
-        self._compare_values(step, agreed)
+        self._drift.compare(step, held, agreed.union)
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)
         return agreed
 
@@ -152,7 +146,7 @@ class Inventory:
         tensors = (stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources)
         data = (extra_states(source.module) for source in sources)
         return sample(
-            (_local(tensor) for each in tensors for tensor in each), (value for each in data for value in each)
+            (local_of(tensor) for each in tensors for tensor in each), (value for each in data for value in each)
         )
 
     def _look(self) -> Held:
@@ -204,69 +198,9 @@ class Inventory:
             if not has_copies and set(entry.members) == set(self.ranks.members):
                 continue  # no other rank has the same piece
             if id(value) not in known:
-                known[id(value)] = fingerprint(_local(value))
+                known[id(value)] = fingerprint(local_of(value))
             found[name] = (place, known[id(value)])
         return found
-
-    def _balance(self, held: Held, union: Union) -> float:
-        """A number of this rank. Those of all ranks add up to a multiple of `_EXACT` where they hold the same values.
-
-        Of what n ranks hold, the lowest adds the fingerprint n - 1 times, and each of the others subtracts it once.
-        """
-        balance = 0
-        for part, key, digest in self._prints_of_values(held, union):
-            holders = union.holdings[Name(part, key)].holders
-            found = hashlib.blake2b(f"{part} {key} {digest}".encode(), digest_size=8).digest()
-            balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self.ranks.rank else -1)
-        return float(balance % _EXACT)
-
-    def _prints_of_values(self, held: Held, union: Union) -> list[tuple[str, str, str]]:
-        """Fingerprints, by part and key, of what other ranks hold too and nothing keeps equal.
-
-        These are parameters that train outside of DDP, and, until a warning, buffers that DDP does not broadcast.
-        """
-        if self.ranks.world_size == 1:
-            return []
-        in_ddp, broadcast = list[str](), list[str]()
-        for path, module in walk(self.items.model):
-            if isinstance(module, DistributedDataParallel):
-                in_ddp.append(f"{path}." if path else "")
-                broadcast += in_ddp[-1:] if module.broadcast_buffers else []
-        kept_equal = {"parameter": tuple(in_ddp), "buffer": tuple(broadcast)}
-        paths = {part.name: f"{part.path}." if part.path else "" for part in self.items.parts}
-        prints = []
-        for name, holding in union.kept():
-            role = holding.entry.form.role
-            if role not in kept_equal or name not in held.values or holding.entry.members or len(holding.holders) == 1:
-                continue
-            value: torch.Tensor = held.values[name]
-            is_everywhere = len(holding.holders) == self.ranks.world_size
-            may_differ = value.requires_grad if role == "parameter" else is_everywhere and not self._has_warned
-            if may_differ and not f"{paths[name.part]}{name.key}".startswith(kept_equal[role]):
-                prints.append((*name, fingerprint(value)))
-        return prints
-
-    def _compare_values(self, step: str, agreed: Agreed) -> None:
-        """Refuse parameters that have come to differ, and warn of buffers. **Collective**."""
-        everybodys: list[list[tuple[str, str, str]]] = self.ranks.gather_json(
-            step, lambda: self._prints_of_values(agreed.held, agreed.union)
-        )
-        prints = [{Name(part, key): ("", digest) for part, key, digest in each} for each in everybodys]
-        holdings = agreed.union.holdings
-        buffers = [name for name in prints[0] if holdings[name].entry.form.role == "buffer"]  # every rank has them
-        refuse_other_values([{name: each[name] for name in each if name not in buffers} for each in prints])
-        differing = [str(name) for name in buffers if len({each[name] for each in prints}) > 1]
-        self._has_warned = self._has_warned or bool(differing)
-        if differing and self.ranks.is_main:
-            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            _logger.warning(
-                "buffers differ between the ranks: %s%s. The snapshots have those of %s, so a model that is loaded "
-                "from them may not reproduce the metric. Synchronize them: use torch.nn.SyncBatchNorm for BatchNorm, "
-                "or broadcast or average the buffers before each evaluation",
-                ", ".join(differing[:4]),
-                more,
-                listed([0]),
-            )
 
 
 def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Name, Any]:
@@ -299,10 +233,6 @@ def _is_remade(old: Entry | None, new: Entry | None) -> bool:
 
 def _since(what: str) -> str:
     return f"Since the keeper started this has changed: {what}" if what else "Nothing in the names has changed"
-
-
-def _local(value: torch.Tensor) -> torch.Tensor:
-    return value.to_local().detach() if is_dtensor(value) else value
 
 
 def _text(report: Report) -> str:

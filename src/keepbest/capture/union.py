@@ -55,11 +55,13 @@ class Holding:
         number: Place among all entries, the same on every rank. Transfers are matched by it.
         entry: Entry as the owner holds it.
         holders: Ranks of the keeper that hold it, the lowest first.
+        groups: Where several groups of ranks share it out, each for itself, the ranks in the default group of each.
     """
 
     number: int
     entry: Entry
     holders: Sequence[int]
+    groups: Sequence[tuple[int, ...]] = ()
 
     @property
     def owner(self) -> int:
@@ -127,7 +129,8 @@ def unite(reports: Sequence[Report]) -> Union:
             # Parameters were compared. A buffer of another rank may have other values than this rank's.
             is_same = first.owner == ranks[0] or first.entry.form.role == "parameter"
             entry = entry._replace(first=first.entry.first or entry.first if is_same else "")
-        holdings[name] = Holding(number, entry, ranks)
+        groups = tuple(dict.fromkeys(reports[rank].entries[name].members for rank in ranks))
+        holdings[name] = Holding(number, entry, ranks, groups if len(groups) > 1 else ())
     return Union(holdings)
 
 

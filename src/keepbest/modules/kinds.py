@@ -43,6 +43,11 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     return tensor is not None and isinstance(value, tensor.DTensor)
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: of a DTensor its shard."""
+    return tensor.to_local().detach() if is_dtensor(tensor) else tensor
+
+
 def has_shards(value: object) -> bool:
     """Whether `value` is a tensor of which each rank holds a part."""
     if type(value) in PLAIN_CLASSES:
