@@ -38,6 +38,12 @@ ACCURACIES = [0.1, 0.1, 0.3, 0.2, 0.2, 0.2, 0.4, 0.4]
 RESUMED_AT = 4
 
 
+def claimed(directory: Path, files: Files) -> RunFolder:
+    folder = RunFolder(directory, files)
+    folder.claim()
+    return folder
+
+
 def stamped(epoch: int) -> Share:
     """Weights of rank 0 that show which iteration they are of."""
     files = {"model": {"stamp": torch.tensor([float(epoch)])}}
@@ -86,7 +92,7 @@ def record(root: Path) -> RecordingFiles:
     """Two keepers see a whole run, and again from its middle."""
     files = RecordingFiles(root)
     for start in (0, RESUMED_AT):
-        folder = RunFolder(root / "run", files)
+        folder = claimed(root / "run", files)
         at = TrainingIteration(epoch=start) if start else None
         records = [KeeperRecord(folder, keeper, keeper, POLICIES[keeper]) for keeper in (LOSS, ACCURACY)]
         states = {each.keeper: each.begin(from_ledger=start > 0, at=at) for each in records}
@@ -117,7 +123,7 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
     assert committed <= len(lines) <= len(issued)
     assert [encode_line(event) for event in events] == issued[: len(lines)]
     if not lines:
-        folder = RunFolder(run, Files())
+        folder = claimed(run, Files())
         KeeperRecord(folder, LOSS, "loss", POLICIES[LOSS]).begin()
         folder.close()
         return
@@ -147,7 +153,7 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
 
 def check_resume(run: Path) -> None:
     """A resumed run saves again, and leaves nothing unfinished."""
-    folder = RunFolder(run, Files())
+    folder = claimed(run, Files())
     is_new = folder.history.run_id is None
     records = [KeeperRecord(folder, keeper, keeper, POLICIES[keeper]) for keeper in (LOSS, ACCURACY)]
     for each in records:

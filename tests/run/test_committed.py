@@ -125,6 +125,7 @@ def test_any_exception_after_the_line_loses_no_best(in_background, name, error, 
         while keeper.state.last_iteration != COMPLETE.last_iteration:
             try:
                 assert all(seen.durable for seen in go_on(keeper, model))
+                keeper.flush()
             except RankFailedError:
                 raised += 1
         is_armed = False

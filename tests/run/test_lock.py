@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +21,15 @@ from tests.kit.pool import start_ranks
 REFUSALS = ["ENOLCK", "ENOSYS", "ENOTSUP", "EINVAL", "EBADF", "EPERM", "EIO"]
 
 
+def taken(path: Path, **settings) -> RunLock:
+    lock = RunLock(path, **settings)
+    lock.acquire()
+    return lock
+
+
 def hold_beside_a_reader_and_a_child(path):
     """Holds the lock, closes the file elsewhere, as a copy of the folder does, and has a child that lives on."""
-    lock = RunLock(path)
+    lock = taken(path)
     path.read_bytes()
     if (child := os.fork()) == 0:
         signal.pause()
@@ -38,9 +45,9 @@ def test_lock_outlives_a_copy_and_ends_with_its_process(tmp_path, caplog):
         child = int((tmp_path / "child").read_text())
         try:
             with pytest.raises(RunExistsError, match=rf'in use by another process .*"pid": {ranks.processes[0].pid}'):
-                RunLock(path)
+                taken(path)
             threading.Timer(0.3, ranks.signal, (0, signal.SIGKILL)).start()
-            RunLock(path, patience=20.0).release()  # as a restart that meets a process on its way out
+            taken(path, patience=20.0).release()  # as a restart that meets a process on its way out
             os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)
@@ -58,24 +65,24 @@ def held(tmp_path):
 def test_process_of_another_host_is_not_waited_for(held):
     held.write_text(json.dumps({"host": "another one", "pid": 1}))
     with pytest.raises(RunExistsError, match="another one"):
-        RunLock(held, patience=1.0, clock=lambda: 0.0)
+        taken(held, patience=1.0, clock=lambda: 0.0)
 
 
 def test_second_lock_in_a_process_is_refused_and_the_first_stays(tmp_path, monkeypatch):
-    first = RunLock(tmp_path / "lock")
+    first = taken(tmp_path / "lock")
     for _ in ("OFD", "POSIX"):
         with pytest.raises(RunExistsError, match="open in this process already"):
-            RunLock(tmp_path / "lock", patience=20.0)
+            taken(tmp_path / "lock", patience=20.0)
         monkeypatch.delattr(fcntl, "F_OFD_SETLK", raising=False)
     first.release()
     first.release()
-    RunLock(tmp_path / "lock").release()
+    taken(tmp_path / "lock").release()
 
 
 def test_lock_that_nobody_releases_goes_with_its_owner(tmp_path):
-    lock = RunLock(tmp_path / "lock")
+    lock = taken(tmp_path / "lock")
     del lock
-    RunLock(tmp_path / "lock").release()
+    taken(tmp_path / "lock").release()
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -86,10 +93,10 @@ def test_refused_lock_is_one_warning(name, tmp_path, monkeypatch, caplog):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
-    posix = RunLock(tmp_path / "posix")  # which such a file system may have
+    posix = taken(tmp_path / "posix")  # which such a file system may have
     assert caplog.records == []
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    none = RunLock(tmp_path / "none")
+    none = taken(tmp_path / "none")
     assert len(caplog.records) == 1
     assert "this file system has no locks" in caplog.text
     posix.release()
@@ -104,7 +111,7 @@ def test_full_disk_is_not_in_the_way_of_a_lock(function, tmp_path, monkeypatch, 
     (tmp_path / "lock").write_text("of somebody who is gone")
     with monkeypatch.context() as patch:
         patch.setattr(os, function, refuse)
-        lock = RunLock(tmp_path / "lock")
+        lock = taken(tmp_path / "lock")
     if function == "pwrite":
         assert (tmp_path / "lock").read_text() == ""
     assert ("would go unnoticed" in caplog.text) == (function == "open")

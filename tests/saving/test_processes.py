@@ -94,7 +94,9 @@ def is_free(directory: Path) -> bool:
     """Whether another process could have the folder."""
     if (child := os.fork()) == 0:
         try:
-            RunLock(directory / "checkpoints" / "lock").release()
+            lock = RunLock(directory / "checkpoints" / "lock")
+            lock.acquire()
+            lock.release()
         except RunExistsError:
             os._exit(1)
         os._exit(0)

@@ -38,6 +38,7 @@ def upload(directory: Path, url: str, *, patience: float = 300.0) -> None:
         raise RunExistsError(f"{place} is ahead of {directory}; a resume of the run would bring that up to it")
 
     try:
+        folder.claim()
         folder.bring_up_to_copy(refuse)
         folder.check_is_whole()
         folder.follow_now()

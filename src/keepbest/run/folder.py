@@ -33,13 +33,13 @@ _logger = logging.getLogger(__name__)
 class RunFolder:
     """`<run>/checkpoints`, owned by this process. **Rank-local**: rank 0 alone has one.
 
-    Nothing is changed before `open`, so that a folder of another run stays as it is.
+    It begins with `claim`. Nothing is changed before `open`, so that a folder of another run stays as it is.
 
     Args:
         directory: Directory of the run.
         files: Operations that change the folder.
         copy: Remote copy that follows each commit.
-        lock: Function that takes the lock at a path, with the patience that it has.
+        lock: Function that makes the lock at a path.
 
     Attributes:
         path: Path of the folder.
@@ -48,11 +48,6 @@ class RunFolder:
         snapshots: Folder of the snapshots.
         history: What the events of the ledger add up to.
         is_resumed: Whether something had been observed in the run before this process opened it.
-
-    Raises:
-        RunExistsError: If another process owns the folder.
-        LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
-        OSError: Any refusal of the file system.
     """
 
     def __init__(
@@ -71,15 +66,27 @@ class RunFolder:
         self._links_lag = False
         self._is_interrupted = False
         self._is_followed = False
-        check_frame(directory)
-        files.make_folder(self.path / SNAPSHOTS)
+        self._is_claimed = False
         self._lock = lock(self.path / LOCK)
-        try:
-            self._read()
-        except BaseException:
-            self._lock.release()
-            raise
         self._ledger: LedgerFile | None = None
+        self.history = History()
+        self.is_resumed = False
+
+    def claim(self) -> None:
+        """Lock the folder for this process, and read it. What fails here is released by `close`.
+
+        Raises:
+            RunExistsError: If another process owns the folder.
+            LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
+            OSError: Any refusal of the file system.
+        """
+        if self._is_claimed:
+            return
+        check_frame(self.path.parent)
+        self.files.make_folder(self.path / SNAPSHOTS)
+        self._lock.acquire()
+        self._read()
+        self._is_claimed = True
 
     def check_is_whole(self) -> None:
         """Check that the ledger is the one that the folder was written with. Raises `LedgerError`."""

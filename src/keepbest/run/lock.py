@@ -42,15 +42,20 @@ class RunLock:
         path: File that is locked.
         patience: Seconds to wait for a process of this host, which may be on its way out.
         clock: Function that gives seconds.
-
-    Raises:
-        RunExistsError: If somebody else holds it. The message names the process, if the file does.
-        OSError: If the file cannot be opened.
     """
 
     def __init__(self, path: Path, *, patience: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path = path
+        self._path, self._patience, self._clock = path, patience, clock
         self._close: weakref.finalize[Any, Any] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            RunExistsError: If somebody else holds it. The message names the process, if the file does.
+            OSError: If the file cannot be opened.
+        """
+        path = self._path
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
@@ -65,7 +70,7 @@ class RunLock:
         try:
             _refuse_if_held_here(self._descriptor, path)
             _locks[self] = self._descriptor
-            self._take(clock() + patience, clock)
+            self._take(self._clock() + self._patience)
         except BaseException:
             self.release()
             raise
@@ -77,7 +82,7 @@ class RunLock:
         if self._close is not None:
             self._close()
 
-    def _take(self, deadline: float, clock: Callable[[], float]) -> None:
+    def _take(self, deadline: float) -> None:
         is_announced = False
         while (refusal := _refusal_of_lock(self._descriptor)) is not None:
             if refusal.errno not in _HELD:
@@ -88,7 +93,7 @@ class RunLock:
                 )
                 return
             owner = os.pread(self._descriptor, _OWNER_BYTES, 0).decode(errors="replace")
-            if clock() >= deadline or not _may_be_here(owner):
+            if self._clock() >= deadline or not _may_be_here(owner):
                 raise RunExistsError(
                     f"{self._path.parent} is in use by another process ({owner or 'unknown'}); "
                     "let it end, or choose another directory for this run"

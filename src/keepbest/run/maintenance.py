@@ -24,6 +24,7 @@ def repair(directory: Path) -> None:
     read_history(directory)
     folder = RunFolder(directory, Files())
     try:
+        folder.claim()
         folder.repair()
     finally:
         folder.close()

@@ -96,13 +96,14 @@ class OpenRun:
     def open_folder(self) -> RunFolder:
         """The folder, opened if need be, when nothing is being written into it. **Rank-local**, on rank 0.
 
-        Raises as `RunFolder`.
+        Raises as `RunFolder.claim`.
         """
         self.worker.drain()
         if self.folder is None:
             copy = None if self.remote is None else FollowingCopy(self.remote, self._clock, self._patience)
             lock = partial(RunLock, patience=self._lock_patience, clock=self._clock)
             self.folder = RunFolder(self.directory, self.files, copy, lock=lock)
+        self.folder.claim()
         return self.folder
 
     def write_in_the_background(self) -> None:

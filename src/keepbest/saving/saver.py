@@ -71,7 +71,7 @@ class Saver:
         self._way = find_way(format.capture)
         self._ranks = ranks
         self._in_background, self._tolerates = in_background, tolerates
-        self._staging: Staging = HostStaging(self._give_up_the_queued) if in_background else Unstaged()
+        self._staging = self._new_staging()
         self._selection = f"{name} {items.parts} {items.save_frozen_weights}"
         self._queued: PendingSnapshot | None = None
         self._has_given_up = False
@@ -106,7 +106,7 @@ class Saver:
     def stop(self) -> None:
         """Free what is staged, as soon as it is written. **Rank-local**."""
         self._staging.close()
-        self._staging, self._queued = Unstaged(), None
+        self._staging, self._queued = self._new_staging(), None  # a start that failed may be tried again
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
@@ -218,6 +218,9 @@ class Saver:
         else:
             reason = f"no finite value was observed and saved up to {state.last_iteration}"
         _logger.warning("%s: the run ends and no best is kept, since %s", self._name, reason)
+
+    def _new_staging(self) -> Staging:
+        return HostStaging(self._give_up_the_queued) if self._in_background else Unstaged()
 
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""

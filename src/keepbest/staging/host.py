@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -13,17 +15,26 @@ from keepbest.staging.slot import Like, Slot
 _SLOTS = 2  # while one is being written, the other can hold the next best
 
 
+_PATIENCE = 1.0  # seconds to wait for a slot, before garbage is collected that may hold one
+
+
 class HostSlot:
     """CPU tensors that are allocated when they are first needed, then filled again and again: a `Slot`.
 
     They are pinned where the model is on a CUDA device, so that a copy into them does not hold up training.
+
+    Args:
+        tensors: Tensors of earlier snapshots, by key, which this one fills again.
+        release: Function that gets them back, once: when this slot is released, or when it is garbage, as after an
+            interruption.
     """
 
     is_live = False
 
-    def __init__(self, release: Callable[[HostSlot], None]) -> None:
-        self._release = release
-        self._tensors: dict[str, torch.Tensor] = {}
+    def __init__(self, tensors: dict[str, torch.Tensor], release: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        self._tensors = tensors
+        self._release = weakref.finalize(self, release, tensors)
+        self._release.atexit = False
         self._copies: list[torch.cuda.Event] = []
 
     def reserve(self, key: str, like: Like) -> None:
@@ -55,7 +66,7 @@ class HostSlot:
         self._copies.clear()
 
     def release(self) -> None:
-        self._release(self)
+        self._release()
 
 
 class HostStaging:
@@ -70,7 +81,7 @@ class HostStaging:
 
     def __init__(self, make_room: Callable[[], Slot | None]) -> None:
         self._make_room = make_room
-        self._free = [HostSlot(self._take_back) for _ in range(_SLOTS)]
+        self._free: list[dict[str, torch.Tensor]] = [{} for _ in range(_SLOTS)]
         self._is_closed = False
         self._released = threading.Condition()
 
@@ -78,12 +89,13 @@ class HostStaging:
         """A slot to fill; waits for one to be released where there is none."""
         with self._released:
             if self._free:
-                return self._free.pop()
+                return HostSlot(self._free.pop(), self._take_back)
         if (slot := self._make_room()) is not None:
             return slot
         with self._released:
-            self._released.wait_for(lambda: self._free)
-            return self._free.pop()
+            while not self._released.wait_for(lambda: self._free, _PATIENCE):
+                gc.collect()
+            return HostSlot(self._free.pop(), self._take_back)
 
     def close(self) -> None:
         """Free the slots, now or when they are released."""
@@ -91,8 +103,8 @@ class HostStaging:
             self._is_closed = True
             self._free.clear()
 
-    def _take_back(self, slot: HostSlot) -> None:
+    def _take_back(self, tensors: dict[str, torch.Tensor]) -> None:
         with self._released:
             if not self._is_closed:
-                self._free.append(slot)
+                self._free.append(tensors)
                 self._released.notify_all()
