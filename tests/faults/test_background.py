@@ -218,8 +218,14 @@ def test_queued_best_that_a_tolerance_names_is_waited_for(tmp_path, disk):
     assert (saved_at(tmp_path, REF), saved_at(tmp_path, f"{REF}.tolerance=0")) == (4, 2)
 
 
-def test_later_weights_do_not_reach_a_snapshot_in_progress(tmp_path, disk):
+@pytest.mark.parametrize("is_second_start", [False, True])
+def test_later_weights_do_not_reach_a_snapshot_in_progress(is_second_start, tmp_path, disk):
     run = Run(tmp_path, async_save=True)
+    if is_second_start:
+        (tmp_path / "checkpoints").write_text("in the way")
+        with pytest.raises(StorageError):
+            run.keeper.start()
+        (tmp_path / "checkpoints").unlink()
     with run.keeper:
         run.observe(5.0)
         assert disk.has_begun.wait(30)
