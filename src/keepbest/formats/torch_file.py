@@ -14,7 +14,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict
 from keepbest.formats.tied import first_names
-from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.formats.whole_file import WholeFileFormat, can_be_mapped
 from keepbest.modules.kinds import is_dense
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
@@ -45,9 +45,9 @@ class TorchFile(WholeFileFormat):
         return sink.digest
 
     def read_file(self, path: Path) -> dict[str, Any]:
-        # The tensors are mapped from the file.
+        # The tensors are mapped from the file, where that is possible.
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
         except Exception as error:
             raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
         if not isinstance(state, dict):

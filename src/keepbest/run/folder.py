@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keepbest.errors import LedgerError, RunExistsError
-from keepbest.run.events import Event, RunBegan, SessionBegan, refs_of
+from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
@@ -64,7 +64,6 @@ class RunFolder:
         self.copy = copy
         self.snapshots = SnapshotFolder(files, self.path / SNAPSHOTS)
         self._links = RefLinks(files, self.path)
-        self._links_lag = False
         self._is_followed = False
         files.make_folder(self.path / SNAPSHOTS)
         self._lock = lock(self.path / LOCK)
@@ -130,7 +129,6 @@ class RunFolder:
         except OSError:
             if not withdraw:
                 self.history.apply(event)
-                self._links_lag = True
             raise
         self.history.apply(event)
 
@@ -141,17 +139,11 @@ class RunFolder:
             OSError: As `LedgerFile.append`. What was committed stays committed, also if later steps are refused.
         """
         self.append(event, durable=True, withdraw=withdraw)
+        self._links.show(self.history.refs)
         try:
-            if self._links_lag:
-                self._links.restore(self.history.refs)
-            else:
-                self._links.move(refs_of(event))
             self._collect()
-            self._links_lag = False
         except OSError as error:
-            # Links and garbage are brought up to the ledger by the next commit.
-            self._links_lag = True
-            _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self.path, error)
+            _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
 
     @property
     def is_torn(self) -> bool:
@@ -183,6 +175,7 @@ class RunFolder:
         self._links.restore(self.history.refs)
         self.snapshots.remove_all_but(self.history.kept())
         self.snapshots.finish_removal()
+        self._links.show(self.history.refs)  # those for which there was no room before
 
     def close(self) -> None:
         """Release the folder for other processes. A second call does nothing."""
