@@ -18,6 +18,7 @@ from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
 from keepbest.modules.parts import Part
 from keepbest.remote.download import local_copy, snapshot_of
+from keepbest.remote.storage import local_path
 from keepbest.run.digest import check_file
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
@@ -76,7 +77,7 @@ def export(
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     with local_copy(run, snapshot_of(ref)) as directory:
-        return _export(directory, ref, to, part, Selection.of(only), largest_file)
+        return _export(directory, ref, local_path(to), part, Selection.of(only), largest_file)
 
 
 def _export(

@@ -21,7 +21,7 @@ from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.export import export
 from keepbest.launch import Process, distributed
-from keepbest.remote.storage import check_local
+from keepbest.remote.storage import local_path
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
 from keepbest.run.maintenance import repair
@@ -70,7 +70,7 @@ def train_command(
     The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training early. Start it again with
     trainer.resume=auto to continue.
     """
-    _run(lambda: train(config, overrides or []), timeout=timeout, debug=context.obj)
+    _run(lambda: train(local_path(config), overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("eval")
@@ -85,7 +85,7 @@ def eval_command(
     timeout: Timeout = 600.0,
 ) -> None:
     """Evaluate a checkpoint of RUN with the callbacks of its config, and print the metrics."""
-    _run(lambda: evaluate(check_local(run), ref, overrides or []), timeout=timeout, debug=context.obj)
+    _run(lambda: evaluate(local_path(run), ref, overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -107,7 +107,7 @@ def plot_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    _run(lambda: plot(run, to), debug=context.obj)
+    _run(lambda: plot(run, local_path(to)), debug=context.obj)
 
 
 @app.command("report")
@@ -117,7 +117,7 @@ def report_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    _run(lambda: report(run, to), debug=context.obj)
+    _run(lambda: report(run, local_path(to)), debug=context.obj)
 
 
 @app.command("tolerance")
@@ -178,7 +178,7 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
     """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
 
     def repair_and_report() -> None:
-        directory = check_local(run)
+        directory = local_path(run)
         before = verify(directory)
         repair(directory)
         after = verify(directory)
@@ -201,7 +201,7 @@ def upload_command(
 
     def upload_run() -> None:
         try:
-            upload(check_local(run), to)
+            upload(local_path(run), to)
         except OSError as error:
             raise KeepBestError(str(error)) from error
         typer.echo(f"{to}: everything that {run} keeps is there")
