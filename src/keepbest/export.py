@@ -18,6 +18,7 @@ from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
 from keepbest.modules.parts import Part
 from keepbest.remote.download import local_copy, snapshot_of
+from keepbest.remote.storage import local_path
 from keepbest.run.digest import check_file
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
@@ -26,6 +27,7 @@ from keepbest.run.reader import FoundSnapshot, find_ref, read_history
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
 _FOLDER_FILE = "model"
+_files = Files()
 
 
 class Contents(NamedTuple):
@@ -75,7 +77,7 @@ def export(
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     with local_copy(run, snapshot_of(ref)) as directory:
-        return _export(directory, ref, to, part, Selection.of(only), largest_file)
+        return _export(directory, ref, local_path(to), part, Selection.of(only), largest_file)
 
 
 def _export(
@@ -96,7 +98,7 @@ def _export(
         raise SnapshotError(f"safetensors files hold tensors only, but the snapshot has {names}; export to a .pt file")
     if to.suffix == safetensors_file.FORMAT.ending:
         with _appearing(to) as path:
-            write_entries(Files(), path, contents.entries, contents.tied)
+            write_entries(_files, path, contents.entries, contents.tied)
         return [to]
     return _write_folder(to, contents, largest_file)
 
@@ -137,13 +139,13 @@ def _write_torch(to: Path, contents: Contents) -> Path:
     with _appearing(to) as path:
         # torch.save wants all tensors at once: they lie in one mapped file, so that the memory is that of the disk.
         space = path.with_name(f"{path.name}.space")
-        Files().remove(space)
+        _files.remove(space)
         try:
             state = fetched(contents.entries, space)
             state |= {key: state[first] for key, first in contents.tied.items()}
-            torch_file.FORMAT.write_file(Files(), path, {**state, **contents.others})
+            torch_file.FORMAT.write_file(_files, path, {**state, **contents.others})
         finally:
-            Files().remove(space)
+            _files.remove(space)
     return to
 
 
@@ -161,14 +163,14 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
             keys = {entry.key for entry in group}
             with _appearing(to / name) as path:
                 write_entries(
-                    Files(), path, group, {key: first for key, first in contents.tied.items() if first in keys}
+                    _files, path, group, {key: first for key, first in contents.tied.items() if first in keys}
                 )
             written.append(to / name)
         if len(groups) > 1:
             written.append(_write_index(to, contents, names, groups))
     except BaseException:
         for path in written:
-            Files().remove(path)
+            _files.remove(path)
         raise
     return written
 
@@ -179,7 +181,7 @@ def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Seq
         "weight_map": {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group},
     }
     found = to / f"{_FOLDER_FILE}{safetensors_file.FORMAT.ending}.index.json"
-    with _appearing(found) as path, Files().create(path) as file:
+    with _appearing(found) as path, _files.create(path) as file:
         file.write(json.dumps(index, indent=2, sort_keys=True).encode())
         file.sync()
     return found
@@ -202,15 +204,14 @@ def _appearing(path: Path) -> Iterator[Path]:
     """Another path to write to; what was written there has the name `path` when the block has ended, and only then."""
     missing = [folder for folder in path.parents if not folder.exists()]
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    files = Files()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.remove(temporary)
+        _files.remove(temporary)
         yield temporary
-        files.rename(temporary, path)
-        files.sync_folder(path.parent)
+        _files.rename(temporary, path)
+        _files.sync_folder(path.parent)
     except BaseException:
-        files.remove(temporary)
+        _files.remove(temporary)
         for folder in missing:
             with contextlib.suppress(OSError):  # something else is in it by now
                 folder.rmdir()

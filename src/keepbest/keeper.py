@@ -70,7 +70,6 @@ class BestKeeper:
 
         self._ranks = Ranks.connect(process_group, **timeouts_to_connect(settings))
         self.metric_key = metric_key
-        self.directory = Path(directory)
         self._model = model
 
         checked: CheckedSettings = self._ranks.agree(
@@ -86,6 +85,8 @@ class BestKeeper:
         )
         self.name, self.policy, given = checked.name, checked.policy, checked.given
         self._settings = given
+        self.directory = checked.directory
+        self._opening = f"open {directory} for {self.name}"  # it must be the same on every rank
         self._owner = Owner(self.name, metric_key, self.policy.higher_is_better)
         self._direction_from = "the name" if given.higher_is_better is None else "higher_is_better"
         self._run = OpenRun(self.directory).share()
@@ -125,7 +126,7 @@ class BestKeeper:
         if self._phase != "new":
             return
         resumes = f"{self._loaded} {self._settings.resume} {at}".encode()
-        step = f"open {self.directory} for {self.name}"
+        step = self._opening
         try:
             self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
@@ -310,7 +311,7 @@ class BestKeeper:
         """
         if self._phase == "started":
             self.flush()
-        return load_into(self._model, self.directory, self.name, ranks=self._ranks)
+        return load_into(self._model, self.directory, self.name, ranks=self._ranks, step=f"restore {self.name}")
 
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)

@@ -18,7 +18,7 @@ from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Ranks
 from keepbest.remote.download import local_copy, snapshot_of
-from keepbest.remote.storage import is_remote
+from keepbest.remote.storage import place_of
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot, find_ref, read_history
@@ -88,15 +88,16 @@ def load(
         RankFailedError: On every rank, if the model's own `load_state_dict` raises. Parts may be loaded then.
     """
     ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
-    return load_into(model, run, ref, ranks=ranks, only=only)
+    return load_into(model, run, ref, ranks=ranks, step=f"read {ref} of {run}", only=only)
 
 
 def load_into(
-    model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks, only: str | Sequence[str] | None = None
+    model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks, step: str, only: str | Sequence[str] | None = None
 ) -> LoadedSnapshot:
-    """As `load`, for ranks that are connected already. **Collective**."""
-    step = f"read {ref} of {run}"
-    selection = ranks.agree(step, lambda: Selection.of(only), state=lambda chosen: repr(chosen).encode())
+    """As `load`, for ranks that are connected already. **Collective**; `step` is the same on every rank."""
+    selection, place = ranks.agree(
+        step, lambda: (Selection.of(only), place_of(run)), state=lambda found: repr(found[0]).encode()
+    )
     # What is made in inference mode, such as the weights of lazy modules, could not be trained.
     with torch.inference_mode(mode=False), ExitStack() as stack:
         found: FoundSnapshot | None = None
@@ -104,7 +105,7 @@ def load_into(
         def find() -> list[str]:
             nonlocal found
             # Where every rank reads, each brings a copy to its own host, below.
-            copy = local_copy(run, snapshot_of(ref), has_files=lambda manifest: not _is_spread(manifest))
+            copy = local_copy(place, snapshot_of(ref), has_files=lambda manifest: not _is_spread(manifest))
             directory = stack.enter_context(copy)
             found = find_ref(directory, read_history(directory), ref)
             return [found.folder.name, found.manifest.to_bytes().decode()]
@@ -113,16 +114,16 @@ def load_into(
         manifest = Manifest.from_bytes(text.encode())
         way = find_way(find_format(manifest.format).capture)
         if way.is_spread:
-            directory = ranks.agree(step, lambda: stack.enter_context(local_copy(run, lambda _: {name})), saving=True)
+            directory = ranks.agree(step, lambda: stack.enter_context(local_copy(place, lambda _: {name})), saving=True)
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
-        stored = Stored(manifest, find_format(manifest.format), found, is_shared=not is_remote(run))
+        stored = Stored(manifest, find_format(manifest.format), found, is_shared=isinstance(place, Path))
         restored = way.restore(model, stored, ranks, step, selection)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,
         value=manifest.value,
         parts=restored.parts,
-        path=None if is_remote(run) else snapshots_folder(Path(run)) / name,
+        path=snapshots_folder(place) / name if isinstance(place, Path) else None,
         keys=restored.keys,
         left_alone=restored.left_alone,
         unused=restored.unused,

@@ -19,7 +19,7 @@ from keepbest.formats.registry import FormatName, check_format, find_format
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
 from keepbest.reduction import MetricReduction
-from keepbest.remote.storage import check_local, check_remote
+from keepbest.remote.storage import check_remote, local_path
 from keepbest.run.names import best_ref
 from keepbest.settings_dict import KeeperSettingsDict
 from keepbest.validation import describe
@@ -191,12 +191,14 @@ class CheckedSettings:
 
     Attributes:
         given: Settings as they were given.
+        directory: Directory of the run, which stays where it is when the process changes its working directory.
         name: Name of the keeper, which is that of its ref on the best.
         policy: Policy by which it decides.
         parts: Parts of the model that are saved.
     """
 
     given: KeeperSettings
+    directory: Path
     name: str
     policy: Policy
     parts: tuple[Part, ...]
@@ -223,7 +225,6 @@ def check_settings(
     given = KeeperSettings.of(settings)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
-    check_local(directory)
     check_remote(given.remote)
     higher_is_better = given.higher_is_better
     if higher_is_better is None:
@@ -237,6 +238,7 @@ def check_settings(
         )
     return CheckedSettings(
         given=given,
+        directory=local_path(directory),
         name=best_ref(metric_key, given.id),
         policy=Policy(higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k),
         parts=parts,

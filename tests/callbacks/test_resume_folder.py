@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
-from tests.kit.files import SteppedFiles, before
+from tests.kit.files import Fault, SteppedFiles, before
 from tests.kit.seams import use
 
 NAME = "E1_U2"
@@ -17,13 +17,13 @@ class Killed(BaseException):
     """Ends the process in the middle of an operation."""
 
 
-def publish(directory, files, content):
+def publish(directory, files, content, name=NAME):
     with use(directory, files=files):
         folder = ResumeFolder(directory)
-        folder.begin(NAME)
+        folder.begin(name)
         for file in (".metadata", STATE_FILE):
-            folder.write(NAME, file, content)
-        folder.publish(NAME, keep_last=2)
+            folder.write(name, file, content)
+        folder.publish(name, keep_last=2)
 
 
 def operations(directory):
@@ -65,3 +65,15 @@ def test_leftover_of_a_killed_process_is_no_obstacle(name, tmp_path):
     (tmp_path / "resume" / name / "left").touch()
     publish(tmp_path, files, b"1")
     assert (ResumeFolder(tmp_path).find("auto") / STATE_FILE).read_bytes() == b"1"
+
+
+def test_latest_is_found_where_links_are_refused(tmp_path, caplog):
+    fault = Fault("link")
+    files = SteppedFiles(before(fault))
+    publish(tmp_path, files, b"0", "E1_U2")
+    fault.last = 10**9
+    fault.first = fault.calls["link"] + 1
+    for content in (b"1", b"2"):
+        publish(tmp_path, files, content, "E2_U4")
+        assert (ResumeFolder(tmp_path).find("auto") / STATE_FILE).read_bytes() == content
+    assert sum("no link can be made" in record.message for record in caplog.records) == 2  # one for each process

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import resource
 import subprocess
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from keepbest.decision import Observation, fold
 from keepbest.errors import StorageError
 from keepbest.export import export
 from keepbest.run.verify import verify
+from tests.faults.disks import fill
 from tests.faults.filled_run import (
     BEST,
     COMPLETE,
@@ -34,17 +32,9 @@ from tests.faults.filled_run import (
     refs_of,
 )
 from tests.kit.child import pause
-from tests.kit.files import OPERATIONS, Fault, Operation, SteppedFiles, before
+from tests.kit.files import OPERATIONS, Fault, SteppedFiles, before
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.seams import use
-
-
-@pytest.fixture
-def memory_folder(tmp_path):
-    """Where many runs do not wait for a disk."""
-    shared_memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else tmp_path) as folder:
-        yield Path(folder)
 
 
 def refusing(directory: Path, fault: Fault):
@@ -163,53 +153,13 @@ def test_every_rank_raises_what_rank_0_was_refused(memory_folder):
         assert refs_hold(memory_folder / operation) == refs_of(COMPLETE)
 
 
-def start_on_a_slow_disk(directory: Path) -> None:
-    def slowly(operation: Operation) -> None:
-        if operation.name in ("sync", "sync_folder"):
-            time.sleep(0.5)
-
-    with use(directory, files=SteppedFiles(before(slowly))):
-        keeper = keeper_of(directory, net(), format="dcp", rank_timeout=1.5, save_timeout=60.0)
-        keeper.start()
-        keeper.abandon()
-
-
-def test_slow_disk_is_bounded_by_save_timeout_from_the_start(memory_folder):
-    # Both exchanges of the start take longer than ranks wait for each other: the folders to be made are many.
-    run_ranks(start_on_a_slow_disk, 2, memory_folder / "a" / "b" / "c" / "run")
-
-
 # --- real file systems ------------------------------------------------------------------------------------------------
 
 WIDTH = 1 << 14  # 256 KiB a snapshot; two fit on the small disk beside each other, and no ballast then
 
 
-@contextmanager
-def mounted(*arguments: str, at: Path):
-    """A mount that ends with the block; who may not mount skips the test."""
-    at.mkdir(exist_ok=True)
-    made = subprocess.run(["mount", *arguments, str(at)], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"needs the right to mount: {made.stderr.strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "--lazy", str(at)], check=True)
-
-
 def remount(path: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    with mounted("-t", "tmpfs", "-o", "size=900k", "keepbest-test", at=tmp_path / "disk") as path:
-        yield path
-
-
-def fill(disk: Path) -> None:
-    room = os.statvfs(disk)
-    (disk / "ballast").write_bytes(bytes(room.f_bavail * room.f_frsize))
 
 
 def run_until(directory: Path, on_save_error: str, epochs: int, file_format: str):

@@ -190,8 +190,8 @@ def keep_where_ranks_see_different_folders(directory):
 def test_unshared_folder_is_reported_on_every_rank(tmp_path):
     messages = run_ranks(keep_where_ranks_see_different_folders, 3, tmp_path)
     assert len(set(messages)) == 1
-    assert "failed to open run for best_model.loss on rank 1 of 3: OSError: run" in messages[0]
-    assert "rank 2 of 3: OSError: run" in messages[0]
+    assert f"failed to open run for best_model.loss on rank 1 of 3: OSError: {tmp_path}/1/run" in messages[0]
+    assert f"rank 2 of 3: OSError: {tmp_path}/2/run" in messages[0]
     assert "needs a run directory on a file system that all hosts share" in messages[0]
     assert not list((tmp_path / "0/run/checkpoints").iterdir())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from keepbest.errors import ConfigError, IterationError
@@ -11,6 +12,7 @@ from keepbest.run.inside import check_own
 
 STATE_FILE = "trainer.pt"
 
+_logger = logging.getLogger(__name__)
 _LATEST = "latest"
 _TEMPORARY = ".tmp"
 
@@ -19,7 +21,7 @@ class ResumeFolder:
     """`<run>/resume`. Every method is **rank-local**. Those that change the folder are for rank 0, except `write`.
 
     A checkpoint is a folder named by its iteration. It is written under a name that ends in `.tmp`, and renamed when it
-    is complete. The link `latest` points at the checkpoint that was published last.
+    is complete. The link `latest` points at the checkpoint that was published last, where links can be made.
 
     Args:
         run_directory: Directory of the run.
@@ -31,6 +33,7 @@ class ResumeFolder:
     def __init__(self, run_directory: Path) -> None:
         self.path = run_directory / "resume"
         self._files = Files()
+        self._links_are_refused = False
 
     def temporary(self, name: str) -> Path:
         """The path where the checkpoint `name` is written before it is published."""
@@ -78,10 +81,7 @@ class ResumeFolder:
             self._files.rename(final, replaced)
         self._files.rename(self.temporary(name), final)
         self._files.sync_folder(self.path)
-        link = self.temporary(_LATEST)
-        self._files.remove(link)
-        self._files.link(name, link)
-        self._files.rename(link, self.path / _LATEST)
+        self._link(name)
         self._files.sync_folder(self.path)
         for leftover in self.path.glob(f"*{_TEMPORARY}"):
             self._files.remove(leftover)
@@ -112,6 +112,19 @@ class ResumeFolder:
                 f"no complete resume checkpoint at {resume}; in {self.path} there are: {', '.join(complete) or 'none'}"
             )
         return Path(resume).resolve()
+
+    def _link(self, name: str) -> None:
+        link = self.temporary(_LATEST)
+        self._files.remove(link)
+        try:
+            self._files.link(name, link)
+        except OSError as error:
+            if not self._links_are_refused:
+                _logger.warning("%s: no link can be made (%s); 'auto' resumes the last iteration", self.path, error)
+            self._links_are_refused = True
+            self._files.remove(self.path / _LATEST)  # it names another one
+        else:
+            self._files.rename(link, self.path / _LATEST)
 
     def _outdated(self, newest: str, keep_last: int | None) -> list[str]:
         complete = self._complete()

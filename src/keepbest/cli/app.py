@@ -23,7 +23,7 @@ from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLo
 from keepbest.export import export
 from keepbest.launch import Process, distributed
 from keepbest.printable import printable
-from keepbest.remote.storage import check_local
+from keepbest.remote.storage import local_path
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
 from keepbest.run.maintenance import repair
@@ -74,7 +74,7 @@ def train_command(
     The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training early. Start it again with
     trainer.resume=auto to continue.
     """
-    _run(lambda: train(config, overrides or []), timeout=timeout, debug=context.obj)
+    _run(lambda: train(local_path(config), overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("eval")
@@ -96,7 +96,7 @@ def eval_command(
 
     This runs the classes and functions that the config names. Of a run that you do not trust, pass --config.
     """
-    _run(lambda: evaluate(check_local(run), ref, overrides or [], config=config), timeout=timeout, debug=context.obj)
+    _run(lambda: evaluate(local_path(run), ref, overrides or [], config=config), timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -118,7 +118,7 @@ def plot_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    _run(lambda: plot(run, to), debug=context.obj)
+    _run(lambda: plot(run, local_path(to)), debug=context.obj)
 
 
 @app.command("report")
@@ -128,7 +128,7 @@ def report_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    _run(lambda: report(run, to), debug=context.obj)
+    _run(lambda: report(run, local_path(to)), debug=context.obj)
 
 
 @app.command("tolerance")
@@ -189,7 +189,7 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
     """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
 
     def repair_and_report() -> None:
-        directory = check_local(run)
+        directory = local_path(run)
         before = verify(directory)
         repair(directory)
         after = verify(directory)
@@ -212,7 +212,7 @@ def upload_command(
 
     def upload_run() -> None:
         try:
-            upload(check_local(run), to)
+            upload(local_path(run), to)
         except OSError as error:
             raise KeepBestError(str(error)) from error
         say(f"{to}: everything that {run} keeps is there")

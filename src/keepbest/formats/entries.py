@@ -57,9 +57,19 @@ def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
             padding = -written % _ALIGNMENT
             end += written + file.write(bytes(padding))
     if places:
-        with space.open("r+b") as mapped_file:
-            mapped = mmap.mmap(mapped_file.fileno(), end)
+        mapped = _mapped(space, end)
         for entry, start in places:
             flat = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.bytes, offset=start)
             tensors[entry.key] = flat.view(entry.dtype).view(tuple(entry.shape))
     return {entry.key: tensors[entry.key] for entry in entries}
+
+
+def _mapped(path: Path, size: int) -> mmap.mmap | bytearray:
+    """The bytes of a file: mapped, or in memory on a file system that maps none."""
+    with path.open("r+b") as file:
+        try:
+            return mmap.mmap(file.fileno(), size)
+        except OSError:
+            data = bytearray(size)
+            file.readinto(data)
+            return data

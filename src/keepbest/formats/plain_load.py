@@ -16,6 +16,7 @@ import torch
 
 from keepbest.errors import SnapshotError
 from keepbest.formats.tied import first_names
+from keepbest.formats.whole_file import can_be_mapped
 from keepbest.modules.kinds import is_dense
 from keepbest.run.inside import open_file
 
@@ -31,7 +32,7 @@ def load_plain(path: Path) -> Any:
     try:
         with open_file(path) as file:
             _check_is_stored(file)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except Exception as error:
         raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
 

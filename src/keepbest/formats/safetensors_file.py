@@ -20,7 +20,7 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats.entries import Entry
 from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
-from keepbest.formats.whole_file import WholeFileFormat
+from keepbest.formats.whole_file import WholeFileFormat, can_be_mapped
 from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
@@ -127,16 +127,31 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
 
 
 def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open  # an extra
+    from safetensors import SafetensorError  # an extra
 
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-            tied = json.loads((file.metadata() or {}).get(_TIED, "{}"))
-            yield from tensors.items()
-            yield from ((name, tensors[first]) for name, first in tied.items())
+        tensors, metadata = _read_mapped(path) if can_be_mapped(path) else _read_bytes(path)
+        tied = json.loads(metadata.get(_TIED, "{}"))
+        yield from tensors.items()
+        yield from ((name, tensors[first]) for name, first in tied.items())
     except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
+
+
+def _read_mapped(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import safe_open  # an extra
+
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
+
+
+def _read_bytes(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors.torch import load  # an extra
+
+    data = path.read_bytes()
+    tensors = load(data)  # checks the header, too
+    (size,) = struct.unpack_from("<Q", data)
+    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

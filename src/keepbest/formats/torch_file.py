@@ -46,7 +46,7 @@ class TorchFile(WholeFileFormat):
         return sink.digest
 
     def read_file(self, path: Path) -> dict[str, Any]:
-        # The tensors are mapped from the file.
+        # The tensors are mapped from the file, where that is possible.
         state = load_plain(path)
         if not isinstance(state, dict):
             raise SnapshotError(f"{path} holds a {type(state).__name__}, not a state dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,6 +19,18 @@ from keepbest.run.digest import Digest
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
 from keepbest.run.names import part_name
+
+
+def can_be_mapped(path: Path) -> bool:
+    """Whether a file can be mapped into memory, which some network file systems refuse. Raises `OSError`."""
+    with path.open("rb") as file:
+        try:
+            mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ).close()
+        except OSError:
+            return False
+        except ValueError:  # an empty file, of which there is nothing to be mapped
+            return True
+    return True
 
 
 class WholePart:

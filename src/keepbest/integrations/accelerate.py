@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from keepbest.errors import ConfigError
 from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.remote.storage import local_path
 from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest saved state names is kept under one tag: nothing says which of them are removed.
@@ -58,8 +59,8 @@ class AcceleratedKeeper(BestKeeper):
                 f"expected a model on one device, or one of DDP or FSDP, but the accelerator has one of "
                 f"{accelerator.distributed_type.value}, whose weights keepbest cannot gather: save it by its own means"
             )
-        project = accelerator.project_configuration
-        if project.automatic_checkpoint_naming and Path(project.project_dir).resolve() == Path(directory).resolve():
+        project, place = accelerator.project_configuration, local_path(directory)
+        if project.automatic_checkpoint_naming and Path(project.project_dir).resolve() == place.resolve():
             raise ConfigError(
                 f"{directory} is the project_dir of an accelerator with automatic_checkpoint_naming, which counts and "
                 "removes what is in its folder 'checkpoints': give the keeper a directory of its own"

@@ -16,6 +16,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -63,7 +64,7 @@ class BestCheckpoint:
         self._make_keeper = partial(
             BestKeeper,
             model,
-            directory=directory,
+            directory=local_path(directory),
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             **checked.keeper_arguments(),

@@ -15,6 +15,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -62,7 +63,7 @@ class BestCheckpoint(Callback):
         checked = KeeperSettings.of(settings)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
-        self._directory = directory
+        self._directory = None if directory is None else local_path(directory)
         self._id = checked.id
         self._resume = checked.resume
         self._make_keeper = partial(

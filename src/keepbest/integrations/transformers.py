@@ -15,6 +15,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -59,7 +60,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     ) -> None:
         self.keeper: BestKeeper | None = None
         self._metric_key = metric_key
-        self._directory = None if directory is None else str(directory)
+        self._given = None if directory is None else str(directory)
+        self._directory = None if directory is None else local_path(directory)
         self._settings = KeeperSettings.of(settings)
         self._open: BestKeeper | None = None
         self._is_due = False
@@ -70,7 +72,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         return {
             "args": {
                 "metric_key": self._metric_key if self._open is None else self._open.metric_key,
-                "directory": self._directory,
+                "directory": self._given,  # where a run was moved to is known then, and not now
                 # The Trainer writes them as JSON.
                 **self._settings.model_dump(mode="json", exclude_defaults=True),
             },

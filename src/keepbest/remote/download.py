@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from keepbest.errors import KeepBestError, LedgerError, SnapshotError
-from keepbest.remote.storage import Remote, is_remote, snapshot_in
+from keepbest.remote.storage import Remote, is_remote, local_path, snapshot_in
 from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPORARY
@@ -57,7 +57,7 @@ def local_copy(
         OSError: If there is no room for the copy.
     """
     if not is_remote(run):
-        yield Path(run)
+        yield local_path(run)
         return
     remote = Remote(str(run))
     with tempfile.TemporaryDirectory(prefix="keepbest-") as space:

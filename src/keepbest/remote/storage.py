@@ -23,15 +23,25 @@ def is_remote(run: str | Path) -> bool:
     return "://" in str(run)
 
 
-def check_local(directory: str | Path) -> Path:
-    """`directory`, after a check that it is a path and no URL, not even one that became a `Path`.
+def local_path(given: str | Path) -> Path:
+    """A path of this machine as it is now: absolute, so that `os.chdir` does not move it, and with `~` expanded.
+
+    Every path that a user gives passes through here, when it is given.
 
     Raises:
-        ConfigError: If it is a URL.
+        ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody.
     """
-    if re.match(r"[\w+.-]+:/", str(directory)):
-        raise ConfigError(f"expected a directory of this machine, got {str(directory)!r}; a URL is for remote copies")
-    return Path(directory)
+    if re.match(r"[\w+.-]+:/", str(given)):
+        raise ConfigError(f"expected a directory of this machine, got {str(given)!r}; a URL is for remote copies")
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(given)!r} cannot be found: {error}") from error
+
+
+def place_of(run: str | Path) -> str | Path:
+    """Where a run is that may be a URL: that, or the `local_path`. Raises `ConfigError` as that."""
+    return str(run) if is_remote(run) else local_path(run)
 
 
 def check_remote(url: str | None) -> str | None:

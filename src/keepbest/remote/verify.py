@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from keepbest.remote.download import TRIES, local_copy, raising_unreadable, read_remote_ledger
-from keepbest.remote.storage import Remote, is_remote, snapshot_in
+from keepbest.remote.storage import Remote, is_remote, local_path, snapshot_in
 from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.run.reader import read_history
 from keepbest.run.verify import Fault, snapshot_faults, verify
@@ -22,7 +22,7 @@ def verify_run(run: Path | str) -> list[Fault]:
         SnapshotError: If there is no run, or it cannot be read.
         LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
     """
-    return _remote_faults(str(run)) if is_remote(run) else verify(Path(run))
+    return _remote_faults(str(run)) if is_remote(run) else verify(local_path(run))
 
 
 def _remote_faults(url: str) -> list[Fault]:

@@ -6,10 +6,20 @@ Everything that the store writes goes through a `Files`, so that a test can stop
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
+
+_logger = logging.getLogger(__name__)
+# With these a file system says that it does not sync folders, rather than that it could not do so. 524 is what NFS of
+# Linux says for ENOTSUP.
+_FOLDERS_NOT_SYNCED = (
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EISDIR, errno.EBADF, errno.EACCES,
+    errno.EPERM, errno.EPROTO, errno.ENXIO, 524,
+)  # fmt: skip
 
 
 class DurableFile:
@@ -71,6 +81,8 @@ class DurableFile:
 class Files:
     """A file system as the store sees it. All paths of one operation lie in the same run folder."""
 
+    _folders_are_synced = True
+
     def create(self, path: Path) -> DurableFile:
         """A new file; it must not exist."""
         return DurableFile(path, exclusive=True)
@@ -92,12 +104,23 @@ class Files:
             file.sync()
 
     def sync_folder(self, path: Path) -> None:
-        """Wait until the entries of a folder are on the disk."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Wait until the entries of a folder are on the disk, where the file system does such a thing."""
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _FOLDERS_NOT_SYNCED:
+                raise
+            if self._folders_are_synced:
+                self._folders_are_synced = False
+                _logger.warning(
+                    "%s: this file system does not sync folders (%s); a power cut may take the newest files with it",
+                    path,
+                    error,
+                )
 
     def rename(self, old: Path, new: Path) -> None:
         """Give `old` the name `new`, in one step; a file or link that has this name is replaced."""

@@ -11,11 +11,10 @@ import logging
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from keepbest.errors import LedgerError, RunExistsError
-from keepbest.run.events import Event, Moves, RunBegan, SessionBegan, refs_of
+from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
@@ -63,7 +62,6 @@ class RunFolder:
         self.copy = copy
         self.snapshots = SnapshotFolder(files, self.path / SNAPSHOTS)
         self._links = RefLinks(files, self.path)
-        self._links_lag = False
         self._is_interrupted = False
         self._is_followed = False
         self._is_claimed = False
@@ -156,7 +154,6 @@ class RunFolder:
         except OSError:
             if not withdraw:
                 self.history.take(event)
-                self._links_lag = True
             self._is_interrupted = False
             raise
         except SENSELESS:
@@ -172,7 +169,11 @@ class RunFolder:
             OSError: As `LedgerFile.append`. What was committed stays committed, also if later steps are refused.
         """
         self.append(event, durable=True, withdraw=withdraw)
-        self._follow(refs_of(event))
+        self._links.show(self.history.refs)
+        try:
+            self._collect()
+        except OSError as error:
+            _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
 
     def catch_up(self) -> None:
         """Bring what is known up to the ledger, where an interruption came between the two.
@@ -181,24 +182,10 @@ class RunFolder:
             OSError: Any refusal of the file system.
         """
         if self._is_interrupted and self._ledger is not None:
-            self._links_lag = True
             self._ledger.sync()
             events, _ = read_ledger(self.path / LEDGER)
             self.history = History.of(events)
             self._is_interrupted = False
-
-    def _follow(self, refs: Moves) -> None:
-        """Bring links and garbage up to the ledger. What the file system refuses is done after the next commit."""
-        lag, self._links_lag = self._links_lag, True
-        move = partial(self._links.restore, self.history.refs) if lag else partial(self._links.move, refs)
-        is_behind = False
-        for step in (move, self._collect):
-            try:
-                step()
-            except OSError as error:
-                is_behind = True
-                _logger.warning("%s: the ledger is ahead of the refs until the next save: %s", self.path, error)
-        self._links_lag = is_behind
 
     @property
     def durable_bytes(self) -> int:
@@ -235,6 +222,7 @@ class RunFolder:
         self._links.restore(self.history.refs)
         self.snapshots.remove_all_but(self.history.kept())
         self.snapshots.finish_removal()
+        self._links.show(self.history.refs)  # those for which there was no room before
 
     def close(self) -> None:
         """Release the folder for other processes. A second call does nothing."""

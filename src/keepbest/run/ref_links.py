@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,60 +10,78 @@ from keepbest.run.files import Files
 from keepbest.run.layout import REFS, SNAPSHOTS, TEMPORARY
 
 _logger = logging.getLogger(__name__)
-_LINKS_REFUSED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LINK = ""  # what is in the place of a link, such as a folder where the run was copied with its links followed
 
 
 class RefLinks:
-    """The links in `<run>/checkpoints`. **Rank-local**, on rank 0."""
+    """The links in `<run>/checkpoints`. **Rank-local**, on rank 0.
+
+    They show what the ledger says and nothing reads them, so a file system that refuses anything here is a warning.
+    What lags behind then is tried again each time.
+    """
 
     def __init__(self, files: Files, path: Path) -> None:
         self._files = files
         self._path = path
-        self._links_refused = False
+        self._shown: dict[str, str] | None = None  # what each link says, as far as it is known
+        self._is_refused = False
 
     def targets(self) -> set[str]:
         """The snapshots that links in the folder point at, also those that the ledger does not know."""
         return {path.readlink().name for path in self._path.glob(REFS) if path.is_symlink()}
 
-    def move(self, refs: Mapping[str, str | None]) -> None:
-        """Point each ref at its snapshot; `None` removes the ref.
-
-        On a file system that refuses links nothing is done: the refs are in the ledger alone then.
-
-        Raises:
-            OSError: Any refusal of the file system.
-        """
-        for name, snapshot in refs.items():
-            path, target = self._path / name, f"{SNAPSHOTS}/{snapshot}"
-            if snapshot is not None and path.is_symlink() and path.readlink() == Path(target):
-                continue
-            if snapshot is None or (path.exists() and not path.is_symlink()):
-                self._files.remove(path)  # a folder in the place of a link: the run was copied with its links followed
-            if snapshot is not None and not self._links_refused:
-                self._link(target, path)
-        if refs:
-            self._files.sync_folder(self._path)
-
     def restore(self, refs: Mapping[str, str]) -> None:
-        """Make the refs exactly these, and remove what a crash left of others.
+        """As `show`, in a folder where a crash, or somebody else, may have left anything."""
+        self._shown = None
+        try:
+            for path in self._path.glob(f"{TEMPORARY}*"):
+                self._files.remove(path)
+        except OSError as error:
+            self._warn(error)
+        self.show(refs)
 
-        Raises:
-            OSError: Any refusal of the file system.
-        """
-        for path in self._path.glob(f"{TEMPORARY}*"):
-            self._files.remove(path)
-        present = [path.name for path in self._path.glob(REFS)]
-        self.move({**dict.fromkeys(present), **refs})
+    def show(self, refs: Mapping[str, str]) -> None:
+        """Make the links exactly these. Those that are right already cost nothing."""
+        shown, self._shown = self._shown, None
+        try:
+            self._move(self._look() if shown is None else shown, refs, is_sure=shown is not None)
+        except OSError as error:
+            self._warn(error)
+            return
+        self._shown = {name: _target(snapshot) for name, snapshot in refs.items()}
+        self._is_refused = False
+
+    def _move(self, shown: Mapping[str, str], refs: Mapping[str, str], *, is_sure: bool) -> None:
+        removed = shown.keys() - refs.keys()
+        moved = {name: _target(snapshot) for name, snapshot in refs.items() if shown.get(name) != _target(snapshot)}
+        for name in removed:
+            self._files.remove(self._path / name)
+        for name, target in moved.items():
+            if shown.get(name) == _NO_LINK:
+                self._files.remove(self._path / name)
+            self._link(target, self._path / name)
+        if removed or moved or not is_sure:
+            self._files.sync_folder(self._path)
 
     def _link(self, target: str, path: Path) -> None:
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        self._files.remove(temporary)
         try:
             self._files.link(target, temporary)
-        except OSError as error:
-            if error.errno not in _LINKS_REFUSED:
-                raise
-            self._links_refused = True
-            _logger.warning("%s refuses symbolic links; the refs are in the ledger alone", self._path)
-            return
+        except FileExistsError:  # of a rename that was refused
+            self._files.remove(temporary)
+            self._files.link(target, temporary)
         self._files.rename(temporary, path)
+
+    def _look(self) -> dict[str, str]:
+        return {path.name: str(path.readlink()) if path.is_symlink() else _NO_LINK for path in self._path.glob(REFS)}
+
+    def _warn(self, error: OSError) -> None:
+        if not self._is_refused:
+            _logger.warning(
+                "%s: the refs are in the ledger alone, since their links are refused: %s", self._path, error
+            )
+        self._is_refused = True
+
+
+def _target(snapshot: str) -> str:
+    return f"{SNAPSHOTS}/{snapshot}"

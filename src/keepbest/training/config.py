@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch.optim import Optimizer
 from typing_extensions import Self
 
@@ -15,6 +15,7 @@ from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.models import Model
 from keepbest.random_state import seed_random_state
+from keepbest.remote.storage import local_path
 from keepbest.training.strategy import OptimizerFactory, Precision, StrategyName
 from keepbest.training.trackers import TrackerName
 
@@ -136,7 +137,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    directory: Path
+    directory: Annotated[Path, AfterValidator(local_path)]
     seed: Annotated[int, Field(ge=0)] = 0
     model: Component
     data: dict[str, Component]

@@ -21,6 +21,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.models import Model
 from keepbest.random_state import restore_random_state, seed_random_state
 from keepbest.ranks import Ranks
+from keepbest.remote.storage import local_path
 from keepbest.training.average import build_average
 from keepbest.training.config import RunConfig, TrainerConfig
 from keepbest.training.counter import UpdateCounter
@@ -61,7 +62,7 @@ class Trainer:
         update_counter: Counter of the completed updates.
         batch_size: Number of samples of a micro-batch on one rank.
         callbacks: Callbacks in the order in which they are called.
-        resume: Resume checkpoint to resume from, as it was passed.
+        resume: Resume checkpoint to resume from, as it was passed; a path is absolute.
 
     Raises:
         ConfigError: If the settings do not fit each other, the data, the model or the number of ranks.
@@ -83,10 +84,10 @@ class Trainer:
         check_strategy(config.strategy, ranks)
         self.config = config
         self.data_container = data_container
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         self.ranks = ranks
         self.seed = seed
-        self.resume = resume
+        self.resume = resume if resume in (None, "auto") else local_path(resume)
         self.batch_size = config.batch_size(ranks.world_size)
         self.update_counter = UpdateCounter(
             updates_per_epoch=count_updates_per_epoch(
