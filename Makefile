@@ -10,7 +10,7 @@ BENCH_INSTALLED := .venv-bench/.installed
 PYTEST_ARGS ?=
 PYTEST := $(BIN)/pytest -q $(PYTEST_ARGS)
 
-.PHONY: demo test quick faults test-slurm test-hosts test-browser soak check docs clean bench bench-setup
+.PHONY: demo test quick faults fuzz test-slurm test-hosts test-browser soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -28,6 +28,11 @@ quick: $(INSTALLED)
 # Kills runs two hundred times, and cuts the power at every point of a commit. Minutes.
 faults: $(INSTALLED)
 	$(PYTEST) -s tests/faults --kills 200 --crash-points all
+
+# Gives files that are nearly right to all that reads a run folder, for so many seconds.
+FUZZ_SECONDS ?= 60
+fuzz: $(INSTALLED)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PYTEST) -s --override-ini faulthandler_timeout=0 tests/fuzz
 
 # Starts a SLURM cluster of two nodes on this machine, and submits the scripts of launch/. As root, it installs SLURM.
 test-slurm: $(INSTALLED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -118,19 +119,28 @@ def forge(run: Path, state: object, *, save=torch.save, name: str = "model.pt") 
 
 
 def record(run: Path) -> None:
-    """Rewrites manifest and ledger to match the files of the newest weights."""
-    manifest = json.loads((snapshot(run) / "snapshot.json").read_text())
-    for name, file in manifest["files"].items():
-        data = (snapshot(run) / name).read_bytes()
-        file.update(bytes=len(data), digest=xxhash.xxh3_128(data).hexdigest())
-    forge_manifest(run, manifest)
+    """Rewrites manifests and ledger to match the files of all snapshots."""
+    for path in run.glob("checkpoints/snapshots/*/snapshot.json"):
+        with suppress(ValueError):  # it is what was forged
+            manifest = json.loads(path.read_bytes())
+            for name, file in manifest["files"].items():
+                data = (path.parent / name).read_bytes()
+                file.update(bytes=len(data), digest=xxhash.xxh3_128(data).hexdigest())
+            path.write_bytes(json.dumps(manifest).encode())
+    record_manifests(run)
+
+
+def record_manifests(run: Path) -> None:
+    """Rewrites the ledger to match the manifests of all snapshots."""
+    with suppress(ValueError):  # as above
+        entries = lines(run)
+        for entry in entries:
+            path = checkpoints(run) / f"snapshots/{entry.get('snapshot')}/snapshot.json"
+            if path.is_file():
+                entry["manifest"] = manifest_digest(path.read_bytes())
+        rewrite(run, entries)
 
 
 def forge_manifest(run: Path, manifest: object) -> None:
-    text = json.dumps(manifest).encode()
-    (snapshot(run) / "snapshot.json").write_bytes(text)
-    entries = lines(run)
-    for entry in entries:
-        if entry.get("snapshot") == NEWEST:
-            entry["manifest"] = manifest_digest(text)
-    rewrite(run, entries)
+    (snapshot(run) / "snapshot.json").write_text(json.dumps(manifest))
+    record_manifests(run)

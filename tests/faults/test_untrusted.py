@@ -1,0 +1,373 @@
+"""Run folders from somebody else: nothing in them runs, leads out or grows, and what is printed of them is text."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from keepbest import BestKeeper, load
+from keepbest.cli.work import train
+from keepbest.errors import KeepBestError
+from keepbest.export import export
+from keepbest.run.verify import verify
+from tests.faults.hostile_run import (
+    BEST,
+    Evil,
+    checkpoints,
+    forge,
+    forge_manifest,
+    ledger,
+    lines,
+    make_run,
+    net,
+    record,
+    refused_load,
+    rewrite,
+    settings,
+    snapshot,
+    tree,
+)
+from tests.kit import cli_runs as runs
+
+# Every command that reads a run, or repairs it.
+COMMANDS = {
+    "show": ["show"],
+    "json": ["show", "--json"],
+    "history": ["show", "--history"],
+    "tolerance": ["tolerance"],
+    "plot": ["plot", "-o", "{out}.svg"],
+    "report": ["report", "-o", "{out}.html"],
+    "verify": ["verify"],
+    "export": ["export", "{ref}", "--to", "{out}.pt"],
+    "export to a folder": ["export", "{ref}", "--to", "{out}"],
+    "repair": ["repair"],
+}
+
+
+def outputs(run: Path, out: Path, ref: str = BEST) -> dict[str, str]:
+    """What each command prints. None ends in anything but success or an error of ours."""
+    found = {}
+    for name, (verb, *arguments) in COMMANDS.items():
+        filled = [each.format(out=out, ref=ref) for each in arguments]
+        ended = runs.keepbest(verb, run, *filled)
+        assert ended.exception is None or isinstance(ended.exception, SystemExit), (name, ended.exception)
+        found[name] = ended.output
+    return found
+
+
+# --- nothing runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of the trainer with resume checkpoints, whose weights are distributed checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    content = runs.describe_run(folder / "run", updates=2)
+    content["optimizer"]["kind"] = "torch.optim.Adam"
+    del content["optimizer"]["momentum"]
+    saves = {"name": "CheckpointCallback", "every_n_updates": 1}
+    content["trainer"]["callbacks"] = [runs.evaluation(), runs.best(tolerances=[0], format="dcp"), saves]
+    train(runs.write_config(folder / "config.yaml", content), [])
+    return folder / "run"
+
+
+def bare(evil: Evil) -> bytes:
+    return pickle.dumps(evil)
+
+
+def archive(evil: Evil) -> bytes:
+    torch.save({"state": evil}, data := io.BytesIO())
+    return data.getvalue()
+
+
+FILES = (
+    "config.yaml", "metrics.jsonl", "checkpoints/ledger.jsonl", "checkpoints/lock", "checkpoints/snapshots/*/.metadata",
+    "checkpoints/snapshots/*/snapshot.json", "checkpoints/snapshots/*/encoder.dcp/.metadata",
+    "checkpoints/snapshots/*/encoder.dcp/__0_0.distcp", "resume/*/.metadata", "resume/*/__0_0.distcp",
+    "resume/*/trainer.pt", "resume/*/rng_0.pt",
+)  # fmt: skip
+
+
+def use_in_every_way(run: Path, config: Path, out: Path) -> None:
+    outputs(run, out, runs.BEST)
+    with suppress(KeepBestError):
+        load(run, runs.BEST, nn.Linear(2, 2))
+    with suppress(KeepBestError, OSError):
+        train(config, [f"directory={run}", "trainer.resume=auto", "trainer.updates=3"])
+
+
+def copy_of(trained: Path, to: Path) -> Path:
+    shutil.copytree(trained, to, symlinks=True)
+    return to
+
+
+@pytest.mark.parametrize("payload", [bare, archive])
+def test_payload_in_any_file_of_a_run_is_not_run(trained, tmp_path, payload):
+    mark = tmp_path / "it ran"
+    config = trained.parent / "config.yaml"
+    seen = set()
+    for number, pattern in enumerate(FILES):
+        run = copy_of(trained, tmp_path / str(number))
+        for path in run.glob(pattern):
+            path.write_bytes(payload(Evil(mark)))
+            seen.add(pattern)
+        record(run)
+        use_in_every_way(run, config, tmp_path / f"out-{number}")
+        assert not mark.exists(), pattern
+    assert seen >= set(FILES) - {"checkpoints/snapshots/*/.metadata"}
+    pickle.loads(bare(Evil(mark)))
+    assert mark.exists()  # it would have done it
+
+
+def test_payload_as_a_value_of_a_resume_checkpoint_is_not_run(trained, tmp_path):
+    mark, run = tmp_path / "it ran", copy_of(trained, tmp_path / "run")
+    [index] = run.glob("resume/E*/.metadata")
+    metadata = pickle.loads(index.read_bytes())
+    values = [key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)]
+    assert values
+    shards = index.with_name("__0_0.distcp")
+    for place, info in metadata.storage_data.items():
+        if place.fqn in values:
+            info.offset = shards.stat().st_size
+            torch.save(Evil(mark), data := io.BytesIO())
+            info.length = len(data.getvalue())
+            with shards.open("ab") as file:
+                file.write(data.getvalue())
+    index.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(KeepBestError, match="cannot be read"):
+        train(trained.parent / "config.yaml", [f"directory={run}", "trainer.resume=auto", "trainer.updates=3"])
+    assert not mark.exists()
+
+
+# --- nothing leads out ------------------------------------------------------------------------------------------------
+
+LINKED = (
+    "checkpoints", "checkpoints/snapshots", "checkpoints/lock", "checkpoints/ledger.jsonl", "checkpoints/snapshots/*",
+    "checkpoints/snapshots/*/snapshot.json", "checkpoints/snapshots/*/encoder.dcp",
+    "checkpoints/snapshots/*/encoder.dcp/.metadata", "checkpoints/snapshots/*/encoder.dcp/__0_0.distcp",
+)  # fmt: skip
+LINKED_BESIDE = ("resume", "resume/E*", "resume/*/.metadata", "resume/*/trainer.pt", "metrics.jsonl", "config.yaml")
+
+
+@pytest.mark.parametrize("pattern", [*LINKED, *LINKED_BESIDE])
+def test_link_out_of_the_folder_is_not_followed(trained, tmp_path, pattern):
+    run, elsewhere = copy_of(trained, tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number, path in enumerate(sorted(path for path in run.glob(pattern) if not path.is_symlink())):
+        path.rename(elsewhere / str(number))
+        path.symlink_to(elsewhere / str(number))
+    before = {path: path.is_file() and path.read_bytes() for path in elsewhere.rglob("*")}
+    assert before
+    use_in_every_way(run, trained.parent / "config.yaml", tmp_path / "out")
+    assert {path: path.is_file() and path.read_bytes() for path in elsewhere.rglob("*")} == before
+    if pattern in LINKED:
+        assert not (tmp_path / "out.pt").exists()
+        with pytest.raises(KeepBestError, match=r"link|unreadable|cannot be read"):
+            load(run, runs.BEST, nn.Linear(2, 2))
+
+
+def test_link_named_latest_leads_to_what_lies_beside_it(trained, tmp_path):
+    run = copy_of(trained, tmp_path / "run")
+    (run / "resume/latest").unlink()
+    (run / "resume/latest").symlink_to(copy_of(trained, tmp_path / "other") / "resume/latest")
+    with pytest.raises(KeepBestError, match="no complete resume checkpoint"):
+        train(trained.parent / "config.yaml", [f"directory={run}", f"trainer.resume={run / 'resume/latest'}"])
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "checkpoints/snapshots", "checkpoints/ledger.jsonl", "checkpoints/lock"]
+)
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_new_run_writes_through_no_link(tmp_path, name, file_format):
+    victim = tmp_path / "victim"
+    victim.write_text("years") if "." in name or name.endswith("lock") else victim.mkdir()
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(victim)
+    before = tree(tmp_path)
+    with pytest.raises(KeepBestError, match="is a link to"):
+        BestKeeper(net(0.0), directory=tmp_path / "run", **settings(format=file_format)).start()
+    assert tree(tmp_path) == before
+
+
+def test_directory_of_a_run_may_be_reached_through_links(tmp_path):
+    (tmp_path / "scratch/a").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch")
+    (tmp_path / "here").symlink_to(tmp_path / "runs/a")
+    make_run(tmp_path / "here")
+    assert verify(tmp_path / "here") == []
+    assert load(tmp_path / "here", BEST, net(0.0)).value == 1.0
+
+
+def test_pipe_in_the_place_of_a_file_is_no_file(tmp_path):
+    make_run(tmp_path / "run")
+    path = snapshot(tmp_path / "run") / "model.pt"
+    path.unlink()
+    os.mkfifo(path)
+    assert "is no file" in refused_load(tmp_path / "run")
+    ledger(tmp_path / "run").unlink()
+    os.mkfifo(ledger(tmp_path / "run"))
+    assert "is no file" in refused_load(tmp_path / "run")
+
+
+# --- nothing grows ----------------------------------------------------------------------------------------------------
+
+
+def save_packed(state, path: Path) -> None:
+    torch.save(state, data := io.BytesIO())
+    with zipfile.ZipFile(data) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+
+
+LARGE = 4_000_000
+one, few = torch.zeros(LARGE), torch.zeros(10_000)
+BOMBS = {
+    "a stride of 0": ({"w": torch.zeros(1).expand(LARGE)}, torch.save),
+    "overlapping windows": ({"w": torch.zeros(4000).as_strided((2000, 2000), (1, 1))}, torch.save),
+    "many views": ({str(i): few.view(*[1] * i, -1) for i in range(60)}, torch.save),
+    "compressed records": ({"w": one}, save_packed),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_file_that_would_grow_is_refused_everywhere(tmp_path, kind):
+    make_run(run := tmp_path / "run")
+    state, save = BOMBS[kind]
+    forge(run, state, save=save)
+    for to in ("o.pt", "o.safetensors", "folder"):
+        with pytest.raises(KeepBestError, match=r"would grow|compressed"):
+            export(run, BEST, tmp_path / to)
+    assert "would grow" in (reason := refused_load(run)) or "compressed" in reason
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def forged_index(change):
+    def make(run: Path) -> None:
+        make_run(run, format="dcp")
+        path = snapshot(run) / "model.dcp/.metadata"
+        metadata = pickle.loads(path.read_bytes())
+        change(metadata)
+        path.write_bytes(pickle.dumps(metadata))
+        record(run)
+
+    return make
+
+
+def first(metadata):
+    return metadata.state_dict_metadata["0.weight"]
+
+
+def place(metadata):
+    return next(info for index, info in metadata.storage_data.items() if index.fqn == "0.weight")
+
+
+def grow(metadata) -> None:
+    first(metadata).size = first(metadata).chunks[0].sizes = torch.Size([1 << 20, 1 << 20])
+
+
+def grow_the_whole(metadata) -> None:
+    first(metadata).size = torch.Size([1 << 20, 1 << 20])
+
+
+INDEXES = {
+    "a huge shard": (grow, "do not hold"),
+    "a huge whole": (grow_the_whole, "do not make the whole"),
+    "a file elsewhere": (lambda metadata: setattr(place(metadata), "relative_path", "../../../x"), "no name of a file"),
+    "a place behind the end": (lambda metadata: setattr(place(metadata), "offset", 1 << 40), "ends at byte"),
+    "a place before the start": (lambda metadata: setattr(place(metadata), "offset", -1), "lies nowhere"),
+    "two at one place": (lambda metadata: setattr(place(metadata), "offset", 1), "two values lie"),
+    "a compressed value": (lambda metadata: setattr(place(metadata), "transform_descriptors", ["zstd"]), "compressed"),
+    "shards that are shared": (
+        lambda metadata: setattr(metadata.state_dict_metadata["0.bias"], "chunks", first(metadata).chunks),
+        "the same shards",
+    ),
+    "a negative size": (lambda metadata: setattr(first(metadata), "size", torch.Size([-2, 3])), "number of elements"),
+}
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_index_that_is_larger_than_its_files_is_refused(tmp_path, kind):
+    change, reason = INDEXES[kind]
+    forged_index(change)(run := tmp_path / "run")
+    with pytest.raises(KeepBestError, match=reason):
+        export(run, BEST, tmp_path / "o.pt")
+    refused_load(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_header_of_safetensors_that_is_larger_than_its_file_is_refused(tmp_path):
+    make_run(run := tmp_path / "run", format="safetensors")
+    path = snapshot(run) / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    for old, new in ((b"[2]", b"[2000000]"), (b'"data_offsets": [', b'"data_offsets": [9')):
+        header = data[8 : 8 + size].replace(old, new)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+        record(run)
+        assert "cannot be read as weights" in refused_load(run)
+
+
+def test_top_k_that_nobody_keeps_is_shown_at_once(tmp_path):
+    make_run(run := tmp_path / "run")
+    entries = lines(run)
+    entries[1]["policy"]["top_k"] = 10**18
+    rewrite(run, entries)
+    assert runs.keepbest("show", run).exit_code == 0
+
+
+# --- nothing but text -------------------------------------------------------------------------------------------------
+
+MARKUP = "</text></svg><script>alert(1)</script><img src=x onerror=alert(2)>[bold]x[/a] :smile:"
+NASTY = f"\x1b[31m\x9b2J\r\u202e\x07{MARKUP}\nout"
+
+
+def is_plain(text: str) -> bool:
+    return all(letter.isprintable() or letter == "\n" for letter in text) and "\nout" not in text
+
+
+@pytest.mark.parametrize("place_of_text", ["metric_key", "run", "tag", "file", "part", "digest", "parts of the path"])
+def test_text_of_a_folder_reaches_no_terminal_as_it_is(tmp_path, place_of_text, caplog):
+    run = tmp_path / ("run[/a]" if place_of_text == "parts of the path" else "run")
+    make_run(run)
+    entries = lines(run)
+    if place_of_text == "metric_key":
+        entries[1]["metric_key"] = NASTY
+    if place_of_text == "run":
+        entries[0]["run"] = NASTY
+    if place_of_text == "tag":
+        entries.append({"event": "pin", "keeper": BEST, "tag": NASTY, "snapshots": ["E9"]})
+    if place_of_text == "file":
+        (checkpoints(run) / "snapshots" / NASTY.replace("/", "")).mkdir()
+        (snapshot(run) / NASTY.replace("/", "")).write_text("x")
+    rewrite(run, entries)
+    if place_of_text in ("part", "digest"):
+        manifest = json.loads((snapshot(run) / "snapshot.json").read_text())
+        if place_of_text == "part":
+            manifest["parts"][0][0] = manifest["files"]["model.pt"]["part"] = NASTY
+        else:
+            manifest["files"]["model.pt"]["algorithm"] = NASTY
+        forge_manifest(run, manifest)
+    found = outputs(run, tmp_path / "out")
+    assert [name for name, text in found.items() if not is_plain(text)] == []
+    assert is_plain(caplog.text)
+    for picture in (tmp_path / "out.svg", tmp_path / "out.html"):
+        if picture.exists():
+            text = picture.read_text()
+            assert is_plain(text)
+            assert "<script" not in text
+            assert "<img" not in text
+    with pytest.raises(KeepBestError) as refused:
+        load(run, NASTY, net(0.0))
+    assert is_plain(str(refused.value))
