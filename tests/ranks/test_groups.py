@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from keepbest import BestKeeper
+from keepbest.errors import RankTimeoutError
+from keepbest.ranks import Number, Ranks
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, update
 
@@ -57,3 +62,20 @@ def kept_in_two_worlds(directory: Path) -> int:
 def test_keeper_works_in_a_second_world_of_the_process(tmp_path):
     assert run_ranks(kept_in_two_worlds, 2, tmp_path) == [2, 2]
     assert refs(tmp_path / "second") == {"best_model.loss": "U1"}
+
+
+def time_out_without_a_thread() -> str:
+    ranks = Ranks.connect(rank_timeout=0.5)
+    if ranks.rank == 1:
+        time.sleep(1)
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RankTimeoutError) as caught:
+            ranks.exchange("wait for rank 1", Number(0.0, None))
+    return str(caught.value)
+
+
+def test_timeout_without_a_thread_to_look_for_ranks_says_so():
+    message, _ = run_ranks(time_out_without_a_thread, 2)
+    assert "ranks that did not arrive: unknown (no thread to look for them can be started)" in message
