@@ -71,6 +71,16 @@ def fsdp2(model):
     return fully_shard(model, mesh=world())
 
 
+def fsdp2_inner(model):
+    """Each parameter is sharded along its innermost dimension that can be divided, which FSDP2 demands of all but 0."""
+
+    def innermost(parameter):
+        dims = range(parameter.dim() - 1, 0, -1)
+        return next((Shard(dim) for dim in dims if parameter.shape[dim] % dist.get_world_size() == 0), Shard(0))
+
+    return fully_shard(model, mesh=world(), shard_placement_fn=innermost)
+
+
 def hsdp(model):
     return fully_shard(model, mesh=square())
 
@@ -137,6 +147,7 @@ LAYOUTS = {
     "single": (single, (1,), (block, odd)),
     "ddp": (ddp, (1, 2, 3, 4), (block,)),  # gloo broadcasts few dtypes
     "fsdp2": (fsdp2, (1, 2, 3, 4), (block, odd)),
+    "fsdp2_inner": (fsdp2_inner, (2, 3), (block,)),
     "hsdp": (hsdp, (2, 4), (block, odd)),
     "tensor_parallel": (tensor_parallel, (2, 3, 4), (block,)),
     "tensor_parallel_fsdp2": (tensor_parallel_fsdp2, (4,), (block,)),

@@ -159,7 +159,7 @@ def test_weights_that_no_stage_has_are_refused_on_every_rank(file_format, tmp_pa
         keeper.observe(1.0, TrainingIteration(update=1))
     outcomes = run_ranks(load_into_too_few_stages, 2, tmp_path)
     assert outcomes == [outcomes[0]] * 2
-    assert "in the model, the model lacks 2.bias, 2.weight. Nothing was loaded" in outcomes[0][0]
+    assert "does not fit the model: the model lacks 2.bias, 2.weight. Nothing was loaded" in outcomes[0][0]
     assert outcomes[0][1]
 
 

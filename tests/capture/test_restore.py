@@ -197,7 +197,8 @@ def load_into_meta(directory, file_format, wrap):
     if wrap == "fsdp2":
         fully_shard(target, mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(
-        SnapshotError, match=r"the model is on the meta device \(call its to_empty\(device=...\) before"
+        SnapshotError,
+        match=r"model: the meta device has no room \(call to_empty\(device=...\) of the model before\) for 0",
     ):
         load(directory, REF, target)
     is_untouched = all(parameter.is_meta for parameter in target.parameters())

@@ -140,11 +140,22 @@ def test_without_validation_each_training_epoch_is_observed(model, tmp_path):
     assert FACE.kept(tmp_path / "resumed") == FACE.kept(tmp_path / "whole")
 
 
-def test_validation_that_would_come_after_the_end_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"max_epochs=2, and is first validated after check_val_every_n_epoch=3"):
-        fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)], check_val_every_n_epoch=3)
-    fit(tmp_path, VALUES[:3], [BestCheckpoint(METRIC)], check_val_every_n_epoch=3)
-    assert observed(tmp_path) == ["E3_U6_B6"]
+# What ends training, and when it is validated: in two epochs of two batches, or of one that was cut to an update.
+@pytest.mark.parametrize(
+    ("never", "once", "seen"),
+    [
+        ({"check_val_every_n_epoch": 3}, {"max_epochs": 3}, "E3_U6_B6"),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 5}, {"max_epochs": 3}, "E3_U5_B5"),
+        ({"check_val_every_n_epoch": 2, "max_steps": 3}, {"max_steps": 4}, "E2_U4_B4"),
+        ({"max_steps": 1}, {"val_check_interval": 1}, "E1_U1_B1"),
+        ({"max_steps": 1}, {"accumulate_grad_batches": 2}, "E1_U1_B2"),
+    ],
+)
+def test_validation_that_would_come_after_the_end_is_refused(tmp_path, never, once, seen):
+    with pytest.raises(ConfigError, match=r"training ends before it is first validated.*max_epochs=2 and max_steps="):
+        fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)], **never)
+    fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)], **never | once)
+    assert observed(tmp_path) == [seen]
 
 
 def run_unreduced(directory):

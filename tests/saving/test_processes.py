@@ -24,6 +24,7 @@ from keepbest.run.verify import verify
 from tests.kit.files import SteppedFiles, before
 from tests.kit.runs import Run, ledger, refs, snapshots, update
 from tests.kit.seams import use
+from tests.kit.toys import make_trainer
 from tests.saving.gate import Gate
 
 BEST = "best_model.loss"
@@ -243,3 +244,24 @@ def test_thread_that_cannot_start_is_an_error_before_training(tmp_path, refused_
     with Run(tmp_path, **settings).keeper as keeper:
         keeper.observe(1.0, update(1))
     assert refs(tmp_path) == {BEST: "U1"}
+
+
+def interrupt(**_):
+    raise KeyboardInterrupt
+
+
+def test_interrupted_trainer_can_train_again_in_its_process(tmp_path, monkeypatch):
+    callbacks = [
+        {"name": "OfflineLossCallback", "dataset_key": "val", "every_n_epochs": 1},
+        {"name": "BestCheckpointCallback", "metric_key": "loss/val/total", "every_n_epochs": 1},
+    ]
+    trainer = make_trainer(tmp_path, callbacks=callbacks)
+    monkeypatch.setattr(trainer.callbacks[1], "after_training", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(ConfigError, match="two keepers of this run are named") as refused:
+        make_trainer(tmp_path, callbacks=callbacks, resume="auto").train()
+    eval(call_in(refused.value))
+    make_trainer(tmp_path, callbacks=callbacks, resume="auto").train()
+    assert refs(tmp_path).keys() == {"best_model.loss.val.total"}
+    assert is_free(tmp_path)

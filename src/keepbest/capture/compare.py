@@ -119,11 +119,11 @@ def refuse_misfits(parts: Iterable[Part], comparisons: Sequence[Comparison]) -> 
         if part.path not in nowhere:
             lacks = [set(found.lacks.get(part.name, ())) for found in comparisons]
             faults["the model lacks"] = set.intersection(*lacks)
-        where = f"submodel {part.path!r}" if part.path else "the model"
+        where = f"in submodel {part.path!r}, " if part.path else ""
         if listed := "; ".join(_listed(fault, keys) for fault, keys in faults.items() if keys):
-            messages.append(f"in {where}, {listed}")
+            messages.append(f"{where}{listed}")
     if messages:
-        raise SnapshotError(f"the snapshot is not of this model: {'; '.join(messages)}. Nothing was loaded; {_PART}")
+        raise SnapshotError(f"the snapshot does not fit the model: {'; '.join(messages)}. Nothing was loaded; {_PART}")
 
 
 def refuse_losses(casts: Iterable[Cast], parts: Iterable[Part]) -> None:
@@ -151,7 +151,7 @@ def _misfit(saved: Kind, target: Any) -> str | None:
         is_data = saved.dtype is None and not isinstance(target, torch.Tensor)
         return None if is_data else "only one of the two has a tensor for"
     if target.is_meta:
-        return "the model is on the meta device (call its to_empty(device=...) before) for"
+        return "the meta device has no room (call to_empty(device=...) of the model before) for"
     if not is_lazy(target) and saved.shape != tuple(target.shape):
         return "shapes differ for"
     if _has_shared_elements(target):

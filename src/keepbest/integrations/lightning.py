@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -188,12 +189,40 @@ def _validates(trainer: Trainer) -> bool:
 
 
 def _refuse_if_never_validated(trainer: Trainer) -> None:
-    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
-    if _validates(trainer) and epochs is not None and every is not None and 0 < epochs < every:
+    # By now Lightning has put a number of batches in place of a fraction of an epoch.
+    every, batches, interval = trainer.check_val_every_n_epoch, trainer.num_training_batches, trainer.val_check_batch
+    if interval is None:  # it is a time
+        return
+    if every is None:
+        is_never = _most_batches(trainer) < interval
+    elif math.isinf(batches):
+        is_never = trainer.max_epochs is not None and 0 < trainer.max_epochs < every
+    else:
+        is_never = _most_batches(trainer) < (every - 1) * batches + min(interval, batches)
+    if is_never and _validates(trainer):
         raise ConfigError(
-            f"training ends after max_epochs={epochs}, and is first validated after check_val_every_n_epoch={every}, "
-            "so nothing would be observed: set the latter to at most the former"
+            f"training ends before it is first validated, so nothing would be observed: max_epochs="
+            f"{trainer.max_epochs} and max_steps={trainer.max_steps}, with {batches} batches in an epoch; "
+            f"check_val_every_n_epoch={every} and a validation after each {interval} batches. "
+            "Train for longer, or validate earlier"
         )
+
+
+def _most_batches(trainer: Trainer) -> float:
+    """At most how many batches are trained, from the first fit on."""
+    batches, updates = trainer.num_training_batches, trainer.max_steps
+    most = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * batches
+    is_scheduled = any(
+        isinstance(callback, callbacks.GradientAccumulationScheduler)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    if updates < 0 or is_scheduled or not trainer.lightning_module.automatic_optimization:
+        return most
+    each = trainer.accumulate_grad_batches
+    if math.isinf(batches):
+        return min(most, updates * each)
+    epochs, rest = divmod(updates, math.ceil(batches / each))  # the end of an epoch makes an update of what is there
+    return min(most, epochs * batches + min(rest * each, batches))
 
 
 def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:

@@ -24,8 +24,10 @@ def sign_in(group: dist.ProcessGroup, rank: int, number: int) -> None:
     group.get_group_store().set(_key(rank), str(number))
 
 
-def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int]:
+def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int] | None:
     """Return the ranks that have not signed in to collective `number` of `group`. **Rank-local**, takes seconds.
+
+    `None` means that it cannot be known, since no thread can be started.
 
     Args:
         group: Group of the collective.
@@ -34,7 +36,7 @@ def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int]:
     """
     store = group.get_group_store()
     deadline = time.monotonic() + _GRACE_PERIOD
-    absent = [other for other in range(dist.get_world_size(group)) if other != rank]
+    absent = [other for other in range(group.size()) if other != rank]
 
     def look() -> None:
         # Where the host of the store is gone nothing more can be known.
@@ -48,7 +50,10 @@ def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int]:
 
     # On a thread, because the store waits forever for a host that the network has cut off.
     looking = threading.Thread(target=look, name="keepbest-sign-in", daemon=True)
-    looking.start()
+    try:
+        looking.start()
+    except RuntimeError:
+        return None
     looking.join(_GRACE_PERIOD + 1.0)
     return list(absent)
 

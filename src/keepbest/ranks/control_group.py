@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]  # not in its __all__
+    AllgatherOptions,
+    PrefixStore,
+    Store,
+)
 
 from keepbest.errors import ConfigError, PoisonedError, RankLostError, RankTimeoutError
 from keepbest.ranks.attendance import absent_ranks, sign_in
@@ -51,6 +56,7 @@ class ControlGroup:
     members: tuple[int, ...] = (0,)
     poison: str | None = None
     round: int = 0
+    _store: Store | None = None
     _buffers: Buffers | None = None
     _patient: dist.ProcessGroup | None = None
 
@@ -71,8 +77,10 @@ class ControlGroup:
         control = _control_groups.get(parent)
         if control is None:
             members = dist.get_process_group_ranks(parent)
-            group = _new_group(members, timeout) if len(members) > 1 else None
-            control = cls(group, dist.get_rank(parent), len(members), tuple(members))
+            control = cls(None, dist.get_rank(parent), len(members), tuple(members))
+            if len(members) > 1:
+                control._store = parent.get_group_store()
+                control.group = control._new_group("control", timeout)
             _control_groups[parent] = control
         return control
 
@@ -86,7 +94,7 @@ class ControlGroup:
         if self.group is not None and self._patient is None:
             self.refuse_if_poisoned()
             try:
-                self._patient = _new_group(list(self.members), timeout)
+                self._patient = self._new_group("patient", timeout)
             except RuntimeError as error:
                 raise self._lost("connect the ranks", error) from error
         return self._patient
@@ -153,6 +161,22 @@ class ControlGroup:
                 "Restart the job. Everything that was committed is safe."
             )
 
+    def _new_group(self, purpose: str, timeout: timedelta) -> dist.ProcessGroup:
+        """Return a new gloo group of the members, which is freed with the last reference to it. **Collective**.
+
+        torch would keep one from `new_group` in its tables. It also names those after the number of groups of each
+        rank: ranks with different numbers would not meet, and a name would come again, with old addresses in the store.
+        """
+        if self._store is None:
+            raise RuntimeError("one rank needs no group")
+        number = self._store.add(f"keepbest/{purpose}/{self.rank}", 1)
+        store = PrefixStore(f"keepbest/{purpose}/{number}", self._store)
+        group = dist.ProcessGroup(store, self.rank, self.world_size)
+        gloo = dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout)
+        # torch has no other way to a group that it does not keep.
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # noqa: SLF001
+        return group
+
     def _lost(self, step: str, error: RuntimeError) -> RankLostError:
         self._poison_by_lost_contact(step)
         return RankLostError(
@@ -163,7 +187,8 @@ class ControlGroup:
     def _timed_out(self, group: dist.ProcessGroup, number: int, step: str, timeout: timedelta) -> RankTimeoutError:
         self._poison_by_lost_contact(step)
         absent = absent_ranks(group, self.rank, number)
-        names = ", ".join(map(str, absent)) if absent else "unknown (all of them reached the step in the end)"
+        unknown = "no thread to look for them can be started" if absent is None else "all reached the step in the end"
+        names = ", ".join(map(str, absent)) if absent else f"unknown ({unknown})"
         return RankTimeoutError(
             f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s in step '{step}'; "
             f"ranks that did not arrive: {names}. Every rank must make the same calls. "
@@ -174,14 +199,9 @@ class ControlGroup:
         self.poison = f"contact with the other ranks was lost in step '{step}'"
 
 
-# One control group per process group: a second one would cost a mesh of connections and separate nothing.
+# One control group per process group: a second one would cost a mesh of connections and separate nothing. It goes when
+# the process group is destroyed, and nobody uses it any more.
 _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlGroup] = weakref.WeakKeyDictionary()
-
-
-def _new_group(members: list[int], timeout: timedelta) -> dist.ProcessGroup:
-    apart = len(members) != dist.get_world_size()
-    group: dist.ProcessGroup = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=apart)
-    return group
 
 
 def _finished_within(work: dist.Work, timeout: timedelta) -> bool:

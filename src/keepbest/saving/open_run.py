@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -120,6 +121,8 @@ class OpenRun:
         """
         self.refuse_elsewhere()
         with self._lock:
+            if name in self._keepers:
+                gc.collect()  # what is held by nothing but a cycle may look like a second keeper
             self._release_if_left()
             if name in self._keepers:
                 raise ConfigError(

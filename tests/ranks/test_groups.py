@@ -1,0 +1,81 @@
+"""The gloo groups of a process group: they meet wherever it is, and go when it does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keepbest import BestKeeper
+from keepbest.errors import RankTimeoutError
+from keepbest.ranks import Number, Ranks
+from tests.kit.pool import run_ranks
+from tests.kit.runs import refs, update
+
+
+def native_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def keep(directory: Path, model: nn.Module, group: dist.ProcessGroup) -> None:
+    # `dcp` makes the ranks exchange plans, for which they have a second group.
+    with BestKeeper(model, directory=directory, metric_key="loss", process_group=group, format="dcp") as keeper:
+        keeper.observe(1.0, update(1))
+
+
+def threads_after_each_group(directory: Path) -> list[int]:
+    torch.manual_seed(0)
+    model, seen = nn.Linear(1, 1), []
+    dist.new_group([0, 2])  # ranks 0 and 1 are in different numbers of groups from now on
+    for number in range(3):
+        group = dist.new_group([0, 1])
+        if dist.get_rank() < 2:
+            keep(directory / str(number), model, group)
+            dist.destroy_process_group(group)
+        del group
+        seen.append(native_threads() - threading.active_count())
+    return seen
+
+
+def test_groups_of_a_destroyed_group_are_released(tmp_path):
+    for seen in run_ranks(threads_after_each_group, 3, tmp_path):
+        assert len(set(seen)) == 1
+    assert refs(tmp_path / "2") == {"best_model.loss": "U1"}
+
+
+def kept_in_two_worlds(directory: Path) -> int:
+    torch.manual_seed(0)
+    model, rank, world_size = nn.Linear(1, 1), dist.get_rank(), dist.get_world_size()
+    keep(directory / "first", model, dist.group.WORLD)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
+    keep(directory / "second", model, dist.group.WORLD)
+    return world_size
+
+
+def test_keeper_works_in_a_second_world_of_the_process(tmp_path):
+    assert run_ranks(kept_in_two_worlds, 2, tmp_path) == [2, 2]
+    assert refs(tmp_path / "second") == {"best_model.loss": "U1"}
+
+
+def time_out_without_a_thread() -> str:
+    ranks = Ranks.connect(rank_timeout=0.5)
+    if ranks.rank == 1:
+        time.sleep(1)
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RankTimeoutError) as caught:
+            ranks.exchange("wait for rank 1", Number(0.0, None))
+    return str(caught.value)
+
+
+def test_timeout_without_a_thread_to_look_for_ranks_says_so():
+    message, _ = run_ranks(time_out_without_a_thread, 2)
+    assert "ranks that did not arrive: unknown (no thread to look for them can be started)" in message
