@@ -145,7 +145,8 @@ def test_integers_zero_and_non_finite_values_are_read():
     "value",
     ["0.5", b"0.5", True, 1j, [0.5], range(3), np.array([0.5, 1.0]), np.bool_(True), np.array(True), np.array([]),
      np.complex64(1 + 2j), np.str_("0.5"), np.timedelta64(1, "ns"), np.array(None), torch.empty((), device="meta"),
-     torch.tensor([0.5, 1.0]), torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True)],
+     torch.tensor([0.5, 1.0]), torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True),
+     np.ma.masked, np.ma.array([0.5], mask=[True])],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_number_is_refused(value):
@@ -296,6 +297,7 @@ LOWER = """
     val/brier crps nll val/inaccuracy word_error_rate
 """
 HIGHER = """
+    top_1-acc val/acc@1-test
     top1 top-5 acc@1 Acc1 mAP50 mAP@50 metrics/mAP50-95(B) val/map_small bbox_mAP_50 AP50 mcc mrr ndcg nDCG@10 bleu
     BLEU-4 rouge rouge1 RougeL r2 R2 auc auroc ROC-AUC val_roc_auc iou mIoU IoU psnr ssim ms_ssim SI-SDR f1 F1Score
     f1_macro recall@5 hits@10 pass@1 former_mcc eval_sts-dev_spearman_cosine cancer_sensitivity lower_jaw_dsc
@@ -306,6 +308,7 @@ UNKNOWN = """
 """
 CONTRADICTORY = """
     neg_log_likelihood neg_mse loss/val/dice loss/val/f1 loss/val/accuracy accuracy/val/loss accuracy_loss 1-ssim
+    val_1-ssim test.1-f1
     precision_loss recall_error one_minus_dice accuracy_gap accuracy_std time_to_accuracy negative_f1
 """
 

@@ -218,6 +218,9 @@ def _real_of_array(value: Any, what: str) -> float:
     shape = tuple(getattr(value, "shape", ()))
     if math.prod(shape) != 1 or str(value.dtype).startswith(("bool", "complex", "datetime", "timedelta")):
         raise InvalidMetricError(f"the {what} must be one real number, got a {value.dtype} array of shape {shape}")
+    mask = getattr(value, "mask", None)  # of a masked array; the same word is a method elsewhere
+    if mask is not None and not callable(mask) and bool(mask):
+        raise InvalidMetricError(f"the {what} must be one real number, got a masked one, which has no value")
     number = value.item()
     if isinstance(number, bool | str | bytes) or not isinstance(number, SupportsFloat):
         raise InvalidMetricError(f"the {what} must be one real number, got {value!r} of dtype {value.dtype}")

@@ -61,7 +61,8 @@ _BEFORE_MAP = _set(
 )
 _LONGEST = 4  # words that make one entry, such as negative predictive value or bits per byte
 _CASE_OR_DIGIT = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[0-9])(?=[^0-9])|(?<=[^0-9])(?=[0-9])")
-_ONE_MINUS = re.compile(r"\(?1 ?-")
+# Also after another word, but that of top_1-acc. What follows a sign, as in acc@1-val, counts something.
+_ONE_MINUS = re.compile(r"(?<!top)(?:^|[_ .(])1 ?-")
 _REMEDY = "set higher_is_better to true or false, or add a pattern to MetricPropertyProvider"
 
 
@@ -120,7 +121,7 @@ def _read(metric_key: str) -> tuple[list[str], list[str], list[str]]:
     unsettling: list[str] = []
     top: list[str] = []
     for part in metric_key.split("/"):
-        if _ONE_MINUS.match(part):
+        if _ONE_MINUS.search(part.lower()):
             unsettling.append("1-")
         words = _words(part)
         before = ""

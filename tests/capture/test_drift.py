@@ -106,6 +106,10 @@ def in_ddp_with_a_hook(model):
     return wrapped, lambda: None
 
 
+def called_past_ddp(model):
+    return DistributedDataParallel(model), lambda: None
+
+
 def unfrozen_in_ddp(model):
     model[1].requires_grad_(False)
     return DistributedDataParallel(model), lambda: model.requires_grad_(True)
@@ -129,8 +133,8 @@ def unsharded_by_fsdp1(model):
 
 
 UNSYNCHRONIZED = [
-    frozen, frozen_on_rank_1, scaled_integers, ignored_by_ddp, in_ddp_with_a_hook, unfrozen_in_ddp, in_ddp_of_two,
-    sharded_among_two, unsharded_by_fsdp1,
+    frozen, frozen_on_rank_1, scaled_integers, called_past_ddp, ignored_by_ddp, in_ddp_with_a_hook,
+    unfrozen_in_ddp, in_ddp_of_two, sharded_among_two, unsharded_by_fsdp1,
 ]  # fmt: skip
 
 

@@ -180,11 +180,34 @@ class Forgetful(nn.Linear):
         return {**state, f"{prefix}scale": torch.ones(1)}
 
 
+class Dropping(nn.Linear):
+    """Leaves out what it does not like."""
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict({"weight": state["weight"]}, strict=False)
+
+
+class TakingItself(nn.Linear):
+    """Takes one weight on its own."""
+
+    def load_state_dict(self, state, strict=True):
+        self.bias.data.copy_(state["bias"])
+        return super().load_state_dict({"weight": state["weight"]}, strict=False)
+
+
 @EVERY_FORMAT
-def test_weights_that_the_model_does_not_take_are_an_error(file_format, tmp_path):
-    keep(model := Forgetful(2, 2), tmp_path, file_format)
-    with pytest.raises(SnapshotError, match=r"load_state_dict of the model has no use for scale"):
-        load(tmp_path, REF, model)
+@pytest.mark.parametrize(("kind", "key"), [(Forgetful, "scale"), (Dropping, "bias")])
+def test_weights_that_the_model_does_not_take_are_an_error(kind, key, file_format, tmp_path):
+    keep(filled(kind(2, 2), 0), tmp_path, file_format)
+    with pytest.raises(SnapshotError, match=f"load_state_dict of the model has no use for {key},"):
+        load(tmp_path, REF, filled(kind(2, 2), 1))
+
+
+@EVERY_FORMAT
+def test_weights_that_an_override_takes_itself_are_loaded(file_format, tmp_path):
+    keep(model := filled(TakingItself(2, 2), 0), tmp_path, file_format)
+    load(tmp_path, REF, target := filled(TakingItself(2, 2), 1))
+    assert equal(whole_weights(target), whole_weights(model))
 
 
 def on_meta():

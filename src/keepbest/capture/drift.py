@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.capture.catalogue import Entry, Held, Name, Role
-from keepbest.capture.fingerprint import fingerprint
+from keepbest.capture.fingerprint import fingerprint, fingerprint_of_sample
 from keepbest.capture.share import Items
 from keepbest.capture.union import Holding, Union, refuse_other_values
 from keepbest.modules.kinds import local_of
@@ -21,6 +21,12 @@ from keepbest.ranks import Ranks
 
 _logger = logging.getLogger(__name__)
 
+_SAMPLED = 64  # of the weights in DDP
+_DRIFTED = (
+    "They were equal when the keeper started, and nothing has kept them so. Exchange their gradients (call a model in "
+    "DDP by its wrapper), or average or broadcast them before they are observed. If they should differ, give them "
+    "names of their own, or each rank a keeper and a directory of its own (process_group)"
+)
 _EXACT = 1 << 53  # whole numbers below it are exact as float64
 
 
@@ -30,7 +36,7 @@ class _Print(NamedTuple):
     Attributes:
         part: Part that it is in.
         key: Key there.
-        place: Which piece of it this is, among ranks that share it out; empty if it is whole.
+        place: Which piece of it this is, among ranks that share it out, or that these are some values; empty for all.
         digest: Fingerprint of its values.
         must_be_equal: Whether it is a weight, of which other values are an error. Others are a warning.
     """
@@ -46,7 +52,7 @@ class Drift:
     """Compares, at each save, the values that nothing keeps equal.
 
     These are parameters outside of DDP, and those in it whose gradients it does not exchange. Until a warning, they are
-    also buffers that DDP does not broadcast.
+    also buffers that DDP does not broadcast. Some values of some of the other weights show whether DDP was called.
 
     Args:
         items: What is saved.
@@ -99,6 +105,7 @@ class Drift:
         if self._ranks.world_size == 1:
             return []
         synchronized = _Synchronized(self._items, self._ranks.members, self._trained)
+        every = max(1, len(union.holdings) // _SAMPLED)
         known: dict[int, str] = {}  # a tensor may have several names, and a flat parameter has many entries
         prints = list[tuple[_Print, Sequence[int]]]()
         for name, holding in union.kept():
@@ -106,11 +113,16 @@ class Drift:
                 continue
             place, holders = self._piece(held.entries[name], holding)
             is_equal, must_be_equal = synchronized.find(name, holding.entry.form.role, holders)
-            if len(holders) > 1 and not is_equal and (must_be_equal or not self._has_warned):
-                value: torch.Tensor = held.values[name]
-                if id(value) not in known:
-                    known[id(value)] = fingerprint(local_of(value))
-                prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
+            if len(holders) < 2 or (not must_be_equal and (is_equal or self._has_warned)):
+                continue
+            value: torch.Tensor = held.values[name]
+            if is_equal:
+                if holding.number % every == 0:
+                    prints.append((_Print(*name, "sample", fingerprint_of_sample(value), must_be_equal), holders))
+                continue
+            if id(value) not in known:
+                known[id(value)] = fingerprint(local_of(value))
+            prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
         return prints
 
     def _piece(self, entry: Entry, holding: Holding) -> tuple[str, Sequence[int]]:

@@ -28,6 +28,13 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return f"{_reduced(values) & ((1 << 64) - 1):016x}"
 
 
+def fingerprint_of_sample(tensor: torch.Tensor) -> str:
+    """A digest of some values of a plain tensor. It shows what trained apart, which changes nearly all of them."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return fingerprint(tensor)
+    return xxhash.xxh3_64_hexdigest(_some_of(tensor).numpy().data)
+
+
 def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
     """A digest of where tensors lie, of how often torch has changed them, of some of their values, and of all `data`.
 
@@ -40,12 +47,16 @@ def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
         if tensor.layout != torch.strided or tensor.is_quantized:
             continue
         seen.update(f"{tensor.data_ptr()}".encode())
-        flat = tensor.detach().reshape(-1)
-        seen.update(_bytes_of(flat[:: max(1, flat.numel() // _SAMPLED)].cpu()).numpy().data)
+        seen.update(_some_of(tensor).numpy().data)
     for value in data:
         # What cannot be pickled cannot be kept either, and is refused by who keeps it.
         seen.update(pickle.dumps(value) if is_plain_data(value) else b"")
     return seen.hexdigest()
+
+
+def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return _bytes_of(flat[:: max(1, flat.numel() // _SAMPLED)].cpu())
 
 
 def _version_of(tensor: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
-from keepbest.modules.quiet import quiet
+from keepbest.modules.quiet import quiet, quiet_about_missing_shards
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
 from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import PlainNames, walk, wrapper_of
@@ -232,7 +232,7 @@ def sharded_fsdp1_state(module: nn.Module) -> Iterator[None]:
     """State dicts of `module` hold shards in this block, also of the FSDP1 units in it."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
 
-    with quiet():
+    with quiet(), quiet_about_missing_shards():
         config = ShardedStateDictConfig(offload_to_cpu=False)
         with FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT, config):
             yield

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
 from keepbest.capture.catalogue import state_beside
@@ -14,7 +15,9 @@ from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.selection import Selection
 from keepbest.errors import SnapshotError
+from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
+from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
 from keepbest.modules.state_dicts import load_state, loading_module
 from keepbest.modules.wrappers import PlainNames, modules_along, walk
@@ -214,8 +217,21 @@ def _load_source(source: Source, loaded: StateDict, present: StateDict) -> None:
     module = loading_module(source.module)
     names = PlainNames(module)
     state, others = ({names.key(key): value for key, value in entries.items()} for entries in (loaded, present))
-    if not_taken := load_state(module, state, others):
+    not_taken, missing = load_state(module, state, others)
+    if missing and not source.holds_fsdp1:
+        # An override may have loaded them by itself, in its own way.
+        now = {names.key(key): value for key, value in plain_state_dict(source).items()}
+        not_taken += [key for key in missing if not _is_loaded(state[key], now.get(key))]
+    if not_taken:
         raise SnapshotError(
             f"load_state_dict of {source.path or 'the model'} has no use for {', '.join(sorted(not_taken))}, which its "
             "state_dict gives: these weights are not loaded, all others are"
         )
+
+
+def _is_loaded(value: Any, now: Any) -> bool:
+    """Whether a module has a value that it was given, so far as that can be seen. **Rank-local**."""
+    if not (isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and is_dense(value) and is_dense(now)):
+        return True
+    value, now = local_of(value), local_of(now)
+    return value.shape == now.shape and torch.equal(raw_bytes(value.to(now)), raw_bytes(now))

@@ -149,11 +149,12 @@ def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequen
             raise ConfigError(f"the ranks hold different things under the name {str(name)!r}: {found}. {_WAYS_OUT}")
 
 
-def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]]) -> None:
+def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]], ways_out: str = _WAYS_OUT) -> None:
     """Check that ranks that hold the same piece of a parameter hold the same values.
 
     Args:
         prints: What each rank holds, by name: which piece, and its fingerprint.
+        ways_out: What the user can do.
 
     Raises:
         ConfigError: If they do not. The same on every rank.
@@ -168,11 +169,9 @@ def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]]) -> Non
     if differing:
         names = list(differing)
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        ranks_of = sorted(set().union(*differing.values()))
-        raise ConfigError(
-            f"{listed(ranks_of)} hold different weights under the same name: {', '.join(names[:_LISTED])}{more}. "
-            f"{_WAYS_OUT}"
-        )
+        ranks = listed(sorted(set().union(*differing.values())))
+        shown = f"{', '.join(names[:_LISTED])}{more}"
+        raise ConfigError(f"{ranks} hold different weights under the same name: {shown}. {ways_out}")
 
 
 def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Name]:

@@ -1,8 +1,9 @@
-"""Silences warnings of torch that concern torch alone."""
+"""Silences what torch says of itself."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -18,3 +19,18 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated", UserWarning)
         warnings.filterwarnings("ignore", "Multiple backends are registered", UserWarning)
         yield
+
+
+@contextlib.contextmanager
+def quiet_about_missing_shards() -> Iterator[None]:
+    """Without a line of the log for each parameter in a unit of FSDP1 that is not to be loaded."""
+    logger = logging.getLogger("torch.distributed.fsdp._state_dict_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Did not find param")
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

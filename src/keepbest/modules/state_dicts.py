@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -45,7 +45,19 @@ def loading_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def load_state(module: nn.Module, state: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+class NotLoaded(NamedTuple):
+    """Keys of a state dict that `load_state_dict` said not to have loaded.
+
+    Attributes:
+        unused: Keys that the module had no use for.
+        missing: Keys that it had use for and did not find, since an override left them out, or loaded them itself.
+    """
+
+    unused: list[str]
+    missing: list[str]
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], others: Mapping[str, Any]) -> NotLoaded:
     """Load `state` by the `load_state_dict` of `module`. **Collective** where it holds FSDP1 units.
 
     Args:
@@ -54,7 +66,7 @@ def load_state(module: nn.Module, state: Mapping[str, Any], others: Mapping[str,
         others: The other entries of its state dict, for a `load_state_dict` that wants all of them.
 
     Returns:
-        The keys of `state` that the module had no use for.
+        Keys of `state` that were not loaded, or may not have been.
     """
     with_versions = OrderedDict(state)
     # As torch does: modules read from it whether the state dict is of an older version, and is to be converted.
@@ -66,7 +78,8 @@ def load_state(module: nn.Module, state: Mapping[str, Any], others: Mapping[str,
     else:
         with_versions.update((key, value) for key, value in others.items() if key not in state)
         result = module.load_state_dict(with_versions)
-    return [key for key in getattr(result, "unexpected_keys", ()) if key in state]
+    unused, missing = (getattr(result, name, ()) for name in ("unexpected_keys", "missing_keys"))
+    return NotLoaded(*([key for key in keys if key in state] for keys in (unused, missing)))
 
 
 @contextmanager
