@@ -168,6 +168,7 @@ def test_repair_makes_the_links_for_which_there_was_no_room(memory_folder):
         go_on(keeper, model)
     (memory_folder / "checkpoints" / BEST).unlink()
     folder = RunFolder(memory_folder, SteppedFiles(before(Fault("link", 1, 1, error=errno.ENOSPC))))
+    folder.claim()
     folder.repair()
     folder.close()
     assert verify(memory_folder) == []

@@ -106,7 +106,7 @@ def test_removal_thread_that_cannot_start_loses_no_best(in_background, tmp_path,
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, OSError])
-@pytest.mark.parametrize("name", ["rename", "link", "remove", "sync_folder"])
+@pytest.mark.parametrize("name", ["rename", "link", "sync_folder"])
 @pytest.mark.parametrize("in_background", [False, True])
 def test_any_exception_after_the_line_loses_no_best(in_background, name, error, tmp_path):
     is_armed = False

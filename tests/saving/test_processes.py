@@ -105,7 +105,7 @@ def is_free(directory: Path) -> bool:
 
 
 def comes_true(condition) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (reached := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return reached
