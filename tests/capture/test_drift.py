@@ -41,6 +41,7 @@ def let_ranks_drift_apart(directory, file_format):
 def test_weights_that_drift_apart_in_training_are_refused(file_format, tmp_path):
     for message, is_kept_later in run_ranks(let_ranks_drift_apart, 3, tmp_path, file_format):
         assert re.match("ranks 0, 1, 2 hold different weights under the same name: 1.weight", message)
+        assert "They were equal when the keeper started" in message
         assert is_kept_later
     load(tmp_path, "best_model.loss", model := three_layers())
     assert model[1].weight[0, 0].item() == 3.0

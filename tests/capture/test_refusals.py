@@ -118,8 +118,8 @@ def test_frozen_weights_that_are_left_out_may_be_of_any_kind(tmp_path):
             keeper.observe(0.5, update(2))
 
 
-def test_selection_that_is_frozen_as_a_whole_is_refused_at_start(tmp_path):
-    model = nn.Linear(2, 2).requires_grad_(False)
+@pytest.mark.parametrize("model", [nn.Linear(2, 2).requires_grad_(False), nn.ReLU()], ids=["frozen", "no weights"])
+def test_selection_without_weights_to_save_is_refused_at_start(model, tmp_path):
     keeper = BestKeeper(model, directory=tmp_path / "run", metric_key="loss", save_frozen_weights=False)
     with pytest.raises(ConfigError, match="nothing to save"):
         keeper.start()

@@ -90,7 +90,8 @@ class Drift:
             [
                 {Name(each.part, each.key): (each.place, each.digest) for each in mine if each[:2] in weights}
                 for mine in prints
-            ]
+            ],
+            _DRIFTED,
         )
         digests: dict[Name, set[str]] = {}
         for each in (each for mine in prints for each in mine if each[:2] not in weights):
@@ -121,7 +122,7 @@ class Drift:
                     prints.append((_Print(*name, "sample", fingerprint_of_sample(value), must_be_equal), holders))
                 continue
             if id(value) not in known:
-                known[id(value)] = fingerprint(local_of(value))
+                known[id(value)] = fingerprint(local_of(value) if place else value)
             prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
         return prints
 

@@ -153,7 +153,9 @@ class Inventory:
         return look(self.items, self.ranks.members[self.ranks.rank])
 
     def _adopt(self, report: Report, union: Union) -> None:
-        if union.holdings and not any(True for _ in union.kept()):
+        if not union.holdings:
+            raise ConfigError("what is selected to be saved has no weights on any rank: nothing to save")
+        if not any(True for _ in union.kept()):
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )
