@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from keepbest import BestKeeper
 from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.callbacks.resume_checkpoint import write_resume_checkpoint
+from keepbest.callbacks.resume_folder import ResumeFolder
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
+from keepbest.ranks import Ranks
 from keepbest.training.trainer import Trainer
 from tests.kit import toys
 from tests.kit.pool import run_ranks
+from tests.kit.strategies import WRAPS
 
 
 class NotingConfig(CallBackBaseConfig):
@@ -354,3 +361,35 @@ def test_frozen_submodel_is_resumed_too(strategy, tmp_path):
     run_ranks(train_the_decoder, 2, tmp_path / "stopped", strategy, None, 2)
     resumed = run_ranks(train_the_decoder, 2, tmp_path / "stopped", strategy, "auto", 4)
     assert all(torch.equal(resumed[0][name], value) for name, value in through[0].items())
+
+
+def sizes_when_synced(directory: Path) -> dict[int, int]:
+    """{inode: bytes of the file} at the last sync of each, of a resume checkpoint and a snapshot of `dcp`."""
+    sizes: dict[int, int] = {}
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        found = os.fstat(descriptor)
+        sizes[found.st_ino] = found.st_size
+
+    os.fsync = fsync
+    # So little that torch does not flush it before it syncs it.
+    model = WRAPS["fsdp2"](nn.Linear(2, 2, bias=False))
+    optimizers = {"model": torch.optim.SGD(model.parameters())}
+    trainer = SimpleNamespace(
+        model=model, optimizers=optimizers, average=None, callbacks=[], update_counter=SimpleNamespace(state_dict=dict)
+    )
+    write_resume_checkpoint(ResumeFolder(directory), "U1", trainer, Ranks.connect())
+    with BestKeeper(model, directory=directory, metric_key="loss", format="dcp") as keeper:
+        keeper.observe(1.0, epoch=1)
+    return sizes
+
+
+def test_every_file_of_every_rank_is_synced_when_it_is_whole(tmp_path):
+    of_rank_0, of_rank_1 = run_ranks(sizes_when_synced, 2, tmp_path)
+    files = [path for folder in ("resume", "checkpoints/snapshots") for path in (tmp_path / folder).rglob("*.*")]
+    found = {path: path.stat() for path in files if path.is_file()}
+    assert {".metadata", "__0_0.distcp", "__1_0.distcp", "trainer.pt"} <= {path.name for path in found}
+    for path, about in found.items():
+        assert about.st_size in (of_rank_0.get(about.st_ino), of_rank_1.get(about.st_ino)), path

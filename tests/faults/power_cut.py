@@ -117,6 +117,15 @@ class RecordingFiles(SteppedFiles):
             inode = self.disk.folders[inode][name]
         return inode
 
+    def sync_file(self, path: Path) -> None:
+        """Of a file that torch wrote past the layer nothing is known before: none of it is safe until now."""
+        if path.name not in self.disk.folders[self.inode_of(path.parent)]:
+            inode = next(self._numbers)
+            self.disk.files[inode] = bytearray()
+            self._enter(path, inode)
+            self.log.append(Write(inode, 0, path.read_bytes()))
+        super().sync_file(path)
+
     def _record(self, operation: Operation) -> Any:
         """The step of each operation: by its name, before or instead of it."""
         write_down = getattr(self, f"_{operation.name}", None)

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_loader import load
 
+from keepbest.capture.plan import plan_shares
 from keepbest.capture.share import Share, main_alone
 from keepbest.decision import BestState, Observation, Policy, decide
-from keepbest.formats.torch_file import FORMAT
+from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.parts import Part
+from keepbest.modules.quiet import quiet
+from keepbest.ranks import Ranks
 from keepbest.run.events import event_to_json
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
@@ -44,16 +48,33 @@ def claimed(directory: Path, files: Files) -> RunFolder:
     return folder
 
 
-def stamped(epoch: int) -> Share:
+def stamped(epoch: int, file_format: str) -> Share:
     """Weights of rank 0 that show which iteration they are of."""
     files = {"model": {"stamp": torch.tensor([float(epoch)])}}
-    return Share((Part("model", ""),), files, {}, LiveSlot(), main_alone)
+    plans = plan_shares(files, {"model": {}}, Ranks.connect(), "save") if file_format == "dcp" else {}
+    return Share((Part("model", ""),), files, {}, LiveSlot(), main_alone, plans)
 
 
-def pending(record: KeeperRecord, kept: Kept, selection: str) -> PendingSnapshot:
-    directory, share = record.folder.path.parent, stamped(kept.observation.iteration.epoch)
-    files = record.folder.files
-    return PendingSnapshot(share, FORMAT, kept, directory=directory, files=files, selection=selection, record=record)
+def stamp_in(snapshot: Path) -> float:
+    """By nothing but torch."""
+    if (snapshot / "model.pt").exists():
+        return torch.load(snapshot / "model.pt", weights_only=True)["stamp"].item()
+    with quiet():
+        load({"stamp": (stamp := torch.zeros(1))}, checkpoint_id=snapshot / "model.dcp", no_dist=True)
+    return stamp.item()
+
+
+def pending(record: KeeperRecord, kept: Kept, selection: str, file_format: str) -> PendingSnapshot:
+    share = stamped(kept.observation.iteration.epoch, file_format)
+    return PendingSnapshot(
+        share,
+        find_format(file_format),
+        kept,
+        directory=record.folder.path.parent,
+        files=record.folder.files,
+        selection=selection,
+        record=record,
+    )
 
 
 def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot, *, is_first: bool = True) -> None:
@@ -63,7 +84,13 @@ def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot, *, is_firs
 
 
 def observe(
-    record: KeeperRecord, states: dict[str, BestState], epoch: int, value: float, shared: PendingSnapshot | None
+    record: KeeperRecord,
+    states: dict[str, BestState],
+    epoch: int,
+    value: float,
+    *,
+    shared: PendingSnapshot | None = None,
+    file_format: str,
 ) -> PendingSnapshot | None:
     observation, keeper = Observation(TrainingIteration(epoch=epoch), value), record.keeper
     states[keeper], decision = decide(POLICIES[keeper], states[keeper], observation)
@@ -71,16 +98,16 @@ def observe(
         record.observe(observation, {name: states[keeper].exceeded[name] for name in decision.newly_exceeded})
         return None
     kept = Kept(observation)
-    snapshot = shared or pending(record, kept, keeper)
+    snapshot = shared or pending(record, kept, keeper, file_format)
     save(record, kept, snapshot, is_first=shared is None)
     return snapshot
 
 
-def train(records: list[KeeperRecord], states: dict[str, BestState], epochs: range) -> None:
+def train(records: list[KeeperRecord], states: dict[str, BestState], epochs: range, file_format: str) -> None:
     loss, accuracy = records
     for epoch in epochs:
-        snapshot = observe(loss, states, epoch, LOSSES[epoch - 1], None)
-        observe(accuracy, states, epoch, ACCURACIES[epoch - 1], snapshot)
+        snapshot = observe(loss, states, epoch, LOSSES[epoch - 1], file_format=file_format)
+        observe(accuracy, states, epoch, ACCURACIES[epoch - 1], shared=snapshot, file_format=file_format)
         if epoch == RESUMED_AT:
             for each in records:
                 each.pin("checkpoint", states[each.keeper])
@@ -88,7 +115,7 @@ def train(records: list[KeeperRecord], states: dict[str, BestState], epochs: ran
         each.end(states[each.keeper])
 
 
-def record(root: Path) -> RecordingFiles:
+def record(root: Path, file_format: str) -> RecordingFiles:
     """Two keepers see a whole run, and again from its middle."""
     files = RecordingFiles(root)
     for start in (0, RESUMED_AT):
@@ -96,7 +123,7 @@ def record(root: Path) -> RecordingFiles:
         at = TrainingIteration(epoch=start) if start else None
         records = [KeeperRecord(folder, keeper, keeper, POLICIES[keeper]) for keeper in (LOSS, ACCURACY)]
         states = {each.keeper: each.begin(from_ledger=start > 0, at=at) for each in records}
-        train(records, states, range(start + 1, len(LOSSES) + 1))
+        train(records, states, range(start + 1, len(LOSSES) + 1), file_format)
         folder.close()
     return files
 
@@ -141,8 +168,7 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
     assert links == expected
     for name, snapshot in expected.items():
         epoch = int(snapshot.partition(".")[0].removeprefix("E"))
-        saved = torch.load(run / "checkpoints" / name / "model.pt", weights_only=True)
-        assert saved["stamp"].item() == epoch
+        assert stamp_in(run / "checkpoints" / name) == epoch
     for keeper, better in ((LOSS, min), (ACCURACY, max)):
         values = [float(line["value"]) for line in lines if line.get("keeper") == keeper and "snapshot" in line]
         if values:
@@ -151,7 +177,7 @@ def check_recovery(run: Path, issued: list[bytes], committed: int) -> None:
             assert (LOSSES if keeper == LOSS else ACCURACIES)[epoch - 1] == better(values)
 
 
-def check_resume(run: Path) -> None:
+def check_resume(run: Path, file_format: str) -> None:
     """A resumed run saves again, and leaves nothing unfinished."""
     folder = claimed(run, Files())
     is_new = folder.history.run_id is None
@@ -159,10 +185,10 @@ def check_resume(run: Path) -> None:
     for each in records:
         each.begin(from_ledger=not is_new)
     better = Kept(Observation(TrainingIteration(epoch=99), -1.0))
-    save(records[0], better, pending(records[0], better, "later"))
+    save(records[0], better, pending(records[0], better, "later", file_format))
     folder.close()
     assert verify(run) == []
-    assert torch.load(run / "checkpoints" / LOSS / "model.pt", weights_only=True)["stamp"].item() == 99.0
+    assert stamp_in(run / "checkpoints" / LOSS) == 99.0
 
 
 @pytest.fixture
@@ -186,11 +212,12 @@ def explored():
     print(f"\ncrash points: {sum(counts)} states explored, all recovered")
 
 
-def test_every_crash_point_recovers_to_a_committed_state(piece, pieces, explored, fast_folder, request):
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_every_crash_point_recovers_to_a_committed_state(file_format, piece, pieces, explored, fast_folder, request):
     everything = request.config.getoption("--crash-points") == "all"
     chance = random.Random(f"{request.config.getoption('--fault-seed')} {piece}")
     (fast_folder / "recorded").mkdir()
-    files = record(fast_folder / "recorded")
+    files = record(fast_folder / "recorded", file_format)
     lines = ledger_lines(files)
     lengths = range(len(files.log) + 1)[len(files.log) * piece // pieces : len(files.log) * (piece + 1) // pieces + 1]
     lengths = lengths[:: 20 if request.config.getoption("--quick") else 1 if everything else 2]
@@ -209,7 +236,7 @@ def test_every_crash_point_recovers_to_a_committed_state(piece, pieces, explored
             (place / "run").mkdir(exist_ok=True)
             try:
                 check_recovery(place / "run", issued, committed)
-                check_resume(place / "run")
+                check_resume(place / "run", file_format)
             except BaseException:
                 print(f"\nafter {length} of {len(files.log)} operations, with {fates}:")
                 raise

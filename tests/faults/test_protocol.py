@@ -78,7 +78,7 @@ class Run:
             record.supersede(observation)
         elif decision.is_new_best:
             kept = Kept(observation)
-            save(record, kept, pending(record, kept, BEST))
+            save(record, kept, pending(record, kept, BEST, "torch"))
         else:
             record.observe(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
         self.state = state

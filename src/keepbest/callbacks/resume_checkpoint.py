@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,8 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
+from keepbest.callbacks.resume_folder import INDEX_FILE, STATE_FILE, ResumeFolder
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.capture.torch_errors import one_error
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
@@ -57,7 +62,7 @@ def write_resume_checkpoint(folder: ResumeFolder, name: str, trainer: TrainerVie
     with one_error(step, ranks, RankFailedError):
         model, optimizers = get_state_dict(trainer.model, list(trainer.optimizers.values()), options=_OPTIONS)
         state = {_MODEL: model, _OPTIMIZERS: optimizers, **_weights_of_average(trainer)}
-        save(state, checkpoint_id=folder.temporary(name), no_dist=ranks.world_size == 1)
+        save(state, storage_writer=_DurableWriter(folder, name), no_dist=ranks.world_size == 1)
     ranks.agree(step, lambda: _write_states(folder, name, trainer, ranks), saving=True)
 
 
@@ -79,6 +84,25 @@ def find_resume_checkpoint(directory: Path, resume: Path | str, ranks: Ranks) ->
 
     path = ranks.broadcast("find the resume checkpoint", find, saving=True)
     return None if path is None else Path(path)
+
+
+class _DurableWriter(FileSystemWriter):
+    """Writes a share as torch does, and syncs each file when it is whole: torch syncs some before it flushes them."""
+
+    def __init__(self, folder: ResumeFolder, name: str) -> None:
+        super().__init__(folder.temporary(name), sync_files=False)
+        self._folder = folder
+        self._name = name
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        for file in sorted({result.storage_data.relative_path for result in written.wait()}):
+            self._folder.sync(self._name, file)
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        self._folder.sync(self._name, INDEX_FILE)
 
 
 class _Saved(NamedTuple):

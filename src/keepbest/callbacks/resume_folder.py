@@ -11,6 +11,7 @@ from keepbest.run.files import Files
 from keepbest.run.inside import check_own
 
 STATE_FILE = "trainer.pt"
+INDEX_FILE = ".metadata"
 
 _logger = logging.getLogger(__name__)
 _LATEST = "latest"
@@ -18,7 +19,9 @@ _TEMPORARY = ".tmp"
 
 
 class ResumeFolder:
-    """`<run>/resume`. Every method is **rank-local**. Those that change the folder are for rank 0, except `write`.
+    """`<run>/resume`. Every method is **rank-local**. Those that change the folder are for rank 0.
+
+    Every rank calls `write` and `sync`.
 
     A checkpoint is a folder named by its iteration. It is written under a name that ends in `.tmp`, and renamed when it
     is complete. The link `latest` points at the checkpoint that was published last, where links can be made.
@@ -59,6 +62,14 @@ class ResumeFolder:
         with self._files.create(self.temporary(name) / file_name) as file:
             file.write(content)
             file.sync()
+
+    def sync(self, name: str, file_name: str) -> None:
+        """Wait until a file of the checkpoint `name`, which somebody else has written, is on the disk.
+
+        Raises:
+            OSError: If the file system refuses.
+        """
+        self._files.sync_file(self.temporary(name) / file_name)
 
     def publish(self, name: str, *, keep_last: int | None) -> list[str]:
         """Make the checkpoint `name` visible, then remove outdated ones.
@@ -143,8 +154,8 @@ class ResumeFolder:
 
 
 def _is_complete(path: Path) -> bool:
-    # torch writes .metadata last.
-    return not path.name.endswith(_TEMPORARY) and (path / ".metadata").is_file() and (path / STATE_FILE).is_file()
+    # torch writes the index last.
+    return not path.name.endswith(_TEMPORARY) and (path / INDEX_FILE).is_file() and (path / STATE_FILE).is_file()
 
 
 def _target(path: Path) -> str:
