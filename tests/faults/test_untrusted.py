@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from keepbest import BestKeeper, load
-from keepbest.cli.work import train
+from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError
 from keepbest.export import export
 from keepbest.run.verify import verify
@@ -148,6 +148,17 @@ def test_payload_as_a_value_of_a_resume_checkpoint_is_not_run(trained, tmp_path)
     with pytest.raises(KeepBestError, match="cannot be read"):
         train(trained.parent / "config.yaml", [f"directory={run}", "trainer.resume=auto", "trainer.updates=3"])
     assert not mark.exists()
+
+
+def test_eval_says_whose_classes_it_runs_and_takes_others(trained, tmp_path, capsys):
+    run = copy_of(trained, tmp_path / "run")
+    evaluate(run, runs.BEST, [])
+    assert f"runs the classes that {run / 'config.yaml'} names, which came with the run" in capsys.readouterr().out
+    (run / "config.yaml").write_text("model: {kind: os.system}")
+    evaluate(run, runs.BEST, [], config=trained.parent / "config.yaml")
+    said = capsys.readouterr().out
+    assert f"runs the classes that {trained.parent / 'config.yaml'} names, which you chose" in said
+    assert runs.METRIC in said
 
 
 # --- nothing leads out ------------------------------------------------------------------------------------------------
@@ -325,6 +336,16 @@ def test_top_k_that_nobody_keeps_is_shown_at_once(tmp_path):
     entries[1]["policy"]["top_k"] = 10**18
     rewrite(run, entries)
     assert runs.keepbest("show", run).exit_code == 0
+
+
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 5e-324])
+def test_numbers_at_the_end_of_their_range_are_drawn(tmp_path, value):
+    make_run(run := tmp_path / "run")
+    entries = lines(run)
+    [newest] = [entry for entry in entries if entry.get("iteration") == "E4"]
+    newest.update(iteration=f"E{2**63 - 1}", value=value)
+    rewrite(run, entries)
+    outputs(run, tmp_path / "out")
 
 
 # --- nothing but text -------------------------------------------------------------------------------------------------
