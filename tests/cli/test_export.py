@@ -21,7 +21,7 @@ def test_show_verify_and_eval_know_what_all_ranks_wrote(run):
     assert "encoder.dcp (3 files), decoder.dcp (3" in table
     assert runs.keepbest("verify", run).exit_code == 0
     evaluated = [runs.keepbest("eval", run, "--ref", ref).stdout for ref in (runs.BEST, f"{runs.BEST}.id=gathered")]
-    assert evaluated[0].splitlines()[1:] == evaluated[1].splitlines()[1:] != []
+    assert evaluated[0].splitlines()[2:] == evaluated[1].splitlines()[2:] != []
 
 
 def test_export_of_dcp_equals_the_gathered_snapshot(run, tmp_path):

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,15 +16,13 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from keepbest import BestKeeper, load
-from keepbest.cli.work import train
+from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError
-from keepbest.export import export
 from keepbest.run.verify import verify
 from tests.faults.hostile_run import (
     BEST,
     Evil,
     checkpoints,
-    forge,
     forge_manifest,
     ledger,
     lines,
@@ -150,6 +147,17 @@ def test_payload_as_a_value_of_a_resume_checkpoint_is_not_run(trained, tmp_path)
     assert not mark.exists()
 
 
+def test_eval_says_whose_classes_it_runs_and_takes_others(trained, tmp_path, capsys):
+    run = copy_of(trained, tmp_path / "run")
+    evaluate(run, runs.BEST, [])
+    assert f"runs the classes that {run / 'config.yaml'} names, which came with the run" in capsys.readouterr().out
+    (run / "config.yaml").write_text("model: {kind: os.system}")
+    evaluate(run, runs.BEST, [], config=trained.parent / "config.yaml")
+    said = capsys.readouterr().out
+    assert f"runs the classes that {trained.parent / 'config.yaml'} names, which you chose" in said
+    assert runs.METRIC in said
+
+
 # --- nothing leads out ------------------------------------------------------------------------------------------------
 
 LINKED = (
@@ -221,112 +229,6 @@ def test_pipe_in_the_place_of_a_file_is_no_file(tmp_path):
     assert "is no file" in refused_load(tmp_path / "run")
 
 
-# --- nothing grows ----------------------------------------------------------------------------------------------------
-
-
-def save_packed(state, path: Path) -> None:
-    torch.save(state, data := io.BytesIO())
-    with zipfile.ZipFile(data) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in plain.namelist():
-            packed.writestr(name, plain.read(name))
-
-
-LARGE = 4_000_000
-one, few = torch.zeros(LARGE), torch.zeros(10_000)
-BOMBS = {
-    "a stride of 0": ({"w": torch.zeros(1).expand(LARGE)}, torch.save),
-    "overlapping windows": ({"w": torch.zeros(4000).as_strided((2000, 2000), (1, 1))}, torch.save),
-    "many views": ({str(i): few.view(*[1] * i, -1) for i in range(60)}, torch.save),
-    "compressed records": ({"w": one}, save_packed),
-}
-
-
-@pytest.mark.parametrize("kind", BOMBS)
-def test_file_that_would_grow_is_refused_everywhere(tmp_path, kind):
-    make_run(run := tmp_path / "run")
-    state, save = BOMBS[kind]
-    forge(run, state, save=save)
-    for to in ("o.pt", "o.safetensors", "folder"):
-        with pytest.raises(KeepBestError, match=r"would grow|compressed"):
-            export(run, BEST, tmp_path / to)
-    assert "would grow" in (reason := refused_load(run)) or "compressed" in reason
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def forged_index(change):
-    def make(run: Path) -> None:
-        make_run(run, format="dcp")
-        path = snapshot(run) / "model.dcp/.metadata"
-        metadata = pickle.loads(path.read_bytes())
-        change(metadata)
-        path.write_bytes(pickle.dumps(metadata))
-        record(run)
-
-    return make
-
-
-def first(metadata):
-    return metadata.state_dict_metadata["0.weight"]
-
-
-def place(metadata):
-    return next(info for index, info in metadata.storage_data.items() if index.fqn == "0.weight")
-
-
-def grow(metadata) -> None:
-    first(metadata).size = first(metadata).chunks[0].sizes = torch.Size([1 << 20, 1 << 20])
-
-
-def grow_the_whole(metadata) -> None:
-    first(metadata).size = torch.Size([1 << 20, 1 << 20])
-
-
-INDEXES = {
-    "a huge shard": (grow, "do not hold"),
-    "a huge whole": (grow_the_whole, "do not make the whole"),
-    "a file elsewhere": (lambda metadata: setattr(place(metadata), "relative_path", "../../../x"), "no name of a file"),
-    "a place behind the end": (lambda metadata: setattr(place(metadata), "offset", 1 << 40), "ends at byte"),
-    "a place before the start": (lambda metadata: setattr(place(metadata), "offset", -1), "lies nowhere"),
-    "two at one place": (lambda metadata: setattr(place(metadata), "offset", 1), "two values lie"),
-    "a compressed value": (lambda metadata: setattr(place(metadata), "transform_descriptors", ["zstd"]), "compressed"),
-    "shards that are shared": (
-        lambda metadata: setattr(metadata.state_dict_metadata["0.bias"], "chunks", first(metadata).chunks),
-        "the same shards",
-    ),
-    "a negative size": (lambda metadata: setattr(first(metadata), "size", torch.Size([-2, 3])), "number of elements"),
-}
-
-
-@pytest.mark.parametrize("kind", INDEXES)
-def test_index_that_is_larger_than_its_files_is_refused(tmp_path, kind):
-    change, reason = INDEXES[kind]
-    forged_index(change)(run := tmp_path / "run")
-    with pytest.raises(KeepBestError, match=reason):
-        export(run, BEST, tmp_path / "o.pt")
-    refused_load(run)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_header_of_safetensors_that_is_larger_than_its_file_is_refused(tmp_path):
-    make_run(run := tmp_path / "run", format="safetensors")
-    path = snapshot(run) / "model.safetensors"
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    for old, new in ((b"[2]", b"[2000000]"), (b'"data_offsets": [', b'"data_offsets": [9')):
-        header = data[8 : 8 + size].replace(old, new)
-        path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
-        record(run)
-        assert "cannot be read as weights" in refused_load(run)
-
-
-def test_top_k_that_nobody_keeps_is_shown_at_once(tmp_path):
-    make_run(run := tmp_path / "run")
-    entries = lines(run)
-    entries[1]["policy"]["top_k"] = 10**18
-    rewrite(run, entries)
-    assert runs.keepbest("show", run).exit_code == 0
-
-
 # --- nothing but text -------------------------------------------------------------------------------------------------
 
 MARKUP = "</text></svg><script>alert(1)</script><img src=x onerror=alert(2)>[bold]x[/a] :smile:"
@@ -371,3 +273,13 @@ def test_text_of_a_folder_reaches_no_terminal_as_it_is(tmp_path, place_of_text, 
     with pytest.raises(KeepBestError) as refused:
         load(run, NASTY, net(0.0))
     assert is_plain(str(refused.value))
+
+
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 5e-324])
+def test_numbers_at_the_end_of_their_range_are_drawn(tmp_path, value):
+    make_run(run := tmp_path / "run")
+    entries = lines(run)
+    [newest] = [entry for entry in entries if entry.get("iteration") == "E4"]
+    newest.update(iteration=f"E{2**63 - 1}", value=value)
+    rewrite(run, entries)
+    outputs(run, tmp_path / "out")

@@ -6,13 +6,17 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from keepbest.callbacks.resume_checkpoint import _read_state
+from keepbest.cli.curve import curves
+from keepbest.cli.history import _rows
 from keepbest.cli.table import read_checkpoints
+from keepbest.errors import SnapshotError
 from keepbest.formats.index import INDEX
 from keepbest.formats.safetensors_file import FORMAT as SAFETENSORS
 from keepbest.formats.sharded_part import ShardedPart
@@ -20,6 +24,7 @@ from keepbest.formats.tied import read_ties
 from keepbest.formats.torch_file import FORMAT as TORCH
 from keepbest.formats.whole_file import WholePart
 from keepbest.remote.verify import verify_run
+from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import manifest_digest
 from keepbest.run.reader import read_history, read_manifest
 from keepbest.run.verify import verify
@@ -90,6 +95,9 @@ def _read_ledger(data: bytes, folder: Path) -> None:
     history.kept()
     verify(folder)
     read_checkpoints(folder)
+    list(_rows(read_ledger(ledger(folder))[0]))
+    with suppress(SnapshotError):  # nothing was observed
+        curves(history)
 
 
 def _read_manifest(data: bytes, folder: Path) -> None:

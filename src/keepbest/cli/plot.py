@@ -21,6 +21,7 @@ _FORMATS = (".png", ".svg")
 FOREGROUND = "#222222"
 _LINE, _BEST, _ABANDONED, _RESTART = "#2f81c7", "#d1495b", "#9a9a9a", "#a07a36"
 _TOLERANCES = ("#4f9d4f", "#9a6fb0", "#d9822b", "#3c9dbd", "#b5653a")
+_HIGHEST = 1e300  # what is beyond is drawn as infinite
 _LONGEST_TITLE, _LONGEST_LABEL = 76, 36  # characters that fit
 _SETTINGS: dict[Any, Any] = {
     "axes.edgecolor": FOREGROUND,
@@ -93,7 +94,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         axes.plot(*_line(curve, beyond), "-", color=_ABANDONED, lw=1, zorder=1, label=_once("abandoned", number))
     best = [point for point in curve.points if point.is_new_best]
     axes.plot(*_line(curve, best), "o", color=_BEST, ms=4, label="new best")
-    if lost := [curve.position(point.iteration) for point in curve.points if not math.isfinite(point.value)]:
+    if lost := [curve.position(point.iteration) for point in curve.points if not _has_height(point.value)]:
         # They have no height, so they are drawn at the bottom.
         bottom = axes.get_xaxis_transform()
         axes.plot(lost, [0.02] * len(lost), "x", color=_BEST, ms=5, transform=bottom, label="NaN or infinite")
@@ -114,7 +115,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
 
 def _draw_patience(axes: Axes, curve: Curve, patience: Patience, color: str) -> None:
     """Draw what a tolerance keeps, and the wait for an improvement after it. The marks differ in shape and color."""
-    if patience.kept is None:
+    if patience.kept is None or not _has_height(patience.kept.value):
         return
     until = patience.exceeded_at or curve.points[-1].iteration
     ends = [curve.position(patience.kept.iteration), curve.position(until)]
@@ -123,6 +124,11 @@ def _draw_patience(axes: Axes, curve: Curve, patience: Patience, color: str) -> 
     axes.plot(ends, [patience.kept.value] * 2, ":", color=color, lw=1.2)
     axes.plot(ends[:1], [patience.kept.value], "s", color=color, ms=8, mfc="none", label=label)
     axes.plot(ends[1:], [patience.kept.value], "|" if patience.exceeded_at else ">", color=color, ms=9)
+
+
+def _has_height(value: float) -> bool:
+    # The distance of two values, and the margins, must be numbers too.
+    return abs(value) <= _HIGHEST
 
 
 def _once(label: str, number: int) -> str | None:
@@ -139,5 +145,5 @@ def _shortened(name: str, longest: int) -> str:
 
 def _line(curve: Curve, points: list[Point]) -> tuple[list[int], list[float]]:
     # Infinities would flatten the other values. NaN leaves a gap.
-    values = [point.value if math.isfinite(point.value) else math.nan for point in points]
+    values = [point.value if _has_height(point.value) else math.nan for point in points]
     return [curve.position(point.iteration) for point in points], values

@@ -186,9 +186,12 @@ def _fetch(
     with raising_unreadable(remote):
         remote.get(f"{SNAPSHOTS}/{name}/{MANIFEST}", to / MANIFEST)
         manifest = read_manifest(to, digest)
-        for file in manifest.files if has_files(manifest) else ():
+        for file, record in manifest.files.items() if has_files(manifest) else ():
+            # It would be refused after it had filled the disk.
+            if (size := remote.size(path := f"{SNAPSHOTS}/{name}/{file}")) > record.digest.bytes:
+                raise SnapshotError(f"{remote.url}/{CHECKPOINTS}/{path} is damaged: it has {size} bytes")
             (to / file).parent.mkdir(exist_ok=True)
-            remote.get(f"{SNAPSHOTS}/{name}/{file}", to / file)
+            remote.get(path, to / file)
     return manifest
 
 

@@ -108,6 +108,10 @@ class Remote:
         """Bring what is at `path` below `checkpoints` to a file."""
         self._filesystem.get_file(f"{self._root}{path}", str(file))
 
+    def size(self, path: str) -> int:
+        """The bytes of what is at `path` below `checkpoints`."""
+        return int(self._filesystem.size(f"{self._root}{path}"))
+
     def remove(self, path: str) -> None:
         """Remove what is at `path` below `checkpoints`."""
         self._filesystem.rm_file(f"{self._root}{path}")
