@@ -32,6 +32,7 @@ PUBLIC_NAMES = [
 # What docs/reference.md documents: a name that goes, or comes, is seen here.
 DOCUMENTED_NAMES = [
     "BestKeeper",
+    "abandon",
     "Outcome",
     "TrainingIteration",
     "MetricPropertyProvider",

@@ -118,7 +118,8 @@ class BestKeeper:
         Raises:
             RunExistsError: On every rank, if the folder holds another run, one that is not resumed, or one in use.
             LedgerError: On every rank, if the ledger is damaged or of another version.
-            ConfigError: On every rank, if another keeper has the same name, or weights cannot be kept and loaded again.
+            ConfigError: On every rank, if another keeper has the same name, weights cannot be kept and loaded again,
+                a thread cannot be started, or this process was forked from the one that works in the folder.
             SnapshotError: On every rank, if the remote copy cannot be read, or is damaged.
             StorageError: On every rank, if the folder, or the remote storage, cannot be written.
         """

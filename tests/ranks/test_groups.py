@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from keepbest import BestKeeper
-from keepbest.errors import RankTimeoutError
+from keepbest import BestKeeper, load
+from keepbest.errors import PoisonedError, RankTimeoutError
 from keepbest.ranks import Number, Ranks
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, update
@@ -62,6 +63,29 @@ def kept_in_two_worlds(directory: Path) -> int:
 def test_keeper_works_in_a_second_world_of_the_process(tmp_path):
     assert run_ranks(kept_in_two_worlds, 2, tmp_path) == [2, 2]
     assert refs(tmp_path / "second") == {"best_model.loss": "U1"}
+
+
+def use_in_a_forked_child(directory: Path) -> int:
+    torch.manual_seed(0)
+    keep(directory, model := nn.Linear(1, 1), dist.group.WORLD)
+    late = BestKeeper(model, directory=directory / "late", metric_key="loss")
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            load(directory, "best_model.loss", model)
+            with pytest.raises(PoisonedError, match="was forked from process"):
+                late.start()
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    late.start()
+    late.close()
+    return status
+
+
+def test_forked_child_loads_alone_and_disturbs_no_rank(tmp_path):
+    assert run_ranks(use_in_a_forked_child, 2, tmp_path) == [0, 0]
 
 
 def time_out_without_a_thread() -> str:

@@ -16,7 +16,15 @@ from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
-from keepbest.capture.union import Report, Union, changes, describe, same_everywhere, unite
+from keepbest.capture.union import (
+    Report,
+    Union,
+    changes,
+    describe,
+    refuse_other_parameters,
+    same_everywhere,
+    unite,
+)
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor, local_of
@@ -130,7 +138,11 @@ class Inventory:
         remade = {Name(*name): None for names in self.ranks.gather_json(step, lambda: mine) for name in names}
         prints = self.ranks.agree(step, lambda: self._prints(held, remade), saving=saving)
         try:
-            self._adopt(found := Report(held.entries, prints), unite(self._reports(step, found)))
+            found = Report(held.entries, prints)
+            united = unite(self._reports(step, found))
+            if union is not None:
+                refuse_other_parameters(union, united, self.ranks.world_size)
+            self._adopt(found, united)
         except ConfigError as error:
             what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
             raise ConfigError(f"{error}. {_since(what)}") from error

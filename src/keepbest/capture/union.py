@@ -99,6 +99,14 @@ class Union:
             if name.part == part and (part in self._frozen_parts or holding.entry.form.is_frozen)
         )
 
+    def apart(self, world_size: int) -> list[Name]:
+        """The parameters that not every rank holds."""
+        return [
+            name
+            for name, holding in self.holdings.items()
+            if holding.entry.form.role == "parameter" and len(holding.holders) < world_size
+        ]
+
     def _of(self, part: str) -> list[Holding]:
         return [holding for name, holding in self.holdings.items() if name.part == part]
 
@@ -172,6 +180,25 @@ def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]], ways_o
         ranks = listed(sorted(set().union(*differing.values())))
         shown = f"{', '.join(names[:_LISTED])}{more}"
         raise ConfigError(f"{ranks} hold different weights under the same name: {shown}. {ways_out}")
+
+
+def refuse_other_parameters(before: Union, now: Union, world_size: int) -> None:
+    """Check that ranks that all had the same parameters still have the same.
+
+    Ranks that have different ones from the start are one model. A change of one rank alone, such as an adapter or a
+    parametrization, would make a snapshot that no rank can load.
+
+    Raises:
+        ConfigError: If they do not. The same on every rank.
+    """
+    if before.apart(world_size) or not (apart := now.apart(world_size)):
+        return
+    found = "; ".join(f"{str(name)!r} on {listed(now.holdings[name].holders)}" for name in apart[:_LISTED])
+    more = f" and {len(apart) - _LISTED} more" if len(apart) > _LISTED else ""
+    raise ConfigError(
+        f"the ranks had the same parameters, and now some have others: {found}{more}. "
+        "Change the model on every rank alike, or start a keeper after the change"
+    )
 
 
 def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Name]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class ControlGroup:
         members: Ranks of the members in the default group.
         poison: Reason why no collective may run any more. `None` as long as they may.
         round: Number of collectives that were started.
+        process: Id of the process that is connected. One that was forked from it is alone.
     """
 
     group: dist.ProcessGroup | None
@@ -56,6 +58,7 @@ class ControlGroup:
     members: tuple[int, ...] = (0,)
     poison: str | None = None
     round: int = 0
+    process: int = field(default_factory=os.getpid)
     _store: Store | None = None
     _buffers: Buffers | None = None
     _patient: dist.ProcessGroup | None = None
@@ -75,6 +78,8 @@ class ControlGroup:
         if parent is None or dist.get_rank(parent) < 0:
             raise ConfigError(f"global rank {dist.get_rank()} is not a member of the process_group that it passed")
         control = _control_groups.get(parent)
+        if control is not None and control.is_inherited:
+            return cls(group=None, rank=0, world_size=1)
         if control is None:
             members = dist.get_process_group_ranks(parent)
             control = cls(None, dist.get_rank(parent), len(members), tuple(members))
@@ -154,12 +159,22 @@ class ControlGroup:
             raise self._lost(step, error) from error
 
     def refuse_if_poisoned(self) -> None:
-        """Raise `PoisonedError` if no collective may run any more."""
+        """Raise `PoisonedError` if no collective may run any more, or none in this process."""
+        if self.is_inherited:
+            raise PoisonedError(
+                f"process {os.getpid()} was forked from process {self.process}, which is connected with the other "
+                "ranks: a forked process cannot use its connections"
+            )
         if self.poison is not None:
             raise PoisonedError(
                 f"rank {self.rank} of {self.world_size} runs no more collectives: {self.poison}. "
                 "Restart the job. Everything that was committed is safe."
             )
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked from the one that is connected."""
+        return self.group is not None and self.process != os.getpid()
 
     def _new_group(self, purpose: str, timeout: timedelta) -> dist.ProcessGroup:
         """Return a new gloo group of the members, which is freed with the last reference to it. **Collective**.

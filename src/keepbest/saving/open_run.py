@@ -176,7 +176,8 @@ class OpenRun:
 
     def _leave_all(self) -> None:
         if not self.is_elsewhere:
-            self._keepers.clear()
+            while self._keepers:
+                self._keepers.popitem()[1].detach()
             self._release_if_left()
 
     def _release_if_left(self) -> None:
