@@ -104,6 +104,7 @@ class BestKeeper:
         self._timeline: int | None = None
         self._loaded: LoadedState | None = None
         self._state = BestState()
+        self._is_rank_0_writing = False  # while the others go on
         self._phase: Literal["new", "started", "closed"] = "new"
 
     def start(self, at: TrainingIteration | None = None) -> None:
@@ -201,7 +202,7 @@ class BestKeeper:
         # Whatever comes between here and the end: the next exchange asks rank 0 what is recorded.
         self._saver.is_in_doubt = True
         outcome = (self._save if decision.is_saved else self._record)(observation, state, decision)
-        self._saver.is_in_doubt = False
+        self._saver.is_in_doubt, self._is_rank_0_writing = False, bool(outcome.newly_exceeded)
         return outcome
 
     def state_dict(self) -> dict[str, Any]:
@@ -352,6 +353,7 @@ class BestKeeper:
             failure=failure,
             note="" if revised is None else json.dumps(revised.to_json()),
             state=f"{self.name} at {iteration} after {self._state}".encode(),
+            saving=self._is_rank_0_writing,
         )
         if iteration is None:
             raise RuntimeError("a rank without an iteration raises in the exchange")

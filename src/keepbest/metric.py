@@ -137,6 +137,7 @@ def agree_on_metric(
     failure: BaseException | None = None,
     note: str = "",
     state: bytes = b"",
+    saving: bool = False,
 ) -> AgreedMetric:
     """Return one value from all ranks' readings, with the same bits on every rank. **Collective**.
 
@@ -150,6 +151,7 @@ def agree_on_metric(
         failure: Earlier failure of this rank, which every rank raises.
         note: Text from rank 0 to the others. It costs a second exchange.
         state: Bytes that must be equal on all ranks.
+        saving: Whether rank 0 may still be writing, so that the others wait for `save_timeout`.
 
     Raises:
         MissingMetricError: On every rank, if a rank that is needed has no value. It names these ranks.
@@ -166,7 +168,8 @@ def agree_on_metric(
     # What is the sum over ranks already must not be summed again, and all ranks must agree that it is.
     if reading.is_reduced and reduction == "sum":
         reduction, state = "identical", state + b", summed by the metric itself"
-    numbers = ranks.exchange(step, Number(reading.value, reading.weight, note), failure=failure, state=state)
+    mine = Number(reading.value, reading.weight, note)
+    numbers = ranks.exchange(step, mine, failure=failure, state=state, saving=saving)
     needed = numbers[:1] if reduction == "rank0" else numbers
     if any(number.value is None and number.weight != 0.0 for number in needed):
         reasons = ranks.gather_json(step, lambda: reading.absent)

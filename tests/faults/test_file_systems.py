@@ -27,20 +27,30 @@ from tests.kit.runs import snapshots
 from tests.kit.seams import use
 
 
-def start_on_a_slow_disk(directory: Path) -> None:
+def train_on_a_slow_disk(directory: Path) -> int:
+    seconds = 0.5
+
     def slowly(operation: Operation) -> None:
         if operation.name in ("sync", "sync_folder"):
-            time.sleep(0.5)
+            time.sleep(seconds)
 
+    model = net()
     with use(directory, files=SteppedFiles(before(slowly))):
-        keeper = keeper_of(directory, net(), format="dcp", rank_timeout=1.5, save_timeout=60.0)
+        keeper = keeper_of(directory, model, format="dcp", rank_timeout=1.5, save_timeout=60.0)
         keeper.start()
+        seconds = 0.0
+        go_on(keeper, model, VALUES[:3])
+        seconds = 1.0
+        go_on(keeper, model, VALUES[:4])  # rank 0 records that a tolerance is exceeded, and the others go on
+        seconds = 0.0
+        go_on(keeper, model)
         keeper.abandon()
+    return keeper.state.last_iteration.epoch
 
 
 def test_slow_disk_is_bounded_by_save_timeout_from_the_start(memory_folder):
     # Both exchanges of the start take longer than ranks wait for each other: the folders to be made are many.
-    run_ranks(start_on_a_slow_disk, 2, memory_folder / "a" / "b" / "c" / "run")
+    assert run_ranks(train_on_a_slow_disk, 2, memory_folder / "a" / "b" / "c" / "run") == [9, 9]
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL, errno.EACCES, errno.EPROTO, errno.EIO, 524])
@@ -53,6 +63,7 @@ def test_without_links_everything_else_is_as_it_should_be(code, memory_folder, c
         assert [path.name for path in (memory_folder / "checkpoints").glob("best_model.*")] == []
         assert refs_hold(memory_folder) == refs_of(COMPLETE)
         assert snapshots(memory_folder) == {"E2", "E8.r1"}
+        assert verify(memory_folder) == []
         assert sum("links are refused" in record.message for record in caplog.records) == 2
         # Where links can be made again, the next session makes them.
         fault.mend()
