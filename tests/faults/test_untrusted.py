@@ -10,12 +10,14 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from keepbest import BestKeeper, load
+from keepbest.callbacks.resume_checkpoint import _check_plain
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError
 from keepbest.run.verify import verify
@@ -145,6 +147,12 @@ def test_payload_as_a_value_of_a_resume_checkpoint_is_not_run(trained, tmp_path)
     with pytest.raises(KeepBestError, match="cannot be read"):
         train(trained.parent / "config.yaml", [f"directory={run}", "trainer.resume=auto", "trainer.updates=3"])
     assert not mark.exists()
+
+
+def test_setting_that_no_resume_would_read_is_refused_when_saved():
+    _check_plain({"param_groups.w.lr": 0.1, "param_groups.w.betas": (0.9, 0.99), "state.w.step": torch.tensor(1.0)})
+    with pytest.raises(KeepBestError, match=r"param_groups.w.lr .* float64"):
+        _check_plain({"param_groups.w.lr": np.float64(0.1)})
 
 
 def test_eval_says_whose_classes_it_runs_and_takes_others(trained, tmp_path, capsys):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from torch.futures import Future
 
 from keepbest.callbacks.resume_folder import INDEX_FILE, STATE_FILE, ResumeFolder
 from keepbest.callbacks.trainer_view import TrainerView
+from keepbest.capture.refusals import is_plain_data
 from keepbest.capture.torch_errors import one_error
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
 from keepbest.formats.index import read_index
@@ -54,6 +56,7 @@ def write_resume_checkpoint(folder: ResumeFolder, name: str, trainer: TrainerVie
         ranks: Ranks that train together.
 
     Raises:
+        ConfigError: On every rank, if a setting of an optimizer is no plain data.
         RankFailedError: On every rank, if a rank cannot write its share.
         StorageError: On every rank, if the file system refuses.
     """
@@ -61,6 +64,9 @@ def write_resume_checkpoint(folder: ResumeFolder, name: str, trainer: TrainerVie
     ranks.agree(step, lambda: folder.begin(name) if ranks.is_main else None, saving=True)
     with one_error(step, ranks, RankFailedError):
         model, optimizers = get_state_dict(trainer.model, list(trainer.optimizers.values()), options=_OPTIONS)
+    # Where a resume would refuse a value, the checkpoint is refused.
+    ranks.agree(step, lambda: _check_plain(optimizers))
+    with one_error(step, ranks, RankFailedError):
         state = {_MODEL: model, _OPTIMIZERS: optimizers, **_weights_of_average(trainer)}
         save(state, storage_writer=_DurableWriter(folder, name), no_dist=ranks.world_size == 1)
     ranks.agree(step, lambda: _write_states(folder, name, trainer, ranks), saving=True)
@@ -219,6 +225,14 @@ def _load_weights(path: Path, ranks: Ranks, trainer: TrainerView, saved_keys: fr
         if names.plain(name) not in stateful:
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
+
+
+def _check_plain(optimizers: Mapping[str, Any]) -> None:
+    for key, value in optimizers.items():
+        if not isinstance(value, torch.Tensor) and not is_plain_data(value):
+            raise ConfigError(
+                f"{key} of an optimizer is a {type(value).__name__}, which a resume would not read; pass a number"
+            )
 
 
 def _serialized(state: dict[str, Any]) -> bytes:
