@@ -202,7 +202,7 @@ def test_ties_that_name_what_is_not_there_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["model.pt", "model.safetensors"])
-def test_work_to_export_is_linear_and_no_more_for_dcp(to, tmp_path):
+def test_work_to_export_is_linear_and_of_one_size_in_all_formats(to, tmp_path):
     def work(file_format, size):
         run = tmp_path / f"{file_format}-{size}"
         keep(run, file_format, lambda _: nn.ParameterList([torch.zeros(1) for _ in range(size)]), "single")
@@ -210,7 +210,7 @@ def test_work_to_export_is_linear_and_no_more_for_dcp(to, tmp_path):
 
     small, large = ({each: work(each, size) for each in FORMATS} for size in (100, 400))
     assert [each for each in FORMATS if large[each] >= 5 * small[each]] == []
-    assert large["dcp"] < large["torch"]
+    assert large["dcp"] < 3 * large["torch"]
 
 
 def test_export_of_dcp_plans_no_read_of_each_tensor(tmp_path, monkeypatch):

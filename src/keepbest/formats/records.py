@@ -51,19 +51,18 @@ def read_records(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915  # one loo
     stack: list[Any] = []
     memo: list[Any] = []
     marks: list[int] = []
-    # Items are added in place, without a call, since there are as many as bytes.
     place, kinds = 0, dict[Kind, Kind]()
     push, pop = stack.append, stack.pop
     while True:
         code = data[place]
         place += 1
         if code == _KEEP:
-            memo += (stack[-1],)
+            memo.append(stack[-1])
         elif code == _GET:
-            stack += (memo[data[place]],)
+            push(memo[data[place]])
             place += 1
         elif code == _INT1:
-            stack += (data[place],)
+            push(data[place])
             place += 1
         elif code in _OBJECTS:
             arguments, kind = pop(), pop()
@@ -84,7 +83,7 @@ def read_records(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915  # one loo
         elif code == _TUPLE3:
             stack[-3:] = (tuple(stack[-3:]),)
         elif code == _MARK:
-            marks += (len(stack),)
+            marks.append(len(stack))
         elif code == _TUPLE:
             mark = marks.pop()
             stack[mark:] = (tuple(stack[mark:]),)
@@ -111,7 +110,7 @@ def read_records(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915  # one loo
             place = start + (data[place] if code == _TEXT else int.from_bytes(data[place:start], "little"))
             push(data[start:place].decode("utf-8", "surrogatepass"))
         elif code == _LONG_GET:
-            stack += (memo[data[place] | data[place + 1] << 8 | data[place + 2] << 16 | data[place + 3] << 24],)
+            push(memo[data[place] | data[place + 1] << 8 | data[place + 2] << 16 | data[place + 3] << 24])
             place += 4
         elif code == _NAME:
             name, module = pop(), pop()
