@@ -1,13 +1,20 @@
-"""Real disks that are small, or full."""
+"""Disks that are small, or full, and file systems that lack what others have."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
+import stat
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 
 
 @contextmanager
@@ -21,6 +28,28 @@ def mounted(*arguments: str, at: Path):
         yield at
     finally:
         subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+@contextmanager
+def bare_file_system() -> Iterator[None]:
+    """While the block lasts, no file system has links, locks or maps of files, and none syncs folders."""
+    fsync = os.fsync
+
+    def sync_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refuse()
+        fsync(descriptor)
+
+    def refuse(*_arguments: object, **_settings: object) -> NoReturn:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", sync_files)
+        patch.setattr(os, "symlink", refuse)
+        for module, names in ((fcntl, ("fcntl", "lockf")), (mmap, ("mmap",)), (torch.UntypedStorage, ("from_file",))):
+            for name in names:
+                patch.setattr(module, name, refuse)
+        yield
 
 
 def fill(disk: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.offline_loss import OfflineLossCallback, OfflineLossCallbackConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.run.layout import LEDGER, SNAPSHOTS
+from tests.faults.disks import bare_file_system
 from tests.kit import toys
 from tests.kit.child import announce
 from tests.kit.files import Operation, SteppedFiles
@@ -77,6 +79,8 @@ class Session:
     strategy: str
     async_save: bool = False
     file_format: str = "torch"
+    remote: str | None = None
+    is_bare: bool = False
     death: Death | None = None
     records_weights: bool = False
 
@@ -189,7 +193,8 @@ def train(session: Session) -> dict[str, Any]:
     logging.getLogger("keepbest").addHandler(logging.FileHandler(session.complaints, delay=True))
     rank = torch.distributed.get_rank()
     reaper = Reaper(session.death if rank == 0 else None, session.killed_at)
-    with use(session.directory, files=SteppedFiles(reaper)):
+    file_system = bare_file_system() if session.is_bare else nullcontext()
+    with file_system, use(session.directory, files=SteppedFiles(reaper)):
         return _train(session, started)
 
 
@@ -199,7 +204,12 @@ def _train(session: Session, started: float) -> dict[str, Any]:
         model=toys.auto_encoder(dropout=0.1),
         callbacks=[
             *CALLBACKS,
-            {**BEST_CHECKPOINT, "async_save": session.async_save, "format": session.file_format},
+            {
+                **BEST_CHECKPOINT,
+                "async_save": session.async_save,
+                "format": session.file_format,
+                "remote": session.remote,
+            },
             {"kind": f"{__name__}.Witness", "session": session, **EVERY_UPDATE},
         ],
         strategy=session.strategy,

@@ -21,6 +21,8 @@ from tests.faults.filled_run import COMPLETE, VALUES, go_on, keeper_of, net, rec
 from tests.kit.files import SteppedFiles, without_waiting
 from tests.kit.seams import use
 
+# A listing of a folder that was interrupted leaves its iterator to the collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 PACKAGE = str(Path(keepbest.__file__).parent)
 
 

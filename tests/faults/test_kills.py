@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from keepbest.callbacks.resume_folder import STATE_FILE
 from keepbest.errors import SnapshotError, StorageError
+from keepbest.remote.verify import verify_run
 from keepbest.run.layout import CHECKPOINTS, LEDGER
 from keepbest.run.manifest import Manifest
 from keepbest.run.names import best_ref, tolerance_ref
@@ -37,13 +38,13 @@ from tests.faults.kills import COMMITS, METRIC, OTHERS, TOLERANCES, UPDATES, Dea
 from tests.kit.pool import Outcome, run_ranks, start_ranks
 
 KILLS_OF_A_RUN = 20
-# strategy, whether it saves in the background, format of the snapshots
+# strategy, whether it saves in the background, format of the snapshots, where
 KINDS = (
-    ("ddp", False, "torch"),
-    ("fsdp2", True, "torch"),
-    ("ddp", True, "safetensors"),
-    ("fsdp2", False, "torch"),
-    ("fsdp2", False, "dcp"),
+    ("ddp", False, "torch", "here"),
+    ("fsdp2", True, "torch", "with a copy"),
+    ("ddp", True, "safetensors", "here"),
+    ("fsdp2", False, "torch", "on a bare file system"),
+    ("fsdp2", False, "dcp", "here"),
 )
 BEST = best_ref(METRIC)
 SESSION_LIMIT = 60.0  # seconds; one takes about one
@@ -58,6 +59,7 @@ class Share(NamedTuple):
     strategy: str
     async_save: bool
     file_format: str
+    where: str
     number: int
     kills: int
 
@@ -108,7 +110,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     count = max(len(KINDS), math.ceil(kills / KILLS_OF_A_RUN))
     shares = [kills * (number + 1) // count - kills * number // count for number in range(count)]
     runs = [Share(*KINDS[number % len(KINDS)], number, share) for number, share in enumerate(shares)]
-    names = [f"{run.strategy}-{'async' if run.async_save else 'sync'}-{run.file_format}-{run.number}" for run in runs]
+    names = [
+        f"{run.strategy}-{'async' if run.async_save else 'sync'}-{run.file_format}-{run.where}-{run.number}"
+        for run in runs
+    ]
     metafunc.parametrize("share", runs, ids=names)
 
 
@@ -162,10 +167,14 @@ def table_by_hand(losses: dict[str, float]) -> Table:
     return {BEST: best, **{tolerance_ref(BEST, tolerance): best for tolerance in TOLERANCES}, **table}
 
 
-def new_session(folder: Path, strategy: str, *, async_save: bool = False, file_format: str = "torch") -> Session:
+def new_session(
+    folder: Path, strategy: str, *, async_save: bool = False, file_format: str = "torch", where: str = "here"
+) -> Session:
     notes = folder / "notes"
     notes.mkdir(parents=True)
-    return Session(folder / "run", notes, strategy, async_save, file_format)
+    remote = (folder / "copy").as_uri() if where == "with a copy" else None
+    is_bare = where == "on a bare file system"
+    return Session(folder / "run", notes, strategy, async_save, file_format, remote, is_bare)
 
 
 def witnessed(session: Session) -> list[list[Any]]:
@@ -275,6 +284,8 @@ def check_snapshots(session: Session, reference: Reference) -> None:
 
 def check_end(session: Session, reference: Reference, outcomes: list[Outcome]) -> None:
     assert refs(session) == reference.table
+    if session.remote is not None:
+        assert verify_run(session.remote) == []
     assert verify(session.directory) == []
     for outcome in outcomes:
         assert outcome.result["state"] == reference.ending["state"]
@@ -293,7 +304,8 @@ def run_with_kills(
         outcomes = attempt(session, kill)
         victims = killed(outcomes)
         told = "\n".join(outcome.traceback or outcome.output for outcome in outcomes)
-        assert not session.complaints.exists(), f"{kill}: {session.complaints.read_text()}\n{told}"
+        # A bare file system is a warning in each session.
+        assert session.is_bare or not session.complaints.exists(), f"{kill}: {session.complaints.read_text()}\n{told}"
         if not victims:
             assert not any(outcome.failed for outcome in outcomes), f"{kill}: {told}"
             break
@@ -324,7 +336,9 @@ def test_killed_and_resumed_run_ends_like_an_uninterrupted_one(share, reference,
         # A run that is complete before it was killed often enough is followed by another one.
         folder = tmp_path / str(seen.counts["runs"])
         deck = deal(random_, left, expected.ending)
-        session = new_session(folder, share.strategy, async_save=share.async_save, file_format=share.file_format)
+        session = new_session(
+            folder, share.strategy, async_save=share.async_save, file_format=share.file_format, where=share.where
+        )
         run_with_kills(session, deck, expected, [seen, killings])
         shutil.rmtree(folder)
     print(f"in {time.monotonic() - started:.1f} s: {seen}")

@@ -13,13 +13,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from keepbest.errors import RankFailedError
 from keepbest.run.verify import verify
+from tests.faults.disks import bare_file_system
 from tests.faults.filled_run import COMPLETE, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
 
 KINDS = {
@@ -28,6 +29,8 @@ KINDS = {
     "dcp": {"format": "dcp"},
     "safetensors with a copy": {"format": "safetensors", "remote": True},
     "async with a copy": {"async_save": True, "remote": True},
+    "bare file system": {"is_bare": True},
+    "async on a bare file system": {"is_bare": True, "async_save": True},
 }
 
 
@@ -48,6 +51,8 @@ HANDLERS = {
     signal.SIGTERM: leave,
     signal.SIGUSR1: raise_error,
 }
+# A listing of a folder that was interrupted leaves its iterator to the collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit, HandlerError, RankFailedError)
 
 
@@ -110,12 +115,14 @@ def counted(request):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_signals_at_any_moment_lose_and_repeat_nothing(kind, counted, tmp_path, request):
-    interruptions = max(4, request.config.getoption("--kills") // len(KINDS))
+    interruptions = max(4, 1 + request.config.getoption("--kills") // len(KINDS))
     chance = random.Random(f"{request.config.getoption('--fault-seed')} {kind}")
     number = 0
     while counted.total() < interruptions:
         directory = tmp_path / str(number) / "run"
-        counted += train(directory, chance, min(5, interruptions - counted.total()), **KINDS[kind])
+        settings, left = dict(KINDS[kind]), min(5, interruptions - counted.total())
+        with bare_file_system() if settings.pop("is_bare", False) else nullcontext():
+            counted += train(directory, chance, left, **settings)
         text = (directory / "checkpoints/ledger.jsonl").read_text()
         lines = [line for line in map(json.loads, text.splitlines()) if line["event"] == "observation"]
         assert [line["iteration"] for line in lines] == [f"E{epoch}" for epoch in range(1, 10)]
