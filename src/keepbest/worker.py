@@ -68,6 +68,11 @@ class Threaded:
                 f"the thread {name} cannot be started ({error}): raise the number of threads that this process may "
                 "have (ulimit -u, or the limit of its container), or train with async_save=False and without remote"
             ) from error
+        except BaseException:  # an interruption, while the thread comes to life
+            with self._changed:
+                self._is_closing = True
+                self._changed.notify_all()
+            raise
 
     def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         with self._changed:

@@ -20,7 +20,7 @@ from keepbest.errors import KeepBestError
 from tests.fuzz.mutations import MARK, PAYLOAD, mutated
 from tests.fuzz.readers import readers
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 _MOST_MEMORY = 3 << 30  # more than is there, so what asks for it is refused
 _MOST_SECONDS = 5.0  # of one input

@@ -261,10 +261,10 @@ class RunFolder:
         return Committed(self.history.run_id, ledger_bytes, kept, frozenset(manifests))
 
     def _stop_following(self) -> None:
-        if self.copy is None or not self._is_followed:
+        if self.copy is None:
             return
         try:
-            if self._ledger is not None:
+            if self._is_followed and self._ledger is not None:
                 self.catch_up()
                 self._ledger.sync()
                 self._collect()
