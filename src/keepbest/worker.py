@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from keepbest.errors import ConfigError
@@ -48,6 +48,9 @@ class Inline:
 class Threaded:
     """Works on a thread of its own, until it is closed.
 
+    Who waits here may be interrupted at any moment. So both sides share nothing but a queue and a lock of C. The lock
+    of a condition can be left taken by an interruption, and would stop the thread for good.
+
     Args:
         name: Name of the thread.
 
@@ -56,9 +59,10 @@ class Threaded:
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: deque[_Job] = deque()
-        self._changed = threading.Condition()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # `None` ends it
         self._is_closing = self._is_over = False
+        self._alive = threading.Lock()  # held while the thread works
+        self._alive.acquire()
         # A daemon, since the interpreter joins other threads before it would ask this one to end.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
@@ -69,47 +73,40 @@ class Threaded:
                 "have (ulimit -u, or the limit of its container), or train with async_save=False and without remote"
             ) from error
         except BaseException:  # an interruption, while the thread comes to life
-            with self._changed:
-                self._is_closing = True
-                self._changed.notify_all()
+            self._jobs.put(None)
             raise
 
     def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
-        with self._changed:
-            self._jobs.append(_Job(work, failed))
-            self._changed.notify_all()
+        self._jobs.put(_Job(work, failed))
 
     def drain(self) -> None:
-        if threading.current_thread() is self._thread:
+        if self._is_over or threading.current_thread() is self._thread:
             return  # what was submitted before this job is done
-        with self._changed:
-            self._changed.wait_for(lambda: not self._jobs)
+        if self._is_closing:
+            self.close()
+            return
+        done = threading.Lock()
+        done.acquire()
+        self._jobs.put(_Job(done.release, lambda _: None))
+        done.acquire()
 
     def close(self, timeout: float | None = None) -> bool:
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify_all()
-            # After an interrupted join() of a thread that works, Python takes it for one that has ended.
-            has_ended = self._changed.wait_for(lambda: self._is_over, timeout)
-        if has_ended:
-            self._thread.join()
-        return has_ended
+        self._is_closing = True
+        self._jobs.put(None)  # also the second time, since an interruption may have come before the first one
+        if not self._is_over:
+            if not self._alive.acquire(timeout=-1 if timeout is None else timeout):
+                return False
+            self._alive.release()
+        self._thread.join()
+        return True
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._is_closing)
-                if not self._jobs:
-                    self._is_over = True
-                    self._changed.notify_all()
-                    return
-                job = self._jobs[0]
+        while (job := self._jobs.get()) is not None:
             try:
                 job.work()
             except BaseException as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
                 job.failed(error)
             finally:
                 del job  # it may name the keeper, which must not outlive its last user here
-                with self._changed:
-                    self._jobs.popleft()
-                    self._changed.notify_all()
+        self._is_over = True
+        self._alive.release()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from keepbest.errors import RankFailedError
+from keepbest.errors import KeepBestError
 from keepbest.run.verify import verify
 from tests.faults.disks import bare_file_system
 from tests.faults.filled_run import COMPLETE, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
@@ -53,7 +53,7 @@ HANDLERS = {
 }
 # A listing of a folder that was interrupted leaves its iterator to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-INTERRUPTIONS = (KeyboardInterrupt, SystemExit, HandlerError, RankFailedError)
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, HandlerError, KeepBestError)
 
 
 @contextmanager
@@ -93,8 +93,8 @@ def train(directory: Path, chance: random.Random, interruptions: int, **settings
                 keeper.flush(pin="resume")
                 keeper.close()
         except INTERRUPTIONS as interruption:
-            # What a rank raises is raised as an error of that rank, on all of them.
-            if isinstance(interruption, RankFailedError) and not isinstance(interruption.__cause__, HandlerError):
+            # What a rank raises is raised as an error of that rank, or of the step that it was in.
+            if isinstance(interruption, KeepBestError) and not _stems_from_handler(interruption):
                 raise
             seen[type(interruption).__name__] += 1
         else:
@@ -104,6 +104,12 @@ def train(directory: Path, chance: random.Random, interruptions: int, **settings
         if chance.random() < 0.5 or keeper.state.last_iteration == COMPLETE.last_iteration:
             keeper.abandon()
             keeper = keeper_of(directory, model, resume="ledger", **settings)
+
+
+def _stems_from_handler(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, HandlerError):
+        error = error.__cause__
+    return error is not None
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import threading
 import weakref
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 
 import torch
 
@@ -81,30 +82,41 @@ class HostStaging:
 
     def __init__(self, make_room: Callable[[], Slot | None]) -> None:
         self._make_room = make_room
-        self._free: list[dict[str, torch.Tensor]] = [{} for _ in range(_SLOTS)]
+        # A queue of C, since an interruption can leave the lock of a condition taken.
+        self._free: SimpleQueue[dict[str, torch.Tensor]] = SimpleQueue()
+        self._claimed: weakref.WeakSet[HostSlot] = weakref.WeakSet()
         self._is_closed = False
-        self._released = threading.Condition()
+        for _ in range(_SLOTS):
+            self._free.put({})
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""
-        with self._released:
-            if self._free:
-                return HostSlot(self._free.pop(), self._take_back)
+        try:
+            return self._claim(self._free.get_nowait())
+        except Empty:
+            pass
         if (slot := self._make_room()) is not None:
             return slot
-        with self._released:
-            while not self._released.wait_for(lambda: self._free, _PATIENCE):
+        while True:
+            try:
+                return self._claim(self._free.get(timeout=_PATIENCE))
+            except Empty:
                 gc.collect()
-            return HostSlot(self._free.pop(), self._take_back)
+                if self._free.empty() and len(self._claimed) < _SLOTS:
+                    return self._claim({})  # in the place of one that an interruption has cost
 
     def close(self) -> None:
         """Free the slots, now or when they are released."""
-        with self._released:
-            self._is_closed = True
-            self._free.clear()
+        self._is_closed = True
+        with contextlib.suppress(Empty):
+            while True:
+                self._free.get_nowait()
+
+    def _claim(self, tensors: dict[str, torch.Tensor]) -> Slot:
+        slot = HostSlot(tensors, self._take_back)
+        self._claimed.add(slot)
+        return slot
 
     def _take_back(self, tensors: dict[str, torch.Tensor]) -> None:
-        with self._released:
-            if not self._is_closed:
-                self._free.append(tensors)
-                self._released.notify_all()
+        if not self._is_closed:
+            self._free.put(tensors)
