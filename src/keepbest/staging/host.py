@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -82,41 +81,47 @@ class HostStaging:
 
     def __init__(self, make_room: Callable[[], Slot | None]) -> None:
         self._make_room = make_room
-        # A queue of C, since an interruption can leave the lock of a condition taken.
-        self._free: SimpleQueue[dict[str, torch.Tensor]] = SimpleQueue()
+        # What was used last is used first, so that saves which do not overlap need one buffer.
+        self._free: list[dict[str, torch.Tensor]] = []
+        # One entry for each of them. A queue of C, since an interruption can leave the lock of a condition taken.
+        self._released: SimpleQueue[None] = SimpleQueue()
         self._claimed: weakref.WeakSet[HostSlot] = weakref.WeakSet()
         self._is_closed = False
         for _ in range(_SLOTS):
-            self._free.put({})
+            self._take_back({})
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""
         try:
-            return self._claim(self._free.get_nowait())
+            self._released.get_nowait()
         except Empty:
             pass
+        else:
+            return self._claim()
         if (slot := self._make_room()) is not None:
             return slot
         while True:
             try:
-                return self._claim(self._free.get(timeout=_PATIENCE))
+                self._released.get(timeout=_PATIENCE)
             except Empty:
                 gc.collect()
-                if self._free.empty() and len(self._claimed) < _SLOTS:
-                    return self._claim({})  # in the place of one that an interruption has cost
+                # An interruption may have cost one.
+                if self._released.empty() and len(self._claimed) < _SLOTS:
+                    return self._claim()
+            else:
+                return self._claim()
 
     def close(self) -> None:
         """Free the slots, now or when they are released."""
         self._is_closed = True
-        with contextlib.suppress(Empty):
-            while True:
-                self._free.get_nowait()
+        self._free.clear()
 
-    def _claim(self, tensors: dict[str, torch.Tensor]) -> Slot:
-        slot = HostSlot(tensors, self._take_back)
+    def _claim(self) -> Slot:
+        slot = HostSlot(self._free.pop() if self._free else {}, self._take_back)
         self._claimed.add(slot)
         return slot
 
     def _take_back(self, tensors: dict[str, torch.Tensor]) -> None:
         if not self._is_closed:
-            self._free.put(tensors)
+            self._free.append(tensors)
+            self._released.put(None)
