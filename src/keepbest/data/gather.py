@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from keepbest.errors import DesyncError, RankFailedError
@@ -68,7 +67,8 @@ def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
     sent = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
     received = torch.empty(ranks.world_size, len(sent), dtype=torch.uint8)
     try:
-        dist.all_gather(list(received.unbind(0)), sent, group=ranks.control_group)
+        # Of the group itself: where a rank is lost, torch.distributed fails to describe a group that it does not keep.
+        ranks.control_group.allgather([list(received.unbind(0))], [sent]).wait()
     except RuntimeError as error:
         ranks.poison("a gather of evaluation results was cut off")
         raise RankFailedError(
