@@ -252,7 +252,8 @@ def test_every_short_history_survives_every_step(last, explorer, request):
     everything = request.config.getoption("--crash-points") == "all"
     started = time.monotonic()
     tried = 0
-    for length in range(1, 4 if everything else 3):
+    longest = 3 if everything else 1 if request.config.getoption("--quick") else 2
+    for length in range(1, longest + 1):
         for actions in histories(length):
             if actions[-1] == last:
                 explorer.explore(actions)
@@ -261,7 +262,7 @@ def test_every_short_history_survives_every_step(last, explorer, request):
                     explorer.interrupt(actions)
     print(f"\n{last}: {tried} histories, {explorer.states} states in {time.monotonic() - started:.0f} s")
     assert explorer.faults == []
-    assert tried
+    assert tried or longest == 1
 
 
 class Careless(RecordingFiles):
