@@ -30,7 +30,7 @@ from keepbest.printable import printable
 
 
 class KeepBestError(Exception):
-    """Base of all errors of this library. Its text is fit for a terminal, whatever it quotes."""
+    """Base of all errors of this library. Its text is fit for a terminal, also where it quotes a file."""
 
     _keep: ClassVar[str] = "\n\t"
 

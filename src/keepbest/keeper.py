@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from keepbest.capture.share import Items
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide, outcome_again
-from keepbest.errors import ConfigError, InvalidMetricError, IterationError, StorageError
+from keepbest.errors import ConfigError, InvalidMetricError, StorageError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.load import LoadedSnapshot, load_into
@@ -199,10 +199,11 @@ class BestKeeper:
         if not math.isfinite(value) and self._settings.on_nonfinite == "raise":
             raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
         state, decision = decide(self.policy, self._state, observation)
-        # Whatever comes between here and the end: the next exchange asks rank 0 what is recorded.
+        # If this is interrupted before the end, the next exchange asks rank 0 what is recorded.
         self._saver.is_in_doubt = True
         outcome = (self._save if decision.is_saved else self._record)(observation, state, decision)
-        self._saver.is_in_doubt, self._is_rank_0_writing = False, bool(outcome.newly_exceeded)
+        self._saver.is_in_doubt = False
+        self._is_rank_0_writing = revision is not None or bool(outcome.newly_exceeded)
         return outcome
 
     def state_dict(self) -> dict[str, Any]:
@@ -343,8 +344,8 @@ class BestKeeper:
         try:
             iteration = find_iteration()
             revised = None if failure is not None else self._saver.revised_state()
-        except (IterationError, OSError) as error:
-            failure = failure or error  # the other ranks are waiting, and have to learn of it
+        except BaseException as error:  # noqa: BLE001  # raised again on every rank: the others are waiting
+            failure = failure or error
         value, news = agree_on_metric(
             self._ranks,
             self.metric_key,
@@ -364,8 +365,8 @@ class BestKeeper:
     def _adopt(self, revision: Revision | None) -> None:
         """Adopt what rank 0 has recorded: without bests that were lost, with an observation that was interrupted."""
         if revision is not None:
-            before, self._state = self._state, revision.state
-            self._saver.all_know(revision, before)
+            self._state = revision.state
+            self._saver.all_know(revision)
 
     def _save(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         iteration, value = observation.iteration, observation.value

@@ -32,7 +32,7 @@ def train_on_a_slow_disk(directory: Path) -> int:
 
     def slowly(operation: Operation) -> None:
         if operation.name in ("sync", "sync_folder"):
-            time.sleep(seconds)
+            time.sleep(seconds)  # is the slow disk
 
     model = net()
     with use(directory, files=SteppedFiles(before(slowly))):
@@ -66,7 +66,7 @@ def test_without_links_everything_else_is_as_it_should_be(code, memory_folder, c
         assert verify(memory_folder) == []
         assert sum("links are refused" in record.message for record in caplog.records) == 2
         # Where links can be made again, the next session makes them.
-        fault.mend()
+        fault.end()
         with keeper_of(memory_folder, net(), resume="ledger"):
             pass
     assert verify(memory_folder) == []

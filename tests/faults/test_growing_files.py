@@ -15,17 +15,7 @@ from keepbest import load
 from keepbest.errors import KeepBestError
 from keepbest.export import export
 from keepbest.remote.verify import verify_run
-from tests.faults.hostile_run import (
-    BEST,
-    forge,
-    lines,
-    make_run,
-    net,
-    record,
-    refused_load,
-    rewrite,
-    snapshot,
-)
+from tests.faults import hostile_run as hostile
 from tests.kit import cli_runs as runs
 
 
@@ -48,24 +38,24 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_file_that_would_grow_is_refused_everywhere(tmp_path, kind):
-    make_run(run := tmp_path / "run")
+    hostile.make_run(run := tmp_path / "run")
     state, save = BOMBS[kind]
-    forge(run, state, save=save)
+    hostile.forge(run, state, save=save)
     for to in ("o.pt", "o.safetensors", "folder"):
         with pytest.raises(KeepBestError, match=r"would grow|compressed"):
-            export(run, BEST, tmp_path / to)
-    assert "would grow" in (reason := refused_load(run)) or "compressed" in reason
+            export(run, hostile.BEST, tmp_path / to)
+    assert "would grow" in (reason := hostile.refused_load(run)) or "compressed" in reason
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def forged_index(change):
     def make(run: Path) -> None:
-        make_run(run, format="dcp")
-        path = snapshot(run) / "model.dcp/.metadata"
+        hostile.make_run(run, format="dcp")
+        path = hostile.snapshot(run) / "model.dcp/.metadata"
         metadata = pickle.loads(path.read_bytes())
         change(metadata)
         path.write_bytes(pickle.dumps(metadata))
-        record(run)
+        hostile.record(run)
 
     return make
 
@@ -107,34 +97,34 @@ def test_index_that_is_larger_than_its_files_is_refused(tmp_path, kind):
     change, reason = INDEXES[kind]
     forged_index(change)(run := tmp_path / "run")
     with pytest.raises(KeepBestError, match=reason):
-        export(run, BEST, tmp_path / "o.pt")
-    refused_load(run)
+        export(run, hostile.BEST, tmp_path / "o.pt")
+    hostile.refused_load(run)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_header_of_safetensors_that_is_larger_than_its_file_is_refused(tmp_path):
-    make_run(run := tmp_path / "run", format="safetensors")
-    path = snapshot(run) / "model.safetensors"
+    hostile.make_run(run := tmp_path / "run", format="safetensors")
+    path = hostile.snapshot(run) / "model.safetensors"
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     for old, new in ((b"[2]", b"[2000000]"), (b'"data_offsets": [', b'"data_offsets": [9')):
         header = data[8 : 8 + size].replace(old, new)
         path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
-        record(run)
-        assert "cannot be read as weights" in refused_load(run)
+        hostile.record(run)
+        assert "cannot be read as weights" in hostile.refused_load(run)
 
 
 def test_object_of_a_copy_that_has_grown_is_not_brought(tmp_path):
-    make_run(run := tmp_path / "run")
-    os.truncate(snapshot(run) / "model.pt", 1 << 30)  # a hole: it takes no space here
+    hostile.make_run(run := tmp_path / "run")
+    os.truncate(hostile.snapshot(run) / "model.pt", 1 << 30)  # a hole: it takes no space here
     with pytest.raises(KeepBestError, match=r"model\.pt cannot be read"):
-        load(f"file://{run}", BEST, net(0.0))
+        load(f"file://{run}", hostile.BEST, hostile.net(0.0))
     assert [fault.kind for fault in verify_run(f"file://{run}")] == ["damage"]
 
 
 def test_top_k_that_nobody_keeps_is_shown_at_once(tmp_path):
-    make_run(run := tmp_path / "run")
-    entries = lines(run)
+    hostile.make_run(run := tmp_path / "run")
+    entries = hostile.lines(run)
     entries[1]["policy"]["top_k"] = 10**18
-    rewrite(run, entries)
+    hostile.rewrite(run, entries)
     assert runs.keepbest("show", run).exit_code == 0

@@ -79,7 +79,7 @@ def memory_folder(tmp_path):
 def observe_again(keeper, model, epoch: int) -> None:
     """What a notebook does with the cell that was interrupted."""
     if keeper.state.last_iteration.epoch == epoch:
-        return  # the call was over, but for its return
+        return  # all of the call was done, except its return
     outcome = keeper.observe(VALUES[epoch - 1], TrainingIteration(epoch=epoch))
     assert (outcome.iteration.epoch, outcome.is_new_best) == (epoch, epoch in (1, 2, 5, 8))
 

@@ -305,7 +305,8 @@ def run_with_kills(
         victims = killed(outcomes)
         told = "\n".join(outcome.traceback or outcome.output for outcome in outcomes)
         # A bare file system is a warning in each session.
-        assert session.is_bare or not session.complaints.exists(), f"{kill}: {session.complaints.read_text()}\n{told}"
+        complaints = session.complaints.read_text() if session.complaints.exists() else ""
+        assert session.is_bare or not complaints, f"{kill}: {complaints}\n{told}"
         if not victims:
             assert not any(outcome.failed for outcome in outcomes), f"{kill}: {told}"
             break

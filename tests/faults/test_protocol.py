@@ -146,7 +146,7 @@ class Explorer:
                     self._look(files, length, fates, actions, models[max(first, 0) :])
 
     def interrupt(self, actions: tuple[str, ...]) -> None:
-        """At each operation of the last action, before and after it; the process goes on."""
+        """At each operation of the last action, before and after it. The process continues."""
         for number in itertools.count():
             outcomes = [self._interrupted(actions, number, is_after=is_after) for is_after in (False, True)]
             if not any(outcomes):
@@ -197,7 +197,7 @@ class Explorer:
     def _compare(self, directory: Path, allowed: list[tuple[object, ...]], where: str) -> None:
         try:
             found = recovered(directory)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is a fault of the protocol
+        except Exception as error:  # noqa: BLE001  # any error here is a fault of the protocol
             self.faults.append(f"{where}: {error!r}")
             return
         if found not in allowed:

@@ -78,7 +78,7 @@ def interrupted(number: signal.Signals, after: float) -> Iterator[None]:
 
 
 def train(directory: Path, chance: random.Random, interruptions: int, **settings) -> Counter[str]:
-    """A run that is interrupted so often, and each time goes on with the same keeper, or with one that resumes."""
+    """A run that is interrupted so often. Each time the same keeper continues, or another one resumes."""
     if settings.get("remote"):
         settings["remote"] = directory.with_name("copy").as_uri()
     model, seen, longest = net(), Counter(), 0.02

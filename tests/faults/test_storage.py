@@ -86,7 +86,7 @@ def test_run_goes_on_right_after_any_call_was_refused(operation, on_save_error, 
             assert fault.refused, where
             assert error is None or "Input/output error" in str(error), where
             assert damage(directory) == [], where
-            fault.mend()
+            fault.end()
             seen_again, error = one_session(directory, on_save_error)
         assert error is None, where
         assert verify(directory) == [], where
@@ -174,7 +174,7 @@ def run_until(directory: Path, on_save_error: str, epochs: int, file_format: str
     try:
         with keeper:
             seen += go_on(keeper, model, VALUES[: epochs + 1])
-            pause("mend it")
+            pause("repair it")
             seen += go_on(keeper, model)
     except StorageError as error:
         return seen, state, str(error), started, time.monotonic()
@@ -190,7 +190,7 @@ def resume(directory: Path, state) -> None:
         go_on(keeper, model)
 
 
-def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, mend_it, file_format: str = "torch"):
+def break_and_repair(directory: Path, on_save_error: str, epochs: int, break_it, repair_it, file_format: str = "torch"):
     """(what both ranks saw, the state before, the error) of two ranks whose storage breaks after `epochs`."""
     with start_ranks(run_until, 2, directory, on_save_error, epochs, file_format) as ranks:
         for rank in range(2):
@@ -200,8 +200,8 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
             ranks.resume(rank)
         if on_save_error == "warn":
             for rank in range(2):
-                ranks.wait_for(rank, "mend it")
-            mend_it()
+                ranks.wait_for(rank, "repair it")
+            repair_it()
             for rank in range(2):
                 ranks.resume(rank)
         outcomes = [outcome.result for outcome in ranks.collect()]
@@ -223,7 +223,7 @@ def break_and_mend(directory: Path, on_save_error: str, epochs: int, break_it, m
 )
 def test_full_disk_is_reported_on_every_rank_and_resumable(small_disk, resume_from, file_format, reported):
     directory = small_disk / "run"
-    _, state, error = break_and_mend(directory, "raise", 4, lambda: fill(small_disk), None, file_format)
+    _, state, error = break_and_repair(directory, "raise", 4, lambda: fill(small_disk), None, file_format)
     assert reported in error
     assert "save the new best of loss at E5" in error
     assert verify(directory) == []  # not even a half-written file is left to take up the little room
@@ -238,8 +238,8 @@ def test_full_disk_is_reported_on_every_rank_and_resumable(small_disk, resume_fr
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
 def test_full_disk_with_warn_loses_one_best_and_saves_the_next(small_disk, file_format):
     directory = small_disk / "run"
-    mend = (small_disk / "ballast").unlink
-    seen, _, error = break_and_mend(directory, "warn", 4, lambda: fill(small_disk), mend, file_format)
+    repair = (small_disk / "ballast").unlink
+    seen, _, error = break_and_repair(directory, "warn", 4, lambda: fill(small_disk), repair, file_format)
     assert error is None
     assert [entry.iteration.epoch for entry in seen if not entry.durable] == [5]
     # 3.5 at 6 is worse than the 3.0 that was lost, and better than the best on the disk: 4.0.
@@ -314,7 +314,7 @@ def test_folder_that_becomes_read_only_under_a_run(small_disk, part, on_save_err
     def make_writable():
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
-    seen, _, error = break_and_mend(directory, on_save_error, 4, make_read_only, make_writable)
+    seen, _, error = break_and_repair(directory, on_save_error, 4, make_read_only, make_writable)
     if on_save_error == "raise":
         assert "on rank 0 of 2: OSError: [Errno 30] Read-only file system" in error
         assert damage(directory) == []

@@ -156,5 +156,5 @@ class Fault:
     def aim(self, operation: str) -> None:
         self.refuses = operation.split("+")
 
-    def mend(self) -> None:
+    def end(self) -> None:
         self.last = 0

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest import BestKeeper, load
-from keepbest.errors import PoisonedError, RankTimeoutError
+from keepbest.errors import PoisonedError, RankFailedError, RankTimeoutError
 from keepbest.ranks import Number, Ranks
-from tests.kit.pool import run_ranks
+from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import refs, update
 
 
@@ -91,7 +91,7 @@ def test_forked_child_loads_alone_and_disturbs_no_rank(tmp_path):
 def time_out_without_a_thread() -> str:
     ranks = Ranks.connect(rank_timeout=0.5)
     if ranks.rank == 1:
-        time.sleep(1)
+        time.sleep(1)  # is the rank that does not come in time
         return ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
@@ -103,3 +103,21 @@ def time_out_without_a_thread() -> str:
 def test_timeout_without_a_thread_to_look_for_ranks_says_so():
     message, _ = run_ranks(time_out_without_a_thread, 2)
     assert "ranks that did not arrive: unknown (no thread to look for them can be started)" in message
+
+
+def lose_a_rank_in_a_broadcast() -> str:
+    ranks = Ranks.connect()
+    ranks.gather_json("meet", lambda: None)
+    if ranks.rank == 1:
+        os._exit(1)
+    with pytest.raises((RuntimeError, ValueError)) as failed:
+        dist.broadcast(torch.zeros(1), group=ranks.control_group, group_src=1)
+    with pytest.raises(RankFailedError) as caught:
+        ranks.lose("bring the weights", failed.value)
+    return str(caught.value)
+
+
+def test_log_of_torch_does_not_hide_that_a_rank_was_lost():
+    with start_ranks(lose_a_rank_in_a_broadcast, 2) as ranks:
+        [outcome] = ranks.collect(ranks=[0])
+    assert "failed to bring the weights: RuntimeError" in outcome.result

@@ -43,7 +43,7 @@ _numbers = itertools.count()
 @pytest.fixture
 def place(served, monkeypatch):
     server, link = served
-    link.mend()
+    link.repair()
     for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": link.url}.items():
         monkeypatch.setenv(name, value)
     # Clients are kept for as long as a process lives, and with them the address that the server had.

@@ -45,7 +45,7 @@ def broken_promises(objects: dict[str, bytes]) -> list[str]:
 def ranks_that_keep_bests_until(
     directory: Path, url: str, environment: dict[str, str], signs: Path, *, patience: float = 60.0, **settings
 ):
-    """Each rank observes 9, 8, ... in the steps that the files in `signs` allow: 'cut', 'mended'; 'end' ends them."""
+    """Each rank observes 9, 8, ... in the steps that the files in `signs` allow: 'cut', 'repaired'; 'end' ends them."""
     os.environ.update(environment)
     with use(directory, patience=patience):
         return _keep_bests(Run(directory, nn.Linear(WIDE, 1), remote=url, tolerances=[1], **settings), signs)
@@ -54,7 +54,7 @@ def ranks_that_keep_bests_until(
 def _keep_bests(run: Run, signs: Path) -> float:
     number = 0
     with run.keeper as keeper:
-        for sign in ("cut", "mended", "end"):
+        for sign in ("cut", "repaired", "end"):
             for _ in range(3):
                 number += 1
                 set_weights(run.model, number)

@@ -1,4 +1,4 @@
-"""An S3 server on loopback, behind a link that can be cut in the middle of an upload and mended.
+"""An S3 server on loopback, behind a link that can be cut in the middle of an upload and repaired.
 
 The server forgets everything when it is stopped, the link nothing: together they are a network that fails, and a
 storage that loses its memory.
@@ -99,7 +99,7 @@ class Link:
             self.is_cut.clear()
             self._left = sent
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         with self._lock:
             self._left = None
             self.is_cut.clear()

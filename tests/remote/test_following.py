@@ -23,7 +23,7 @@ from tests.remote.server import BUCKET, CREDENTIALS
 
 
 def environment(place):
-    # One attempt each, so that what the client cannot mend is ours to mend.
+    # One attempt each, so that what the client cannot repair is ours to repair.
     return {**CREDENTIALS, "AWS_ENDPOINT_URL": place.link.url, "AWS_MAX_ATTEMPTS": "1"}
 
 
@@ -79,14 +79,14 @@ def test_storage_that_restarts_during_an_upload_is_completed(tmp_path, place, lo
         place.link.cut_after(1_500_000)  # a snapshot has 2.8 MB
         (tmp_path / "cut").touch()
         for rank in (0, 1):
-            ranks.wait_for(rank, "before mended", timeout=60)  # training does not wait
+            ranks.wait_for(rank, "before repaired", timeout=60)  # training does not wait
         assert place.link.is_cut.wait(60)
         if loses == "its memory":
             place.server.kill()
             place.server.start()
             assert place.objects() == {}
-        place.link.mend()
-        (tmp_path / "mended").touch()
+        place.link.repair()
+        (tmp_path / "repaired").touch()
         (tmp_path / "end").touch()
         outcomes = ranks.collect(timeout=120)
     assert [outcome.exception for outcome in outcomes] == [None, None]
@@ -121,7 +121,7 @@ def test_storage_that_forgets_what_it_has_just_confirmed(tmp_path, place, monkey
 
 def test_lost_storage_ends_training_and_upload_makes_up_for_it(tmp_path, place):
     directory = tmp_path / "run"
-    (tmp_path / "mended").touch()
+    (tmp_path / "repaired").touch()
     (tmp_path / "end").touch()
     with start_ranks(failing_ranks, 2, directory, place.url, environment(place), tmp_path) as ranks:
         for rank in (0, 1):
@@ -133,7 +133,7 @@ def test_lost_storage_ends_training_and_upload_makes_up_for_it(tmp_path, place):
         assert isinstance(outcome.exception, StorageError)
         assert place.url in str(outcome.exception)
         assert str(directory) in str(outcome.exception)
-    place.link.mend()
+    place.link.repair()
     assert broken_promises(place.objects()) == []
     assert place.objects() != local_files(directory)
     upload(directory, place.url)
@@ -154,7 +154,7 @@ def test_lost_storage_is_a_warning_where_training_continues(tmp_path, place, mon
             assert place.link.is_cut.wait(60)
     assert "lags behind" in caplog.text
     assert verify(tmp_path) == []
-    place.link.mend()
+    place.link.repair()
     again = Run(tmp_path, remote=place.url, on_save_error="warn", resume="ledger")
     with again.keeper:
         again.observe(4.0, first=2)
@@ -173,7 +173,7 @@ def test_kill_during_an_upload_leaves_an_earlier_state(tmp_path, place):
         for rank in (0, 1):
             ranks.signal(rank, signal.SIGKILL)
         ranks.collect(timeout=60)
-    place.link.mend()
+    place.link.repair()
     assert broken_promises(place.objects()) == []
     assert [fault for fault in verify(place.url) if fault.kind == "damage"] == []
     # On another machine, the copy is all that there is.

@@ -1,4 +1,4 @@
-"""What was committed stays committed, whatever comes after its line is on the disk; and nothing is recorded twice."""
+"""What was committed stays committed, also if what comes after its line fails. Nothing is recorded twice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from keepbest.decision import fold
 from keepbest.errors import IterationError, LedgerError, RankFailedError, StorageError
 from keepbest.run.ledger import read_ledger
 from keepbest.run.maintenance import repair
+from keepbest.run.record import KeeperRecord
 from keepbest.run.verify import verify
 from tests.faults.filled_run import COMPLETE, POLICY, VALUES, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
 from tests.faults.power_cut import LOST, RecordingFiles
@@ -230,3 +232,40 @@ def test_older_ledger_in_a_folder_without_links_is_refused(tmp_path):
             act()
     assert snapshots(tmp_path / "copy") == before
     assert refs(tmp_path / "copy") == {}
+
+
+def test_observation_that_failed_before_its_record_counts_nowhere(tmp_path, monkeypatch):
+    model, record = net(), KeeperRecord.observe
+    keeper = keeper_of(tmp_path, model)
+    go_on(keeper, model, VALUES[:3])
+    monkeypatch.setattr(KeeperRecord, "observe", Mock(side_effect=MemoryError))
+    keeper.observe(**at(4))
+    monkeypatch.setattr(KeeperRecord, "observe", record)
+    with pytest.raises(RankFailedError, match="MemoryError"):
+        keeper.observe(**at(5))
+    assert keeper.observe(**at(5)).is_new_best
+    keeper.abandon()
+    assert keeper.state == recorded_state(tmp_path)
+
+
+def fail_to_know_what_is_recorded(directory):
+    model = net()
+    keeper = keeper_of(directory, model, rank_timeout=20.0)
+    go_on(keeper, model, VALUES[:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeeperRecord, "keep", Mock(side_effect=MemoryError))
+        with pytest.raises(RankFailedError):
+            keeper.observe(**at(5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeeperRecord, "revision", Mock(side_effect=LedgerError("damaged")))
+        with pytest.raises(LedgerError) as caught:
+            keeper.observe(**at(5))
+    outcome = keeper.observe(**at(5))
+    keeper.abandon()
+    return str(caught.value), outcome
+
+
+def test_rank_0_that_cannot_read_its_record_leaves_nobody_waiting(tmp_path):
+    found = run_ranks(fail_to_know_what_is_recorded, 2, tmp_path)
+    assert found[0] == found[1]
+    assert found[0][1].is_new_best

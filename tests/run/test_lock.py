@@ -81,6 +81,8 @@ def test_second_lock_in_a_process_is_refused_and_the_first_stays(tmp_path, monke
 
 def test_lock_that_nobody_releases_goes_with_its_owner(tmp_path):
     lock = taken(tmp_path / "lock")
+    with pytest.raises(RunExistsError):
+        taken(tmp_path / "lock")
     del lock
     taken(tmp_path / "lock").release()
 

@@ -107,7 +107,7 @@ def is_free(directory: Path) -> bool:
 def comes_true(condition) -> bool:
     deadline = time.monotonic() + 60
     while not (reached := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.02)  # garbage collection and other processes do it, and report nothing
     return reached
 
 

@@ -15,7 +15,7 @@ _WIDTH_WITHOUT_TERMINAL = 160
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print one line, whatever is in it."""
+    """Print one line as text: markup and control characters in it have no effect."""
     typer.echo(printable(line), err=err)
 
 

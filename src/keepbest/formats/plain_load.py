@@ -38,7 +38,7 @@ def load_plain(path: Path) -> Any:
 
 
 def load_plain_bytes(data: bytes) -> Any:
-    """As `load_plain`, for bytes. Raises whatever zipfile and torch raise."""
+    """As `load_plain`, for bytes. Raises the errors of zipfile and torch."""
     _check_is_stored(io.BytesIO(data))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 

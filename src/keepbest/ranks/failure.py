@@ -51,6 +51,15 @@ class FailureReport(NamedTuple):
         return found if isinstance(found, type) and issubclass(found, KeepBestError) else None
 
 
+def cause_of(failure: BaseException) -> BaseException:
+    """Return what went wrong in a collective of torch.
+
+    Where one fails in a group that torch keeps no table of, the log of torch fails too, and hides the first failure.
+    """
+    hidden = failure.__context__
+    return hidden if isinstance(failure, ValueError) and isinstance(hidden, RuntimeError) else failure
+
+
 def text_of(failure: BaseException) -> str:
     """Return the message of an exception, which may be unable to give it."""
     try:

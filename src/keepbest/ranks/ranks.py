@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError
 from keepbest.ranks.control_group import ControlGroup
-from keepbest.ranks.failure import FailureReport, shared_error, text_of
+from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
 from keepbest.ranks.flag import SharedFlag
 from keepbest.ranks.frame import Frame, Number, digest_place
 
@@ -89,7 +89,10 @@ class Ranks:
 
     @property
     def control_group(self) -> dist.ProcessGroup | None:
-        """The gloo group of the control plane; `None` where there is one rank."""
+        """The gloo group of the control plane; `None` where there is one rank.
+
+        torch keeps no table of it. So where a function of torch.distributed fails in it, `lose` finds the cause.
+        """
         return self._control.group
 
     def patient_group(self) -> dist.ProcessGroup | None:
@@ -221,6 +224,7 @@ class Ranks:
             RankFailedError: Names this rank and the step. If `error` is one of this library or an interruption, it is
                 raised itself.
         """
+        error = cause_of(error)
         reason = f"failed to {step}: {type(error).__name__}: {text_of(error)}"
         if self.world_size > 1:
             self.poison(reason)

@@ -226,7 +226,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder for other processes. A second call does nothing."""
-        with ExitStack() as steps:  # the last one first, and each of them whatever becomes of the others
+        with ExitStack() as steps:  # the last one first, and each of them even if others fail
             steps.callback(self._lock.release)
             steps.callback(self.snapshots.finish_removal)
             steps.callback(self._close_ledger)

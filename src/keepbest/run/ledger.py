@@ -209,7 +209,10 @@ class LedgerFile:
     def _write_anew(self) -> None:
         # After a sync that failed the kernel may believe that its pages are on the disk: a second one proves nothing.
         self._file.truncate(self._tail.end)
-        data = self._file.read(self._tail.start) + b"".join(self._tail.lines)
+        durable = self._file.read(self._tail.start)
+        if len(durable) < self._tail.start:
+            raise OSError(errno.EIO, "the ledger was cut while the run was open", str(self._path))
+        data = durable + b"".join(self._tail.lines)
         temporary = self._path.with_name(f"{TEMPORARY}{self._path.name}")
         self._files.remove(temporary)
         with self._files.create(temporary) as file:

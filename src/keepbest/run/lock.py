@@ -101,7 +101,7 @@ class RunLock:
             if not is_announced:
                 _logger.warning("%s: waiting for another process (%s) to end", self._path.parent, owner or "unknown")
                 is_announced = True
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)  # a lock that is waited for could not be given up after the patience
 
     def _write_owner(self) -> None:
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})

@@ -219,8 +219,8 @@ class KeeperRecord:
             OSError: Any refusal of the file system. It then goes to the disk with the next line.
         """
         moves, refs = self._tolerance_moves(exceeded), self.folder.history.refs
-        if any(refs.get(ref) != snapshot for ref, snapshot in moves.items()):
-            self.folder.commit(RefsMoved(self.keeper, moves))
+        if left := {ref: snapshot for ref, snapshot in moves.items() if refs.get(ref) != snapshot}:
+            self.folder.commit(RefsMoved(self.keeper, left))
 
     def drop_skipped(self) -> None:
         """Record that bests do not count that were skipped for one that was lost. Raises as `observe`."""

@@ -30,9 +30,11 @@ class Losses:
         """Note that something could not be written; from any thread."""
         # The other ranks are not waiting: it travels with the next exchange, at no cost to quiet intervals.
         self._failures.append(failure)
+        if not isinstance(failure, OSError):
+            self.lose_best()  # it may have come before the record, which otherwise has what the disk refuses
 
     def lose_best(self) -> None:
-        """Note that a best was lost that the ranks believe to be on its way."""
+        """Note that the ranks believe something to be recorded, or on its way, that may not be."""
         self._lost_bests += 1
 
     def take(self) -> BaseException | None:

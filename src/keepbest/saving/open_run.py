@@ -17,6 +17,7 @@ from typing import Any
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.remote.copy import FollowingCopy
+from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
 from keepbest.run.lock import RunLock
@@ -220,7 +221,10 @@ def abandon(directory: str | Path) -> None:
 
     That is for a notebook, in which a cell that was interrupted may have left a keeper that no variable names any more.
     Each of them leaves the run as it is, to be resumed. Where there are none, nothing happens.
+
+    Raises:
+        ConfigError: If `directory` is a URL.
     """
-    run = _open_runs.get(Path(directory).expanduser().resolve())
+    run = _open_runs.get(local_path(directory).resolve())
     for keeper in [] if run is None else run.keepers():
         keeper.abandon()

@@ -149,17 +149,14 @@ class Saver:
         self._submit(KeeperRecord.drop_skipped, names_bests=False)
         return self._record.revision(self._policy)
 
-    def all_know(self, revision: Revision, before: BestState) -> None:
+    def all_know(self, revision: Revision) -> None:
         """Every rank has adopted the revision. Tolerances that it closes are recorded. **Rank-local**."""
+        exceeded = revision.state.exceeded
+        if exceeded:
+            self._submit(lambda record: record.close_tolerances(exceeded), names_bests=True)
+        # Last, so that a revision comes again if this is interrupted.
         self.losses.all_know()
         self.is_in_doubt = False
-        closed = {
-            tolerance: best
-            for tolerance, best in revision.state.exceeded.items()
-            if tolerance not in before.exceeded or before.exceeded[tolerance] != best
-        }
-        if closed:
-            self._submit(lambda record: record.close_tolerances(closed), names_bests=True)
 
     def take_failure(self) -> BaseException | None:
         """What could not be written or uploaded, for every rank to raise; each once. **Rank-local**."""

@@ -13,8 +13,6 @@ from keepbest.modules.kinds import is_dense
 from keepbest.staging.slot import Like, Slot
 
 _SLOTS = 2  # while one is being written, the other can hold the next best
-
-
 _PATIENCE = 1.0  # seconds to wait for a slot, before garbage is collected that may hold one
 
 
