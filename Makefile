@@ -1,5 +1,8 @@
 # Every target works as the first command on a fresh clone: the environment is made where it is missing or out of date.
 
+# Containers often set it. Each of the many processes of the tests would compile the package and its tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -18,7 +18,7 @@ from tests.kit.quick import NoProcesses
 torch.set_num_threads(1)
 # How long an example takes depends on what the other test process does.
 settings.register_profile("keepbest", deadline=None)
-settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("quick", deadline=None, max_examples=10)
 settings.load_profile("keepbest")
 
 

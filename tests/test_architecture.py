@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -150,6 +151,7 @@ COLLECTIVE_CHECKPOINTS = {
 FILE_FUNCTIONS = {"open", "mkdir", "read_bytes", "read_text", "rename", "rmtree", "unlink", "write_bytes", "write_text"}
 
 
+@functools.cache
 def parse(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(), filename=name)
 
@@ -192,10 +194,15 @@ def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, known.get(node.id, node.id)
 
 
+@functools.cache
+def used_in(name: str) -> list[tuple[int, str]]:
+    return list(used_names(parse(name)))
+
+
 def uses(is_forbidden: Callable[[str], bool], *, outside: tuple[str, ...] = ()) -> list[str]:
     """`file:line: name` of every forbidden use in the sources that do not lie in the places `outside`."""
     names = [name for name in SOURCES if not name.startswith(outside)]
-    return [f"{name}:{line}: {used}" for name in names for line, used in used_names(parse(name)) if is_forbidden(used)]
+    return [f"{name}:{line}: {used}" for name in names for line, used in used_in(name) if is_forbidden(used)]
 
 
 def place_of(path: str) -> str:

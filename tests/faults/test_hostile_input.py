@@ -48,10 +48,11 @@ def run(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "snapshot.json"])
-def test_changed_or_missing_byte_of_a_snapshot_is_noticed(run, name):
+def test_changed_or_missing_byte_of_a_snapshot_is_noticed(run, name, request):
     path = snapshot(run) / name
     data = path.read_bytes()
-    for at in [*range(0, len(data), 1 + len(data) // 60), len(data) - 1]:
+    places = 15 if request.config.getoption("--quick") else 60
+    for at in [*range(0, len(data), 1 + len(data) // places), len(data) - 1]:
         for changed in (flipped(data, at), data[:at], data[:at] + data[at + 1 :], data[:at] + b"\0" + data[at:]):
             if changed != data:
                 path.write_bytes(changed)
@@ -189,11 +190,12 @@ NAMES = [
 CASES = [*((name, None) for name in NAMES), *(("loss", name) for name in NAMES), *((name, name) for name in NAMES)]
 
 
-def test_any_key_and_id_stay_in_the_folder_and_apart(tmp_path):
+def test_any_key_and_id_stay_in_the_folder_and_apart(tmp_path, request):
     run = tmp_path / "runs/run"
+    cases = CASES[:: 5 if request.config.getoption("--quick") else 1]
     with_names = [
         BestKeeper(net(float(number)), directory=run, **settings(metric_key=key, id=keeper_id))
-        for number, (key, keeper_id) in enumerate(CASES, start=1)
+        for number, (key, keeper_id) in enumerate(cases, start=1)
     ]
     for keeper in with_names:
         keeper.observe(1.0, TrainingIteration(epoch=1))

@@ -76,7 +76,7 @@ def test_run_goes_on_right_after_any_call_was_refused(operation, on_save_error, 
         one_session(memory_folder / "whole", "raise")
     calls = counter.calls[operation.partition("+")[0]]
     assert calls > 0
-    most = 5 if request.config.getoption("--quick") else 30
+    most = 2 if request.config.getoption("--quick") else 30
     for number in range(1, calls + 1, 1 + calls // most):  # one file alone takes dozens of writes
         directory = memory_folder / str(number)
         fault = Fault(operation, number, 10**9 if lasting else number)

@@ -117,7 +117,7 @@ def test_payload_in_any_file_of_a_run_is_not_run(trained, tmp_path, payload, req
     mark = tmp_path / "it ran"
     config = trained.parent / "config.yaml"
     seen = set()
-    files = FILES[:: 4 if request.config.getoption("--quick") else 1]
+    files = FILES[:: 8 if request.config.getoption("--quick") else 1]
     for number, pattern in enumerate(files):
         run = copy_of(trained, tmp_path / str(number))
         for path in run.glob(pattern):
@@ -177,11 +177,16 @@ LINKED = (
 )  # fmt: skip
 LINKED_BESIDE = ("resume", "resume/E*", "resume/*/.metadata", "resume/*/trainer.pt", "metrics.jsonl", "config.yaml")
 
+EXPLORED = {
+    "pattern": [*LINKED, *LINKED_BESIDE],
+    "place_of_text": ["metric_key", "run", "tag", "file", "part", "digest", "parts of the path"],
+    "value": [1.7e308, -1.7e308, 5e-324],
+}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "pattern" in metafunc.fixturenames:
-        patterns = [*LINKED, *LINKED_BESIDE]
-        metafunc.parametrize("pattern", patterns[:: 4 if metafunc.config.getoption("--quick") else 1])
+    for name in EXPLORED.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, EXPLORED[name][:: 8 if metafunc.config.getoption("--quick") else 1])
 
 
 def test_link_out_of_the_folder_is_not_followed(trained, tmp_path, pattern):
@@ -254,7 +259,6 @@ def is_plain(text: str) -> bool:
     return all(letter.isprintable() or letter == "\n" for letter in text) and "\nout" not in text
 
 
-@pytest.mark.parametrize("place_of_text", ["metric_key", "run", "tag", "file", "part", "digest", "parts of the path"])
 def test_text_of_a_folder_reaches_no_terminal_as_it_is(tmp_path, place_of_text, caplog):
     run = tmp_path / ("run[/a]" if place_of_text == "parts of the path" else "run")
     make_run(run)
@@ -290,7 +294,6 @@ def test_text_of_a_folder_reaches_no_terminal_as_it_is(tmp_path, place_of_text, 
     assert is_plain(str(refused.value))
 
 
-@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 5e-324])
 def test_numbers_at_the_end_of_their_range_are_drawn(tmp_path, value):
     make_run(run := tmp_path / "run")
     entries = lines(run)
