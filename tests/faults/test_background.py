@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from keepbest.errors import ConfigError, RankFailedError, StorageError
+from keepbest.run.folder import RunFolder
 from keepbest.run.verify import verify
 from keepbest.staging.host import HostSlot
 from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.pool import run_ranks
-from tests.kit.runs import Run, ledger, saved_at, set_weights, update
+from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, update
 from tests.kit.seams import use
 
 REF = "best_model.loss"
@@ -113,6 +115,20 @@ def test_lost_best_is_taken_back_and_the_next_better_one_saved(tmp_path):
         assert resumed.state.to_json() == state
 
 
+def test_one_of_the_top_is_the_best_once_the_better_one_is_lost(tmp_path):
+    with refusing(tmp_path, "U2"):
+        run = Run(tmp_path, async_save=True, on_save_error="warn", keep_top_k=2, tolerances=[5])
+        run.observe(5.0, 2.0, 4.0)
+        run.keeper.flush()
+        assert (run.keeper.best_metric_value, saved_at(tmp_path, REF)) == (4.0, 3)
+        run.observe(3.0, first=4)
+        run.keeper.close()
+    assert {ref: saved_at(tmp_path, ref) for ref in refs(tmp_path)} == {
+        REF: 4, f"{REF}.tolerance=5": 4, f"{REF}.top=1": 4, f"{REF}.top=2": 3,
+    }  # fmt: skip
+    assert verify(tmp_path) == []
+
+
 class WithState(nn.Linear):
     def __init__(self):
         super().__init__(1, 1)
@@ -181,7 +197,27 @@ def test_skipped_best_counts_only_if_its_successor_was_committed(tmp_path):
         assert resumed.state == state
 
 
+def look_only_between_lines(monkeypatch) -> None:
+    """Each line takes a while, and whoever reads what is recorded meanwhile, on another thread, fails."""
+    append, catch_up, writing = RunFolder.append, RunFolder.catch_up, []
+
+    def append_slowly(folder, event, **how):
+        writing.append(threading.current_thread())
+        time.sleep(0.05)
+        append(folder, event, **how)
+        writing.pop()
+
+    def look(folder):
+        time.sleep(0.02)
+        assert writing in ([], [threading.current_thread()])
+        catch_up(folder)
+
+    monkeypatch.setattr(RunFolder, "append", append_slowly)
+    monkeypatch.setattr(RunFolder, "catch_up", look)
+
+
 def test_best_skipped_for_a_failed_capture_does_not_count(tmp_path, disk, monkeypatch):
+    look_only_between_lines(monkeypatch)
     run = Run(tmp_path, async_save=True, tolerances=[5])
     with run.keeper as keeper:
         run.observe(5.0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from keepbest.decision import Best, BestState, Observation, Policy
+from keepbest.decision import Best, BestState, Observation, Policy, decide
 from keepbest.iteration import TrainingIteration
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
@@ -187,10 +187,19 @@ class KeeperRecord:
         Raises:
             OSError: Any refusal of the file system. Nothing was recorded then, unless the ledger `is_torn`.
         """
+        kept = self._as_recorded(kept)
         refs = moves_of(kept, self.keeper, self.folder.history, snapshot, self.folder.snapshots.holds)
         iteration, value = kept.observation.iteration, kept.observation.value
         event = Observed(self.keeper, iteration, value, snapshot, manifest, is_best=kept.is_new_best, refs=refs)
         self.folder.commit(event, withdraw=True)
+
+    def _as_recorded(self, kept: Kept) -> Kept:
+        """`kept`, as a new best too if the better ones that it was compared with were lost."""
+        if kept.is_new_best:
+            return kept
+        timeline = self.history.present
+        state = timeline.state(self._policy, until=timeline.last_iteration)
+        return kept._replace(is_new_best=decide(self._policy, state, kept.observation)[1].is_new_best)
 
     def supersede(self, observation: Observation) -> None:
         """Record a new timeline best whose weights nobody needs any more, since a better one follows.

@@ -145,8 +145,8 @@ class Saver:
         """
         if self._record is None or not (self.losses.announce() or self.is_in_doubt):
             return None
-        self._run.worker.drain()
         self._submit(KeeperRecord.drop_skipped, names_bests=False)
+        self._run.worker.drain()
         return self._record.revision(self._policy)
 
     def all_know(self, revision: Revision) -> None:
