@@ -173,6 +173,29 @@ def test_sync_that_failed_is_not_trusted_after_it_succeeds(number, tmp_path):
     assert verify(place / "run") == []
 
 
+@pytest.mark.parametrize("last", ["write ledger.jsonl", "sync ledger.jsonl"])
+def test_disk_that_refuses_again_after_the_repair_loses_no_line(last, tmp_path):
+    refused, model = [], net()
+
+    def refuse_in_turn(operation):
+        if refused and f"{operation.name} {operation.path.name}" == refused[0]:
+            raise OSError(errno.EIO, refused.pop(0))
+        return operation.do()
+
+    with use(tmp_path, files=SteppedFiles(refuse_in_turn)):
+        keeper = keeper_of(tmp_path, model)
+        go_on(keeper, model, VALUES[:4])
+        refused += ["sync ledger.jsonl", "create .tmp-ledger.jsonl", last]
+        model.weight.data.fill_(5.0)
+        for _ in range(2):
+            with pytest.raises(StorageError):
+                keeper.observe(**at(5))
+        assert refused == []
+        go_on(keeper, model)
+        keeper.close()
+    assert_is_complete(tmp_path)
+
+
 def replace_ledger(path):
     shutil.copy(path, path.with_name("copy"))
     path.with_name("copy").replace(path)

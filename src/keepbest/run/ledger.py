@@ -131,6 +131,8 @@ class LedgerFile:
                 Nothing is written.
         """
         line = encode_line(event)
+        if withdraw:
+            self._restore()  # which may write all lines anew, and what is on the disk cannot be withdrawn
         self._tail.lines.append(line)
         try:
             self._write(durable=durable)
