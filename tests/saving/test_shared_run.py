@@ -90,6 +90,32 @@ def test_snapshot_whose_commit_failed_is_not_shared(tmp_path):
     assert refs(tmp_path) == {B: next(iter(snapshots(tmp_path)))}
 
 
+def test_shared_snapshot_that_was_removed_is_committed_nowhere(tmp_path):
+    gate, fault = Gate("model.pt"), RefusedOnce("write", b'"keeper":"best_model.loss.a","iteration":"U2"')
+
+    def look(operation: Operation) -> None:
+        gate(operation)
+        fault(operation)
+
+    with use(tmp_path, files=SteppedFiles(before(look))):
+        a, b = keepers(tmp_path, nn.Linear(1, 1), async_save=True, keep_top_k=2, tolerances=[0], **WARN)
+        b.start()
+        fault.is_armed = True
+        a.observe(5.0, update(1))
+        assert gate.is_reached.wait(60)
+        a.observe(6.0, update(2))  # one of the top, which is lost, and closes the tolerance all the same
+        b.observe(1.0, update(2))  # shares it
+        gate.is_open.set()
+        for keeper in (a, b):
+            keeper.flush()
+        assert (a.best_metric_value, b.state.best) == (5.0, None)
+        for keeper in (a, b):
+            keeper.close()
+    assert not fault.is_armed
+    assert verify(tmp_path) == []
+    assert refs(tmp_path) == dict.fromkeys([A, f"{A}.tolerance=0", f"{A}.top=1"], "U1")
+
+
 def test_superseded_line_that_is_refused_once_is_recorded_once(tmp_path):
     gate, fault = Gate("model.pt"), RefusedOnce("write", b"superseded")
 

@@ -108,14 +108,15 @@ class PendingSnapshot:
 
         Raises:
             ConfigError: If there is nothing to save.
-            OSError: Any refusal of the file system, now or when the keeper that took it wrote it.
+            OSError: Any refusal of the file system, now or when the keeper that took it wrote or committed it.
         """
-        if self._written is not None:
+        # A commit in between, as of the loss of the keeper that took it, may have removed what no line names.
+        if self._written is not None and _of_rank_0(self._record).folder.snapshots.holds(self._written.name):
             return self._written
         receipts, self._receipts = self._receipts, None
         if receipts is None:
             iteration = self._observation.iteration
-            raise OSError(f"the snapshot of {iteration}, which another keeper took, could not be written")
+            raise OSError(f"the snapshot of {iteration}, which another keeper took, could not be kept")
         try:
             self._written = self._complete(receipts)
         except BaseException:
