@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from keepbest.decision import Best
 from keepbest.errors import ConfigError, RankFailedError, StorageError
 from keepbest.run.folder import RunFolder
 from keepbest.run.verify import verify
@@ -21,6 +22,7 @@ from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, update
 from tests.kit.seams import use
+from tests.saving.gate import Gate
 
 REF = "best_model.loss"
 
@@ -126,6 +128,32 @@ def test_one_of_the_top_is_the_best_once_the_better_one_is_lost(tmp_path):
     assert {ref: saved_at(tmp_path, ref) for ref in refs(tmp_path)} == {
         REF: 4, f"{REF}.tolerance=5": 4, f"{REF}.top=1": 4, f"{REF}.top=2": 3,
     }  # fmt: skip
+    assert verify(tmp_path) == []
+
+
+def test_tolerance_that_a_lost_best_closes_keeps_the_one_before(tmp_path):
+    gate = Gate("model.pt")
+
+    def refuse(operation: Operation) -> None:
+        gate(operation)
+        if operation.name == "create" and operation.path.parent.name == ".tmp-U2":
+            raise OSError(28, "No space left on device")
+
+    gate.is_open.set()
+    with use(tmp_path, files=SteppedFiles(before(refuse))):
+        run = Run(tmp_path, async_save=True, on_save_error="warn", tolerances=[0])
+        run.observe(5.0)
+        run.keeper.flush()
+        gate.is_reached.clear()
+        gate.is_open.clear()
+        run.observe(2.0, first=2)
+        assert gate.is_reached.wait(30)
+        run.observe(1.0, 4.5, first=3)  # which does not know that the second is lost
+        gate.is_open.set()
+        run.keeper.flush()
+        assert run.keeper.state.exceeded == {0: Best(5.0, update(1))}
+        assert {ref: saved_at(tmp_path, ref) for ref in refs(tmp_path)} == {REF: 3, f"{REF}.tolerance=0": 1}
+        run.keeper.close()
     assert verify(tmp_path) == []
 
 

@@ -111,10 +111,15 @@ class Timeline:
         if event.snapshot is not None and event.is_best:
             self.best_snapshot = event.snapshot
             self.spare = frozenset()
-            for position in self.skipped:
-                entry = self.entries[position]
-                self.entries[position] = replace(entry, observation=replace(entry.observation, durable=True))
-            self.skipped.clear()
+            self.entries, self.skipped = self.counting_skipped().entries, []
+
+    def counting_skipped(self) -> Timeline:
+        """This timeline as it will be if a better best is committed than those that were skipped."""
+        entries = [*self.entries] if self.skipped else self.entries
+        for position in self.skipped:
+            entry = entries[position]
+            entries[position] = replace(entry, observation=replace(entry.observation, durable=True))
+        return replace(self, entries=entries, skipped=[])
 
     @property
     def last_iteration(self) -> TrainingIteration | None:

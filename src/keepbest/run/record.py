@@ -55,6 +55,7 @@ class KeeperRecord:
         self.keeper = keeper
         self.metric_key = metric_key
         self._policy = policy
+        self._is_ahead = False  # of those who decide: they do not know yet of a best that was lost
 
     def begin(
         self, *, loaded: LoadedState | None = None, from_ledger: bool = False, at: TrainingIteration | None = None
@@ -168,13 +169,22 @@ class KeeperRecord:
         Raises:
             OSError: Any refusal of the file system. The observation then goes to the disk with the next line.
         """
-        refs = self._tolerance_moves(newly_exceeded)
+        exceeded = self._as_recorded(Kept(observation, False, newly_exceeded)).exceeded
+        refs = self._tolerance_moves(exceeded)
         lost = not observation.durable
         event = Observed(self.keeper, observation.iteration, observation.value, lost=lost, refs=refs)
         if refs:
             self.folder.commit(event)
         else:
             self.folder.append(event)
+
+    def lose(self, observation: Observation) -> None:
+        """Record a best whose weights could not be written. Raises as `observe`.
+
+        What follows for the next ones is worked out here until the `revision`, since who decides does not know of it.
+        """
+        self._is_ahead = True
+        self.observe(replace(observation, durable=False), {})
 
     def keep(self, kept: Kept, snapshot: str, manifest: str) -> None:
         """Commit a new timeline best, or one of the top k, whose weights are durable, and move the refs.
@@ -193,14 +203,6 @@ class KeeperRecord:
         event = Observed(self.keeper, iteration, value, snapshot, manifest, is_best=kept.is_new_best, refs=refs)
         self.folder.commit(event, withdraw=True)
 
-    def _as_recorded(self, kept: Kept) -> Kept:
-        """`kept`, as a new best too if the better ones that it was compared with were lost."""
-        if kept.is_new_best:
-            return kept
-        timeline = self.history.present
-        state = timeline.state(self._policy, until=timeline.last_iteration)
-        return kept._replace(is_new_best=decide(self._policy, state, kept.observation)[1].is_new_best)
-
     def supersede(self, observation: Observation) -> None:
         """Record a new timeline best whose weights nobody needs any more, since a better one follows.
 
@@ -217,6 +219,7 @@ class KeeperRecord:
     def revision(self, policy: Policy) -> Revision:
         """What is recorded, as `policy` sees it. Raises `OSError` if that cannot be known."""
         self.folder.catch_up()
+        self._is_ahead = False
         timeline = self.history.present
         value = timeline.entries[-1].observation.value if timeline.entries else None
         return Revision(timeline.state(policy, until=timeline.last_iteration), value)
@@ -227,9 +230,8 @@ class KeeperRecord:
         Raises:
             OSError: Any refusal of the file system. It then goes to the disk with the next line.
         """
-        moves, refs = self._tolerance_moves(exceeded), self.folder.history.refs
-        if left := {ref: snapshot for ref, snapshot in moves.items() if refs.get(ref) != snapshot}:
-            self.folder.commit(RefsMoved(self.keeper, left))
+        if moves := self._tolerance_moves(exceeded):
+            self.folder.commit(RefsMoved(self.keeper, moves))
 
     def drop_skipped(self) -> None:
         """Record that bests do not count that were skipped for one that was lost. Raises as `observe`."""
@@ -276,5 +278,15 @@ class KeeperRecord:
         """Name of the snapshot that the keeper's ref on the best points at."""
         return self.folder.history.refs.get(self.keeper)
 
+    def _as_recorded(self, kept: Kept) -> Kept:
+        """`kept`, with what follows from the record where that is ahead of those who decided."""
+        if not self._is_ahead:
+            return kept
+        timeline = self.history.present.counting_skipped()
+        state = timeline.state(self._policy, until=timeline.last_iteration)
+        state, decision = decide(self._policy, state, kept.observation)
+        return Kept(kept.observation, decision.is_new_best, state.exceeded)
+
     def _tolerance_moves(self, bests: Mapping[int, Best | None]) -> Moves:
-        return tolerance_moves(self.keeper, self.history.present, bests, self.folder.snapshots.holds)
+        moves = tolerance_moves(self.keeper, self.history.present, bests, self.folder.snapshots.holds)
+        return {ref: snapshot for ref, snapshot in moves.items() if self.folder.history.refs.get(ref) != snapshot}

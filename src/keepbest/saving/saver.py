@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -268,7 +267,7 @@ class Saver:
         except Exception:  # whichever it was, the ledger must know that this best is lost, unless it has it already
             if not record.has(kept.observation):
                 self.losses.lose_best()
-                record.observe(replace(kept.observation, durable=False), kept.exceeded)
+                record.lose(kept.observation)
             raise
 
     def _on_main(self, step: str, work: Callable[[KeeperRecord], Any], *, remedy: str = DISK_REMEDY) -> Any:
