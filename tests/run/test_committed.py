@@ -173,6 +173,35 @@ def test_sync_that_failed_is_not_trusted_after_it_succeeds(number, tmp_path):
     assert verify(place / "run") == []
 
 
+@pytest.mark.parametrize("epoch", [3, 5])  # a quiet one, and a new best that is lost
+@pytest.mark.parametrize("in_background", [False, True])
+def test_observation_outlives_an_interrupt_and_then_a_full_disk(in_background, epoch, tmp_path):
+    sync, model, is_full = SlowSync(), net(), False
+
+    def step(operation):
+        if is_full and operation.path.name == ".tmp-ledger.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if operation.path.name == "ledger.jsonl" and b'"event":"pin"' in bytes(operation.data):
+            sync.is_armed = True
+        return sync(operation)
+
+    with use(tmp_path, files=SteppedFiles(step)):
+        keeper = keeper_of(tmp_path, model, async_save=in_background, on_save_error="warn")
+        go_on(keeper, model, VALUES[: epoch - 1])
+        with pytest.raises(KeyboardInterrupt):
+            keeper.flush(pin="a")
+        is_full = True
+        go_on(keeper, model, VALUES[:epoch])
+        keeper._run.worker.drain()
+        is_full = False
+        go_on(keeper, model)
+        keeper.flush()
+        keeper.abandon()
+    seen = [line["iteration"] for line in ledger(tmp_path) if line["event"] == "observation"]
+    assert seen == [f"E{number}" for number in range(1, len(VALUES) + 1)]
+    assert recorded_state(tmp_path) == keeper.state
+
+
 @pytest.mark.parametrize("last", ["write ledger.jsonl", "sync ledger.jsonl"])
 def test_disk_that_refuses_again_after_the_repair_loses_no_line(last, tmp_path):
     refused, model = [], net()

@@ -12,6 +12,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from torch import nn
@@ -21,6 +22,7 @@ from keepbest import BestKeeper
 from keepbest.errors import ConfigError, RunExistsError
 from keepbest.run.lock import RunLock
 from keepbest.run.verify import verify
+from keepbest.saving.open_run import OpenRun
 from tests.kit.files import SteppedFiles, before
 from tests.kit.runs import Run, ledger, refs, snapshots, update
 from tests.kit.seams import use
@@ -175,6 +177,20 @@ def test_folder_is_free_after_an_interrupt_while_a_keeper_leaves(tmp_path, way):
     assert refs(tmp_path) == {BEST: "U1"}
     with Run(tmp_path, resume="ledger").keeper as resumed:
         assert resumed.best_metric_value == 1.0
+
+
+def test_keeper_interrupted_while_it_left_can_start_again(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    (tmp_path / "checkpoints").write_text("in the way")
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenRun, "leave", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.keeper.start()
+    (tmp_path / "checkpoints").unlink()
+    with run.keeper:
+        run.observe(1.0)
+    assert refs(tmp_path) == {BEST: "U1"}
+    assert is_free(tmp_path)
 
 
 CELL = """

@@ -144,9 +144,14 @@ class RunFolder:
 
         Args and errors as `LedgerFile.append`.
         """
-        self.catch_up()
         if self._ledger is None:
             raise RunExistsError(f"{self.path} is closed: start a keeper before it records anything")
+        try:
+            self.catch_up()
+        except OSError:
+            if not withdraw:
+                self._ledger.owe(event)
+            raise
         self.history.check(event)
         self._is_interrupted = True
         try:

@@ -143,6 +143,10 @@ class LedgerFile:
                 self._restore()
             raise
 
+    def owe(self, event: Event) -> None:
+        """Write the line of an event before the next one, since nothing can be written now. Raises as `append`."""
+        self._tail.lines.append(encode_line(event))
+
     def sync(self) -> None:
         """Make all lines durable, those included that could not be written before. Raises as `append`."""
         self._write(durable=True)

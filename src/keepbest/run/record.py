@@ -197,6 +197,7 @@ class KeeperRecord:
         Raises:
             OSError: Any refusal of the file system. Nothing was recorded then, unless the ledger `is_torn`.
         """
+        self.folder.catch_up()
         kept = self._as_recorded(kept)
         refs = moves_of(kept, self.keeper, self.folder.history, snapshot, self.folder.snapshots.holds)
         iteration, value = kept.observation.iteration, kept.observation.value

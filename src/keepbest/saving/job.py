@@ -188,6 +188,9 @@ class SaveJob:
         snapshot: Snapshot of the weights.
         record: Record of the keeper.
         is_first: Whether this keeper took the snapshot, rather than another one at the same iteration.
+
+    Attributes:
+        is_skipped: Whether the snapshot was given up, which is recorded also where the disk refuses it.
     """
 
     def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord, *, is_first: bool) -> None:
@@ -195,6 +198,7 @@ class SaveJob:
         self._snapshot = snapshot
         self._record = record
         self._is_first = is_first
+        self.is_skipped = False
         if not is_first:
             snapshot.need()
 
@@ -203,9 +207,10 @@ class SaveJob:
 
         Raises:
             ConfigError: If there is nothing to save.
-            OSError: Any refusal of the file system. Nothing was saved or recorded then.
+            OSError: Any refusal of the file system. Nothing was saved or recorded then, unless it `is_skipped`.
         """
-        if self._is_first and not self._snapshot.begin():
+        self.is_skipped = self._is_first and not self._snapshot.begin()
+        if self.is_skipped:
             self._record.supersede(self._kept.observation)
             return
         written = self._snapshot.write()

@@ -121,6 +121,8 @@ class OpenRun:
                 forked process.
         """
         self.refuse_elsewhere()
+        if self._keeper_named(name) is keeper:
+            return  # it was interrupted before it had left
         with self._lock:
             if name in self._keepers:
                 gc.collect()  # what is held by nothing but a cycle may look like a second keeper

@@ -264,8 +264,9 @@ class Saver:
     def _run_in_background(self, job: SaveJob, kept: Kept, record: KeeperRecord) -> None:
         try:
             job.run()
-        except Exception:  # whichever it was, the ledger must know that this best is lost, unless it has it already
-            if not record.has(kept.observation):
+        except Exception as error:  # whichever it was, the ledger must know that it is lost, unless it has it already
+            is_withdrawn = isinstance(error, OSError) and not job.is_skipped
+            if is_withdrawn or not record.has(kept.observation):
                 self.losses.lose_best()
                 record.lose(kept.observation)
             raise
