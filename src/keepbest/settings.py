@@ -225,7 +225,7 @@ def check_settings(
     given = KeeperSettings.of(settings)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
-    check_remote(given.remote)
+    given = given.model_copy(update={"remote": check_remote(given.remote)})
     higher_is_better = given.higher_is_better
     if higher_is_better is None:
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)

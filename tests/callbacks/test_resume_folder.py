@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 
 import pytest
 
 from keepbest.callbacks.resume_folder import STATE_FILE, ResumeFolder
+from keepbest.run.files import Files
 from tests.kit.files import Fault, SteppedFiles, before
 from tests.kit.seams import use
 
@@ -77,3 +79,11 @@ def test_latest_is_found_where_links_are_refused(tmp_path, caplog):
         publish(tmp_path, files, content, "E2_U4")
         assert (ResumeFolder(tmp_path).find("auto") / STATE_FILE).read_bytes() == content
     assert sum("no link can be made" in record.message for record in caplog.records) == 2  # one for each process
+
+
+def test_copy_with_links_followed_takes_the_next_checkpoint(tmp_path):
+    publish(tmp_path / "run", Files(), b"0")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
+    publish(tmp_path / "copy", Files(), b"1", "E2_U4")
+    assert (ResumeFolder(tmp_path / "copy").find("auto") / STATE_FILE).read_bytes() == b"1"
+    assert (tmp_path / "copy/resume/latest").is_symlink()

@@ -230,9 +230,15 @@ def replace_ledger(path):
     path.with_name("copy").replace(path)
 
 
+def cut_ledger(path):
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
 HARM = {
     "ledger removed": lambda folder: (folder / "ledger.jsonl").unlink(),
     "ledger replaced": lambda folder: replace_ledger(folder / "ledger.jsonl"),
+    "ledger emptied": lambda folder: (folder / "ledger.jsonl").write_bytes(b""),
+    "ledger written over": lambda folder: cut_ledger(folder / "ledger.jsonl"),
     "folder removed": shutil.rmtree,
     "folder moved": lambda folder: folder.rename(folder.with_name("elsewhere")),
 }
@@ -260,7 +266,7 @@ def test_ledger_gone_under_a_live_run_is_an_error_on_every_rank(kind, in_backgro
     found = run_ranks(harm, 2, tmp_path, kind, in_background)
     assert found[0] == found[1]
     assert found[0]
-    assert all("removed or replaced while the run was open" in message for message in found[0]), found[0]
+    assert all("removed, replaced or changed while the run was open" in message for message in found[0]), found[0]
 
 
 def test_older_ledger_in_a_folder_without_links_is_refused(tmp_path):

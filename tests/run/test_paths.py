@@ -44,13 +44,15 @@ def move_between_steps(root: Path, file_format: str, settings) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file_format", "settings"), [("torch", {}), ("safetensors", {"async_save": True}), ("dcp", {})]
+    ("file_format", "settings"),
+    [("torch", {}), ("safetensors", {"async_save": True}), ("dcp", {"remote": "file://run-copy"})],
 )
 def test_run_stays_where_it_began_on_every_rank(file_format, settings, tmp_path):
     paths = run_ranks(move_between_steps, 2, tmp_path, file_format, settings)
     second = "0" if file_format == "dcp" else "1"
     assert paths == [tmp_path / rank / "run/checkpoints/snapshots/E3" for rank in ("0", second)]
     assert verify(tmp_path / "0/run") == []
+    assert (tmp_path / "0/run-copy").exists() == ("remote" in settings)
     assert [path.name for path in tmp_path.rglob("run")] == ["run"]
     assert not list((tmp_path / "b").iterdir()) + list((tmp_path / "c").iterdir())
 

@@ -135,7 +135,10 @@ class ResumeFolder:
             self._links_are_refused = True
             self._files.remove(self.path / _LATEST)  # it names another one
         else:
-            self._files.rename(link, self.path / _LATEST)
+            latest = self.path / _LATEST
+            if not latest.is_symlink():  # a folder, where the run was copied with its links followed
+                self._files.remove(latest)
+            self._files.rename(link, latest)
 
     def _outdated(self, newest: str, keep_last: int | None) -> list[str]:
         complete = self._complete()

@@ -47,6 +47,8 @@ def place_of(run: str | Path) -> str | Path:
 def check_remote(url: str | None) -> str | None:
     """`url`, after a check that fsspec can open it here. The storage itself is not contacted. **Rank-local**.
 
+    A folder of this machine becomes absolute, as by `local_path`.
+
     Raises:
         ConfigError: If it is no URL, or a package that opens it is not installed.
     """
@@ -54,8 +56,8 @@ def check_remote(url: str | None) -> str | None:
         return None
     if not is_remote(url):
         raise ConfigError(f"remote must be a URL like s3://bucket/runs/a, got {url!r}")
-    _filesystem(url)
-    return url
+    filesystem, root = _filesystem(url)
+    return f"file://{root}" if "file" in filesystem.protocol else url
 
 
 class Remote:

@@ -45,10 +45,11 @@ class DurableFile:
             data += part
         return bytes(data)
 
-    def is_in_place(self) -> bool:
-        """Whether this file is still the one at its path."""
+    def is_in_place(self, size: int) -> bool:
+        """Whether this file is still the one at its path, and has this size."""
+        held = os.fstat(self._descriptor)
         try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+            return held.st_size == size and os.path.samestat(held, self.path.stat())
         except FileNotFoundError:
             return False
 

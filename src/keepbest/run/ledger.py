@@ -125,8 +125,8 @@ class LedgerFile:
             withdraw: Whether to forget it if it cannot be written; else it is written before the next one.
 
         Raises:
-            OSError: Any refusal of the file system, or the ledger was removed or replaced. The file then ends as it did
-                before, or does so before anything else is written (`is_torn`).
+            OSError: Any refusal of the file system, or the ledger was removed, replaced or changed by another. The file
+                then ends as it did before, or does so before anything else is written (`is_torn`).
             ValueError, TypeError, LookupError, AttributeError, ArithmeticError: If the event could not be read again.
                 Nothing is written.
         """
@@ -182,8 +182,10 @@ class LedgerFile:
 
     def _write(self, *, durable: bool) -> None:
         self._restore()
-        if durable and not self._file.is_in_place():
-            raise OSError(errno.ENOENT, "the ledger was removed or replaced while the run was open", str(self._path))
+        if durable and not self._file.is_in_place(self._tail.end):
+            raise OSError(
+                errno.ENOENT, "the ledger was removed, replaced or changed while the run was open", str(self._path)
+            )
         lines = self._tail.lines
         missing = b"".join(lines[self._tail.written :])
         self._condition = "torn"
