@@ -193,6 +193,7 @@ class BestKeeper:
         self._refuse_if_closed()
         before = self._state
         observation, revision = self._agree(read, find_iteration)
+        self._is_rank_0_writing = revision is not None
         iteration, value = observation.iteration, observation.value
         if revision is not None and iteration == self._state.last_iteration:
             return outcome_again(observation, before, self._state, revision.value)
@@ -203,7 +204,7 @@ class BestKeeper:
         self._saver.is_in_doubt = True
         outcome = (self._save if decision.is_saved else self._record)(observation, state, decision)
         self._saver.is_in_doubt = False
-        self._is_rank_0_writing = revision is not None or bool(outcome.newly_exceeded)
+        self._is_rank_0_writing |= bool(outcome.newly_exceeded)
         return outcome
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,9 +293,8 @@ class BestKeeper:
     @property
     def best_metric_value(self) -> float:
         """The best value of the timeline; the worst infinity before there is one. **Rank-local**."""
-        if self._state.best is not None:
-            return self._state.best.value
-        return -math.inf if self.policy.higher_is_better else math.inf
+        worst = -math.inf if self.policy.higher_is_better else math.inf
+        return worst if self._state.best is None else self._state.best.value
 
     @property
     def best_path(self) -> Path | None:
@@ -330,9 +330,8 @@ class BestKeeper:
         self._run.join(self.name, self._settings.remote, self)
 
     def _leave(self) -> None:
-        if not self._run.is_elsewhere:
-            self._saver.stop()
-            self._run.leave(self.name, self)
+        self._saver.stop()
+        self._run.leave(self.name, self)
 
     def _agree(
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -327,3 +328,56 @@ def test_rank_0_that_cannot_read_its_record_leaves_nobody_waiting(tmp_path):
     found = run_ranks(fail_to_know_what_is_recorded, 2, tmp_path)
     assert found[0] == found[1]
     assert found[0][1].is_new_best
+
+
+def test_line_owed_outlives_an_interrupt_while_the_keeper_leaves(tmp_path):
+    is_full, is_interrupted, model = True, False, net()
+
+    def step(operation):
+        nonlocal is_interrupted
+        if operation.name == "write" and operation.path.name == "ledger.jsonl" and b"E3" in bytes(operation.data):
+            if is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if not is_interrupted:
+                is_interrupted = True
+                raise KeyboardInterrupt
+        return operation.do()
+
+    with use(tmp_path, files=SteppedFiles(step)):
+        keeper = keeper_of(tmp_path, model, on_save_error="warn")
+        go_on(keeper, model, [5.0, 4.0, 4.5])
+        is_full = False
+        with pytest.raises(KeyboardInterrupt):
+            keeper.abandon()
+        assert is_interrupted
+        for thread in threading.enumerate():
+            if thread.name == "keepbest-release":
+                thread.join(30)
+        assert [line["iteration"] for line in ledger(tmp_path) if line["event"] == "observation"] == ["E1", "E2", "E3"]
+    with keeper_of(tmp_path, model, resume="ledger"):
+        pass
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_folder_whose_sync_was_refused_is_synced_by_the_next_start(number, tmp_path):
+    run, synced, syncs = tmp_path / "runs/a", list[Path](), 0
+
+    def step(operation):
+        nonlocal syncs
+        if operation.name == "sync_folder":
+            syncs += 1
+            if syncs == number:
+                raise OSError(errno.EIO, "Input/output error")
+            synced.append(operation.path)
+        return operation.do()
+
+    with use(run, files=SteppedFiles(step)):
+        with pytest.raises(StorageError, match="Input/output error"):
+            keeper_of(run, net()).start()
+        synced.clear()
+        keeper = keeper_of(run, net())
+        keeper.start()
+        # A power cut from here on must not take the run: each name that leads to it is on the disk.
+        assert {run.parent, run, run / "checkpoints"} <= set(synced)
+        assert tmp_path in synced or number > 1
+        keeper.abandon()

@@ -97,7 +97,12 @@ class Files:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
-            self.sync_folder(folder.parent)
+            try:
+                self.sync_folder(folder.parent)
+            except OSError:
+                with contextlib.suppress(OSError):  # the first refusal is the cause
+                    folder.rmdir()  # so that the next call makes and syncs it
+                raise
 
     def sync_file(self, path: Path) -> None:
         """Wait until the bytes of a file that is there, and that others wrote, are on the disk."""

@@ -130,9 +130,11 @@ class RunFolder:
         if self._ledger is not None:
             return
         self._ledger = LedgerFile(self.files, self.path / LEDGER, self._ledger_bytes)
+        # Who made the ledger and the folders, a start that was cut off for example, may not have waited for the disk.
+        for folder in (self.path, *self.path.parents[:2]):
+            self.files.sync_folder(folder)
         if self.history.run_id is None:
             self.append(RunBegan(run_id or uuid.uuid4().hex), durable=True)
-            self.files.sync_folder(self.path)
         else:
             self.append(SessionBegan(self.history.restarts + 1))
         self._links.restore(self.history.refs)
@@ -230,11 +232,17 @@ class RunFolder:
         self._links.show(self.history.refs)  # those for which there was no room before
 
     def close(self) -> None:
-        """Release the folder for other processes. A second call does nothing."""
+        """Release the folder for other processes. A second call does nothing, unless the first one was interrupted."""
         with ExitStack() as steps:  # the last one first, and each of them even if others fail
             steps.callback(self._lock.release)
             steps.callback(self.snapshots.finish_removal)
-            steps.callback(self._close_ledger)
+            try:
+                self._close_ledger()
+            except Exception:
+                raise
+            except BaseException:
+                steps.pop_all()  # the next call may still write, so the lock stays
+                raise
 
     def _close_ledger(self) -> None:
         try:

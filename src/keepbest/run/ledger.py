@@ -169,16 +169,21 @@ class LedgerFile:
     def close(self) -> None:
         """Close the file, after what was interrupted or refused before. Raises `OSError` if it is refused again.
 
-        A second call does nothing.
+        A second call does nothing, unless the first one was interrupted.
         """
         if self._is_closed:
             return
         try:
             if self.is_torn or self._tail.written < len(self._tail.lines):
                 self._write(durable=True)
-        finally:
-            self._file.close()
-            self._is_closed = True
+        except OSError:
+            self._end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        self._file.close()
+        self._is_closed = True
 
     def _write(self, *, durable: bool) -> None:
         self._restore()
