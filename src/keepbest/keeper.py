@@ -292,9 +292,8 @@ class BestKeeper:
     @property
     def best_metric_value(self) -> float:
         """The best value of the timeline; the worst infinity before there is one. **Rank-local**."""
-        if self._state.best is not None:
-            return self._state.best.value
-        return -math.inf if self.policy.higher_is_better else math.inf
+        worst = -math.inf if self.policy.higher_is_better else math.inf
+        return worst if self._state.best is None else self._state.best.value
 
     @property
     def best_path(self) -> Path | None:
@@ -319,7 +318,7 @@ class BestKeeper:
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
         from_ledger = self._settings.resume == "ledger" or at is not None
-        self._saver.start(record)  # a thread that cannot be started is an error before anything is recorded
+        self._saver.start(record)
         state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
         timeline = record.history.present.number
         return {"run": record.run_id, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
@@ -328,11 +327,11 @@ class BestKeeper:
         if at is not None:
             TrainingIteration.of(at, {})
         self._run.join(self.name, self._settings.remote, self)
+        self._saver.get_ready()
 
     def _leave(self) -> None:
-        if not self._run.is_elsewhere:
-            self._saver.stop()
-            self._run.leave(self.name, self)
+        self._saver.stop()
+        self._run.leave(self.name, self)
 
     def _agree(
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]

@@ -22,6 +22,7 @@ from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
 from keepbest.ranks.flag import SharedFlag
 from keepbest.ranks.frame import Frame, Number, digest_place
+from keepbest.ranks.mailbox import Mailbox
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Ranks:
         self.process_group = process_group
         self.rank, self.world_size = control.rank, control.world_size
         self.members = list(control.members)
+        self._mailbox: Mailbox | None = None
 
     @classmethod
     def connect(
@@ -210,6 +212,22 @@ class Ranks:
     def flag(self) -> SharedFlag:
         """Return a new flag that is not raised. **Rank-local**. Every rank makes one and polls it equally often."""
         return SharedFlag(self._control, self._save_timeout)
+
+    def mailbox(self) -> Mailbox:
+        """Return the mailbox of these ranks, in which notes are waited for for `save_timeout`. **Rank-local**.
+
+        Every rank asks for it, or none.
+        """
+        if self._mailbox is None:
+            store = self._control.new_store("mailbox")
+            self._mailbox = Mailbox(store, self._save_timeout.total_seconds(), lambda: self._control.poison is not None)
+        return self._mailbox
+
+    def leave(self) -> None:
+        """Let threads that still wait for notes do so for `rank_timeout` at most. **Rank-local**."""
+        if self._mailbox is not None:
+            self._mailbox.hurry(self._rank_timeout.total_seconds())
+            self._mailbox = None
 
     def poison(self, reason: str) -> None:
         """Refuse all further collectives: this rank left the others in the middle of one. **Rank-local**."""

@@ -109,7 +109,7 @@ class OpenRun:
         return self.folder
 
     def write_in_the_background(self) -> None:
-        """From now on, do the writing on a thread. **Rank-local**, on rank 0."""
+        """From now on, do the writing on a thread. **Rank-local**, on each rank that writes."""
         if isinstance(self.worker, Inline):
             self.worker = Threaded("keepbest-writer")
 
