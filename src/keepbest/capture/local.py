@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -104,7 +105,7 @@ class Local:
         if slot.is_live:
             return AllNow(ranks, step)
         self._captured += 1
-        return EachAlone(ranks, ranks.mailbox(), self._captured, step)
+        return EachAlone(ranks, ranks.mailbox(), self._captured, step, time.monotonic())
 
 
 def _holds_units(agreed: Agreed) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -59,12 +58,14 @@ class EachAlone:
         mailbox: Mailbox of these ranks.
         number: Number of the snapshot among those of this mailbox.
         step: What is being done, in words.
+        since: Moment of the monotonic clock at which the weights were captured.
     """
 
     ranks: Ranks
     mailbox: Mailbox
     number: int
     step: str
+    since: float
 
     def __call__(self, begin: Callable[[], str], write: Callable[[str], Receipt]) -> Receipts:
         return partial(self._lead, begin, write) if self.ranks.is_main else partial(self._follow, write)
@@ -85,10 +86,9 @@ class EachAlone:
             receipts[0] = write(name)
         except BaseException as error:  # noqa: BLE001  # raised below, when no rank writes into the folder any more
             mine, failures[0] = error, self._report(error)
-        since = time.monotonic()
         for rank in range(1, self.ranks.world_size):
             try:
-                note = self._read(rank, f"the receipt of rank {rank} for its share", since)
+                note = self._read(rank, f"the receipt of rank {rank} for its share")
                 self.mailbox.remove(self._key(rank))
             except OSError as error:
                 failures[rank] = self._report(error)
@@ -107,8 +107,7 @@ class EachAlone:
 
     def _follow(self, write: Callable[[str], Receipt]) -> list[Receipt]:
         try:
-            # Rank 0 may still wait for the shares of the snapshot before this one.
-            note = self._read(0, "word from rank 0 that it has made the folder", time.monotonic(), turns=2)
+            note = self._read(0, "word from rank 0 that it has made the folder")
             if "failed" not in note:
                 self._post({"receipt": write(note["name"]).to_json()})
         except Exception as error:  # noqa: BLE001  # rank 0 raises it on every rank
@@ -118,8 +117,8 @@ class EachAlone:
     def _post(self, note: Mapping[str, Any]) -> None:
         self.mailbox.post(self._key(self.ranks.rank), json.dumps(note))
 
-    def _read(self, rank: int, what: str, since: float, turns: int = 1) -> dict[str, Any]:
-        note: dict[str, Any] = json.loads(self.mailbox.read(self._key(rank), what, since=since, turns=turns))
+    def _read(self, rank: int, what: str) -> dict[str, Any]:
+        note: dict[str, Any] = json.loads(self.mailbox.read(self._key(rank), what, since=self.since))
         return note
 
     def _key(self, rank: int) -> str:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]  # not in its __all__
     AllgatherOptions,
-    HashStore,
     PrefixStore,
     Store,
 )

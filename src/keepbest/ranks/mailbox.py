@@ -30,6 +30,7 @@ class Mailbox:
         self._patience = patience
         self._is_lost = is_lost
         self._end = math.inf
+        self._has_hurried = False
 
     def post(self, key: str, note: str) -> None:
         """Let every rank read `note` under `key`.
@@ -45,20 +46,19 @@ class Mailbox:
         except RuntimeError as error:
             raise _unreachable(error) from error
 
-    def read(self, key: str, what: str, *, since: float, turns: int = 1) -> str:
+    def read(self, key: str, what: str, *, since: float) -> str:
         """Wait for the note under `key`, and return it.
 
         Args:
             key: Key of the note.
             what: What is waited for, in words.
             since: Moment of the monotonic clock from which patience is counted.
-            turns: Number of times that patience may pass.
 
         Raises:
             TimeoutError: If it does not come in time.
             ConnectionError: If the store cannot be reached, or contact with the other ranks is lost.
         """
-        self._wait(key, what, since, turns * self._patience)
+        self._wait(key, what, since)
         try:
             return "".join(self._store.get(chunk).decode() for chunk in self._chunks(key))
         except RuntimeError as error:
@@ -78,20 +78,21 @@ class Mailbox:
 
     def hurry(self, patience: float) -> None:
         """From now on wait for `patience` seconds at most, since nobody needs the notes who trains."""
-        self._end = time.monotonic() + patience
+        self._end = min(self._end, time.monotonic() + patience)
 
     def _chunks(self, key: str) -> list[str]:
         return [f"{key}/{number}" for number in range(int(self._store.get(key)))]
 
-    def _wait(self, key: str, what: str, since: float, patience: float) -> None:
+    def _wait(self, key: str, what: str, since: float) -> None:
         pause, longest = _PAUSES
         while not self._has(key):
-            now = time.monotonic()
-            if self._is_lost() and self._end == math.inf:
+            if self._is_lost() and not self._has_hurried:
+                self._has_hurried = True
                 self.hurry(_AFTER_A_LOSS)
-            if now >= self._end and self._is_lost():
+            now = time.monotonic()
+            if now >= self._end and self._has_hurried:
                 raise ConnectionError(f"contact with the other ranks was lost before {what} came")
-            if now >= min(self._end, since + patience):
+            if now >= min(self._end, since + self._patience):
                 raise TimeoutError(f"{what} did not come within {now - since:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, longest)

@@ -27,6 +27,7 @@ from keepbest.ranks.mailbox import Mailbox
 T = TypeVar("T")
 
 _PLACE_WIDTH = 16384  # bytes of a step and its state that ranks in different places show each other
+_PATIENCE_FOR_NOTES = 0.9  # of save_timeout, so that who waits for rank 0 meanwhile learns how it ends
 _SHOWN_WIDTH = 600  # characters of these that the message shows
 
 
@@ -214,13 +215,13 @@ class Ranks:
         return SharedFlag(self._control, self._save_timeout)
 
     def mailbox(self) -> Mailbox:
-        """Return the mailbox of these ranks, in which notes are waited for for `save_timeout`. **Rank-local**.
+        """Return the mailbox of these ranks, in which notes are waited for nearly for `save_timeout`. **Rank-local**.
 
         Every rank asks for it, or none.
         """
         if self._mailbox is None:
-            store = self._control.new_store("mailbox")
-            self._mailbox = Mailbox(store, self._save_timeout.total_seconds(), lambda: self._control.poison is not None)
+            store, patience = self._control.new_store("mailbox"), _PATIENCE_FOR_NOTES * self._save_timeout
+            self._mailbox = Mailbox(store, patience.total_seconds(), lambda: self._control.poison is not None)
         return self._mailbox
 
     def leave(self) -> None:
