@@ -22,7 +22,7 @@ from keepbest.staging.slot import Slot, Staging
 
 
 class Local:
-    """What each rank holds is written by that rank: a `Capture`, of one keeper.
+    """What each rank holds is written by that rank. `capture` is a `Capture`, of one keeper.
 
     Who writes what is planned when weights are captured for the first time, and again when they lie among the ranks in
     another way. Else a capture costs one exchange. (Units of FSDP1 are planned and gathered each time.)
@@ -32,7 +32,7 @@ class Local:
         self._layout: Layout | None = None
         self._captured = 0
 
-    def __call__(self, inventory: Inventory, staging: Staging, step: str) -> Share:
+    def capture(self, inventory: Inventory, staging: Staging, step: str) -> Share:
         """Bring what this rank holds to where it is written from. **Collective**; nothing is gathered.
 
         Args:

@@ -29,4 +29,4 @@ def find_way(kind: Literal["gathered", "local"]) -> Way:
         return Way(gathered, restore_gathered, is_spread=False)
     from keepbest.capture.local import Local  # torch's distributed checkpoints take half a second to import
 
-    return Way(Local(), restore_local, is_spread=True)
+    return Way(Local().capture, restore_local, is_spread=True)
