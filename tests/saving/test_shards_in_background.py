@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +21,8 @@ from keepbest.errors import KeepBestError, RankLostError, StorageError
 from keepbest.modules.kinds import local_of
 from keepbest.ranks import Ranks
 from keepbest.run.verify import verify
+from keepbest.staging.host import HostStaging
+from keepbest.staging.slot import Like
 from tests.capture.test_strategies import for_each_wrap, read_files
 from tests.kit.child import announce
 from tests.kit.files import Operation, SteppedFiles, before
@@ -143,6 +148,17 @@ def test_background_keeps_what_is_kept_when_waited_for(tmp_path):
     assert verify(in_background) == []
 
 
+def test_slot_keeps_no_room_that_its_last_snapshot_did_not_need():
+    staging, like = HostStaging(make_room=lambda: None), Like((2,), torch.float32, "cpu")
+    held = []
+    for key in ("before", "after"):
+        slot = staging.claim()
+        held.append(weakref.ref(slot.room(key, like)))
+        slot.release()
+    assert held[0]() is None
+    assert held[1]() is not None
+
+
 def lose_the_share_of(directory, rank, call):
     def refuse(operation: Operation) -> None:
         if operation.name == "sync_folder" and operation.path.parent.name == ".tmp-U2":
@@ -192,6 +208,30 @@ def test_share_that_does_not_come_in_time_makes_the_best_lost(tmp_path, caplog):
     assert run_ranks(keep_while_a_rank_is_slow, 2, tmp_path) == [[5.0, 4.5]] * 2
     assert held(tmp_path) == 3
     assert verify(tmp_path) == []
+
+
+def drop_while_a_rank_is_slow(directory):
+    door = Door()
+    if is_main := Ranks.connect().is_main:
+        door.is_open.set()
+    with behind(directory, door):
+        run = Run(directory, sharded(), rank_timeout=2.0, **DCP)
+        run.observe(5.0)
+        [writer] = [thread for thread in threading.enumerate() if thread.name == "keepbest-writer"]
+        if is_main:
+            del run.keeper
+            gc.collect()
+            writer.join(10)
+        dist.barrier()
+        is_waiting = is_main and writer.is_alive()
+        door.is_open.set()
+        if not is_main:
+            run.keeper.abandon()
+    return is_waiting
+
+
+def test_keeper_that_is_garbage_does_not_wait_for_long(tmp_path):
+    assert run_ranks(drop_while_a_rank_is_slow, 2, tmp_path) == [False, False]
 
 
 def die_while_writing(directory, victim):

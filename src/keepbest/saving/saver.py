@@ -100,7 +100,7 @@ class Saver:
     def get_ready(self) -> None:
         """Start the thread of a rank that writes. **Rank-local**. Raises `ConfigError` if it cannot be started."""
         if self._in_background and (self._ranks.is_main or self._way.is_spread):
-            self._run.write_in_the_background()
+            self._run.write_in_the_background(self._ranks.leave)
 
     def start(self, record: KeeperRecord) -> None:
         """Write into this record from now on. **Rank-local**, on rank 0."""
