@@ -17,12 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from keepbest import BestKeeper, load
+from keepbest.capture.catalogue import Entry, Form, Held, Name
+from keepbest.capture.plan import plan_layout
+from keepbest.capture.union import Union
 from keepbest.errors import KeepBestError, RankLostError, StorageError
 from keepbest.modules.kinds import local_of
 from keepbest.ranks import Ranks
 from keepbest.run.verify import verify
 from keepbest.staging.host import HostStaging
-from keepbest.staging.slot import Like
+from keepbest.staging.slot import Like, LiveSlot
 from tests.capture.test_strategies import for_each_wrap, read_files
 from tests.kit.child import announce
 from tests.kit.files import Operation, SteppedFiles, before
@@ -157,6 +160,15 @@ def test_slot_keeps_no_room_that_its_last_snapshot_did_not_need():
         slot.release()
     assert held[0]() is None
     assert held[1]() is not None
+
+
+def test_share_that_is_waited_for_needs_no_room(monkeypatch):
+    union = Union({})
+    layout = plan_layout(union, {"model": {"weight": torch.ones(2)}}, {"model": {}}, Ranks.connect(), "save")
+    form = Form("parameter", (2,), "float32", "strided", "", is_frozen=False)
+    slot, held = LiveSlot(), Held([], entries={Name("model", "weight"): Entry(form, (), "cuda", "")})
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("room was made that nobody fills"))
+    layout.reserve(slot, held)
 
 
 def lose_the_share_of(directory, rank, call):

@@ -42,7 +42,9 @@ class Layout:
     tied: Mapping[str, Mapping[str, str]]
 
     def reserve(self, slot: Slot, held: Held) -> None:
-        """Allocate room for what this rank writes. **Rank-local**."""
+        """Allocate room for what this rank writes, unless it is written from where it is. **Rank-local**."""
+        if slot.is_live:
+            return
         for part, item, data in self._items():
             entry = held.entries.get(Name(part, item.index.fqn))
             device = "cpu" if entry is None else entry.device
