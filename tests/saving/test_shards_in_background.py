@@ -20,11 +20,11 @@ from keepbest import BestKeeper, load
 from keepbest.capture.catalogue import Entry, Form, Held, Name
 from keepbest.capture.plan import plan_layout
 from keepbest.capture.union import Union
-from keepbest.errors import KeepBestError, RankLostError, StorageError
+from keepbest.errors import KeepBestError, PoisonedError, RankFailedError, RankLostError, StorageError
 from keepbest.modules.kinds import local_of
 from keepbest.ranks import Ranks
 from keepbest.run.verify import verify
-from keepbest.staging.host import HostStaging
+from keepbest.staging.host import HostSlot, HostStaging
 from keepbest.staging.slot import Like, LiveSlot
 from tests.capture.test_strategies import for_each_wrap, read_files
 from tests.kit.child import announce
@@ -198,6 +198,31 @@ def test_next_call_reports_a_share_that_failed(rank, call, tmp_path):
     assert f"rank {rank} of 2: OSError: [Errno 28] No space left on device" in messages[0]
     assert held(tmp_path) == 20_000
     assert verify(tmp_path) == []
+
+
+def fail_to_copy(directory, rank):
+    def out_of_memory(*_):
+        raise MemoryError("no room")
+
+    run = Run(directory, sharded(), **DCP)
+    run.observe(5.0)
+    run.keeper.flush()
+    if Ranks.connect().rank == rank:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HostSlot, "put", out_of_memory)
+            with pytest.raises(RankFailedError, match=f"rank {rank} of 2 failed to copy the shards: MemoryError"):
+                run.observe(4.0, first=2)
+        with pytest.raises(PoisonedError):
+            run.observe(3.0, first=3)
+    else:
+        run.observe(4.0, first=2)
+    run.keeper.abandon()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_cannot_copy_its_share_costs_the_best(rank, tmp_path):
+    run_ranks(fail_to_copy, 2, tmp_path, rank)
+    assert held(tmp_path) == 1
 
 
 def keep_while_a_rank_is_slow(directory):

@@ -95,10 +95,12 @@ class Local:
         writers = self._writers(ranks, slot, step)
         try:
             plans = layout.share(slot, tensors)
-        except BaseException as error:
-            if isinstance(writers, EachAlone):
-                writers.give_up(error)  # the others are past the exchange
-            raise
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            try:
+                if isinstance(writers, EachAlone):
+                    writers.give_up(error)  # the others are past the exchange
+            finally:
+                ranks.lose("copy the shards", error)
         return Share(parts=items.parts, files=data, left_out=left_out, slot=slot, writers=writers, plans=plans)
 
     def _writers(self, ranks: Ranks, slot: Slot, step: str) -> Writers:
