@@ -319,7 +319,7 @@ class BestKeeper:
     def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
         record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
         from_ledger = self._settings.resume == "ledger" or at is not None
-        self._saver.start(record)  # a thread that cannot be started is an error before anything is recorded
+        self._saver.start(record)
         state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
         timeline = record.history.present.number
         return {"run": record.run_id, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
@@ -328,6 +328,7 @@ class BestKeeper:
         if at is not None:
             TrainingIteration.of(at, {})
         self._run.join(self.name, self._settings.remote, self)
+        self._saver.get_ready()
 
     def _leave(self) -> None:
         self._saver.stop()

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
-from keepbest.formats.registry import FormatName, check_format, find_format
+from keepbest.formats.registry import FormatName, check_format
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import Part, select_parts
 from keepbest.reduction import MetricReduction
@@ -231,11 +231,6 @@ def check_settings(
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
     check_format(given.format)
-    if given.async_save and find_format(given.format).capture == "local":
-        raise ConfigError(
-            f"format {given.format!r} is written by all ranks, which wait for each other; async_save goes with 'torch' "
-            "and 'safetensors' only"
-        )
     return CheckedSettings(
         given=given,
         directory=local_path(directory),

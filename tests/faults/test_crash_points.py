@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from keepbest.capture.plan import plan_shares
-from keepbest.capture.share import Share, main_alone
+from keepbest.capture.plan import plan_layout
+from keepbest.capture.share import Share
+from keepbest.capture.union import Union
+from keepbest.capture.writers import main_alone
 from keepbest.decision import BestState, Observation, Policy, decide
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
@@ -50,9 +52,11 @@ def claimed(directory: Path, files: Files) -> RunFolder:
 
 def stamped(epoch: int, file_format: str) -> Share:
     """Weights of rank 0 that show which iteration they are of."""
-    files = {"model": {"stamp": torch.tensor([float(epoch)])}}
-    plans = plan_shares(files, {"model": {}}, Ranks.connect(), "save") if file_format == "dcp" else {}
-    return Share((Part("model", ""),), files, {}, LiveSlot(), main_alone, plans)
+    files, plans, slot = {"model": {"stamp": torch.tensor([float(epoch)])}}, {}, LiveSlot()
+    if file_format == "dcp":
+        plans = plan_layout(Union({}), files, {"model": {}}, Ranks.connect(), "save").share(slot, files)
+        files = {"model": {}}
+    return Share((Part("model", ""),), files, {}, slot, main_alone, plans)
 
 
 def stamp_in(snapshot: Path) -> float:

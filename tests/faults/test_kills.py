@@ -45,6 +45,7 @@ KINDS = (
     ("ddp", True, "safetensors", "here"),
     ("fsdp2", False, "torch", "on a bare file system"),
     ("fsdp2", False, "dcp", "here"),
+    ("fsdp2", True, "dcp", "here"),
 )
 BEST = best_ref(METRIC)
 SESSION_LIMIT = 60.0  # seconds; one takes about one

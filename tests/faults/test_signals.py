@@ -27,6 +27,7 @@ KINDS = {
     "sync": {},
     "async": {"async_save": True},
     "dcp": {"format": "dcp"},
+    "dcp in the background": {"format": "dcp", "async_save": True},
     "safetensors with a copy": {"format": "safetensors", "remote": True},
     "async with a copy": {"async_save": True, "remote": True},
     "bare file system": {"is_bare": True},

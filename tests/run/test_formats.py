@@ -48,7 +48,6 @@ class WithState(nn.Linear):
     [
         ({"format": "pickle"}, "format must be 'torch', 'safetensors' or 'dcp', found 'pickle'"),
         ({"format": "safetensors"}, "'1._extra_state' in the state dict is a dict, and format 'safetensors' holds"),
-        ({"format": "dcp", "async_save": True}, "async_save goes with 'torch' and 'safetensors' only"),
     ],
 )
 def test_impossible_format_is_refused_at_construction(settings, message, tmp_path):

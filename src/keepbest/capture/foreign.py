@@ -1,4 +1,4 @@
-"""Brings to rank 0 what other ranks hold alone, such as the stages of a pipeline."""
+"""What is no weight, and what other ranks than 0 hold alone, such as the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from keepbest.capture.catalogue import Name
 from keepbest.capture.union import Holding
 from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.ranks import Ranks
+from keepbest.staging.slot import Slot
+
+
+def own_data(data: Any, slot: Slot) -> Any:
+    """An extra state, or what else is no weight, as it stays until it is written. **Rank-local**."""
+    if slot.is_live:
+        return data
+    # The module may go on changing what it gave, and the tensors in it.
+    torch.save(data, packed := io.BytesIO())
+    packed.seek(0)
+    return torch.load(packed, map_location="cpu", weights_only=True)
 
 
 class ForeignTransfer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 
 from keepbest.capture.catalogue import Name
-from keepbest.capture.foreign import ForeignTransfer
+from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import fsdp1_state_dict
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
-from keepbest.capture.share import Share, main_alone
+from keepbest.capture.share import Share
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.capture.union import Holding
 from keepbest.capture.whole import whole_tensor
+from keepbest.capture.writers import main_alone, nobody
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.sources import Source, StateDict
@@ -67,7 +67,7 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         files=files,
         left_out=left_out,
         slot=room,
-        writers=main_alone,
+        writers=main_alone if ranks.is_main else nobody,
     )
 
 
@@ -194,7 +194,7 @@ class _Receiver:
         if holding.entry.form.role == "data":
             if holding.owner != self._ranks.rank:
                 return None
-            return self._own(value) if self._ranks.is_main else self._elsewhere.send(name, value)
+            return own_data(value, self._slot) if self._ranks.is_main else self._elsewhere.send(name, value)
         if (holding.entry.form.is_in_unit and not self._ranks.is_main) or value is None:
             return None  # `take` sent it where it had to be
         # Names of one tensor may have several owners: what is tied on this rank need not be on a lower one.
@@ -203,19 +203,11 @@ class _Receiver:
             self._moved[place] = self._move(name, holding, value)
         return self._moved[place]
 
-    def _own(self, data: Any) -> Any:
-        """An extra state, or what else is no weight, as it stays until it is written."""
-        if self._slot.is_live:
-            return data
-        # The module may go on changing what it gave, and the tensors in it.
-        torch.save(data, packed := io.BytesIO())
-        packed.seek(0)
-        return torch.load(packed, map_location="cpu", weights_only=True)
-
     def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
+        added, slot = added_by_hooks(source, state, self._agreed), self._slot
         return {
-            name: self._slot.copy(_room_of(name), value) if isinstance(value, torch.Tensor) else self._own(value)
-            for name, value in added_by_hooks(source, state, self._agreed).items()
+            name: slot.copy(_room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
+            for name, value in added.items()
         }
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:

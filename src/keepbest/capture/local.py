@@ -2,65 +2,117 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from typing import Any
 
 import torch
 
 from keepbest.capture.catalogue import Name
-from keepbest.capture.foreign import ForeignTransfer
+from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import sharded_state_dict
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
-from keepbest.capture.plan import plan_shares
-from keepbest.capture.share import AllRanks, Share
+from keepbest.capture.plan import Layout, plan_layout
+from keepbest.capture.share import Share, Writers
+from keepbest.capture.writers import AllNow, EachAlone
 from keepbest.modules.kinds import has_shards
 from keepbest.modules.sources import StateDict
-from keepbest.staging.slot import LiveSlot, Staging
+from keepbest.ranks import Ranks
+from keepbest.staging.slot import Slot, Staging
 
-_REMEDY = "Every rank needs room and permission to write in the run directory; everything committed before is intact"
 
+class Local:
+    """What each rank holds is written by that rank. `capture` is a `Capture`, of one keeper.
 
-def local(inventory: Inventory, staging: Staging, step: str) -> Share:
-    """Plan which rank writes what it holds. **Collective**; nothing is gathered.
-
-    The tensors are those of the model, not copies (FSDP1: new shards, for which one unit at a time is gathered), so the
-    save is waited for.
-
-    Args:
-        inventory: What is to be saved, and what the ranks hold of it.
-        staging: Not asked for room.
-        step: What is being done, in words.
-
-    Raises:
-        KeepBestError, RankFailedError: As `gathered`.
+    Who writes what is planned when weights are captured for the first time, and again when they lie among the ranks in
+    another way. Else a capture costs one exchange. (Units of FSDP1 are planned and gathered each time.)
     """
-    del staging
-    ranks, items = inventory.ranks, inventory.items
-    agreed = inventory.settle(step, lambda _: None, saving=False)
-    left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
-    gone = set[Name]()
-    try:
-        found = _own_share(agreed, inventory, gone)
-    except BaseException as error:  # noqa: BLE001  # lose raises
-        ranks.lose("list the shards", error)
-    files: dict[str, StateDict] = {name.part: {} for name, _ in agreed.union.kept()}
-    for part in items.parts:
-        if part.name not in left_out and not part.apart:
-            files.setdefault(part.name, {})
-    for name, value in found.items():
-        if name.part in files:  # the same parts on every rank
-            files[name.part][name.key] = value
-    tied: dict[str, dict[str, str]] = {part: {} for part in files}
-    for name, holding in agreed.union.kept():
-        if holding.entry.first and name not in gone:
-            tied[name.part][name.key] = holding.entry.first
-    return Share(
-        parts=items.parts,
-        files=files,
-        left_out=left_out,
-        slot=LiveSlot(),
-        writers=AllRanks(ranks, step, _REMEDY),
-        plans=plan_shares(files, tied, ranks, step),
-    )
+
+    def __init__(self) -> None:
+        self._layout: Layout | None = None
+        self._captured = 0
+
+    def capture(self, inventory: Inventory, staging: Staging, step: str) -> Share:
+        """Bring what this rank holds to where it is written from. **Collective**; nothing is gathered.
+
+        Args:
+            inventory: What is to be saved, and what the ranks hold of it.
+            staging: Where this rank gets room for its share. `Unstaged` shards are those of the model.
+            step: What is being done, in words.
+
+        Raises:
+            KeepBestError, RankFailedError: As `gathered`.
+        """
+        slot, layout = list[Slot](), self._layout
+
+        def claim(agreed: Agreed) -> None:
+            if not slot:
+                slot.append(staging.claim())
+            if layout is not None and layout.union is agreed.union:
+                layout.reserve(slot[0], agreed.held)
+
+        try:
+            agreed = inventory.settle(step, claim, saving=staging.waits)
+            return self._share(inventory, agreed, slot[0], step)
+        except BaseException:
+            # A slot that is not given back would be waited for in vain.
+            for each in slot:
+                each.release()
+            raise
+
+    def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
+        ranks, items = inventory.ranks, inventory.items
+        left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
+        gone = set[Name]()
+        try:
+            found = _own_share(agreed, inventory, gone)
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            ranks.lose("list the shards", error)
+        kept = dict(agreed.union.kept())
+        parts = {name.part for name in kept}
+        parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
+        tensors: dict[str, dict[str, torch.Tensor]] = {part.name: {} for part in items.parts if part.name in parts}
+        data: dict[str, StateDict] = {part: {} for part in tensors}
+        for name, value in found.items():
+            if name.part in parts:  # the same parts on every rank
+                is_data = name in kept and kept[name].entry.form.role == "data"
+                if isinstance(value, torch.Tensor) and not is_data:
+                    tensors[name.part][name.key] = value
+                else:
+                    data[name.part][name.key] = own_data(value, slot)
+        layout = self._layout
+        if layout is None or layout.union is not agreed.union or _holds_units(agreed):
+            tied = {
+                part: {
+                    name.key: first
+                    for name, holding in kept.items()
+                    if name.part == part and (first := holding.entry.first) and name not in gone
+                }
+                for part in parts
+            }
+            layout = self._layout = plan_layout(agreed.union, tensors, tied, ranks, step)
+            ranks.agree(step, partial(layout.reserve, slot, agreed.held))
+        writers = self._writers(ranks, slot, step)
+        try:
+            plans = layout.share(slot, tensors)
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            try:
+                if isinstance(writers, EachAlone):
+                    writers.give_up(error)  # the others are past the exchange
+            finally:
+                ranks.lose("copy the shards", error)
+        return Share(parts=items.parts, files=data, left_out=left_out, slot=slot, writers=writers, plans=plans)
+
+    def _writers(self, ranks: Ranks, slot: Slot, step: str) -> Writers:
+        if slot.is_live:
+            return AllNow(ranks, step)
+        self._captured += 1
+        return EachAlone(ranks, ranks.mailbox(), self._captured, step, time.monotonic())
+
+
+def _holds_units(agreed: Agreed) -> bool:
+    """Whether a rank has units of FSDP1, whose shards are made anew by each `state_dict()`, hooks and all."""
+    return any(holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
 
 
 def _own_share(agreed: Agreed, inventory: Inventory, gone: set[Name]) -> dict[Name, Any]:

@@ -2,32 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.utils import find_state_dict_object
 
+from keepbest.capture.catalogue import Held, Name
+from keepbest.capture.union import Union
 from keepbest.formats.dcp import SharePlan
 from keepbest.modules.quiet import quiet
-from keepbest.modules.sources import StateDict
 from keepbest.ranks import Ranks
+from keepbest.staging.slot import Like, Slot
 
 Plans = dict[str, SavePlan]
 """For each part what one rank writes."""
 
 
-def plan_shares(
-    files: Mapping[str, StateDict], tied: Mapping[str, Mapping[str, str]], ranks: Ranks, step: str
-) -> dict[str, SharePlan]:
-    """What this rank writes of each part. **Collective**.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Who writes what of weights that lie among the ranks in one way. It stays as long as they do.
+
+    Attributes:
+        union: What the ranks agreed to hold.
+        mine: For each part what this rank writes.
+        metadata: On rank 0, for each part what is known of the whole.
+        tied: For each part further names of its tensors, and the key of each.
+    """
+
+    union: Union
+    mine: Mapping[str, SavePlan]
+    metadata: Mapping[str, Metadata]
+    tied: Mapping[str, Mapping[str, str]]
+
+    def reserve(self, slot: Slot, held: Held) -> None:
+        """Allocate room for what this rank writes, unless it is written from where it is. **Rank-local**."""
+        if slot.is_live:
+            return
+        for part, item, data in self._items():
+            entry = held.entries.get(Name(part, item.index.fqn))
+            device = "cpu" if entry is None else entry.device
+            slot.reserve(_room_of(part, item), Like(data.chunk.sizes, data.properties.dtype, device, is_live=True))
+
+    def share(self, slot: Slot, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, SharePlan]:
+        """What this rank writes of each part, as it is now. **Rank-local**.
+
+        Args:
+            slot: Where the values stand until they are written.
+            tensors: For each part the tensors that were planned, as this rank holds them now.
+        """
+        shards: dict[str, dict[MetadataIndex, torch.Tensor]] = {part: {} for part in self.mine}
+        for part, item, _ in self._items():
+            value = find_state_dict_object(dict(tensors[part]), item.index).detach().resolve_conj().resolve_neg()
+            shards[part][item.index] = value if slot.is_live else slot.put(_room_of(part, item), value)
+        return {
+            part: SharePlan(_Shards(shards[part]), plan, self.metadata.get(part, Metadata({})), self.tied[part])
+            for part, plan in self.mine.items()
+        }
+
+    def _items(self) -> Iterator[tuple[str, WriteItem, TensorWriteData]]:
+        for part, plan in self.mine.items():
+            for item in plan.items:
+                if item.tensor_data is None:
+                    raise RuntimeError(f"{item.index.fqn} of {part} was planned, and is no tensor")
+                yield part, item, item.tensor_data
+
+
+class _Shards(DefaultSavePlanner):
+    """Gives torch's writer the tensors of this rank, wherever they stand."""
+
+    def __init__(self, shards: Mapping[MetadataIndex, torch.Tensor]) -> None:
+        super().__init__()
+        self._shards = shards
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._shards[index]
+
+
+def plan_layout(
+    union: Union,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tied: Mapping[str, Mapping[str, str]],
+    ranks: Ranks,
+    step: str,
+) -> Layout:
+    """Plan which rank writes what. **Collective**.
 
     Args:
-        files: For each part what this rank holds; every rank has the same parts.
+        union: What the ranks agreed to hold.
+        tensors: For each part what this rank holds; every rank has the same parts.
         tied: For each part further names of its tensors, and the key of each.
         ranks: Ranks of the model.
         step: What is being done, in words.
@@ -36,12 +105,11 @@ def plan_shares(
         KeepBestError: On every rank, if what the ranks hold does not make whole tensors.
     """
     step = f"plan the shares to {step}"
-    planners = {part: DefaultSavePlanner() for part in files}
+    planners = {part: DefaultSavePlanner() for part in tensors}
 
     def plan_own() -> Plans:
-        for part, state in files.items():
-            tensors: dict[str, Any] = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-            planners[part].set_up_planner(tensors, storage_meta=None, is_coordinator=ranks.is_main)
+        for part, state in tensors.items():
+            planners[part].set_up_planner(dict(state), storage_meta=None, is_coordinator=ranks.is_main)
         return {part: planner.create_local_plan() for part, planner in planners.items()}
 
     with quiet():
@@ -49,8 +117,7 @@ def plan_shares(
         everybodys = _gathered(own, ranks)
         planned = ranks.agree(step, lambda: _plan_whole(planners, everybodys) if ranks.is_main else None)
         mine = _scattered(None if planned is None else planned[0], ranks)
-    metadata = {} if planned is None else planned[1]
-    return {part: SharePlan(planner, mine[part], metadata.get(part), tied[part]) for part, planner in planners.items()}
+    return Layout(union, mine, {} if planned is None else planned[1], tied)
 
 
 def _plan_whole(
@@ -64,6 +131,10 @@ def _plan_whole(
         for place, plan in zip(plans, FileSystemWriter("").prepare_global_plan(agreed), strict=True):
             place[part] = plan
     return plans, metadata
+
+
+def _room_of(part: str, item: WriteItem) -> str:
+    return f"{part}/{item.index.fqn}/{item.index.offset}"
 
 
 def _gathered(own: Plans, ranks: Ranks) -> list[Plans]:

@@ -11,7 +11,6 @@ from torch import nn
 from keepbest.formats.format import Receipt
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import StateDict
-from keepbest.ranks import Ranks
 from keepbest.staging.slot import Slot, Staging
 
 if TYPE_CHECKING:
@@ -34,44 +33,22 @@ class Items:
 
 
 class Writers(Protocol):
-    """How the ranks that write a snapshot come together. **Collective** where several ranks write."""
+    """How the ranks that write a snapshot come together. **Collective** where several ranks write now."""
 
-    def __call__(self, begin: Callable[[], str], write: Callable[[str], Receipt]) -> Callable[[], list[Receipt]]:
-        """Let every writer write its share, now or when rank 0 asks for the receipts.
+    def __call__(self, begin: Callable[[], str], write: Callable[[str], Receipt]) -> Receipts | None:
+        """Let every writer write its share, now or when the function that is returned is called.
 
         Args:
             begin: Function by which rank 0 makes the folder of the snapshot; returns the name of the snapshot.
             write: Function that writes the share of this rank of the snapshot of that name.
 
         Returns:
-            Function that gives rank 0 the receipts of the writers, by rank. It may write, so a thread may call it.
+            Function that writes what is left to write; on rank 0 it returns the receipts of the writers, by rank.
+            **Rank-local**; a thread may call it. `None` where nothing is left to do.
         """
 
 
-def main_alone(begin: Callable[[], str], write: Callable[[str], Receipt]) -> Callable[[], list[Receipt]]:
-    """Rank 0 writes everything, when it asks for the receipt. **Rank-local**."""
-    return lambda: [write(begin())]
-
-
-@dataclass(frozen=True, slots=True)
-class AllRanks:
-    """Every rank writes a share now, and learns at once if a rank could not: `Writers`.
-
-    Attributes:
-        ranks: Ranks that write.
-        step: What is being done, in words.
-        remedy: What the user can do if a file system refuses.
-    """
-
-    ranks: Ranks
-    step: str
-    remedy: str
-
-    def __call__(self, begin: Callable[[], str], write: Callable[[str], Receipt]) -> Callable[[], list[Receipt]]:
-        name: str = self.ranks.broadcast(self.step, begin, remedy=self.remedy, saving=True)
-        found = self.ranks.gather_json(self.step, lambda: write(name).to_json(), remedy=self.remedy, saving=True)
-        receipts = [Receipt.from_json(receipt) for receipt in found]
-        return lambda: receipts
+Receipts = Callable[[], list[Receipt]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +57,13 @@ class Share:
 
     Attributes:
         parts: All parts that were selected, in order.
-        files: For each part the state dict that this rank writes, with plain keys; empty on ranks that write nothing.
-            Gathered weights are full tensors on the CPU; local ones are sharded as the model is.
+        files: For each part the state dict that this rank writes, with plain keys, without what `plans` has; empty on
+            ranks that write nothing. Gathered weights are full tensors on the CPU.
         left_out: For each part the keys, relative to the part, that were left out because they were frozen. A part that
             is frozen as a whole has no file.
         slot: Where the values stand until they are written.
         writers: How the ranks that write come together.
-        plans: For each part what was planned for its format.
+        plans: For each part what was planned for its format, with the tensors of this rank.
     """
 
     parts: tuple[Part, ...]

@@ -24,9 +24,9 @@ class Way(NamedTuple):
 
 
 def find_way(kind: Literal["gathered", "local"]) -> Way:
-    """The way that a `Format` names in its `capture`."""
+    """The way that a `Format` names in its `capture`, for one keeper: it may remember what was planned."""
     if kind == "gathered":
         return Way(gathered, restore_gathered, is_spread=False)
-    from keepbest.capture.local import local  # torch's distributed checkpoints take half a second to import
+    from keepbest.capture.local import Local  # torch's distributed checkpoints take half a second to import
 
-    return Way(local, restore_local, is_spread=True)
+    return Way(Local().capture, restore_local, is_spread=True)

@@ -15,7 +15,7 @@ import base64
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,6 @@ from keepbest.formats.format import Format, Receipt, ToWrite, special_kind
 from keepbest.formats.index import INDEX
 from keepbest.formats.sharded_part import ShardedPart
 from keepbest.formats.tied import read_ties, write_ties
-from keepbest.modules.quiet import quiet
 from keepbest.run.digest import digest_file
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
@@ -46,13 +45,13 @@ class SharePlan:
     Attributes:
         planner: Planner that has the tensors of this rank.
         plan: Items that this rank writes, before the planner finishes them.
-        metadata: On rank 0, what is known of the whole; `None` elsewhere.
+        metadata: What is known of the whole; on rank 0 alone it says anything.
         tied: Further names of the tensors, and the key of each.
     """
 
     planner: SavePlanner
     plan: SavePlan
-    metadata: Metadata | None
+    metadata: Metadata
     tied: Mapping[str, str]
 
 
@@ -79,15 +78,15 @@ class DistributedCheckpoint(Format):
             planned: SharePlan = share.plans[part]
             # torch syncs a file before it has flushed it, so it is synced below, by path.
             writer = FileSystemWriter(inside, sync_files=False)
-            with quiet(), torch_file.without_crc32(), _refusals(inside):
+            with torch_file.without_crc32(), _refusals(inside):
                 plan = planned.planner.finish_plan(planned.plan)
                 # torch would leave an empty file where there is nothing to write.
                 written[part] = writer.write_data(plan, planned.planner).wait() if plan.items else []
             for name in sorted({result.storage_data.relative_path for result in written[part]}):
                 records[f"{inside.name}/{name}"] = _durable(files, inside / name, part)
-            if others := {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}:
+            if state:
                 path = folder / _file_of_others(part)
-                records[path.name] = FileRecord(part, torch_file.FORMAT.write_file(files, path, others), 0)
+                records[path.name] = FileRecord(part, torch_file.FORMAT.write_file(files, path, state), 0)
             files.sync_folder(inside)
         return Receipt(records, base64.b64encode(pickle.dumps(written)).decode())
 
@@ -102,7 +101,10 @@ class DistributedCheckpoint(Format):
         for part, planned in share.plans.items():
             inside = folder / _folder_name(part)
             with _refusals(inside):
-                FileSystemWriter(inside, sync_files=False).finish(planned.metadata, [each[part] for each in results])
+                # torch notes in it where things lie, and it is used again.
+                FileSystemWriter(inside, sync_files=False).finish(
+                    replace(planned.metadata), [each[part] for each in results]
+                )
             records[f"{inside.name}/{INDEX}"] = _durable(files, inside / INDEX, part)
             files.sync_folder(inside)
             if planned.tied:

@@ -26,7 +26,8 @@ class ToWrite(Protocol):
     """What one rank writes of a snapshot.
 
     Attributes:
-        files: For each part the state dict that this rank writes; empty on ranks that write nothing.
+        files: For each part the state dict that this rank writes, without what `plans` has; empty on ranks that write
+            nothing.
         plans: For each part what the capture has planned for the format, where it plans anything.
     """
 

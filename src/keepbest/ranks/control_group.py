@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]  # not in its __all__
     AllgatherOptions,
     PrefixStore,
@@ -176,16 +177,20 @@ class ControlGroup:
         """Whether this process was forked from the one that is connected."""
         return self.group is not None and self.process != os.getpid()
 
+    def new_store(self, purpose: str) -> Store:
+        """Return a store that the members alone use. **Rank-local**; equally often on each, so that they meet in it."""
+        if self._store is None:
+            self._store = HashStore()  # one rank meets itself
+        number = self._store.add(f"keepbest/{purpose}/{self.rank}", 1)
+        return PrefixStore(f"keepbest/{purpose}/{number}", self._store)
+
     def _new_group(self, purpose: str, timeout: timedelta) -> dist.ProcessGroup:
         """Return a new gloo group of the members, which is freed with the last reference to it. **Collective**.
 
         torch would keep one from `new_group` in its tables. It also names those after the number of groups of each
         rank: ranks with different numbers would not meet, and a name would come again, with old addresses in the store.
         """
-        if self._store is None:
-            raise RuntimeError("one rank needs no group")
-        number = self._store.add(f"keepbest/{purpose}/{self.rank}", 1)
-        store = PrefixStore(f"keepbest/{purpose}/{number}", self._store)
+        store = self.new_store(purpose)
         group = dist.ProcessGroup(store, self.rank, self.world_size)
         gloo = dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout)
         # torch has no other way to a group that it does not keep.

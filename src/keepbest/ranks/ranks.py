@@ -22,10 +22,12 @@ from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
 from keepbest.ranks.flag import SharedFlag
 from keepbest.ranks.frame import Frame, Number, digest_place
+from keepbest.ranks.mailbox import Mailbox
 
 T = TypeVar("T")
 
 _PLACE_WIDTH = 16384  # bytes of a step and its state that ranks in different places show each other
+_PATIENCE_FOR_NOTES = 0.9  # of save_timeout, so that who waits for rank 0 meanwhile learns how it ends
 _SHOWN_WIDTH = 600  # characters of these that the message shows
 
 
@@ -52,6 +54,7 @@ class Ranks:
         self.process_group = process_group
         self.rank, self.world_size = control.rank, control.world_size
         self.members = list(control.members)
+        self._mailbox: Mailbox | None = None
 
     @classmethod
     def connect(
@@ -210,6 +213,22 @@ class Ranks:
     def flag(self) -> SharedFlag:
         """Return a new flag that is not raised. **Rank-local**. Every rank makes one and polls it equally often."""
         return SharedFlag(self._control, self._save_timeout)
+
+    def mailbox(self) -> Mailbox:
+        """Return the mailbox of these ranks, in which notes are waited for nearly for `save_timeout`. **Rank-local**.
+
+        Every rank asks for it, or none.
+        """
+        if self._mailbox is None:
+            store, patience = self._control.new_store("mailbox"), _PATIENCE_FOR_NOTES * self._save_timeout
+            self._mailbox = Mailbox(store, patience.total_seconds(), lambda: self._control.poison is not None)
+        return self._mailbox
+
+    def leave(self) -> None:
+        """Let threads that still wait for notes do so for `rank_timeout` at most. **Rank-local**."""
+        if self._mailbox is not None:
+            self._mailbox.hurry(self._rank_timeout.total_seconds())
+            self._mailbox = None
 
     def poison(self, reason: str) -> None:
         """Refuse all further collectives: this rank left the others in the middle of one. **Rank-local**."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from keepbest.capture.share import Share
+from keepbest.capture.share import Receipts, Share
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format, Receipt
 from keepbest.run.files import Files
@@ -60,13 +60,13 @@ class PendingSnapshot:
         self._record = record
         self._files = files
         self._name = ""
-        self._receipts: Callable[[], list[Receipt]] | None = None
+        self._receipts: Receipts | None = None
         self._written: Written | None = None
         self._lock = threading.Lock()
         self._is_begun = self._is_needed = self._is_given_up = False
 
     def meet(self, drain: Callable[[], None]) -> None:
-        """Let the ranks that write come together. **Collective** where several ranks write.
+        """Let the ranks that write come together. **Collective** where several ranks write now.
 
         Args:
             drain: Function that waits on rank 0 for what is being written, whose commits remove unfinished folders.
@@ -80,8 +80,23 @@ class PendingSnapshot:
         except BaseException:
             self._drop()
             raise
-        if self._record is None:
+        if self._receipts is None:
             self._share = None  # this rank has written what it had
+
+    def contribute(self) -> None:
+        """Write what this rank still has to write. **Rank-local**, on the other ranks than 0, on any thread.
+
+        Raises:
+            ConnectionError: If rank 0 cannot learn of it. It raises itself whatever else goes wrong.
+        """
+        receipts, self._receipts = self._receipts, None
+        if receipts is None:
+            return
+        try:
+            receipts()
+        finally:
+            self._unwritten().slot.release()
+            self._share = None
 
     def need(self) -> None:
         """Have it written even if a better one follows, since something else names it. **Rank-local**."""
@@ -148,7 +163,7 @@ class PendingSnapshot:
         folder = unfinished_folder(snapshots_folder(self._directory), name)
         return self._format.write(self._files, folder, share)
 
-    def _complete(self, receipts: Callable[[], list[Receipt]]) -> Written:
+    def _complete(self, receipts: Receipts) -> Written:
         record, share = _of_rank_0(self._record), self._unwritten()
         if not share.files:
             raise ConfigError(

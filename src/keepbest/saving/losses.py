@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+from keepbest.errors import StorageError
 from keepbest.run.follower import Follower
 
 _logger = logging.getLogger(__name__)
+_REFUSALS = OSError, StorageError  # of the file system here, and of another rank
 
 
 class Losses:
@@ -30,7 +32,7 @@ class Losses:
         """Note that something could not be written; from any thread."""
         # The other ranks are not waiting: it travels with the next exchange, at no cost to quiet intervals.
         self._failures.append(failure)
-        if not isinstance(failure, OSError):
+        if not isinstance(failure, _REFUSALS):
             self.lose_best()  # it may have come before the record, which otherwise has what the disk refuses
 
     def lose_best(self) -> None:
@@ -41,7 +43,7 @@ class Losses:
         """The next failure, for every rank to raise. Each is taken once; one that is tolerated is logged instead."""
         while self._failures:
             failure = self._failures.popleft()
-            if not (self._tolerates and isinstance(failure, OSError)):
+            if not (self._tolerates and isinstance(failure, _REFUSALS)):
                 return failure
             _logger.warning("%s: not written, training continues: %s", self._name, failure)
         return None

@@ -73,6 +73,7 @@ class OpenRun:
         self._process: int | None = None
         self._lock = threading.RLock()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
+        self._hurry: list[Callable[[], None]] = []
 
     def share(self) -> OpenRun:
         """The one that everybody in this directory shares: this one, unless somebody holds another. **Rank-local**."""
@@ -108,8 +109,14 @@ class OpenRun:
         self.folder.claim()
         return self.folder
 
-    def write_in_the_background(self) -> None:
-        """From now on, do the writing on a thread. **Rank-local**, on rank 0."""
+    def write_in_the_background(self, hurry: Callable[[], None]) -> None:
+        """From now on, do the writing on a thread. **Rank-local**, on each rank that writes.
+
+        Args:
+            hurry: Function that is called before the thread is waited for, since nobody trains any more. It keeps no
+                keeper alive.
+        """
+        self._hurry.append(hurry)
         if isinstance(self.worker, Inline):
             self.worker = Threaded("keepbest-writer")
 
@@ -190,7 +197,10 @@ class OpenRun:
                 return
             # Each step may be taken again, if an interruption comes before the last one.
             self._newest = None
+            for hurry in self._hurry:
+                hurry()  # a keeper that is garbage, or open when the interpreter exits, did not do it
             self.worker.close()
+            self._hurry.clear()
             self.worker = Inline()
             if self.folder is not None:
                 self.folder.close()

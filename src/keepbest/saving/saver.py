@@ -96,14 +96,18 @@ class Saver:
         if self._way.is_spread:
             check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
+    def get_ready(self) -> None:
+        """Start the thread of a rank that writes. **Rank-local**. Raises `ConfigError` if it cannot be started."""
+        if self._in_background and (self._ranks.is_main or self._way.is_spread):
+            self._run.write_in_the_background(self._ranks.leave)
+
     def start(self, record: KeeperRecord) -> None:
-        """Get ready to write. **Rank-local**, on rank 0. Raises `ConfigError` if no thread can be started."""
-        if self._in_background:
-            self._run.write_in_the_background()
+        """Write into this record from now on. **Rank-local**, on rank 0."""
         self._record = record
 
     def stop(self) -> None:
         """Free what is staged, as soon as it is written. **Rank-local**."""
+        self._ranks.leave()
         self._staging.close()
         self._staging, self._queued = self._new_staging(), None  # a start that failed may be tried again
 
@@ -132,6 +136,8 @@ class Saver:
         elif job is not None:
             self._submit(partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
             self._queued = snapshot
+        else:
+            self._run.worker.submit(snapshot.contribute, self.losses.add)
         if shared is None:
             # All ranks come here, or none: a snapshot that is known to have failed is not shared.
             self._run.remember(iteration, content, snapshot, self._inventory.mark)
@@ -216,7 +222,10 @@ class Saver:
         _logger.warning("%s: the run ends and no best is kept, since %s", self._name, reason)
 
     def _new_staging(self) -> Staging:
-        return HostStaging(self._give_up_the_queued) if self._in_background else Unstaged()
+        if not self._in_background:
+            return Unstaged()
+        # One rank alone cannot know which save all others have only queued.
+        return HostStaging((lambda: None) if self._way.is_spread else self._give_up_the_queued)
 
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""

@@ -34,11 +34,13 @@ class HostSlot:
         self._release = weakref.finalize(self, release, tensors)
         self._release.atexit = False
         self._copies: list[torch.cuda.Event] = []
+        self._needed: set[str] = set()
 
     def reserve(self, key: str, like: Like) -> None:
         self.room(key, like)
 
     def room(self, key: str, like: Like) -> torch.Tensor:
+        self._needed.add(key)
         held = self._tensors.get(key)
         if held is None or held.shape != torch.Size(like.shape) or held.dtype != like.dtype:
             self._tensors.pop(key, None)  # what is no longer needed makes room first
@@ -64,6 +66,9 @@ class HostSlot:
         self._copies.clear()
 
     def release(self) -> None:
+        if self._release.alive:
+            for key in self._tensors.keys() - self._needed:
+                del self._tensors[key]  # of weights that went, or lie among the ranks in another way now
         self._release()
 
 
