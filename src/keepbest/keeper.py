@@ -302,9 +302,8 @@ class BestKeeper:
 
         With `async_save`, as it was at the last `flush` or `close`.
         """
-        if self._saver.best_snapshot is None:
-            return None
-        return snapshots_folder(self.directory) / self._saver.best_snapshot
+        name = self._saver.best_snapshot
+        return None if name is None else snapshots_folder(self.directory) / name
 
     def restore_best(self) -> LoadedSnapshot:
         """Load the best that the run ever saved into the live model, as `keepbest.load` does. **Collective**.

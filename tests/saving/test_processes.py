@@ -94,15 +94,17 @@ def test_run_that_a_forked_child_opens_first_is_its_own(tmp_path):
 
 
 def is_free(directory: Path) -> bool:
-    """Whether another process could have the folder."""
+    """Whether another process could have the folder, which may not be there yet."""
     if (child := os.fork()) == 0:
+        status = 1
         try:
+            (directory / "checkpoints").mkdir(exist_ok=True)
             lock = RunLock(directory / "checkpoints" / "lock")
             lock.acquire()
             lock.release()
-        except RunExistsError:
-            os._exit(1)
-        os._exit(0)
+            status = 0
+        finally:
+            os._exit(status)  # the rest of the test is not for this process
     return os.waitpid(child, 0)[1] == 0
 
 
