@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from keepbest.formats import torch_file
+from keepbest.formats.digested_files import DigestedFiles, writer_into
 from keepbest.formats.format import Format, Receipt, ToWrite, special_kind
-from keepbest.formats.index import INDEX
 from keepbest.formats.sharded_part import ShardedPart
 from keepbest.formats.tied import read_ties, write_ties
-from keepbest.run.digest import digest_file
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
 from keepbest.run.names import part_name
@@ -76,14 +73,13 @@ class DistributedCheckpoint(Format):
             inside = folder / _folder_name(part)
             files.make_folder(inside)
             planned: SharePlan = share.plans[part]
-            # torch syncs a file before it has flushed it, so it is synced below, by path.
-            writer = FileSystemWriter(inside, sync_files=False)
-            with torch_file.without_crc32(), _refusals(inside):
-                plan = planned.planner.finish_plan(planned.plan)
-                # torch would leave an empty file where there is nothing to write.
-                written[part] = writer.write_data(plan, planned.planner).wait() if plan.items else []
-            for name in sorted({result.storage_data.relative_path for result in written[part]}):
-                records[f"{inside.name}/{name}"] = _durable(files, inside / name, part)
+            disk = DigestedFiles(files)
+            plan = planned.planner.finish_plan(planned.plan)
+            written[part] = []
+            if plan.items:  # torch would leave an empty file where there is nothing to write
+                with torch_file.without_crc32():
+                    written[part] = writer_into(inside, disk).write_data(plan, planned.planner).wait()
+            records |= _records(part, inside, disk)
             if state:
                 path = folder / _file_of_others(part)
                 records[path.name] = FileRecord(part, torch_file.FORMAT.write_file(files, path, state), 0)
@@ -100,12 +96,10 @@ class DistributedCheckpoint(Format):
         results = [pickle.loads(base64.b64decode(receipt.note)) for receipt in receipts]
         for part, planned in share.plans.items():
             inside = folder / _folder_name(part)
-            with _refusals(inside):
-                # torch notes in it where things lie, and it is used again.
-                FileSystemWriter(inside, sync_files=False).finish(
-                    replace(planned.metadata), [each[part] for each in results]
-                )
-            records[f"{inside.name}/{INDEX}"] = _durable(files, inside / INDEX, part)
+            disk = DigestedFiles(files)
+            # torch notes in it where things lie, and it is used again.
+            writer_into(inside, disk).finish(replace(planned.metadata), [each[part] for each in results])
+            records |= _records(part, inside, disk)
             files.sync_folder(inside)
             if planned.tied:
                 path = folder / _file_of_ties(part)
@@ -125,18 +119,8 @@ class DistributedCheckpoint(Format):
 FORMAT = DistributedCheckpoint()
 
 
-@contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Raise as an `OSError` what torch makes a `RuntimeError` of: a write that the file system refused."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{path}: {error}") from error
-
-
-def _durable(files: Files, path: Path, part: str) -> FileRecord:
-    files.sync_file(path)
-    return FileRecord(part, digest_file(path))
+def _records(part: str, inside: Path, disk: DigestedFiles) -> dict[str, FileRecord]:
+    return {f"{inside.name}/{name}": FileRecord(part, digest) for name, digest in sorted(disk.digests.items())}
 
 
 def _folder_name(part: str) -> str:

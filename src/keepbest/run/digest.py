@@ -73,6 +73,11 @@ class DigestingFile:
         self._bytes += written
 
     @property
+    def size(self) -> int:
+        """The bytes that were written, or are held."""
+        return self._bytes + len(self._held)
+
+    @property
     def digest(self) -> Digest:
         """Of all that was written, after `sync`."""
         return Digest(self._bytes, self._hash.hexdigest())

@@ -1,0 +1,76 @@
+"""What torch's writer of shards writes into: files that are digested on their way, and on the disk when it is done."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+
+from keepbest.run.digest import Digest, DigestingFile
+from keepbest.run.files import Files
+
+
+def writer_into(folder: Path, disk: DigestedFiles) -> FileSystemWriter:
+    """Torch's writer of the shards in `folder`. It leaves the sync to `disk`, since torch syncs before it flushes."""
+    writer = FileSystemWriter(folder, sync_files=False)
+    writer.fs = disk
+    return writer
+
+
+class DigestedFiles(FileSystem):
+    """The file system of one writer. **Rank-local**.
+
+    Args:
+        files: Operations that change the run folder.
+
+    Attributes:
+        digests: Digest of each file that was written, by its name.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.digests: dict[str, Digest] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """A new file, which is durable when the block ends. Raises `OSError`."""
+        del mode
+        with self._files.create(Path(path)) as file:
+            sink = DigestingFile(file)
+            try:
+                yield cast("io.IOBase", _Stream(sink))
+            except RuntimeError as error:
+                if sink.failure is not None:  # of which torch makes a RuntimeError
+                    raise sink.failure from error
+                raise
+            sink.sync()
+        self.digests[Path(path).name] = sink.digest
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Give a file another name. Raises `OSError`."""
+        self._files.rename(Path(path), Path(new_path))
+        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
+
+
+class _Stream:
+    """What torch's writer asks of a stream. It is flushed after each tensor, and must not be, for small ones."""
+
+    def __init__(self, sink: DigestingFile) -> None:
+        self._sink = sink
+
+    def write(self, data: bytes | memoryview) -> int:
+        return self._sink.write(data)
+
+    def tell(self) -> int:
+        return self._sink.size
+
+    def flush(self) -> None:
+        """The end of the block writes what is held."""
+
+    def close(self) -> None:
+        """The end of the block closes the file."""
