@@ -7,7 +7,19 @@ import sys
 
 from benchmarks.measure import ROOT
 
-PROGRAMS = ("stall", "durable", "heartbeat", "gather", "memory", "quiet", "tolerance", "endurance", "sharded", "scale")
+PROGRAMS = (
+    "stall",
+    "durable",
+    "heartbeat",
+    "gather",
+    "memory",
+    "quiet",
+    "tolerance",
+    "endurance",
+    "sharded",
+    "shards",
+    "scale",
+)
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from keepbest.capture.fsdp1 import sharded_state_dict
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.plan import Layout, plan_layout
 from keepbest.capture.share import Share, Writers
+from keepbest.capture.spread import spread_over_holders
+from keepbest.capture.union import Union
 from keepbest.capture.writers import AllNow, EachAlone
 from keepbest.modules.kinds import has_shards
 from keepbest.modules.sources import StateDict
@@ -30,6 +33,7 @@ class Local:
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
+        self._spread: tuple[Union, Mapping[Name, int]] | None = None
         self._captured = 0
 
     def capture(self, inventory: Inventory, staging: Staging, step: str) -> Share:
@@ -65,7 +69,7 @@ class Local:
         left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
         gone = set[Name]()
         try:
-            found = _own_share(agreed, inventory, gone)
+            found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
         except BaseException as error:  # noqa: BLE001  # lose raises
             ranks.lose("list the shards", error)
         kept = dict(agreed.union.kept())
@@ -103,6 +107,11 @@ class Local:
                 ranks.lose("copy the shards", error)
         return Share(parts=items.parts, files=data, left_out=left_out, slot=slot, writers=writers, plans=plans)
 
+    def _writers_of_whole(self, union: Union) -> Mapping[Name, int]:
+        if self._spread is None or self._spread[0] is not union:
+            self._spread = union, spread_over_holders(union)
+        return self._spread[1]
+
     def _writers(self, ranks: Ranks, slot: Slot, step: str) -> Writers:
         if slot.is_live:
             return AllNow(ranks, step)
@@ -115,8 +124,8 @@ def _holds_units(agreed: Agreed) -> bool:
     return any(holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
 
 
-def _own_share(agreed: Agreed, inventory: Inventory, gone: set[Name]) -> dict[Name, Any]:
-    """What this rank writes: its shards, and of what ranks hold whole that which no lower rank holds.
+def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int], gone: set[Name]) -> dict[Name, Any]:
+    """What this rank writes: its shards, and of what ranks hold whole that of which it is the writer.
 
     What is no tensor goes to rank 0, which alone writes such. A tensor with several names is written under the first.
     Hooks of state_dict() beside units of FSDP1, which it alone can call, may add names, and leave out others: `gone`.
@@ -139,7 +148,7 @@ def _own_share(agreed: Agreed, inventory: Inventory, gone: set[Name]) -> dict[Na
                 value = state[key]
                 if has_shards(value):
                     found[name] = value
-                elif holding.owner == ranks.rank:
+                elif writers.get(name, holding.owner) == ranks.rank:
                     if holding.entry.form.role == "data" and not ranks.is_main:
                         elsewhere.send(name, value)
                     else:
