@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import random
 import shutil
@@ -206,7 +205,9 @@ FAULTS = {"refused": OSError(errno.ENOSPC, "No space left on device"), "dies": D
 def fail_at_each_operation(place: Path, rank: int, error: BaseException, *, rank_1_is_first: bool) -> list[str]:
     """Where the second best was kept or lost against the rules."""
     faults: list[str] = []
-    for number in itertools.count():
+    number = -1
+    while True:
+        number += 1
         root, fault = place / str(number), Fault(rank, number, error)
         ranks = Ranks(root, [SteppedFiles(fault.step_of(each)) for each in (0, 1)], rank_1_is_first).begin()
         ranks.save()
