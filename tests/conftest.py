@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 # Test processes and their ranks share few cores. Set before torch is imported, so that forked ranks have it too.
@@ -16,6 +17,8 @@ from hypothesis import settings
 from tests.kit.quick import NoProcesses
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes depends on what the other test process does.
 settings.register_profile("keepbest", deadline=None)
 settings.register_profile("quick", deadline=None, max_examples=10)

@@ -127,6 +127,7 @@ COLLECTIVES_LIVE_IN = (
 SHARDED_APIS_LIVE_IN = (
     *COLLECTIVES_LIVE_IN,
     "formats/dcp.py",
+    "formats/digested_files.py",  # what torch writes shards into
     "formats/index.py",  # reads what torch writes into an index
     "formats/sharded_part.py",  # reads what that one writes
     "formats/torch_reader.py",  # lets torch read resume checkpoints without running their code

@@ -16,6 +16,7 @@ from keepbest.errors import SnapshotError
 from keepbest.formats.format import StateDict, TensorKind
 from keepbest.formats.index import read_index
 from keepbest.formats.shards import Shard, ShardReader
+from keepbest.modules.kinds import is_dense
 from keepbest.modules.quiet import quiet
 from keepbest.run.inside import open_file
 
@@ -26,7 +27,7 @@ class ShardedPart:
     Args:
         path: Folder of the shards.
         files: Files of the part that were verified, by their paths in the folder of the snapshot.
-        others: What is no tensor, by its key.
+        others: What does not lie in the shards, by its key: what is no weight.
         tied: Further names of stored tensors, and the key of each.
 
     Raises:
@@ -35,7 +36,9 @@ class ShardedPart:
 
     def __init__(self, path: Path, *, files: Collection[str], others: StateDict, tied: Mapping[str, str]) -> None:
         self._path = path
-        self.others = others
+        # An extra state may be a tensor, whose shape is another one in each snapshot.
+        self._apart = {key: value for key, value in others.items() if is_dense(value)}
+        self.others = {key: value for key, value in others.items() if key not in self._apart}
         self.tied = tied
         self._reader = ShardReader()
         self._index: Metadata = read_index(path)
@@ -54,9 +57,11 @@ class ShardedPart:
             if not isinstance(entry, TensorStorageMetadata):
                 raise SnapshotError(f"{self._path} holds {key!r}, which is no tensor")
             kinds[key] = TensorKind(entry.size, entry.properties.dtype)
-        return kinds
+        return kinds | {key: TensorKind(value.shape, value.dtype) for key, value in self._apart.items()}
 
     def fetch(self, key: str) -> torch.Tensor:
+        if key in self._apart:
+            return self._apart[key]
         # Each shard is read from where the index says that it lies: to plan a read of one key takes a look at all.
         shape, dtype = self.kinds[key]
         chunks = self._chunks(key)
@@ -80,7 +85,9 @@ class ShardedPart:
         rounds: list[dict[str, torch.Tensor]] = [{}]
         for name, tensor in wanted.items():
             key = self.tied.get(name, name)
-            if all(held.get(key) is not tensor for held in rounds):
+            if key in self._apart:
+                tensor.copy_(self._apart[key])
+            elif all(held.get(key) is not tensor for held in rounds):
                 free = next((held for held in rounds if key not in held), None)
                 if free is None:
                     rounds.append(free := {})
@@ -111,6 +118,8 @@ class ShardedPart:
         """Each shard of a tensor, by its key and its place in the tensor."""
         shards = {}
         for key, kind in self.kinds.items():
+            if key in self._apart:
+                continue
             for chunk in self._chunks(key):
                 index = MetadataIndex(key, chunk.offsets)
                 if info := self._index.storage_data.get(index):

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
 _CHUNK = 1 << 22  # characters of a note that the store takes in one piece
-_PAUSES = 0.002, 0.1  # seconds between looks for a note, at first and later
+_PAUSES = 0.002, 0.5  # seconds between two looks for a note, the least and the most
+_PAUSE = 0.05  # of the time that it was waited for, so that no wait is much longer than it has to be
 _AFTER_A_LOSS = 10.0  # seconds to wait for a note when contact with the other ranks is lost
 
 
@@ -84,7 +85,7 @@ class Mailbox:
         return [f"{key}/{number}" for number in range(int(self._store.get(key)))]
 
     def _wait(self, key: str, what: str, since: float) -> None:
-        pause, longest = _PAUSES
+        began, (least, most) = time.monotonic(), _PAUSES
         while not self._has(key):
             if self._is_lost() and not self._has_hurried:
                 self._has_hurried = True
@@ -94,8 +95,7 @@ class Mailbox:
                 raise ConnectionError(f"contact with the other ranks was lost before {what} came")
             if now >= min(self._end, since + self._patience):
                 raise TimeoutError(f"{what} did not come within {now - since:.0f} s")
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
+            time.sleep(min(max(least, _PAUSE * (now - began)), most))
 
     def _has(self, key: str) -> bool:
         try:
