@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,17 @@ class Copy(Action):
 
 
 class RawWrite(Action):
-    """Writes the bytes of the weights to a new file and syncs it: what the disk takes."""
+    """Writes the bytes of some values to a new file and syncs it: what the disk takes."""
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self._values = [value.detach().contiguous().numpy() for value in plain(model).state_dict().values()]
-        self._path = folder / "raw"
+    def __init__(self, values: Iterable[torch.Tensor], path: Path) -> None:
+        self._values = [value.detach().contiguous().numpy() for value in values]
+        self._path = path
 
     def act(self) -> None:
-        if is_main():
-            with self._path.open("xb", buffering=0) as file:
-                for value in self._values:
-                    file.write(value.data)
-                os.fsync(file.fileno())
+        with self._path.open("xb", buffering=0) as file:
+            for value in self._values:
+                file.write(value.data)
+            os.fsync(file.fileno())
 
     def settle(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -13,7 +13,10 @@ OURS, RAW = "keepbest", "raw write + fsync"
 
 def measure_on_rank(folder: Path, size: Size) -> Samples:
     model = measure.make_model(size.megabytes)
-    contestants: dict[str, Action] = {RAW: RawWrite(model, folder), OURS: Keepbest(model, folder)}
+    contestants: dict[str, Action] = {
+        RAW: RawWrite(model.state_dict().values(), folder / "raw"),
+        OURS: Keepbest(model, folder),
+    }
     contestants |= {name: make(model, folder) for name, make in SYNC_PEERS.items()}
     try:
         return measure.alternate(contestants, size.repetitions)
@@ -28,13 +31,13 @@ def run(quick: bool) -> Report:
     with measure.scratch() as folder:
         samples = measure.on_ranks(1, measure_on_rank, folder, size)[0]
     report.samples["one process"] = samples
-    told = measure.told(samples, OURS, RAW)
+    figures = measure.figures(samples, OURS, RAW)
     raw = measure.ratio(samples, OURS, RAW)
-    report.add(Line("durable save", raw, "at most 1.25 x raw write + fsync", 1.25, detail=told))
+    report.add(Line("durable save", raw, "at most 1.25 x raw write + fsync", 1.25, detail=figures))
     for peer in SYNC_PEERS:
         what = f"durable save beside {peer}" + ("" if peer in SYNCING else ", which does not sync")
         beside = measure.ratio(samples, OURS, peer)
-        report.add(Line(what, beside, "at most 1.0 x the peer", 1.0, detail=measure.told(samples, peer)))
+        report.add(Line(what, beside, "at most 1.0 x the peer", 1.0, detail=measure.figures(samples, peer)))
     return report
 
 

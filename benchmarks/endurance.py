@@ -45,16 +45,16 @@ def run(quick: bool) -> Report:
         report.samples[how] = {name: [entry[name] for entry in taken] for name in taken[0]}
         for name in ("file descriptors", "threads"):
             grown = taken[-1][name] - taken[0][name]
-            told = f"{taken[0][name]} after {saves // 10} saves, {taken[-1][name]} after {saves}"
-            report.add(Line(f"growth of {name} over {saves} saves, {how}", grown, "none", 0.0, unit="", detail=told))
+            figures = f"{taken[0][name]} after {saves // 10} saves, {taken[-1][name]} after {saves}"
+            report.add(Line(f"growth of {name} over {saves} saves, {how}", grown, "none", 0.0, unit="", detail=figures))
         first, last = (entry["bytes resident"] for entry in (taken[0], taken[-1]))
         # What the ledger tells is also held in memory: a few hundred bytes for each observation.
         per_save = (last - first) / (saves * 0.9) / 1e3
-        told = (
+        figures = (
             f"{first / 1e6:.1f} MB after {saves // 10} saves, {last / 1e6:.1f} MB after {saves}; {MEGABYTES} MB a save"
         )
         what = f"growth of memory for each of {saves} saves, {how}"
-        report.add(Line(what, per_save, "at most 2 kB, for the history", 2.0, unit="kB", detail=told))
+        report.add(Line(what, per_save, "at most 2 kB, for the history", 2.0, unit="kB", detail=figures))
     return report
 
 

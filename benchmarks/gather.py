@@ -77,10 +77,10 @@ def run(quick: bool) -> Report:
         samples = measure.on_ranks(world_size, measure_on_rank, world_size, size)[0]
         report.samples[f"{world_size} ranks"] = samples
         for name in (FRESH, STAGED):
-            told = measure.told(samples, name, REFERENCE)
+            figures = measure.figures(samples, name, REFERENCE)
             half = measure.ratio(samples, name, REFERENCE)
             what = f"FSDP2 gather, {name}, {world_size} ranks"
-            report.add(Line(what, half, "at most 0.5 x get_model_state_dict", 0.5, detail=told))
+            report.add(Line(what, half, "at most 0.5 x get_model_state_dict", 0.5, detail=figures))
     return report
 
 

@@ -91,13 +91,13 @@ def run(quick: bool) -> Report:
     alone = statistics.median(gaps[ALONE])
     for name in lengths:
         held = (statistics.median(gaps[name]) - alone) * 1e3
-        told = (
-            measure.told(gaps, name, ALONE, scale=1e3, unit="ms")
+        figures = (
+            measure.figures(gaps, name, ALONE, scale=1e3, unit="ms")
             + "; "
-            + measure.told({"write": lengths[name]}, "write")
+            + measure.figures({"write": lengths[name]}, "write")
         )
         bar = ("at most 20 ms", 20.0) if name == OURS else ("reported", None)
-        report.add(Line(f"training thread held up by the writer of {name}", held, *bar, unit="ms", detail=told))
+        report.add(Line(f"training thread held up by the writer of {name}", held, *bar, unit="ms", detail=figures))
     return report
 
 

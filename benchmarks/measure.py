@@ -152,7 +152,7 @@ def ratio(samples: Samples, name: str, beside: str) -> float:
     return statistics.median(samples[name]) / statistics.median(samples[beside])
 
 
-def told(samples: Samples, *names: str, scale: float = 1.0, unit: str = "s") -> str:
+def figures(samples: Samples, *names: str, scale: float = 1.0, unit: str = "s") -> str:
     """Median and spread of samples, in words."""
     parts = []
     for name in names:

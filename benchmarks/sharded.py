@@ -26,14 +26,17 @@ def measure_times(world_size: int, folder: Path, size: Size) -> Samples:
             contestant.end()
 
 
-def measure_memory(world_size: int, folder: Path, size: Size) -> tuple[int, int]:
+def measure_memory(world_size: int, folder: Path, size: Size, async_save: bool) -> tuple[int, int]:
     """Bytes above the model's own at the worst moment of the saves; bytes of this rank's shard."""
     plain = measure.make_model(size.megabytes)
     own = measure.weight_bytes(plain) // world_size
     model = shard(plain, world_size)
     del plain
-    keeper = Keepbest(model, folder, format="dcp")
-    keeper.act()  # what torch imports on first use is none of the weights
+    small = shard(measure.make_model(1), world_size)
+    warm = Keepbest(small, folder / "warm", format="dcp", async_save=async_save)
+    warm.act()  # what torch imports on first use is none of the weights
+    warm.end()
+    keeper = Keepbest(model, folder, format="dcp", async_save=async_save)
     measure.meet()
     gc.collect()
     before = resident("VmRSS")
@@ -53,11 +56,11 @@ def run(quick: bool) -> Report:
         with measure.scratch() as folder:
             samples = measure.on_ranks(world_size, measure_times, world_size, folder, size)[0]
         report.samples[f"{world_size} ranks"] = samples
-        told = measure.told(samples, SHARDED, GATHERED)
+        figures = measure.figures(samples, SHARDED, GATHERED)
         what = f"durable save by all of {world_size} ranks, FSDP2"
-        report.add(Line(what, measure.ratio(samples, SHARDED, GATHERED), "reported: x rank 0 alone", detail=told))
+        report.add(Line(what, measure.ratio(samples, SHARDED, GATHERED), "reported: x rank 0 alone", detail=figures))
         with measure.scratch() as folder:
-            ranks = measure.on_ranks(world_size, measure_memory, world_size, folder, size)
+            ranks = measure.on_ranks(world_size, measure_memory, world_size, folder, size, False)
         above, own = max(ranks, key=lambda rank: rank[0])
         detail = f"{above / 1e6:.0f} MB above the model's own; a rank's shard has {own / 1e6:.0f} MB"
         what = f"memory of the worst of {world_size} ranks, format dcp"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from benchmarks import measure
-from benchmarks.contestants import Action, Keepbest, is_main
+from benchmarks.contestants import Action, Keepbest, RawWrite, is_main
 from benchmarks.heartbeat import Written, longest_gap
-from benchmarks.measure import Line, Report, Samples, Size, resident, shard
+from benchmarks.measure import Line, Report, Samples, Size, shard
+from benchmarks.sharded import measure_memory
 
 OURS, COPY, TUNED = "keepbest", "copy of the own shard into warm buffers", "dcp.async_save, cached staging and plans"
 DURABLE, RAW, BUSY = "from observe to durable", "raw write + fsync of the own shard", "under Python-heavy training"
@@ -39,23 +38,6 @@ class CopyShard(Action):
     def act(self) -> None:
         for buffer, value in zip(self._buffers, self._source, strict=True):
             buffer.copy_(value)
-
-
-class RawShare(Action):
-    """Writes the bytes that this rank holds to a new file and syncs it: what the disk takes."""
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self._values = [value.contiguous().numpy() for value in shards_of(model)]
-        self._path = folder / f"raw-{dist.get_rank()}"
-
-    def act(self) -> None:
-        with self._path.open("xb", buffering=0) as file:
-            for value in self._values:
-                file.write(value.data)
-            os.fsync(file.fileno())
-
-    def settle(self) -> None:
-        self._path.unlink(missing_ok=True)
 
 
 class Durable(Keepbest):
@@ -112,7 +94,7 @@ def measure_stalls(world_size: int, folder: Path, size: Size) -> Samples:
         COPY: CopyShard(model),
         OURS: Keepbest(model, folder, **settings),
         TUNED: TunedDcp(model, folder),
-        RAW: RawShare(model, folder),
+        RAW: RawWrite(shards_of(model), folder / f"raw-{dist.get_rank()}"),
         DURABLE: Durable(model, folder / "durable", **settings),
         BUSY: Busy(model, folder / "busy", **settings),
     }
@@ -121,28 +103,6 @@ def measure_stalls(world_size: int, folder: Path, size: Size) -> Samples:
     finally:
         for contestant in contestants.values():
             contestant.end()
-
-
-def measure_memory(world_size: int, folder: Path, size: Size) -> tuple[int, int]:
-    """Bytes above the model's own at the worst moment of the saves; bytes of this rank's shard."""
-    plain = measure.make_model(size.megabytes)
-    own = measure.weight_bytes(plain) // world_size
-    model = shard(plain, world_size)
-    del plain
-    warm = Keepbest(shard(measure.make_model(1), world_size), folder / "warm", format="dcp", async_save=True)
-    warm.act()  # what torch imports on first use is none of the weights
-    warm.end()
-    keeper = Keepbest(model, folder, format="dcp", async_save=True)
-    measure.meet()
-    gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest
-    for _ in range(size.repetitions):
-        keeper.act()
-    keeper.settle()
-    above = resident("VmHWM") - before
-    keeper.end()
-    return above, own
 
 
 def run(quick: bool) -> Report:
@@ -159,10 +119,10 @@ def run(quick: bool) -> Report:
             (DURABLE, DURABLE, RAW, "at most 1.25 x raw write + fsync", 1.25),
             (f"the writer {BUSY}", BUSY, DURABLE, "at most 2 x alone", 2.0),
         ):
-            told = measure.told(samples, name, beside)
-            report.add(Line(f"{what}, {where}", measure.ratio(samples, name, beside), bar, limit, detail=told))
+            figures = measure.figures(samples, name, beside)
+            report.add(Line(f"{what}, {where}", measure.ratio(samples, name, beside), bar, limit, detail=figures))
         with measure.scratch() as folder:
-            ranks = measure.on_ranks(world_size, measure_memory, world_size, folder, size)
+            ranks = measure.on_ranks(world_size, measure_memory, world_size, folder, size, True)
         above, own = max(ranks, key=lambda rank: rank[0])
         detail = f"{above / 1e6:.0f} MB above the model's own; a rank's shard has {own / 1e6:.0f} MB"
         bar = "at most two shards and 64 MB"

@@ -41,17 +41,19 @@ def run(quick: bool) -> Report:
             samples = measure.on_ranks(ranks, measure_on_rank, folder, size, ranks > 1)[0]
         report.samples[where] = samples
         copies = measure.ratio(samples, OURS, COPY)
-        told = measure.told(samples, OURS, COPY)
-        report.add(Line(f"async stall of a new best, {where}", copies, "at most 1.3 x a warm copy", 1.3, detail=told))
+        figures = measure.figures(samples, OURS, COPY)
+        report.add(
+            Line(f"async stall of a new best, {where}", copies, "at most 1.3 x a warm copy", 1.3, detail=figures)
+        )
         for peer in AS_THEY_COME:
             less = measure.ratio(samples, peer, OURS)
             what = f"stall of {peer} beside it, {where}"
-            report.add(Line(what, less, "at least 3 x ours", 3.0, at_least=True, detail=measure.told(samples, peer)))
+            report.add(Line(what, less, "at least 3 x ours", 3.0, at_least=True, detail=measure.figures(samples, peer)))
         tuned = measure.ratio(samples, OURS, TUNED)
-        told = measure.told(samples, TUNED)
-        report.add(Line(f"beside {TUNED}, {where}", tuned, "at most 1.1 x the tuned peer", 1.1, detail=told))
+        figures = measure.figures(samples, TUNED)
+        report.add(Line(f"beside {TUNED}, {where}", tuned, "at most 1.1 x the tuned peer", 1.1, detail=figures))
         cold = measure.ratio(samples, FIRST, COPY)
-        report.add(Line(f"first best of a run, {where}", cold, detail=measure.told(samples, FIRST)))
+        report.add(Line(f"first best of a run, {where}", cold, detail=measure.figures(samples, FIRST)))
     return report
 
 

@@ -227,16 +227,17 @@ def test_skipped_best_counts_only_if_its_successor_was_committed(tmp_path):
 
 def look_only_between_lines(monkeypatch) -> None:
     """Each line takes a while, and whoever reads what is recorded meanwhile, on another thread, fails."""
+    # Wrapped and not replaced: no file is touched where the two threads would meet.
     append, catch_up, writing = RunFolder.append, RunFolder.catch_up, []
 
     def append_slowly(folder, event, **how):
         writing.append(threading.current_thread())
-        time.sleep(0.05)
+        time.sleep(0.05)  # is the slow disk
         append(folder, event, **how)
         writing.pop()
 
     def look(folder):
-        time.sleep(0.02)
+        time.sleep(0.02)  # lets the writer begin, which reports that to nobody
         assert writing in ([], [threading.current_thread()])
         catch_up(folder)
 

@@ -304,23 +304,23 @@ def run_with_kills(
     while True:
         outcomes = attempt(session, kill)
         victims = killed(outcomes)
-        told = "\n".join(outcome.traceback or outcome.output for outcome in outcomes)
+        reports = "\n".join(outcome.traceback or outcome.output for outcome in outcomes)
         # A bare file system is a warning in each session.
         complaints = session.complaints.read_text() if session.complaints.exists() else ""
-        assert session.is_bare or not complaints, f"{kill}: {complaints}\n{told}"
+        assert session.is_bare or not complaints, f"{kill}: {complaints}\n{reports}"
         if not victims:
-            assert not any(outcome.failed for outcome in outcomes), f"{kill}: {told}"
+            assert not any(outcome.failed for outcome in outcomes), f"{kill}: {reports}"
             break
         survivors = [outcome for outcome in outcomes if outcome not in victims]
         for failure in (survivor.exception for survivor in survivors if survivor.failed):
             # Ours, or torch's where it was in the middle of a step of training.
-            assert isinstance(failure, RuntimeError), f"{kill}: {told}"
-            assert not isinstance(failure, StorageError), f"{kill}: {told}"
+            assert isinstance(failure, RuntimeError), f"{kill}: {reports}"
+            assert not isinstance(failure, StorageError), f"{kill}: {reports}"
         where = json.loads(session.killed_at.read_text()) if session.killed_at.exists() else ["any time"]
         try:
             check_after_kill(session, reference)
         except Exception as error:
-            raise AssertionError(f"after {kill} at {where}: {error}\n{told}") from error
+            raise AssertionError(f"after {kill} at {where}: {error}\n{reports}") from error
         for tally in tallies:
             tally.add(where, survivors)
         kill = next(deck, None)

@@ -102,7 +102,7 @@ class Ranks:
             snapshot.meet(lambda: None)
         try:
             SaveJob(kept, mine, self.record, is_first=True).run()
-        except Exception:
+        except Exception:  # whichever it was, as `Saver` does
             self.record.lose(kept.observation)
             self.state = self.record.revision(POLICY).state
             raise

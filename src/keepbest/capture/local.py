@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,11 @@ from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import sharded_state_dict
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.plan import Layout, plan_layout
-from keepbest.capture.share import Share, Writers
+from keepbest.capture.share import Items, Share, Writers
 from keepbest.capture.spread import spread_over_holders
 from keepbest.capture.union import Union
 from keepbest.capture.writers import AllNow, EachAlone
 from keepbest.modules.kinds import has_shards
-from keepbest.modules.sources import StateDict
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import Slot, Staging
 
@@ -66,45 +66,22 @@ class Local:
 
     def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
         ranks, items = inventory.ranks, inventory.items
+        writers = self._writers(ranks, slot, step)
         left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
         gone = set[Name]()
-        try:
+        with _losing(writers, ranks, "list the shards"):
             found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
-        except BaseException as error:  # noqa: BLE001  # lose raises
-            ranks.lose("list the shards", error)
-        kept = dict(agreed.union.kept())
-        parts = {name.part for name in kept}
-        parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
-        tensors: dict[str, dict[str, torch.Tensor]] = {part.name: {} for part in items.parts if part.name in parts}
-        data: dict[str, StateDict] = {part: {} for part in tensors}
-        for name, value in found.items():
-            if name.part in parts:  # the same parts on every rank
-                is_data = name in kept and kept[name].entry.form.role == "data"
-                if isinstance(value, torch.Tensor) and not is_data:
-                    tensors[name.part][name.key] = value
-                else:
-                    data[name.part][name.key] = own_data(value, slot)
+            tensors, data = _sorted_out(found, agreed, items, left_out, slot)
         layout = self._layout
         if layout is None or layout.union is not agreed.union or _holds_units(agreed):
-            tied = {
-                part: {
-                    name.key: first
-                    for name, holding in kept.items()
-                    if name.part == part and (first := holding.entry.first) and name not in gone
-                }
-                for part in parts
-            }
+            tied: dict[str, dict[str, str]] = {part: {} for part in tensors}
+            for name, holding in agreed.union.kept():
+                if holding.entry.first and name not in gone:
+                    tied[name.part][name.key] = holding.entry.first
             layout = self._layout = plan_layout(agreed.union, tensors, tied, ranks, step)
             ranks.agree(step, partial(layout.reserve, slot, agreed.held))
-        writers = self._writers(ranks, slot, step)
-        try:
+        with _losing(writers, ranks, "copy the shards"):
             plans = layout.share(slot, tensors)
-        except BaseException as error:  # noqa: BLE001  # lose raises
-            try:
-                if isinstance(writers, EachAlone):
-                    writers.give_up(error)  # the others are past the exchange
-            finally:
-                ranks.lose("copy the shards", error)
         return Share(parts=items.parts, files=data, left_out=left_out, slot=slot, writers=writers, plans=plans)
 
     def _writers_of_whole(self, union: Union) -> Mapping[Name, int]:
@@ -117,6 +94,39 @@ class Local:
             return AllNow(ranks, step)
         self._captured += 1
         return EachAlone(ranks, ranks.mailbox(), self._captured, step, time.monotonic())
+
+
+@contextmanager
+def _losing(writers: Writers, ranks: Ranks, step: str) -> Iterator[None]:
+    """Report what fails here to the threads of the others, which are past the exchange, and then as `Ranks.lose`."""
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001  # lose raises
+        try:
+            if isinstance(writers, EachAlone):
+                writers.give_up(error)
+        finally:
+            ranks.lose(step, error)
+
+
+def _sorted_out(
+    found: Mapping[Name, Any], agreed: Agreed, items: Items, left_out: Collection[str], slot: Slot
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
+    """For each part, the same on every rank, the tensors of what was found, and what is no weight."""
+    kept = dict(agreed.union.kept())
+    parts = {name.part for name in kept}
+    parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
+    tensors: dict[str, dict[str, torch.Tensor]] = {part.name: {} for part in items.parts if part.name in parts}
+    data: dict[str, dict[str, Any]] = {part: {} for part in tensors}
+    for name, value in found.items():
+        if name.part not in tensors:
+            continue
+        is_data = name in kept and kept[name].entry.form.role == "data"
+        if isinstance(value, torch.Tensor) and not is_data:
+            tensors[name.part][name.key] = value
+        else:
+            data[name.part][name.key] = own_data(value, slot)
+    return tensors, data
 
 
 def _holds_units(agreed: Agreed) -> bool:

@@ -238,10 +238,9 @@ class RunFolder:
             steps.callback(self.snapshots.finish_removal)
             try:
                 self._close_ledger()
-            except Exception:
-                raise
-            except BaseException:
-                steps.pop_all()  # the next call may still write, so the lock stays
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    steps.pop_all()  # interrupted: the next call may still write, so the lock stays
                 raise
 
     def _close_ledger(self) -> None:

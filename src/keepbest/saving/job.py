@@ -87,7 +87,7 @@ class PendingSnapshot:
         """Write what this rank still has to write. **Rank-local**, on the other ranks than 0, on any thread.
 
         Raises:
-            ConnectionError: If rank 0 cannot learn of it. It raises itself whatever else goes wrong.
+            ConnectionError: If rank 0 cannot learn of it. All other failures are reported to rank 0, which raises them.
         """
         receipts, self._receipts = self._receipts, None
         if receipts is None:
