@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest import BestKeeper, load
-from keepbest.errors import PoisonedError, RankFailedError, RankTimeoutError
-from keepbest.ranks import Number, Ranks
+from keepbest.errors import PoisonedError, RankFailedError
+from keepbest.ranks import Ranks
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import refs, update
 
@@ -86,23 +84,6 @@ def use_in_a_forked_child(directory: Path) -> int:
 
 def test_forked_child_loads_alone_and_disturbs_no_rank(tmp_path):
     assert run_ranks(use_in_a_forked_child, 2, tmp_path) == [0, 0]
-
-
-def time_out_without_a_thread() -> str:
-    ranks = Ranks.connect(rank_timeout=0.5)
-    if ranks.rank == 1:
-        time.sleep(1)  # is the rank that does not come in time
-        return ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
-        with pytest.raises(RankTimeoutError) as caught:
-            ranks.exchange("wait for rank 1", Number(0.0, None))
-    return str(caught.value)
-
-
-def test_timeout_without_a_thread_to_look_for_ranks_says_so():
-    message, _ = run_ranks(time_out_without_a_thread, 2)
-    assert "ranks that did not arrive: unknown (no thread to look for them can be started)" in message
 
 
 def lose_a_rank_in_a_broadcast() -> str:

@@ -1,4 +1,4 @@
-"""The memory that an all_gather of bytes works on."""
+"""The memory that an exchange of bytes works on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Buffers:
-    """Bytes that this rank sends in one all_gather, and those that it receives from every rank.
+    """Bytes that this rank sends in one exchange, and those that it receives from every rank.
 
     Args:
         size: Number of bytes that each rank sends.
@@ -25,6 +25,10 @@ class Buffers:
         with torch.inference_mode(mode=False):
             self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
             self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._received]
+
+    def keep_own(self, rank: int) -> None:
+        """Receive what this rank, `rank`, sends."""
+        self._received[rank][:] = self.sent
 
     def received(self) -> list[bytes]:
         """Return what the ranks sent, by rank."""

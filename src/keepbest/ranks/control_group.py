@@ -7,36 +7,20 @@ import time
 import weakref
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
-from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]  # not in its __all__
-    AllgatherOptions,
-    PrefixStore,
-    Store,
-)
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from keepbest.errors import ConfigError, PoisonedError, RankLostError, RankTimeoutError
-from keepbest.ranks.attendance import absent_ranks, sign_in
 from keepbest.ranks.buffers import Buffers
+from keepbest.ranks.carrier import Alone, Carrier, InFlight
+from keepbest.ranks.direct import Direct
+from keepbest.ranks.ring import Ring
 
-_PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
-
-
-class Started(NamedTuple):
-    """An all_gather in flight.
-
-    Attributes:
-        work: Handle from torch. `None` where there is one rank.
-        round: Number of this collective among those of the group.
-        time: Moment of the start, in seconds of the monotonic clock.
-    """
-
-    work: dist.Work | None
-    round: int
-    time: float
+LARGEST_MESH = 32
+"""Ranks; with more, the connections between each two cost more than they save."""
 
 
 @dataclass(slots=True)
@@ -49,7 +33,7 @@ class ControlGroup:
         world_size: Number of ranks in the group.
         members: Ranks of the members in the default group.
         poison: Reason why no collective may run any more. `None` as long as they may.
-        round: Number of collectives that were started.
+        round: Number of exchanges that were started.
         process: Id of the process that is connected. One that was forked from it is alone.
     """
 
@@ -60,6 +44,7 @@ class ControlGroup:
     poison: str | None = None
     round: int = 0
     process: int = field(default_factory=os.getpid)
+    _carrier: Carrier = field(default_factory=Alone)
     _store: Store | None = None
     _buffers: Buffers | None = None
     _patient: dist.ProcessGroup | None = None
@@ -86,7 +71,11 @@ class ControlGroup:
             control = cls(None, dist.get_rank(parent), len(members), tuple(members))
             if len(members) > 1:
                 control._store = parent.get_group_store()
-                control.group = control._new_group("control", timeout)
+                control.group, gloo = control._new_group("control", timeout)
+                is_small = len(members) <= LARGEST_MESH
+                control._carrier = (
+                    Direct(gloo, control.rank, len(members)) if is_small else Ring(control.group, control.rank)
+                )
             _control_groups[parent] = control
         return control
 
@@ -100,63 +89,62 @@ class ControlGroup:
         if self.group is not None and self._patient is None:
             self.refuse_if_poisoned()
             try:
-                self._patient = self._new_group("patient", timeout)
+                self._patient, _ = self._new_group("patient", timeout)
             except RuntimeError as error:
                 raise self._lost("connect the ranks", error) from error
         return self._patient
 
     def all_gather(self, mine: bytes, step: str, timeout: timedelta) -> list[bytes]:
-        """Return every rank's bytes, by rank. **Collective**, one all_gather of the same number of bytes on each rank.
+        """Return every rank's bytes, by rank. **Collective**; the same number of bytes on each rank.
 
         Raises:
             RankTimeoutError: If a rank does not arrive in time.
             RankLostError: If a rank is gone.
             PoisonedError: If an earlier failure left the ranks in different places.
         """
-        if self._buffers is None or len(self._buffers.sent) != len(mine):
-            self._buffers = Buffers(len(mine), self.world_size)  # kept, because nearly all exchanges have the same size
-        self._buffers.sent[:] = mine
-        self.finish(self.start(self._buffers, step, timeout), step, timeout)
-        return self._buffers.received()
+        kept = self._buffers
+        if kept is None or len(kept.sent) != len(mine):
+            buffers = Buffers(len(mine), self.world_size)
+        else:
+            # Not where one is interrupted, and still under way.
+            buffers, self._buffers = kept, None
+        buffers.sent[:] = mine
+        self.finish(self.start(buffers, step, timeout), step, timeout)
+        # Those of the first exchange, because nearly all have its size.
+        self._buffers = self._buffers or buffers
+        return buffers.received()
 
-    def start(self, buffers: Buffers, step: str, timeout: timedelta) -> Started:
-        """Start an all_gather of `buffers`. **Collective**. They must stay untouched until `finish`.
+    def start(self, buffers: Buffers, step: str, timeout: timedelta) -> InFlight:
+        """Start an exchange of `buffers`. **Collective**. They must stay untouched until `finish`.
 
         Raises:
             RankLostError: If a rank is gone.
             PoisonedError: If an earlier failure left the ranks in different places.
         """
         self.refuse_if_poisoned()
-        if self.group is None:
-            buffers.rows[0].copy_(buffers.row)
-            return Started(None, 0, time.monotonic())
         self.round += 1
-        options = AllgatherOptions()
-        options.timeout = timeout
-        started = time.monotonic()  # before gloo begins to count
+        flight = InFlight(buffers, self.round)
         try:
-            work = self.group.allgather([buffers.rows], [buffers.row], options)
+            self._carrier.start(flight, timeout)
         except RuntimeError as error:
             raise self._lost(step, error) from error
-        return Started(work, self.round, started)
+        except BaseException:
+            self.poison = f"it was interrupted while it sent its part of step '{step}'"
+            raise
+        return flight
 
-    def finish(self, started: Started, step: str, timeout: timedelta) -> None:
-        """Wait until an all_gather has arrived from all ranks. **Collective**.
+    def finish(self, flight: InFlight, step: str, timeout: timedelta) -> None:
+        """Wait until an exchange has arrived from all ranks. **Collective**.
 
         Raises:
             RankTimeoutError: If a rank does not arrive in time.
             RankLostError: If a rank is gone.
         """
-        if self.group is None or started.work is None:
-            return
         try:
-            if not _finished_within(started.work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
-                # Only ranks that have to wait sign in, so that a quiet interval does not use the store.
-                sign_in(self.group, self.rank, self.round)
-                started.work.wait()
+            self._carrier.wait(flight, timeout)
         except RuntimeError as error:
-            if time.monotonic() - started.time >= timeout.total_seconds():
-                raise self._timed_out(self.group, started.round, step, timeout) from error
+            if time.monotonic() - flight.started >= timeout.total_seconds():
+                raise self._timed_out(flight, step, timeout) from error
             raise self._lost(step, error) from error
 
     def refuse_if_poisoned(self) -> None:
@@ -184,8 +172,10 @@ class ControlGroup:
         number = self._store.add(f"keepbest/{purpose}/{self.rank}", 1)
         return PrefixStore(f"keepbest/{purpose}/{number}", self._store)
 
-    def _new_group(self, purpose: str, timeout: timedelta) -> dist.ProcessGroup:
-        """Return a new gloo group of the members, which is freed with the last reference to it. **Collective**.
+    def _new_group(self, purpose: str, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroupGloo]:
+        """Return a new gloo group of the members, which is freed with the last reference to it, and its backend.
+
+        **Collective**.
 
         torch would keep one from `new_group` in its tables. It also names those after the number of groups of each
         rank: ranks with different numbers would not meet, and a name would come again, with old addresses in the store.
@@ -195,7 +185,7 @@ class ControlGroup:
         gloo = dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout)
         # torch has no other way to a group that it does not keep.
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # noqa: SLF001
-        return group
+        return group, gloo
 
     def _lost(self, step: str, error: RuntimeError) -> RankLostError:
         self._poison_by_lost_contact(step)
@@ -204,9 +194,9 @@ class ControlGroup:
             "A process has probably died: look for the first error in the output of the other ranks."
         )
 
-    def _timed_out(self, group: dist.ProcessGroup, number: int, step: str, timeout: timedelta) -> RankTimeoutError:
+    def _timed_out(self, flight: InFlight, step: str, timeout: timedelta) -> RankTimeoutError:
         self._poison_by_lost_contact(step)
-        absent = absent_ranks(group, self.rank, number)
+        absent = self._carrier.absent(flight)
         unknown = "no thread to look for them can be started" if absent is None else "all reached the step in the end"
         names = ", ".join(map(str, absent)) if absent else f"unknown ({unknown})"
         return RankTimeoutError(
@@ -222,13 +212,3 @@ class ControlGroup:
 # One control group per process group: a second one would cost a mesh of connections and separate nothing. It goes when
 # the process group is destroyed, and nobody uses it any more.
 _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlGroup] = weakref.WeakKeyDictionary()
-
-
-def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
-    try:
-        work.wait(timeout)
-    except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
-    return True

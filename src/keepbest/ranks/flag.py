@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 from keepbest.ranks.buffers import Buffers
-from keepbest.ranks.control_group import ControlGroup, Started
+from keepbest.ranks.carrier import InFlight
+from keepbest.ranks.control_group import ControlGroup
 
 _STEP = "ask whether a rank has raised its flag"
 
@@ -22,7 +23,7 @@ class SharedFlag:
         self._control = control
         self._timeout = timeout
         self._buffers = Buffers(1, control.world_size)
-        self._in_flight: Started | None = None
+        self._in_flight: InFlight | None = None
         self._is_raised = False
 
     def raise_it(self) -> None:

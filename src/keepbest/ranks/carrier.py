@@ -1,0 +1,68 @@
+"""What carries the bytes of an exchange from each rank to all others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+import torch.distributed as dist
+
+from keepbest.ranks.buffers import Buffers
+
+
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """An exchange on its way.
+
+    Attributes:
+        buffers: Memory that it works on.
+        number: Number of the exchange among those of the group.
+        started: Moment of its start, in seconds of the monotonic clock.
+        receiving: Ranks of which something is received, and the handle from torch, until it has arrived.
+        sending: Handles of what is sent, until it is known to be over.
+    """
+
+    buffers: Buffers
+    number: int
+    started: float = field(default_factory=time.monotonic)
+    receiving: list[tuple[int, dist.Work]] = field(default_factory=list)
+    sending: list[dist.Work] = field(default_factory=list)
+
+
+class Carrier(Protocol):
+    """Carries the same number of bytes from each rank to all others."""
+
+    def start(self, flight: InFlight, timeout: timedelta) -> None:
+        """Send what this rank has in the buffers, and receive there. **Collective**.
+
+        Raises:
+            RuntimeError: If a rank is gone.
+        """
+
+    def wait(self, flight: InFlight, timeout: timedelta) -> None:
+        """Wait until all bytes have arrived, and for `timeout` from the start at most. **Collective**.
+
+        Raises:
+            RuntimeError: If a rank is gone, or does not arrive in time.
+        """
+
+    def absent(self, flight: InFlight) -> Sequence[int] | None:
+        """The ranks that have not arrived, after a wait that failed; `None` if that cannot be known. **Rank-local**."""
+
+
+class Alone:
+    """There is one rank, which receives what it sends."""
+
+    def start(self, flight: InFlight, timeout: timedelta) -> None:
+        del timeout
+        flight.buffers.keep_own(0)
+
+    def wait(self, flight: InFlight, timeout: timedelta) -> None:
+        """There is nothing to wait for."""
+
+    def absent(self, flight: InFlight) -> Sequence[int]:
+        del flight
+        return ()
