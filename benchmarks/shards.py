@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,17 @@ class CopyShard(Action):
 
 
 class Durable(Keepbest):
-    """Waits until the new best is on the disk."""
+    """Waits on rank 0 until the new best is committed, which its ref shows."""
 
     def act(self) -> None:
+        before = self._target()
         super().act()
-        self.keeper.flush()
+        while is_main() and self._target() == before:
+            time.sleep(0.001)  # a thread writes, and needs the interpreter
+
+    def _target(self) -> str:
+        link = self.keeper.directory / "checkpoints" / "best_model.loss.val"
+        return str(link.readlink()) if link.is_symlink() else ""
 
 
 class Busy(Keepbest):
