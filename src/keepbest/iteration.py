@@ -123,7 +123,7 @@ class TrainingIteration:
 @lru_cache(maxsize=64)  # a quiet interval shows the iteration of the best, and those of two observations
 def _text(parts: Parts) -> str:
     counts = zip(_LETTERS.values(), parts, strict=True)
-    return "_".join(f"{letter}{count}" for letter, count in counts if count is not None)
+    return "_".join([f"{letter}{count}" for letter, count in counts if count is not None])
 
 
 def _as_int(name: str, part: Any) -> int:

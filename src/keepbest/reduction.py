@@ -47,6 +47,8 @@ def reduce_numbers(numbers: Sequence[Number], reduction: MetricReduction) -> flo
 
 def _values_that_count(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
     given = [number.weight is not None for number in numbers]
+    if True not in given and (values := [number.value for number in numbers if number.value is not None]):
+        return values, [1.0] * len(values)
     if True in given and False in given:
         without = [rank for rank, has_weight in enumerate(given) if not has_weight]
         raise InvalidMetricError(

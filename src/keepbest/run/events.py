@@ -126,6 +126,11 @@ class Observed:
         return self.snapshot is not None or bool(self.refs)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it records a number, and nothing follows from it."""
+        return not (self.is_waited_for or self.superseded or self.lost) and math.isfinite(self.value)
+
+    @property
     def observation(self) -> Observation:
         """The observation as the bookkeeping counts it: what has no weights on the disk was no best."""
         return Observation(self.iteration, self.value, durable=self.snapshot is not None)

@@ -235,10 +235,6 @@ class History:
         """
         named = {snapshot for snapshot in refs_of(event).values() if snapshot is not None}
         match event:
-            case KeeperBegan(state=None):
-                if event.timeline is None:
-                    raise ValueError("a keeper begins with neither a timeline nor a state")
-                _ = self.keepers[event.keeper].timelines[event.timeline]
             case Observed():
                 last = self.keepers[event.keeper].present.last_iteration
                 if last is not None and not event.iteration.follows(last):
@@ -246,24 +242,28 @@ class History:
                 if event.snapshot is not None and self.manifests.get(event.snapshot, event.manifest) != event.manifest:
                     raise ValueError(f"the name {event.snapshot} is used for a second snapshot")
                 named.discard(event.snapshot or "")
+            case KeeperBegan(state=None):
+                if event.timeline is None:
+                    raise ValueError("a keeper begins with neither a timeline nor a state")
+                _ = self.keepers[event.keeper].timelines[event.timeline]
             case Pinned():
                 named.update(event.snapshots)
             case RefsMoved():
                 _ = self.keepers[event.keeper].present
-        if unknown := named - self.manifests.keys():
+        if named and (unknown := named - self.manifests.keys()):
             raise ValueError(f"no line before it introduces the snapshots {', '.join(sorted(unknown))}")
 
     def take(self, event: Event) -> None:
         """Take in one more event, which was checked."""
         match event:
+            case Observed():
+                self._observe(event)
             case RunBegan():
                 self.run_id = event.run
             case SessionBegan():
                 self.restarts = event.restart
             case KeeperBegan():
                 self._begin(event)
-            case Observed():
-                self._observe(event)
             case Pinned():
                 self.pins[event.keeper, event.tag] = frozenset(event.snapshots)
             case Unpinned():

@@ -170,7 +170,7 @@ class KeeperRecord:
             OSError: Any refusal of the file system. The observation then goes to the disk with the next line.
         """
         exceeded = self._as_recorded(Kept(observation, False, newly_exceeded)).exceeded
-        refs = self._tolerance_moves(exceeded)
+        refs = self._tolerance_moves(exceeded) if exceeded else {}
         lost = not observation.durable
         event = Observed(self.keeper, observation.iteration, observation.value, lost=lost, refs=refs)
         if refs:

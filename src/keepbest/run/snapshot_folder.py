@@ -28,6 +28,7 @@ class SnapshotFolder:
         self._files = files
         self._path = path
         self._given: set[str] = set()
+        self._swept: set[str] | None = None  # all that is there, where that was needed the last time
         self._removal: threading.Thread | None = None
 
     def holds(self, name: str) -> bool:
@@ -66,6 +67,7 @@ class SnapshotFolder:
     def begin(self, name: str) -> None:
         """Make the empty folder for the files of a snapshot. Raises `OSError`."""
         self.finish_removal()  # it may be the space that this needs
+        self._swept = None
         self._files.make_folder(unfinished_folder(self._path, name))
 
     def publish(self, name: str, manifest: Manifest) -> str:
@@ -104,10 +106,15 @@ class SnapshotFolder:
         Raises:
             OSError: Any refusal of the file system.
         """
+        if self._swept is not None and self._swept.issubset(kept):
+            return
         self.finish_removal()
-        doomed = [path for path in self._path.iterdir() if path.name not in kept]
-        removed = [self._without_name(path) for path in doomed]
-        if removed:
+        self._swept = None
+        there = list(self._path.iterdir())
+        removed = [self._without_name(path) for path in there if path.name not in kept]
+        if not removed:
+            self._swept = {path.name for path in there}
+        else:
             removal = threading.Thread(target=self._remove, args=(removed,), name="keepbest-removal", daemon=True)
             try:
                 removal.start()
