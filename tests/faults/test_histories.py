@@ -325,7 +325,7 @@ class Histories(RuleBasedStateMachine):
 
 def test_random_histories_end_as_the_rules_say(request):
     everything = request.config.getoption("--crash-points") == "all"
-    histories = 25 if request.config.getoption("--quick") else 2000 if everything else 250
+    histories = 15 if request.config.getoption("--quick") else 2000 if everything else 250
     run_state_machine_as_test(
         Histories,
         settings=settings(
