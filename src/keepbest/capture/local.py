@@ -82,7 +82,15 @@ class Local:
             ranks.agree(step, partial(layout.reserve, slot, agreed.held))
         with _losing(writers, ranks, "copy the shards"):
             plans = layout.share(slot, tensors)
-        return Share(parts=items.parts, files=data, left_out=left_out, slot=slot, writers=writers, plans=plans)
+        return Share(
+            parts=items.parts,
+            training_state=tuple(items.training_state),
+            files=data,
+            left_out=left_out,
+            slot=slot,
+            writers=writers,
+            plans=plans,
+        )
 
     def _writers_of_whole(self, union: Union) -> Mapping[Name, int]:
         if self._spread is None or self._spread[0] is not union:
@@ -116,7 +124,7 @@ def _sorted_out(
     kept = dict(agreed.union.kept())
     parts = {name.part for name in kept}
     parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
-    tensors: dict[str, dict[str, torch.Tensor]] = {part.name: {} for part in items.parts if part.name in parts}
+    tensors: dict[str, dict[str, torch.Tensor]] = {part: {} for part in items.names if part in parts}
     data: dict[str, dict[str, Any]] = {part: {} for part in tensors}
     for name, value in found.items():
         if name.part not in tensors:
@@ -143,27 +151,35 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
     ranks, kept = inventory.ranks, dict(agreed.union.kept())
     data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
     found: dict[Name, Any] = {}
+    added: dict[Name, Any] = {}
     with ForeignTransfer(ranks, data, {}) as elsewhere:
-        for source in agreed.held.sources:
-            state = sharded_state_dict(source) if source.holds_fsdp1 else agreed.held.states[source.path]
-            inside = {part.name: source.path_of(part) for part in source.parts}
-            for name, holding in kept.items():
-                if name.part not in inside or name not in agreed.held.entries:
-                    continue
-                key = inside[name.part] + name.key
-                if source.holds_fsdp1 and key not in state:
-                    gone.add(name)
-                if holding.entry.first or name in gone:
-                    continue
-                value = state[key]
-                if has_shards(value):
-                    found[name] = value
-                elif writers.get(name, holding.owner) == ranks.rank:
-                    if holding.entry.form.role == "data" and not ranks.is_main:
-                        elsewhere.send(name, value)
-                    else:
-                        is_tensor = isinstance(value, torch.Tensor)
-                        found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
-            if source.holds_fsdp1 and ranks.is_main:
-                found |= added_by_hooks(source, state, agreed)
-    return {**found, **elsewhere.received}
+        for name, value in _first_values(agreed, inventory.items, gone, added):
+            holding = kept[name]
+            if has_shards(value):
+                found[name] = value
+            elif writers.get(name, holding.owner) == ranks.rank:
+                if holding.entry.form.role == "data" and not ranks.is_main:
+                    elsewhere.send(name, value)
+                else:
+                    is_tensor = isinstance(value, torch.Tensor)
+                    found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
+    return {**found, **(added if ranks.is_main else {}), **elsewhere.received}
+
+
+def _first_values(agreed: Agreed, items: Items, gone: set[Name], added: dict[Name, Any]) -> Iterator[tuple[Name, Any]]:
+    """What of the kept this rank holds, each under its first name."""
+    kept, held = dict(agreed.union.kept()), agreed.held
+    for source in held.sources:
+        state = sharded_state_dict(source) if source.holds_fsdp1 else held.states[source.path]
+        inside = {part.name: source.path_of(part) for part in source.parts}
+        for name in (each for each in kept if each.part in inside and each in held.entries):
+            key = inside[name.part] + name.key
+            if source.holds_fsdp1 and key not in state:
+                gone.add(name)
+            elif not kept[name].entry.first:
+                yield name, state[key]
+        if source.holds_fsdp1:
+            added |= added_by_hooks(source, state, agreed)
+    for name in kept:
+        if name.part in items.training_state and name in held.values:
+            yield name, held.values[name]
