@@ -45,8 +45,9 @@ def check_states(given: object, parts: list[str]) -> dict[str, Stateful]:
     for name, thing in given.items():
         if not isinstance(name, str) or not name or part_name(name) != name or not all(name.split(".")):
             raise ConfigError(f"training_state: {name!r} is no name; use letters, digits, '_' and '-'")
-        if (other := taken.setdefault(name.casefold(), name)) is not name:
+        if (other := taken.get(name.casefold())) is not None:
             raise ConfigError(f"training_state: {name!r} would have the file of {other!r}; give it another name")
+        taken[name.casefold()] = name
         if isinstance(thing, nn.Module):
             raise ConfigError(f"training_state: {name!r} is a module; make it a part of the model of the keeper")
         if isinstance(thing, type) or not isinstance(thing, Stateful):
