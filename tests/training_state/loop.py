@@ -29,7 +29,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.module, self.second = nn.Linear(FEATURES, 7), nn.Linear(7, FEATURES, bias=False)
+        self.module, self.second = nn.Linear(FEATURES, 8), nn.Linear(8, FEATURES, bias=False)
         self.tied = nn.Linear(FEATURES, FEATURES, bias=False)
         self.third = nn.Linear(FEATURES, FEATURES, bias=False)
         self.third.weight = self.tied.weight

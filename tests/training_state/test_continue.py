@@ -28,6 +28,7 @@ def of(kind, **options):
 OPTIMIZERS = {
     "sgd": of(torch.optim.SGD, lr=0.1, momentum=0.9),
     "sgd without state": of(torch.optim.SGD, lr=0.1),
+    "adamw": of(torch.optim.AdamW, lr=0.05, amsgrad=True),
     "adamw foreach": of(torch.optim.AdamW, lr=0.05, foreach=True, amsgrad=True),
     "adamw fused": of(torch.optim.AdamW, lr=0.05, fused=True),
     "tensor lr": lambda model: torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.05), foreach=False),

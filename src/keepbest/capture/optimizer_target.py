@@ -16,6 +16,7 @@ from keepbest.capture.optimizer import ParameterNames, is_groups, is_sharded, pa
 from keepbest.modules.kinds import is_dtensor
 
 _STEP = "step"  # torch keeps it as a plain number of its own, whatever the parameter is
+_HOW = ("foreach", "fused", "capturable", "differentiable")  # options of how it computes here, not of what
 _LISTED = 4
 _PARAMS = "params"
 
@@ -27,7 +28,7 @@ class OptimizerTarget:
     Attributes:
         optimizer: Optimizer of this rank.
         names: Names of the parameters of the model.
-        groups: For each of its groups the options that it takes, and its names.
+        groups: For each of its groups the options that it takes, and its names. How it computes is its own matter.
         data: State that is no tensor, by the name of the parameter that it belongs to.
         rest: State that belongs to no parameter.
         templates: What each stored tensor is to be like, by its key: a sharded parameter, or `None` for a whole tensor.
@@ -105,7 +106,9 @@ class OptimizerTarget:
             )
             if found is not None:
                 matched.add(found)
-                self.groups.append({**left[found][0], _PARAMS: names})
+                own = self.optimizer.param_groups[number]
+                here = {key: own[key] for key in _HOW if key in own}
+                self.groups.append({**left[found][0], **here, _PARAMS: names})
             elif names:
                 self._explain(number, names, where)
             else:
