@@ -12,6 +12,7 @@ import torch
 from keepbest.capture.catalogue import Name
 from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import fsdp1_state_dict
+from keepbest.capture.fsdp1_optimizer import unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.share import Share
 from keepbest.capture.transfer import ShardTransfer
@@ -114,6 +115,9 @@ def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]
             found |= receiver.receive(source, state)
         receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
         found |= receiver.receive_states(inventory.items.training_state)
+        for name, value in unit_states(inventory.items, ranks, is_whole=True):
+            is_tensor = isinstance(value, torch.Tensor)
+            found[name] = slot.put(_room_of(name), value) if is_tensor else own_data(value, slot)
     return {**found, **elsewhere.received}
 
 

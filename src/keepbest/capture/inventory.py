@@ -16,7 +16,7 @@ from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
-from keepbest.capture.states import add_states, state_values
+from keepbest.capture.states import add_states, marks_of_states
 from keepbest.capture.union import (
     Report,
     Union,
@@ -158,7 +158,7 @@ class Inventory:
         sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
         tensors = [stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources]
         data = [extra_states(source.module) for source in sources]
-        states = [value for _, value in state_values(items, self.ranks.rank)]
+        states = list(marks_of_states(items))
         tensors.append(value for value in states if isinstance(value, torch.Tensor))
         data.append(value for value in states if not isinstance(value, torch.Tensor))
         return sample(
@@ -170,7 +170,7 @@ class Inventory:
 
     def _look(self) -> Held:
         held = look(self.items, self.ranks.members[self.ranks.rank])
-        add_states(held, self.items, self.ranks.members[self.ranks.rank], self.ranks.rank)
+        add_states(held, self.items, self.ranks)
         return held
 
     def _adopt(self, report: Report, union: Union) -> None:

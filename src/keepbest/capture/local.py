@@ -13,6 +13,7 @@ import torch
 from keepbest.capture.catalogue import Name
 from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import sharded_state_dict
+from keepbest.capture.fsdp1_optimizer import is_of_units, unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.plan import Layout, plan_layout
 from keepbest.capture.share import Items, Share, Writers
@@ -73,7 +74,7 @@ class Local:
             found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
             tensors, data = _sorted_out(found, agreed, items, left_out, slot)
         layout = self._layout
-        if layout is None or layout.union is not agreed.union or _holds_units(agreed):
+        if layout is None or layout.union is not agreed.union or _holds_units(agreed, items):
             tied: dict[str, dict[str, str]] = {part: {} for part in tensors}
             for name, holding in agreed.union.kept():
                 if holding.entry.first and name not in gone:
@@ -137,9 +138,10 @@ def _sorted_out(
     return tensors, data
 
 
-def _holds_units(agreed: Agreed) -> bool:
+def _holds_units(agreed: Agreed, items: Items) -> bool:
     """Whether a rank has units of FSDP1, whose shards are made anew by each `state_dict()`, hooks and all."""
-    return any(holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
+    in_units = (holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
+    return any(in_units) or any(map(is_of_units, items.training_state.values()))
 
 
 def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int], gone: set[Name]) -> dict[Name, Any]:
@@ -152,6 +154,8 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
     data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
     found: dict[Name, Any] = {}
     added: dict[Name, Any] = {}
+    of_units = unit_states(inventory.items, ranks, is_whole=False)
+    found |= {name: value for name, value in of_units if ranks.is_main or has_shards(value)}
     with ForeignTransfer(ranks, data, {}) as elsewhere:
         for name, value in _first_values(agreed, inventory.items, gone, added):
             holding = kept[name]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from keepbest.capture.fsdp1 import flat_entries
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_dtensor, is_fsdp2
 from keepbest.modules.wrappers import PlainNames
@@ -29,8 +30,10 @@ _REMEDY = "Make the optimizer of the parameters of the model that the keeper has
 class ParameterNames:
     """The plain names of the parameters of a model, as they are on this rank.
 
+    A tied parameter has several names. The flat parameter of a unit of FSDP1 has those of all that lie in it.
+
     Attributes:
-        by_name: Parameter of each name. A tied one has several.
+        parameters: Parameter of each first name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,28 +41,49 @@ class ParameterNames:
             if is_fsdp2(module):
                 module.reshard()  # after a forward pass the parameters may be whole ones, which no optimizer knows
         names = PlainNames(model)
-        self.by_name = {names.plain(key): each for key, each in model.named_parameters(remove_duplicate=False)}
-        self._first: dict[int, str] = {}
-        for name, parameter in self.by_name.items():
-            self._first.setdefault(id(parameter), name)
+        found = [(names.plain(key), each) for key, each in model.named_parameters(remove_duplicate=False)]
+        flat = list(flat_entries(model))
+        hidden = {id(entry.flat) for entry in flat} & {id(each) for _, each in found}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self._first: dict[str, str] = {}
+        self._names: dict[int, list[str]] = {}
+        seen: dict[int, str] = {}
+        for name, each in found:
+            if id(each) not in hidden:
+                self._add(name, seen.setdefault(id(each), name), each)
+        for entry in flat:
+            if id(entry.flat) in hidden:
+                self._add(entry.key, entry.first or entry.key, entry.flat)
 
-    def first(self, parameter: torch.Tensor) -> str | None:
-        """The first name of a parameter; `None` if it is not in the model."""
-        return self._first.get(id(parameter))
+    def _add(self, name: str, first: str, parameter: torch.Tensor) -> None:
+        self._first[name] = first
+        if name == first:
+            self.parameters[name] = parameter
+            self._names.setdefault(id(parameter), []).append(name)
+
+    def first(self, name: str) -> str | None:
+        """The first name of the parameter of this name; `None` if there is none in the model."""
+        return self._first.get(name)
 
     def of_groups(self, optimizer: Optimizer) -> list[list[str]]:
-        """The names in each group of an optimizer. Raises `ConfigError` if it has a parameter that has none."""
+        """The first names in each group of an optimizer. Raises `ConfigError` if a parameter is not in the model."""
         found: list[list[str]] = []
         for number, group in enumerate(optimizer.param_groups):
             found.append([])
             for place, parameter in enumerate(group["params"]):
-                if (name := self.first(parameter)) is None:
+                if id(parameter) not in self._names:
                     raise ConfigError(
                         f"parameter {place} of group {number} of the optimizer, of shape {list(parameter.shape)}, is "
                         f"no parameter of the model, so it has no name to be kept by. {_REMEDY}"
                     )
-                found[-1].append(name)
+                found[-1] += self._names[id(parameter)]
         return found
+
+
+def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
+    """The groups of an optimizer, by key. Raises `ConfigError` if it has a parameter that is not in the model."""
+    named = names.of_groups(optimizer)
+    return {f"{GROUPS}.{_digest(named)}": _rest(optimizer.param_groups, named)}
 
 
 def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
@@ -79,23 +103,24 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
         for index, name in zip(group["params"], inside, strict=True)
     }
     entries: dict[str, Any] = {}
-    rest: dict[str, Any] = {
-        "param_groups": [
-            {key: value for key, value in group.items() if key not in _OF_THE_MODEL} | {"params": inside}
-            for group, inside in zip(groups, named, strict=True)
-        ],
-        "state": {},
-        "other": {index: values for index, values in state["state"].items() if index not in by_index},
-    }
+    rest = _rest(groups, named)
+    rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
         for key, value in of_parameter.items():
             if isinstance(value, torch.Tensor) and isinstance(key, str):
-                _refuse_a_part(name, key, value, names.by_name[name])
+                _refuse_a_part(name, key, value, names.parameters[name])
                 entries[state_key(name, key)] = value
             else:
                 rest["state"].setdefault(name, {})[key] = value
     return {**entries, f"{GROUPS}.{_digest(named)}": rest}
+
+
+def _rest(groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
+    """What is no tensor of a parameter: options and names of groups, and room for the rest."""
+    options = [{key: value for key, value in group.items() if key not in _OF_THE_MODEL} for group in groups]
+    united = [{**group, "params": inside} for group, inside in zip(options, named, strict=True)]
+    return {"param_groups": united, "state": {}, "other": {}}
 
 
 def state_key(name: str, key: str) -> str:

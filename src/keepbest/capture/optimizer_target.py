@@ -60,20 +60,20 @@ class OptimizerTarget:
             self.faults.append("it was not saved from an optimizer")
             return
         groups = _united([each["param_groups"] for each in stored])
-        self.lacks = sorted({name for group in groups for name in group[_PARAMS]} - self.names.by_name.keys())
+        self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
         self._match(groups, self.names.of_groups(self.optimizer))
         for each in stored:
             self.rest |= each["other"]
             for name, values in each["state"].items():
-                if (here := self._here(name)) is not None:
+                if (here := self.names.first(name)) is not None:
                     self.data.setdefault(here, {}).update(values)
         for key, kind in contents.kinds.items():
             if not is_groups(key):
                 for name in contents.names[key]:
                     self._place(name, kind)
 
-    def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:
-        """What the optimizer loads, in tensors of its own.
+    def state_by_name(self, brought: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+        """The state of each parameter, in tensors of its own.
 
         Args:
             brought: Stored tensors, by their keys.
@@ -81,9 +81,14 @@ class OptimizerTarget:
         state: dict[str, dict[Any, Any]] = {name: copy.deepcopy(values) for name, values in self.data.items()}
         for key, value in brought.items():
             name, of_state = parameter_of(key)
-            if (here := self._here(name)) is not None:
+            if (here := self.names.first(name)) is not None:
                 # A copy, since what is read on rank 0 lies in the file.
                 state.setdefault(here, {})[of_state] = value.clone()
+        return state
+
+    def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:
+        """What the optimizer loads. Its arguments are those of `state_by_name`."""
+        state = self.state_by_name(brought)
         found: dict[str, Any] = {"state": copy.deepcopy(self.rest), "param_groups": []}
         number = 0
         for group in self.groups:
@@ -97,7 +102,7 @@ class OptimizerTarget:
 
     def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
-        left = [(group, {here for name in group[_PARAMS] if (here := self._here(name))}) for group in stored]
+        left = [(group, {here for name in group[_PARAMS] if (here := self.names.first(name))}) for group in stored]
         where = {name: number for number, (_, inside) in enumerate(left) for name in inside}
         matched = set[int]()
         for number, names in enumerate(present):
@@ -107,8 +112,8 @@ class OptimizerTarget:
             if found is not None:
                 matched.add(found)
                 own = self.optimizer.param_groups[number]
-                here = {key: own[key] for key in _HOW if key in own}
-                self.groups.append({**left[found][0], **here, _PARAMS: names})
+                how = {key: own[key] for key in _HOW if key in own}
+                self.groups.append({**left[found][0], **how, _PARAMS: names})
             elif names:
                 self._explain(number, names, where)
             else:
@@ -128,15 +133,11 @@ class OptimizerTarget:
                 f"{' and '.join(map(str, places))}, together with others or apart from each other"
             )
 
-    def _here(self, name: str) -> str | None:
-        """The first name of a parameter in this model, of any of its names."""
-        parameter = self.names.by_name.get(name)
-        return None if parameter is None else self.names.first(parameter)
-
     def _place(self, key: str, kind: Kind) -> None:
         name, of_state = parameter_of(key)
-        if (parameter := self.names.by_name.get(name)) is None:
+        if (here := self.names.first(name)) is None:
             return
+        parameter = self.names.parameters[here]
         is_like = kind.shape == tuple(parameter.shape) and of_state != _STEP and not kind.form
         if is_like and is_dtensor(parameter):
             self.templates[key] = parameter

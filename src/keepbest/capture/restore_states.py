@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from keepbest.capture.contents import PartContents
 from keepbest.capture.feed import Feed
+from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
 from keepbest.capture.optimizer import ParameterNames, is_groups
 from keepbest.capture.optimizer_target import OptimizerTarget
 from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
@@ -108,7 +109,20 @@ class StatesToLoad:
             if found.target is not None:
                 keys = [key for key in found.contents.kinds if not is_groups(key)]
                 brought = self._feed.bring(found.contents, keys, found.target.templates)
-            self._ranks.agree(f"load the training state {name}", partial(self._load, name, found, brought))
+            step = f"load the training state {name}"
+            if found.target is not None and is_of_units(found.thing):
+                try:
+                    state = self._of_units(found.target, brought)
+                except BaseException as error:  # noqa: BLE001  # lose raises
+                    self._ranks.lose(step, error)
+                self._ranks.agree(step, partial(found.thing.load_state_dict, state))
+            else:
+                self._ranks.agree(step, partial(self._load, name, found, brought))
+
+    def _of_units(self, target: OptimizerTarget, brought: Mapping[str, Any]) -> dict[str, Any]:
+        """What an optimizer of FSDP1 units loads. **Collective**."""
+        state = target.state_by_name(brought)
+        return unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
 
     def _compare(self) -> dict[str, Any]:
         names = ParameterNames(self._model) if self._has_optimizer() else None

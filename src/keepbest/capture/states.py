@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.catalogue import Entry, Held, Name, data_entry, tensor_entry
-from keepbest.capture.optimizer import ParameterNames, optimizer_entries
+from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart
+from keepbest.capture.optimizer import ParameterNames, group_entries, optimizer_entries
 from keepbest.capture.per_rank import PerRank, key_of_rank
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
+from keepbest.ranks import Ranks
 from keepbest.run.names import part_name
 
 WHOLE = "state"  # key of what an object gives that is no optimizer, and is the same on every rank
@@ -57,34 +59,44 @@ def check_states(given: object, parts: list[str]) -> dict[str, Stateful]:
     return dict(given)
 
 
-def add_states(held: Held, items: Items, rank: int, keeper_rank: int) -> None:
-    """Add to `held` what the training states of this rank hold.
+def add_states(held: Held, items: Items, ranks: Ranks) -> None:
+    """Add to `held`, which has the weights of this rank, what its training states hold.
 
-    Args:
-        held: What this rank holds of the weights.
-        items: What is saved.
-        rank: This rank in the default group.
-        keeper_rank: This rank among those of the keeper.
+    Of the optimizers of FSDP1 units these are the groups alone: only torch can list the rest, all ranks together.
 
     Raises:
         ConfigError: If an optimizer cannot be kept right.
     """
-    for name, value in state_values(items, keeper_rank):
+    rank = ranks.members[ranks.rank]
+    for name, value in _state_values(items, ranks):
         entry = _entry_of(value) if isinstance(value, torch.Tensor) else data_entry(is_frozen=False)
         if not entry.members or rank in entry.members:
             held.entries[name], held.values[name] = entry, value
 
 
-def state_values(items: Items, keeper_rank: int) -> Iterator[tuple[Name, Any]]:
-    """What the training states hold, as it is now."""
+def marks_of_states(items: Items) -> Iterator[Any]:
+    """Tensors and plain data that show whether the training states of this rank have changed."""
+    for thing in items.training_state.values():
+        if isinstance(thing, Optimizer):
+            yield from (value for values in thing.state.values() for value in dict(values).values())
+            yield [{key: value for key, value in group.items() if key != "params"} for group in thing.param_groups]
+        else:
+            yield thing.state_dict()
+
+
+def _state_values(items: Items, ranks: Ranks) -> Iterator[tuple[Name, Any]]:
     names: ParameterNames | None = None
     for part, thing in items.training_state.items():
         try:
             if isinstance(thing, Optimizer):
                 names = names or ParameterNames(items.model)
-                entries = optimizer_entries(thing, names)
+                if is_of_units(thing):
+                    refuse_units_apart(items.model, ranks.members)
+                    entries = group_entries(thing, names)
+                else:
+                    entries = optimizer_entries(thing, names)
             elif isinstance(thing, PerRank):
-                entries = {key_of_rank(keeper_rank): thing.state_dict()}
+                entries = {key_of_rank(ranks.rank): thing.state_dict()}
             else:
                 entries = {WHOLE: thing.state_dict()}
         except ConfigError as error:
