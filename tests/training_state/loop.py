@@ -66,14 +66,14 @@ class Training:
         batch = torch.sin(torch.arange(8 * FEATURES, dtype=torch.float32).reshape(8, FEATURES) + number)
 
         def closure() -> Tensor:
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             loss = self.model(batch).square().mean()
             loss.backward()
             return loss
 
         self.optimizer.step(closure)
         for other in self.others.values():
-            if isinstance(other, LRScheduler):
+            if isinstance(other, LRScheduler | Optimizer):
                 other.step()
 
     def run(self, numbers: Iterable[int], keeper: BestKeeper | None = None) -> dict[int, dict[str, Any]]:

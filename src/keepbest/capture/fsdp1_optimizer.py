@@ -132,11 +132,14 @@ def _states(model: nn.Module, *, is_whole: bool, rank0_only: bool) -> Iterator[N
         ShardedStateDictConfig(),
         ShardedOptimStateDictConfig(offload_to_cpu=False),
     )
+    # On the CPU torch gathers into one buffer, which `offload_to_cpu` would not copy: all state would be the last one.
+    devices = [unit.compute_device for unit in model.modules() if is_fsdp1(unit)]
+    is_elsewhere = any(device is not None and device.type != "cpu" for device in devices)
     if is_whole:
         settings = (
             StateDictType.FULL_STATE_DICT,
             FullStateDictConfig(),
-            FullOptimStateDictConfig(rank0_only=rank0_only, offload_to_cpu=True),
+            FullOptimStateDictConfig(rank0_only=rank0_only, offload_to_cpu=is_elsewhere),
         )
     # Deprecated, but what is to replace it steps an optimizer that has no state yet.
     with quiet(), _fsdp().state_dict_type(model, *settings):
