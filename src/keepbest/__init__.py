@@ -2,12 +2,14 @@
 
 from importlib.metadata import version
 
+from keepbest.capture.per_rank import PerRank
 from keepbest.decision import Outcome
 from keepbest.errors import KeepBestError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.load import LoadedSnapshot, load
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.random_state import RandomState
 from keepbest.saving.open_run import abandon
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "LoadedSnapshot",
     "MetricPropertyProvider",
     "Outcome",
+    "PerRank",
+    "RandomState",
     "TrainingIteration",
     "abandon",
     "load",

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import Unpack
 
-from keepbest.capture.share import Items
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide, outcome_again
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
 from keepbest.formats.registry import find_format
@@ -48,6 +47,7 @@ class BestKeeper:
         metric_key: Name of the monitored metric.
         metric_property_provider: What knows the direction of metrics by their names.
         process_group: Group of the ranks that keep the run together. `None` is the default group, or one process.
+        training_state: Optimizers and what else is kept with each best to continue from it, by name (docs/own-loop.md).
         **settings: The settings of `KeeperSettings`, the same on every rank; docs/settings.md has a table of them.
 
     Raises:
@@ -63,14 +63,14 @@ class BestKeeper:
         metric_key: str,
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
+        training_state: Mapping[str, Any] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         # pydantic takes longer to import than all of keepbest, and who only loads does not need it.
         from keepbest.settings import CheckedSettings, check_settings, timeouts_to_connect
 
         self._ranks = Ranks.connect(process_group, **timeouts_to_connect(settings))
-        self.metric_key = metric_key
-        self._model = model
+        self.metric_key, self._model = metric_key, model
 
         checked: CheckedSettings = self._ranks.agree(
             f"check the settings of the keeper of {metric_key}",
@@ -80,6 +80,7 @@ class BestKeeper:
                 directory=directory,
                 metric_key=metric_key,
                 metric_property_provider=metric_property_provider,
+                training_state=training_state,
             ),
             state=lambda checked: checked.to_compare(),
         )
@@ -94,7 +95,7 @@ class BestKeeper:
             self.name,
             self.policy,
             self._run,
-            Items(model, checked.parts, given.save_frozen_weights),
+            checked.items,
             find_format(given.format),
             ranks=self._ranks,
             in_background=given.async_save,
@@ -307,7 +308,7 @@ class BestKeeper:
         return None if name is None else snapshots_folder(self.directory) / name
 
     def restore_best(self) -> LoadedSnapshot:
-        """Load the best that the run ever saved into the live model, as `keepbest.load` does. **Collective**.
+        """Load the weights alone of the best that the run ever saved into the live model, as `load`. **Collective**.
 
         Raises:
             SnapshotError: On every rank, if there is none yet, or it does not fit the model, which is then as it was.

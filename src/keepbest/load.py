@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,9 @@ from torch import nn
 
 from keepbest.capture.feed import Stored
 from keepbest.capture.selection import Selection
+from keepbest.capture.states import check_states
 from keepbest.capture.ways import find_way
+from keepbest.errors import SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Ranks
@@ -32,12 +35,14 @@ class LoadedSnapshot:
         iteration: Training iteration whose weights these are.
         metric_key: Metric of the keeper that took the snapshot.
         value: Value of that metric at the iteration.
-        parts: Names of the parts that were loaded.
+        parts: Names of the parts of the model that were loaded.
         path: Folder of the snapshot; `None` if it was read from a remote storage.
         keys: Names in the model of the weights that were loaded.
         left_alone: Names of what this rank's model has beside them, and keeps as it was.
         unused: Names of what the snapshot has beside them: what `only` leaves out, the stages of other ranks, and the
             `_extra_state` of modules that have none in this model.
+        training_state: Names of the training states that were loaded.
+        unused_training_state: Names of those that the snapshot has beside them.
     """
 
     iteration: TrainingIteration
@@ -48,6 +53,8 @@ class LoadedSnapshot:
     keys: tuple[str, ...]
     left_alone: tuple[str, ...]
     unused: tuple[str, ...]
+    training_state: tuple[str, ...]
+    unused_training_state: tuple[str, ...]
 
 
 def load(
@@ -56,11 +63,12 @@ def load(
     model: nn.Module,
     *,
     only: str | Sequence[str] | None = None,
+    training_state: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     rank_timeout: float = 120.0,
     save_timeout: float = 1800.0,
 ) -> LoadedSnapshot:
-    """Load the snapshot that `ref` names into `model`, after every file of it was verified. **Collective**.
+    """Load the snapshot that `ref` names into `model`, after every file that is read was verified. **Collective**.
 
     Rank 0 reads, the others receive. Of a snapshot of format `dcp` every rank reads its share. The model may be wrapped
     in another way, and on another number of ranks, than when it was saved.
@@ -70,11 +78,17 @@ def load(
     saved. Names end with `_extra_state` where a module keeps more than weights; these alone may have come or gone.
     Dtypes may differ where numbers stay what they are: floats are rounded, but none becomes infinite or an integer.
 
+    Training states (`BestKeeper(training_state=...)`) are loaded where they are asked for. State of an optimizer goes
+    by the names of parameters, so it also fits another strategy and number of ranks. Its groups must hold the same
+    parameters as those that were saved, in any order.
+
     Args:
         run: Directory of the run, or the URL of its remote copy.
         ref: Name of the ref, for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
         model: Model that receives the parts that were saved.
         only: Dotted path, or several, of what is loaded: a submodule or a weight of the model. `None` is everything.
+        training_state: Objects that take the training states of these names, such as `{"optimizer": optimizer}`; the
+            same names on every rank.
         process_group: Ranks that hold the model; `None` is the default group, or one process.
         rank_timeout: Seconds that ranks wait for each other.
         save_timeout: Seconds that ranks wait for rank 0 to read.
@@ -82,21 +96,34 @@ def load(
     Raises:
         SnapshotError: On every rank, if there is no such run or ref, a file is missing or damaged, or the snapshot is
             of another model: it lacks something, has something more, or has another shape, another layout or a dtype
-            that loses numbers, or the model is on the meta device. The model is then as it was.
+            that loses numbers, or the model is on the meta device; or it lacks a training state, or has it with other
+            parameters or groups. The model, and what `training_state` has, are then as they were.
         LedgerError: On every rank, if the ledger is damaged or of another version.
-        ConfigError: On every rank, if the URL cannot be opened here, or the snapshot has nothing that `only` names.
-        RankFailedError: On every rank, if the model's own `load_state_dict` raises. Parts may be loaded then.
+        ConfigError: On every rank, if the URL cannot be opened here, the snapshot has nothing that `only` names, or an
+            optimizer has parameters that are not in the model.
+        RankFailedError: On every rank, if a `load_state_dict` raises, of the model or of what `training_state` has.
+            Parts may be loaded then.
     """
     ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
-    return load_into(model, run, ref, ranks=ranks, step=f"read {ref} of {run}", only=only)
+    step = f"read {ref} of {run}"
+    return load_into(model, run, ref, ranks=ranks, step=step, only=only, training_state=training_state)
 
 
 def load_into(
-    model: nn.Module, run: str | Path, ref: str, *, ranks: Ranks, step: str, only: str | Sequence[str] | None = None
+    model: nn.Module,
+    run: str | Path,
+    ref: str,
+    *,
+    ranks: Ranks,
+    step: str,
+    only: str | Sequence[str] | None = None,
+    training_state: Mapping[str, Any] | None = None,
 ) -> LoadedSnapshot:
     """As `load`, for ranks that are connected already. **Collective**; `step` is the same on every rank."""
-    selection, place = ranks.agree(
-        step, lambda: (Selection.of(only), place_of(run)), state=lambda found: repr(found[0]).encode()
+    selection, place, states = ranks.agree(
+        step,
+        lambda: (Selection.of(only), place_of(run), check_states(training_state, [])),
+        state=lambda found: f"{found[0]} {list(found[2])}".encode(),
     )
     # What is made in inference mode, such as the weights of lazy modules, could not be trained.
     with torch.inference_mode(mode=False), ExitStack() as stack:
@@ -116,8 +143,9 @@ def load_into(
         if way.is_spread:
             directory = ranks.agree(step, lambda: stack.enter_context(local_copy(place, lambda _: {name})), saving=True)
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
-        stored = Stored(manifest, find_format(manifest.format), found, is_shared=isinstance(place, Path))
-        restored = way.restore(model, stored, ranks, step, selection)
+        _refuse_absent(states, manifest.training_state, ref)
+        stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), tuple(states))
+        restored = way.restore(model, stored, ranks, step, selection, states)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,
@@ -127,7 +155,17 @@ def load_into(
         keys=restored.keys,
         left_alone=restored.left_alone,
         unused=restored.unused,
+        training_state=tuple(states),
+        unused_training_state=tuple(name for name in manifest.training_state if name not in states),
     )
+
+
+def _refuse_absent(wanted: Iterable[str], present: Sequence[str], ref: str) -> None:
+    if absent := [name for name in wanted if name not in present]:
+        raise SnapshotError(
+            f"{ref} has no training state {', '.join(map(repr, absent))}; it has: {', '.join(present) or 'none'}. "
+            "Give a keeper its training_state, so that it is saved with each best. Nothing was loaded"
+        )
 
 
 def _is_spread(manifest: Manifest) -> bool:

@@ -8,6 +8,21 @@ from typing import Any
 
 import torch
 
+from keepbest.capture.per_rank import PerRank
+
+
+class RandomState(PerRank):
+    """The random number generators of each rank as a training state.
+
+    `BestKeeper(..., training_state={"random": RandomState()})` keeps the states of Python's generator, of NumPy's if it
+    is imported, and of torch's on the CPU and the current CUDA device, of every rank.
+    `load(..., training_state={"random": RandomState()})` sets them. A rank that did not exist when they were saved
+    keeps its own, with a warning.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_Generators())
+
 
 def seed_random_state(seed: int) -> None:
     """Seed all generators. **Rank-local**."""
@@ -39,3 +54,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
         numpy.random.set_state(state["numpy"])
+
+
+class _Generators:
+    """The generators of this process, with the methods of a training state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return read_random_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        restore_random_state(state_dict)

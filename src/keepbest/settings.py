@@ -13,11 +13,13 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 from typing_extensions import Self
 
+from keepbest.capture.share import Items
+from keepbest.capture.states import check_states
 from keepbest.decision import Policy
 from keepbest.errors import ConfigError
 from keepbest.formats.registry import FormatName, check_format
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.modules.parts import Part, select_parts
+from keepbest.modules.parts import select_parts
 from keepbest.reduction import MetricReduction
 from keepbest.remote.storage import check_remote, local_path
 from keepbest.run.names import best_ref
@@ -194,19 +196,20 @@ class CheckedSettings:
         directory: Directory of the run, which stays where it is when the process changes its working directory.
         name: Name of the keeper, which is that of its ref on the best.
         policy: Policy by which it decides.
-        parts: Parts of the model that are saved.
+        items: What is saved.
     """
 
     given: KeeperSettings
     directory: Path
     name: str
     policy: Policy
-    parts: tuple[Part, ...]
+    items: Items
 
     def to_compare(self) -> bytes:
         """What must be equal on all ranks: every setting, and what follows from them."""
-        found = f"higher is better: {self.policy.higher_is_better}, parts: {self.parts}"
-        return f"{self.name}: {self.given}, {found}".encode()
+        found = f"higher is better: {self.policy.higher_is_better}, parts: {self.items.parts}"
+        states = f", training_state: {list(self.items.training_state)}" if self.items.training_state else ""
+        return f"{self.name}: {self.given}, {found}{states}".encode()
 
 
 def check_settings(
@@ -216,6 +219,7 @@ def check_settings(
     directory: str | Path,
     metric_key: str,
     metric_property_provider: MetricPropertyProvider | None,
+    training_state: object,
 ) -> CheckedSettings:
     """The arguments of `BestKeeper`, which describes them, checked. **Rank-local**.
 
@@ -230,11 +234,12 @@ def check_settings(
     if higher_is_better is None:
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
+    states = check_states(training_state, [part.name for part in parts])
     check_format(given.format)
     return CheckedSettings(
         given=given,
         directory=local_path(directory),
         name=best_ref(metric_key, given.id),
         policy=Policy(higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k),
-        parts=parts,
+        items=Items(model, parts, given.save_frozen_weights, states),
     )

@@ -20,8 +20,8 @@ def read_events(path: Path) -> list[dict]:
         if b"\0" not in line and is_waited_for(json.loads(line)):
             raise ValueError("the ledger is damaged")
     events = [json.loads(line) for line in lines[:whole]]
-    if events[0]["event"] != "run" or events[0]["version"] != 3:
-        raise ValueError("not a ledger of version 3")
+    if events[0]["event"] != "run" or events[0]["version"] != 4:
+        raise ValueError("not a ledger of version 4")
     for line, event in zip(lines, events, strict=False):
         if zlib.crc32(line[: line.rindex(b',"crc":')]) != int(event["crc"], 16):
             raise ValueError("the ledger is damaged")

@@ -43,7 +43,7 @@ AT = TrainingIteration(epoch=1)
 BEST = Best(1.0, AT)
 MOVES = {"best_model.a": "E1"}
 FULL_EVENTS = [
-    RunBegan("a", version=4),
+    RunBegan("a", version=5),
     SessionBegan(1),
     KeeperBegan("best_model.a", "a", Policy(True), 0, AT, BestState(BEST, 1, {2: BEST}, AT, (BEST,)), MOVES, ("E1",)),
     Observed("best_model.a", AT, 1.0, "E1", "00", is_best=False, superseded=True, lost=True, refs=MOVES),
@@ -54,7 +54,17 @@ FULL_EVENTS = [
 ]
 FULL_RECORD = FileRecord("model", Digest(1, "00"), 1)
 FULL_MANIFEST = Manifest(
-    "a", AT, "best_model.a", "a", 1.0, "torch", (SavedPart("model", "", ()),), {"model.pt": FULL_RECORD}, {}, 9
+    "a",
+    AT,
+    "best_model.a",
+    "a",
+    1.0,
+    "torch",
+    (SavedPart("model", "", ()),),
+    ("optimizer",),
+    {"model.pt": FULL_RECORD},
+    {},
+    9,
 )
 
 

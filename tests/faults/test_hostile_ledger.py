@@ -110,7 +110,7 @@ FORGED_LINES = {
     "a restart in words": lambda entries: [*entries, {"event": "session", "restart": "1/../../../x"}],
     "a restart of nothing": lambda entries: [*entries, {"event": "session"}],
     "a newer format": with_line(0, version=4),
-    "a format in words": with_line(0, version="3"),
+    "a format in words": with_line(0, version="4"),
     "no first line": lambda entries: entries[1:],
 }
 

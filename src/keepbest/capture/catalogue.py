@@ -21,7 +21,7 @@ EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
 
 _IN_UNIT = "in a unit of FSDP1"
 
-Role = Literal["parameter", "buffer", "data"]
+Role = Literal["parameter", "buffer", "data", "state"]
 
 
 class Name(NamedTuple):
@@ -38,7 +38,7 @@ class Form(NamedTuple):
     """What all ranks that hold an entry must have in common.
 
     Attributes:
-        role: Whether it is a parameter, another tensor, or no tensor.
+        role: Whether it is a parameter, another tensor of the model, no tensor, or a tensor of a training state.
         shape: Shape of the whole tensor.
         dtype: Its dtype.
         layout: Its layout, or `quantized`; empty where it is no tensor.
@@ -189,7 +189,17 @@ def _identity(key: str, value: torch.Tensor) -> Hashable:
 def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry | None) -> Entry:
     is_frozen = source.is_frozen(key)
     if key.rpartition(".")[2] == EXTRA_STATE or not isinstance(value, torch.Tensor):
-        return Entry(Form("data", (), "", "", "", is_frozen), (), "cpu", "")
+        return data_entry(is_frozen=is_frozen)
+    return tensor_entry(value, role, is_frozen=is_frozen, flat=flat)
+
+
+def data_entry(*, is_frozen: bool) -> Entry:
+    """The entry of what is no tensor."""
+    return Entry(Form("data", (), "", "", "", is_frozen), (), "cpu", "")
+
+
+def tensor_entry(value: torch.Tensor, role: Role, *, is_frozen: bool, flat: FlatEntry | None = None) -> Entry:
+    """The entry of a tensor, or of what lies in the flat parameter of a unit of FSDP1."""
     is_plain = flat is None and type(value) in PLAIN_CLASSES
     if is_plain and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
         return _dense_entry(role, value.shape, value.dtype, value.device.type, is_frozen)

@@ -110,7 +110,7 @@ class Drift:
         known: dict[int, str] = {}  # a tensor may have several names, and a flat parameter has many entries
         prints = list[tuple[_Print, Sequence[int]]]()
         for name, holding in union.kept():
-            if holding.entry.form.role == "data" or name not in held.values:
+            if holding.entry.form.role in ("data", "state") or name not in held.values:
                 continue
             place, holders = self._piece(held.entries[name], holding)
             is_equal, must_be_equal = synchronized.find(name, holding.entry.form.role, holders)

@@ -34,17 +34,20 @@ class Stored:
         format: Format of its files.
         found: Where this rank reads it; `None` on ranks that do not read.
         is_shared: Whether the ranks that read see one folder, or each has a copy of its own.
+        training_state: Names of the training states that are loaded too.
     """
 
     manifest: Manifest
     format: Format
     found: FoundSnapshot | None
     is_shared: bool
+    training_state: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts that have files."""
-        return tuple(Part(*part) for part in self.manifest.saved_parts)
+        """The parts that are read: those of the model that have files, then the training states."""
+        states = (Part(name, "") for name in self.training_state)
+        return (*(Part(*part) for part in self.manifest.saved_parts), *states)
 
     def readers(self, found: FoundSnapshot) -> dict[str, PartReader]:
         """A reader of each part."""
@@ -104,7 +107,7 @@ class _Read:
         found = self.stored.found
         if found is None:
             raise RuntimeError(f"rank {self.ranks.rank} was not given the folder of the snapshot")
-        found.check_files(*share)
+        found.check_files(*share, parts={part.name for part in self.stored.parts})
         self._readers = self.stored.readers(found)
         return [PartContents.of(part, self._readers[part.name]) for part in self.stored.parts]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from keepbest.capture.catalogue import Name
 from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import fsdp1_state_dict
+from keepbest.capture.fsdp1_optimizer import unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.share import Share
 from keepbest.capture.transfer import ShardTransfer
@@ -57,13 +59,14 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         raise
     room = slot[0] if slot else LiveSlot()
     try:
-        files = _files_of(inventory, _gather(agreed, ranks, room), agreed)
+        files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
     except BaseException as error:  # noqa: BLE001  # lose raises
         room.release()
         ranks.lose("gather the weights", error)
     left_out = {part.name: keys for part in inventory.items.parts if (keys := agreed.union.left_out(part.name))}
     return Share(
         parts=inventory.items.parts,
+        training_state=tuple(inventory.items.training_state),
         files=files,
         left_out=left_out,
         slot=room,
@@ -88,8 +91,9 @@ def _room_of(name: Name) -> str:
     return "/".join(name)
 
 
-def _gather(agreed: Agreed, ranks: Ranks, slot: Slot) -> dict[Name, Any]:
+def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:
     """On rank 0 all that is kept, whole. Every rank goes through the entries in the same order."""
+    ranks = inventory.ranks
     kept = dict(agreed.union.kept())
     foreign = {name: holding for name, holding in kept.items() if holding.owner != 0 and not holding.entry.first}
     rooms = {
@@ -109,6 +113,11 @@ def _gather(agreed: Agreed, ranks: Ranks, slot: Slot) -> dict[Name, Any]:
             else:
                 state = agreed.held.states[source.path]
             found |= receiver.receive(source, state)
+        receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
+        found |= receiver.receive_states(inventory.items.training_state)
+        for name, value in unit_states(inventory.items, ranks, is_whole=True):
+            is_tensor = isinstance(value, torch.Tensor)
+            found[name] = slot.put(_room_of(name), value) if is_tensor else own_data(value, slot)
     return {**found, **elsewhere.received}
 
 
@@ -131,7 +140,7 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     for part in inventory.items.parts:
         if part.name not in files and not (agreed.union.left_out(part.name) or part.apart):
             files[part.name] = {}
-    return {part.name: files[part.name] for part in inventory.items.parts if part.name in files}
+    return {part: files[part] for part in inventory.items.names if part in files}
 
 
 _NOTHING = object()
@@ -189,6 +198,12 @@ class _Receiver:
         if source.holds_fsdp1 and self._ranks.is_main:
             found |= self._added_by_hooks(source, state)
         return found
+
+    def receive_states(self, parts: Container[str]) -> dict[Name, Any]:
+        """What of the training states stays on rank 0. **Collective** for sharded tensors."""
+        held = self._agreed.held.values
+        mine = [(name, holding) for name, holding in self._kept.items() if name.part in parts and name in held]
+        return {name: self._receive(name, holding, held[name]) for name, holding in mine}
 
     def _receive(self, name: Name, holding: Holding, value: Any) -> Any:
         if holding.entry.form.role == "data":

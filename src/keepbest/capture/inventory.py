@@ -16,6 +16,7 @@ from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
 from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
+from keepbest.capture.states import add_states, marks_of_states
 from keepbest.capture.union import (
     Report,
     Union,
@@ -78,7 +79,7 @@ class Inventory:
 
         def report() -> tuple[tuple[Held, Report], Number]:
             held = self._look()
-            refuse_what_cannot_be_kept(held, held.entries, self._format, self.ranks)
+            refuse_what_cannot_be_kept(held, held.entries, self._format, self.ranks, self.items.training_state)
             found = Report(held.entries, self._prints(held, held.entries))
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 
@@ -117,7 +118,7 @@ class Inventory:
             data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
             try:
                 new = [name for name in changed if name in held.entries]
-                refuse_what_cannot_be_kept(held, {*new, *data}, self._format, self.ranks)
+                refuse_what_cannot_be_kept(held, {*new, *data}, self._format, self.ranks, self.items.training_state)
             except ConfigError as error:
                 raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
             if changed or union is None:
@@ -155,19 +156,27 @@ class Inventory:
         """What shows whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
         items = self.items
         sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
-        tensors = (stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources)
-        data = (extra_states(source.module) for source in sources)
+        tensors = [stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources]
+        data = [extra_states(source.module) for source in sources]
+        states = list(marks_of_states(items))
+        tensors.append(value for value in states if isinstance(value, torch.Tensor))
+        data.append(value for value in states if not isinstance(value, torch.Tensor))
         return sample(
             (local_of(tensor) for each in tensors for tensor in each), (value for each in data for value in each)
         )
 
+    def _is_state(self, name: Name) -> bool:
+        return name.part in self.items.training_state
+
     def _look(self) -> Held:
-        return look(self.items, self.ranks.members[self.ranks.rank])
+        held = look(self.items, self.ranks.members[self.ranks.rank])
+        add_states(held, self.items, self.ranks)
+        return held
 
     def _adopt(self, report: Report, union: Union) -> None:
-        if not union.holdings:
+        if union.holdings.keys() <= (states := {name for name in union.holdings if self._is_state(name)}):
             raise ConfigError("what is selected to be saved has no weights on any rank: nothing to save")
-        if not any(True for _ in union.kept()):
+        if all(name in states for name, _ in union.kept()):
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )

@@ -13,6 +13,7 @@ import torch
 from keepbest.capture.catalogue import Name
 from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import sharded_state_dict
+from keepbest.capture.fsdp1_optimizer import is_of_units, unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.plan import Layout, plan_layout
 from keepbest.capture.share import Items, Share, Writers
@@ -73,7 +74,7 @@ class Local:
             found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
             tensors, data = _sorted_out(found, agreed, items, left_out, slot)
         layout = self._layout
-        if layout is None or layout.union is not agreed.union or _holds_units(agreed):
+        if layout is None or layout.union is not agreed.union or _holds_units(agreed, items):
             tied: dict[str, dict[str, str]] = {part: {} for part in tensors}
             for name, holding in agreed.union.kept():
                 if holding.entry.first and name not in gone:
@@ -82,7 +83,15 @@ class Local:
             ranks.agree(step, partial(layout.reserve, slot, agreed.held))
         with _losing(writers, ranks, "copy the shards"):
             plans = layout.share(slot, tensors)
-        return Share(parts=items.parts, files=data, left_out=left_out, slot=slot, writers=writers, plans=plans)
+        return Share(
+            parts=items.parts,
+            training_state=tuple(items.training_state),
+            files=data,
+            left_out=left_out,
+            slot=slot,
+            writers=writers,
+            plans=plans,
+        )
 
     def _writers_of_whole(self, union: Union) -> Mapping[Name, int]:
         if self._spread is None or self._spread[0] is not union:
@@ -116,7 +125,7 @@ def _sorted_out(
     kept = dict(agreed.union.kept())
     parts = {name.part for name in kept}
     parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
-    tensors: dict[str, dict[str, torch.Tensor]] = {part.name: {} for part in items.parts if part.name in parts}
+    tensors: dict[str, dict[str, torch.Tensor]] = {part: {} for part in items.names if part in parts}
     data: dict[str, dict[str, Any]] = {part: {} for part in tensors}
     for name, value in found.items():
         if name.part not in tensors:
@@ -129,9 +138,10 @@ def _sorted_out(
     return tensors, data
 
 
-def _holds_units(agreed: Agreed) -> bool:
+def _holds_units(agreed: Agreed, items: Items) -> bool:
     """Whether a rank has units of FSDP1, whose shards are made anew by each `state_dict()`, hooks and all."""
-    return any(holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
+    in_units = (holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
+    return any(in_units) or any(map(is_of_units, items.training_state.values()))
 
 
 def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int], gone: set[Name]) -> dict[Name, Any]:
@@ -143,27 +153,37 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
     ranks, kept = inventory.ranks, dict(agreed.union.kept())
     data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
     found: dict[Name, Any] = {}
+    added: dict[Name, Any] = {}
+    of_units = unit_states(inventory.items, ranks, is_whole=False)
+    found |= {name: value for name, value in of_units if ranks.is_main or has_shards(value)}
     with ForeignTransfer(ranks, data, {}) as elsewhere:
-        for source in agreed.held.sources:
-            state = sharded_state_dict(source) if source.holds_fsdp1 else agreed.held.states[source.path]
-            inside = {part.name: source.path_of(part) for part in source.parts}
-            for name, holding in kept.items():
-                if name.part not in inside or name not in agreed.held.entries:
-                    continue
-                key = inside[name.part] + name.key
-                if source.holds_fsdp1 and key not in state:
-                    gone.add(name)
-                if holding.entry.first or name in gone:
-                    continue
-                value = state[key]
-                if has_shards(value):
-                    found[name] = value
-                elif writers.get(name, holding.owner) == ranks.rank:
-                    if holding.entry.form.role == "data" and not ranks.is_main:
-                        elsewhere.send(name, value)
-                    else:
-                        is_tensor = isinstance(value, torch.Tensor)
-                        found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
-            if source.holds_fsdp1 and ranks.is_main:
-                found |= added_by_hooks(source, state, agreed)
-    return {**found, **elsewhere.received}
+        for name, value in _first_values(agreed, inventory.items, gone, added):
+            holding = kept[name]
+            if has_shards(value):
+                found[name] = value
+            elif writers.get(name, holding.owner) == ranks.rank:
+                if holding.entry.form.role == "data" and not ranks.is_main:
+                    elsewhere.send(name, value)
+                else:
+                    is_tensor = isinstance(value, torch.Tensor)
+                    found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
+    return {**found, **(added if ranks.is_main else {}), **elsewhere.received}
+
+
+def _first_values(agreed: Agreed, items: Items, gone: set[Name], added: dict[Name, Any]) -> Iterator[tuple[Name, Any]]:
+    """What of the kept this rank holds, each under its first name."""
+    kept, held = dict(agreed.union.kept()), agreed.held
+    for source in held.sources:
+        state = sharded_state_dict(source) if source.holds_fsdp1 else held.states[source.path]
+        inside = {part.name: source.path_of(part) for part in source.parts}
+        for name in (each for each in kept if each.part in inside and each in held.entries):
+            key = inside[name.part] + name.key
+            if source.holds_fsdp1 and key not in state:
+                gone.add(name)
+            elif not kept[name].entry.first:
+                yield name, state[key]
+        if source.holds_fsdp1:
+            added |= added_by_hooks(source, state, agreed)
+    for name in kept:
+        if name.part in items.training_state and name in held.values:
+            yield name, held.values[name]

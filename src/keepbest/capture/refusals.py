@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
 from types import NoneType
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +16,7 @@ from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fsdp1
+from keepbest.modules.nested import leaves
 from keepbest.ranks import Ranks
 
 _IN_A_UNIT_AROUND = (
@@ -28,7 +27,9 @@ _IN_A_UNIT_AROUND = (
 _LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
-def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, ranks: Ranks) -> None:
+def refuse_what_cannot_be_kept(
+    held: Held, names: Iterable[Name], form: Format, ranks: Ranks, states: Container[str] = ()
+) -> None:
     """Check that what this rank holds under `names` can be kept in a format, and loaded again.
 
     Raises:
@@ -42,7 +43,7 @@ def refuse_what_cannot_be_kept(held: Held, names: Iterable[Name], form: Format, 
             _fault_of(held.values[name], entry.form)
             or _outside(entry.members, ranks)
             or (_gathered_wrongly(held.values[name]) if form.capture == "gathered" else None)
-            or form.cannot_hold(held.values[name])
+            or (form.for_state if name.part in states else form).cannot_hold(held.values[name])
         )
         if fault is not None:
             raise ConfigError(f"{str(name)!r} {fault}")
@@ -61,11 +62,12 @@ def _fault_of(value: object, form: Form) -> str | None:
         if form.layout not in _LAYOUTS:
             return f"is of layout {form.layout}, which is not supported. Register a dense or sparse tensor in its place"
         return _fault_of_tensor(value, is_in_unit=form.is_in_unit)
-    if is_plain_data(value):
+    if (strange := next((each for each in leaves(value) if not _is_plain(each[1])), None)) is None:
         return None
+    where = f" at {strange[0]}" if strange[0] else ""
     return (
-        f"in the state dict is a {type(value).__name__}; only tensors, numbers, strings and containers of them can be "
-        "loaded without running code. Return one of these from get_extra_state()"
+        f"in the state dict is a {type(strange[1]).__name__}{where}; only tensors, numbers, strings and containers of "
+        "them can be loaded without running code. Return one of these from get_extra_state(), or state_dict()"
     )
 
 
@@ -130,11 +132,10 @@ def _is_emptied_by_fsdp1(module: nn.Module) -> bool:
 def is_plain_data(value: object) -> bool:
     """Whether a value is loaded again by `torch.load(weights_only=True)` as it is."""
     # Exact classes: one that is derived from them, such as a named tuple or numpy's float64, would not be read again.
-    if type(value) in (dict, OrderedDict):
-        entries = cast("Mapping[object, object]", value)
-        return all(is_plain_data(key) and is_plain_data(entry) for key, entry in entries.items())
-    if type(value) in (list, tuple, set):
-        return all(map(is_plain_data, cast("Iterable[object]", value)))
+    return all(_is_plain(each) for _, each in leaves(value))
+
+
+def _is_plain(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return not is_dtensor(value) and _fault_of_tensor(value, is_in_unit=False) is None
     return type(value) in (NoneType, bool, int, float, complex, str, bytes)

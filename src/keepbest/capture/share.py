@@ -25,11 +25,18 @@ class Items:
         model: Model, plain or wrapped.
         parts: Parts of it.
         save_frozen_weights: Whether parameters that do not require grad are among the weights.
+        training_state: What is kept beside the weights, by its name: objects with `state_dict` and `load_state_dict`.
     """
 
     model: nn.Module
     parts: tuple[Part, ...]
     save_frozen_weights: bool
+    training_state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parts of the snapshot: those of the model, then the training states."""
+        return [*(part.name for part in self.parts), *self.training_state]
 
 
 class Writers(Protocol):
@@ -56,9 +63,10 @@ class Share:
     """What this rank writes of a snapshot.
 
     Attributes:
-        parts: All parts that were selected, in order.
-        files: For each part the state dict that this rank writes, with plain keys, without what `plans` has; empty on
-            ranks that write nothing. Gathered weights are full tensors on the CPU.
+        parts: All parts of the model that were selected, in order.
+        training_state: Names of the training states.
+        files: For each part, and each training state, the state dict that this rank writes, with plain keys, without
+            what `plans` has; empty on ranks that write nothing. Gathered weights are full tensors on the CPU.
         left_out: For each part the keys, relative to the part, that were left out because they were frozen. A part that
             is frozen as a whole has no file.
         slot: Where the values stand until they are written.
@@ -67,6 +75,7 @@ class Share:
     """
 
     parts: tuple[Part, ...]
+    training_state: tuple[str, ...]
     files: Mapping[str, StateDict]
     left_out: Mapping[str, Sequence[str]]
     slot: Slot

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from keepbest.capture.catalogue import Entry, Form, Name
+from keepbest.capture.optimizer import is_groups
 from keepbest.errors import ConfigError
 
 _LISTED = 6
@@ -128,6 +129,7 @@ def unite(reports: Sequence[Report]) -> Union:
         for name in report.entries:
             holders.setdefault(name, []).append(rank)
     _refuse_other_forms(reports, holders)
+    _refuse_other_states(reports, holders)
     refuse_other_values([report.prints for report in reports])
     holdings: dict[Name, Holding] = {}
     for number, (name, ranks) in enumerate(holders.items()):
@@ -155,6 +157,19 @@ def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequen
                     f"{found}. Set its requires_grad alike on every rank, or save_frozen_weights=True"
                 )
             raise ConfigError(f"the ranks hold different things under the name {str(name)!r}: {found}. {_WAYS_OUT}")
+
+
+def _refuse_other_states(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:
+    """Check that ranks whose optimizers have the same parameters hold the same tensors of them."""
+    peers = {(name.part, rank): ranks for name, ranks in holders.items() if is_groups(name.key) for rank in ranks}
+    for name, ranks in holders.items():
+        if reports[ranks[0]].entries[name].form.role == "state":
+            among = {rank for each in ranks for rank in peers.get((name.part, each), ())}
+            if lacking := sorted(among.difference(ranks)):
+                raise ConfigError(
+                    f"{str(name)!r} is on {listed(ranks)}, and not on {listed(lacking)}, whose optimizers have the "
+                    "same parameters. Step the optimizer on every rank alike"
+                )
 
 
 def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]], ways_out: str = _WAYS_OUT) -> None:

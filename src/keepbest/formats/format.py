@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -28,11 +28,14 @@ class ToWrite(Protocol):
     Attributes:
         files: For each part the state dict that this rank writes, without what `plans` has; empty on ranks that write
             nothing.
+        training_state: Names of those parts that are no weights.
         plans: For each part what the capture has planned for the format, where it plans anything.
     """
 
     @property
     def files(self) -> Mapping[str, StateDict]: ...
+    @property
+    def training_state(self) -> Collection[str]: ...
     @property
     def plans(self) -> Mapping[str, Any]: ...
 
@@ -99,6 +102,11 @@ class Format(ABC):
 
     name: ClassVar[str]
     capture: ClassVar[Literal["gathered", "local"]]
+
+    @property
+    def for_state(self) -> Format:
+        """The format of the files of training states, which hold numbers and nested data."""
+        return self
 
     def check(self) -> None:
         """Check that what the format needs is installed.

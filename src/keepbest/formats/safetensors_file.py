@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.formats import torch_file
 from keepbest.formats.entries import Entry
 from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
@@ -52,6 +53,10 @@ class SafetensorsFile(WholeFileFormat):
 
     name = "safetensors"
     ending = ".safetensors"
+
+    @property
+    def for_state(self) -> WholeFileFormat:
+        return torch_file.FORMAT
 
     def check(self) -> None:
         require_safetensors()

@@ -17,6 +17,7 @@ from keepbest.formats.plain_load import check_sizes, load_plain
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat
 from keepbest.modules.kinds import is_dense
+from keepbest.modules.nested import leaves
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -86,6 +87,12 @@ def _compact(value: Any) -> Any:
     # A view would drag the whole storage that it looks into along into the file. What is sparse has none.
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        if is_dense(value) and value.untyped_storage().nbytes() != value.nbytes:
-            return value.clone(memory_format=torch.contiguous_format)
-    return value
+        return value.clone(memory_format=torch.contiguous_format) if _is_view(value) else value
+    if type(value) not in (dict, list, tuple) or not any(_is_view(each) for _, each in leaves(value)):
+        return value
+    inside: Iterable[Any] = map(_compact, value.values() if isinstance(value, dict) else value)
+    return dict(zip(value, inside, strict=True)) if isinstance(value, dict) else type(value)(inside)
+
+
+def _is_view(value: object) -> bool:
+    return is_dense(value) and value.untyped_storage().nbytes() != value.nbytes

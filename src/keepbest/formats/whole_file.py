@@ -73,6 +73,10 @@ class WholeFileFormat(Format):
     capture = "gathered"
     ending: ClassVar[str]
 
+    @property
+    def for_state(self) -> WholeFileFormat:
+        return self
+
     @abstractmethod
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
         """Write a state dict durably to a new file. Raises as `write`."""
@@ -84,8 +88,9 @@ class WholeFileFormat(Format):
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
         records = {}
         for part, state in share.files.items():
-            name = f"{part_name(part)}{self.ending}"
-            digest = self.write_file(files, folder / name, state)
+            form = self.for_state if part in share.training_state else self
+            name = f"{part_name(part)}{form.ending}"
+            digest = form.write_file(files, folder / name, state)
             records[name] = FileRecord(part, digest, sum(isinstance(value, torch.Tensor) for value in state.values()))
         return Receipt(records)
 
@@ -93,4 +98,5 @@ class WholeFileFormat(Format):
         names = [name for name, record in files.items() if record.part == part]
         if len(names) != 1:
             raise SnapshotError(f"{folder} has {len(names)} files of {part!r}; format {self.name!r} has one")
-        return WholePart(self.read_file(folder / names[0]))
+        form = self if names[0].endswith(self.ending) else self.for_state
+        return WholePart(form.read_file(folder / names[0]))

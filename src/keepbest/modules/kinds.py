@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
 PLAIN_CLASSES = (torch.Tensor, nn.Parameter, nn.Buffer)  # all others may behave in their own way
@@ -23,6 +23,12 @@ def is_fsdp1(module: object) -> TypeGuard[FullyShardedDataParallel]:
     """Whether `module` is wrapped by `FullyShardedDataParallel`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def is_fsdp2(module: object) -> TypeGuard[FSDPModule]:
+    """Whether `fully_shard` was applied to `module`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def is_activation_wrapper(module: object) -> bool:

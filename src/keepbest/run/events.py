@@ -15,7 +15,7 @@ from keepbest.decision import BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
 from keepbest.run.names import REF_PREFIX, is_safe
 
-VERSION = 3
+VERSION = 4
 """Of the ledger and the manifests; another version is refused."""
 
 Json = dict[str, Any]

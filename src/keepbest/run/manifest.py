@@ -35,7 +35,7 @@ class FileRecord(NamedTuple):
     """What is recorded of a file.
 
     Attributes:
-        part: Name of the part of the model that it holds.
+        part: Name of the part of the model, or of the training state, that it holds.
         digest: Size and digest of its bytes.
         tensors: Number of tensors in it, where one file holds a whole part.
     """
@@ -68,6 +68,7 @@ class Manifest:
         value: Value of the metric at the iteration.
         format: Name of the format of the files.
         parts: Parts of the model that were selected, in order.
+        training_state: Names of what is kept beside them, such as an optimizer.
         files: Record of each file, by its path in the folder of the snapshot.
         left_out: For each part the keys, relative to the part, that were frozen and not saved.
         ledger_bytes: Bytes of the ledger that were on the disk when the snapshot was complete. A ledger with fewer is
@@ -81,6 +82,7 @@ class Manifest:
     value: float
     format: str
     parts: tuple[SavedPart, ...]
+    training_state: tuple[str, ...]
     files: Mapping[str, FileRecord]
     left_out: Mapping[str, Sequence[str]]
     ledger_bytes: int
@@ -112,6 +114,7 @@ class Manifest:
             "format": self.format,
             "bytes": self.total_bytes,
             "parts": [list(part) for part in self.parts],
+            "training_state": list(self.training_state),
             "files": {name: record.to_json() for name, record in self.files.items()},
             "left_out": self.left_out,
             "ledger_bytes": self.ledger_bytes,
@@ -138,6 +141,7 @@ class Manifest:
             value=content["value"],
             format=content["format"],
             parts=tuple(SavedPart(name, path, tuple(apart)) for name, path, apart in content["parts"]),
+            training_state=tuple(content["training_state"]),
             files={name: FileRecord.from_json(record) for name, record in content["files"].items()},
             left_out={name: list(keys) for name, keys in content["left_out"].items()},
             ledger_bytes=content["ledger_bytes"],
@@ -146,12 +150,16 @@ class Manifest:
 
 def _check(content: Any) -> None:
     """Refuse what would not be what its type says, and files outside of the folder of the snapshot."""
-    names = {name for name, _, _ in content["parts"]}
+    parts, states = {name for name, _, _ in content["parts"]}, list(content["training_state"])
     texts = [content[key] for key in ("run", "keeper", "metric_key", "format")]
     texts += [text for name, path, apart in content["parts"] for text in (name, path, *apart)]
+    texts += states
     texts += [key for keys in content["left_out"].values() for key in keys]
     if strange := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"expected text, found {strange[0]!r}")
+    names = parts.union(states)
+    if len(names) != len(content["parts"]) + len(states):
+        raise ValueError(f"two parts, or training states, have one name: {sorted(names)}")
     if not isinstance(content["value"], float | int):
         raise TypeError(f"the value of the metric is {content['value']!r}")
     if type(content["ledger_bytes"]) is not int:
@@ -162,7 +170,7 @@ def _check(content: Any) -> None:
         size, digest = record["bytes"], record["digest"]
         if record["part"] not in names or not isinstance(digest, str) or type(size) is not int or size < 0:
             raise ValueError(f"this is no file of a snapshot: {record!r}")
-    if unknown := content["left_out"].keys() - names:
+    if unknown := content["left_out"].keys() - parts:
         raise ValueError(f"keys of parts that it does not have were left out: {', '.join(sorted(unknown))}")
 
 

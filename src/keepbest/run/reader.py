@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,14 @@ class FoundSnapshot(NamedTuple):
     folder: Path
     manifest: Manifest
 
-    def check_files(self, share: int = 0, shares: int = 1) -> None:
-        """Compare one of so many shares of the files with what was written. Raises `SnapshotError`."""
-        for name in sorted(self.manifest.files)[share::shares]:
+    def check_files(self, share: int = 0, shares: int = 1, *, parts: Container[str] | None = None) -> None:
+        """Compare one of so many shares of the files, or of those of `parts`, with what was written.
+
+        Raises:
+            SnapshotError: If one of them is missing or damaged.
+        """
+        files = sorted(name for name, record in self.manifest.files.items() if parts is None or record.part in parts)
+        for name in files[share::shares]:
             check_file(self.folder / name, self.manifest.files[name].digest)
 
 

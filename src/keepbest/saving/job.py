@@ -179,6 +179,7 @@ class PendingSnapshot:
             value=self._observation.value,
             format=self._format.name,
             parts=tuple(SavedPart(part.name, part.path, part.apart) for part in share.parts),
+            training_state=share.training_state,
             files=self._format.complete(self._files, folder, share, written),
             left_out=share.left_out,
             ledger_bytes=record.folder.durable_bytes,

@@ -71,7 +71,7 @@ class Saver:
         self._ranks = ranks
         self._in_background, self._tolerates = in_background, tolerates
         self._staging = self._new_staging()
-        self._selection = f"{name} {items.parts} {items.save_frozen_weights}"
+        self._selection = f"{name} {items.parts} {items.save_frozen_weights} {list(items.training_state)}"
         self._queued: PendingSnapshot | None = None
         self._has_given_up = False
         self._record: KeeperRecord | None = None
@@ -127,7 +127,8 @@ class Saver:
             KeepBestError: As the capture of the format.
         """
         iteration, items = kept.observation.iteration, self._inventory.items
-        content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name)
+        states = tuple((each, id(thing)) for each, thing in items.training_state.items())
+        content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name, states)
         shared = self._unchanged_snapshot(iteration, content, step)
         snapshot = self._capture(kept, step) if shared is None else shared
         job = None if self._record is None else SaveJob(kept, snapshot, self._record, is_first=shared is None)

@@ -1,0 +1,157 @@
+"""The state of an optimizer under the plain names of parameters, and back. **Rank-local**.
+
+    layers.0.weight/exp_avg          a tensor: the name of the parameter, and after the last slash the key of its state
+    param_groups.5c3f9d1e0a7b2c46    plain data: all else, with names in place of indices
+
+The digest in the second key is that of the names in the groups. So ranks with other parameters, such as the stages of a
+pipeline, have entries of their own, and the union of the ranks keeps all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from keepbest.capture.fsdp1 import flat_entries
+from keepbest.errors import ConfigError
+from keepbest.modules.kinds import is_dtensor, is_fsdp2
+from keepbest.modules.wrappers import PlainNames
+
+GROUPS = "param_groups"
+_OF_THE_MODEL = ("params", "param_names")  # of a group; the names depend on the wrappers
+_REMEDY = "Make the optimizer of the parameters of the model that the keeper has, after it was wrapped"
+
+
+class ParameterNames:
+    """The plain names of the parameters of a model, as they are on this rank.
+
+    A tied parameter has several names. The flat parameter of a unit of FSDP1 has those of all that lie in it.
+
+    Attributes:
+        parameters: Parameter of each first name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if is_fsdp2(module):
+                module.reshard()  # after a forward pass the parameters may be whole ones, which no optimizer knows
+        names = PlainNames(model)
+        found = [(names.plain(key), each) for key, each in model.named_parameters(remove_duplicate=False)]
+        flat = list(flat_entries(model))
+        hidden = {id(entry.flat) for entry in flat} & {id(each) for _, each in found}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self._first: dict[str, str] = {}
+        self._names: dict[int, list[str]] = {}
+        seen: dict[int, str] = {}
+        for name, each in found:
+            if id(each) not in hidden:
+                self._add(name, seen.setdefault(id(each), name), each)
+        for entry in flat:
+            if id(entry.flat) in hidden:
+                self._add(entry.key, entry.first or entry.key, entry.flat)
+
+    def _add(self, name: str, first: str, parameter: torch.Tensor) -> None:
+        self._first[name] = first
+        if name == first:
+            self.parameters[name] = parameter
+            self._names.setdefault(id(parameter), []).append(name)
+
+    def first(self, name: str) -> str | None:
+        """The first name of the parameter of this name; `None` if there is none in the model."""
+        return self._first.get(name)
+
+    def of_groups(self, optimizer: Optimizer) -> list[list[str]]:
+        """The first names in each group of an optimizer. Raises `ConfigError` if a parameter is not in the model."""
+        found: list[list[str]] = []
+        for number, group in enumerate(optimizer.param_groups):
+            found.append([])
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) not in self._names:
+                    raise ConfigError(
+                        f"parameter {place} of group {number} of the optimizer, of shape {list(parameter.shape)}, is "
+                        f"no parameter of the model, so it has no name to be kept by. {_REMEDY}"
+                    )
+                found[-1] += self._names[id(parameter)]
+        return found
+
+
+def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
+    """The groups of an optimizer, by key. Raises `ConfigError` if it has a parameter that is not in the model."""
+    named = names.of_groups(optimizer)
+    return {f"{GROUPS}.{_digest(named)}": _rest(optimizer.param_groups, named)}
+
+
+def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
+    """What an optimizer holds, by key: tensors of its parameters, which are its own, and all else as plain data.
+
+    Raises:
+        ConfigError: If it has a parameter that is not in the model, or cannot be kept right.
+    """
+    named = names.of_groups(optimizer)
+    state = optimizer.state_dict()  # with its hooks; it copies no tensor
+    groups = state["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group) for group in named]:
+        raise ConfigError("state_dict() of the optimizer has other groups than the optimizer itself")
+    by_index = {
+        index: name
+        for group, inside in zip(groups, named, strict=True)
+        for index, name in zip(group["params"], inside, strict=True)
+    }
+    entries: dict[str, Any] = {}
+    rest = _rest(groups, named)
+    rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
+    for index, name in by_index.items():
+        of_parameter = state["state"].get(index, {})
+        for key, value in of_parameter.items():
+            if isinstance(value, torch.Tensor) and isinstance(key, str):
+                _refuse_a_part(name, key, value, names.parameters[name])
+                entries[state_key(name, key)] = value
+            else:
+                rest["state"].setdefault(name, {})[key] = value
+    return {**entries, f"{GROUPS}.{_digest(named)}": rest}
+
+
+def _rest(groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
+    """What is no tensor of a parameter: options and names of groups, and room for the rest."""
+    options = [{key: value for key, value in group.items() if key not in _OF_THE_MODEL} for group in groups]
+    united = [{**group, "params": inside} for group, inside in zip(options, named, strict=True)]
+    return {"param_groups": united, "state": {}, "other": {}}
+
+
+def state_key(name: str, key: str) -> str:
+    """The key of an entry: the name of a parameter, and the key of its state."""
+    return f"{name}/{key.replace('%', '%25').replace('/', '%2F')}"
+
+
+def parameter_of(entry: str) -> tuple[str, str]:
+    """The name of the parameter, and the key of its state; the inverse of `state_key`."""
+    name, _, key = entry.rpartition("/")
+    return name, key.replace("%2F", "/").replace("%25", "%")
+
+
+def is_groups(entry: str) -> bool:
+    """Whether an entry holds what is no tensor of a parameter."""
+    return "/" not in entry and entry.startswith(f"{GROUPS}.")
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether each rank holds a part of a parameter."""
+    return is_dtensor(parameter) and not all(placement.is_replicate() for placement in parameter.placements)
+
+
+def _refuse_a_part(name: str, key: str, value: torch.Tensor, parameter: torch.Tensor) -> None:
+    if is_sharded(parameter) and not is_dtensor(value) and value.numel() > 1:
+        raise ConfigError(
+            f"{key!r} of the optimizer for {name!r} is a plain tensor of shape {list(value.shape)}, while the "
+            "parameter is sharded. So it is known neither which part of it other ranks hold, nor how they would load "
+            "it. Leave the optimizer out of training_state, or use one whose state is made of DTensors"
+        )
+
+
+def _digest(groups: list[list[str]]) -> str:
+    return hashlib.blake2b(json.dumps(groups).encode(), digest_size=8).hexdigest()

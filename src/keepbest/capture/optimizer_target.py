@@ -1,0 +1,180 @@
+"""How what was saved of an optimizer fits the one of this rank. **Rank-local**."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from keepbest.capture.contents import Kind, PartContents
+from keepbest.capture.optimizer import ParameterNames, is_groups, is_sharded, parameter_of
+from keepbest.modules.kinds import is_dtensor
+
+_STEP = "step"  # torch keeps it as a plain number of its own, whatever the parameter is
+_HOW = ("foreach", "fused", "capturable", "differentiable")  # options of how it computes here, not of what
+_LISTED = 4
+_PARAMS = "params"
+
+
+@dataclass
+class OptimizerTarget:
+    """What an optimizer takes of what was saved.
+
+    Attributes:
+        optimizer: Optimizer of this rank.
+        names: Names of the parameters of the model.
+        groups: For each of its groups the options that it takes, and its names. How it computes is its own matter.
+        data: State that is no tensor, by the name of the parameter that it belongs to.
+        rest: State that belongs to no parameter.
+        templates: What each stored tensor is to be like, by its key: a sharded parameter, or `None` for a whole tensor.
+        faults: What does not fit.
+        lacks: Names of parameters that were in the saved optimizer, and are not in the model of this rank.
+    """
+
+    optimizer: Optimizer
+    names: ParameterNames
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    rest: dict[Any, Any] = field(default_factory=dict)
+    templates: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    lacks: list[str] = field(default_factory=list)
+
+    def compare(self, contents: PartContents, data: Mapping[str, Any]) -> None:
+        """Look at what was saved.
+
+        Args:
+            contents: What there is.
+            data: What of it is no tensor, by its key.
+
+        Raises:
+            ConfigError: If the optimizer has a parameter that is not in the model.
+        """
+        stored = [each for key, each in data.items() if is_groups(key)]
+        if not stored:
+            self.faults.append("it was not saved from an optimizer")
+            return
+        groups = _united([each["param_groups"] for each in stored])
+        self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
+        self._match(groups, self.names.of_groups(self.optimizer))
+        for each in stored:
+            self.rest |= each["other"]
+            for name, values in each["state"].items():
+                if (here := self.names.first(name)) is not None:
+                    self.data.setdefault(here, {}).update(values)
+        for key, kind in contents.kinds.items():
+            if not is_groups(key):
+                for name in contents.names[key]:
+                    self._place(name, kind)
+
+    def state_by_name(self, brought: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+        """The state of each parameter, in tensors of its own.
+
+        Args:
+            brought: Stored tensors, by their keys.
+        """
+        state: dict[str, dict[Any, Any]] = {name: copy.deepcopy(values) for name, values in self.data.items()}
+        for key, value in brought.items():
+            name, of_state = parameter_of(key)
+            if (here := self.names.first(name)) is not None:
+                # A copy, since what is read on rank 0 lies in the file.
+                state.setdefault(here, {})[of_state] = value.clone()
+        return state
+
+    def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:
+        """What the optimizer loads. Its arguments are those of `state_by_name`."""
+        state = self.state_by_name(brought)
+        found: dict[str, Any] = {"state": copy.deepcopy(self.rest), "param_groups": []}
+        number = 0
+        for group in self.groups:
+            indices = range(number, number + len(group[_PARAMS]))
+            found["state"].update(
+                (index, state[name]) for index, name in zip(indices, group[_PARAMS], strict=True) if name in state
+            )
+            found["param_groups"].append({**copy.deepcopy(group), _PARAMS: list(indices)})
+            number = indices.stop
+        return found
+
+    def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
+        """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
+        left = [(group, {here for name in group[_PARAMS] if (here := self.names.first(name))}) for group in stored]
+        where = {name: number for number, (_, inside) in enumerate(left) for name in inside}
+        matched = set[int]()
+        for number, names in enumerate(present):
+            found = next(
+                (at for at, (_, inside) in enumerate(left) if at not in matched and inside == set(names)), None
+            )
+            if found is not None:
+                matched.add(found)
+                own = self.optimizer.param_groups[number]
+                how = {key: own[key] for key in _HOW if key in own}
+                self.groups.append({**left[found][0], **how, _PARAMS: names})
+            elif names:
+                self._explain(number, names, where)
+            else:
+                self.groups.append({**self.optimizer.param_groups[number], _PARAMS: []})
+        if spare := sorted({name for at, (_, inside) in enumerate(left) if at not in matched for name in inside}):
+            inside_now = {name for names in present for name in names}
+            if gone := [name for name in spare if name not in inside_now]:
+                self.faults.append(f"it was saved with {_listed(gone)}, which the optimizer does not have")
+
+    def _explain(self, number: int, names: list[str], where: Mapping[str, int]) -> None:
+        if new := [name for name in names if name not in where]:
+            self.faults.append(f"group {number} has {_listed(new)}, which were not saved with it")
+        else:
+            places = sorted({where[name] for name in names})
+            self.faults.append(
+                f"group {number} has {_listed(names)}, which were saved in group "
+                f"{' and '.join(map(str, places))}, together with others or apart from each other"
+            )
+
+    def _place(self, key: str, kind: Kind) -> None:
+        name, of_state = parameter_of(key)
+        if (here := self.names.first(name)) is None:
+            return
+        parameter = self.names.parameters[here]
+        is_like = kind.shape == tuple(parameter.shape) and of_state != _STEP and not kind.form
+        if is_like and is_dtensor(parameter):
+            self.templates[key] = parameter
+        elif is_sharded(parameter) and math.prod(kind.shape) > 1:
+            self.faults.append(
+                f"{key} has shape {list(kind.shape)}, and {name} is sharded and has another: so it is not known how "
+                "to share it out"
+            )
+        else:
+            self.templates[key] = None
+
+
+def _united(stored: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The groups that ranks with different parameters saved. Those of one number and with equal options are one."""
+    groups: list[tuple[int, dict[str, Any]]] = []
+    for each in stored:
+        for number, group in enumerate(each):
+            same = (at for at, (known, other) in enumerate(groups) if known == number and _has_options_of(other, group))
+            if (at := next(same, None)) is None:
+                groups.append((number, group))
+            else:
+                names = dict.fromkeys([*groups[at][1][_PARAMS], *group[_PARAMS]])
+                groups[at] = number, {**group, _PARAMS: list(names)}
+    return [group for _, group in sorted(groups, key=lambda found: found[0])]
+
+
+def _has_options_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    keys = one.keys() - {_PARAMS}
+    return keys == other.keys() - {_PARAMS} and all(_equal(one[key], other[key]) for key in keys)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown

@@ -1,0 +1,154 @@
+"""Brings training states back: optimizers, and what else was kept beside the weights. **Collective**."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from keepbest.capture.contents import PartContents
+from keepbest.capture.feed import Feed
+from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
+from keepbest.capture.optimizer import ParameterNames, is_groups
+from keepbest.capture.optimizer_target import OptimizerTarget
+from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
+from keepbest.capture.states import WHOLE, Stateful
+from keepbest.errors import SnapshotError
+from keepbest.ranks import Ranks
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A training state that is to be loaded.
+
+    Attributes:
+        thing: Object of this rank.
+        contents: What the snapshot has of it.
+        data: What of that is no tensor of an optimizer, by its key.
+        target: What an optimizer takes of it; `None` for all else.
+    """
+
+    thing: Stateful
+    contents: PartContents
+    data: Mapping[str, Any]
+    target: OptimizerTarget | None
+
+    def faults(self, rank: int) -> list[str]:
+        """What does not fit this rank."""
+        if self.target is not None:
+            return self.target.faults
+        expected = key_of_rank(rank) if isinstance(self.thing, PerRank) else WHOLE
+        if expected in self.data or (isinstance(self.thing, PerRank) and any(map(is_of_a_rank, self.data))):
+            return []
+        if any(map(is_groups, self.data)):
+            return ["it was saved from an optimizer"]
+        kind = "one for all ranks: pass it without PerRank" if WHOLE in self.data else "one for each rank: use PerRank"
+        return [f"it was saved as {kind}"]
+
+
+class StatesToLoad:
+    """Training states that are to be loaded from a snapshot.
+
+    Args:
+        model: Model whose parameters the optimizers have.
+        things: Objects that take them, by name; the same names on every rank.
+        contents: What the snapshot has of each of them.
+        feed: Where values come from.
+        ranks: Ranks of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        things: Mapping[str, Stateful],
+        contents: Sequence[PartContents],
+        feed: Feed,
+        ranks: Ranks,
+    ) -> None:
+        self._model, self._things, self._feed, self._ranks = model, things, feed, ranks
+        self._contents = [each for each in contents if each.part.name in things]
+        self._found: dict[str, _Found] = {}
+
+    def compare(self) -> None:
+        """Check that what was saved fits the objects of all ranks. **Collective**.
+
+        Raises:
+            SnapshotError: On every rank, if it does not. It names the training state and what is wrong.
+            ConfigError: On every rank, if an optimizer has parameters that are not in the model.
+        """
+        for each in self._contents:
+            keys = [key for key, kind in each.kinds.items() if kind.dtype is None]
+            data = self._feed.bring(each, keys, dict.fromkeys(keys))
+            self._found[each.part.name] = _Found(self._things[each.part.name], each, data, None)
+        if not self._found:
+            return
+        found = self._ranks.gather_json("compare the training state with what was saved", self._compare)
+        faults = {name: [fault for each in found for fault in each[name][0]] for name in self._found}
+        for name in self._found:
+            lacks = set.intersection(*(set(each[name][1]) for each in found))
+            faults[name] += [f"it was saved with {', '.join(sorted(lacks)[:4])}, which no model has"] if lacks else []
+        if wrong := [f"{name!r}: {'; '.join(dict.fromkeys(each))}" for name, each in faults.items() if each]:
+            raise SnapshotError(f"the training state does not fit: {'. '.join(wrong)}. Nothing was loaded")
+
+    def load(self) -> None:
+        """Load all that was compared. **Collective**.
+
+        Raises:
+            RankFailedError: On every rank, if an object refuses its state. Others may be loaded then.
+        """
+        for name, found in self._found.items():
+            brought: dict[str, Any] = {}
+            if found.target is not None:
+                keys = [key for key in found.contents.kinds if not is_groups(key)]
+                brought = self._feed.bring(found.contents, keys, found.target.templates)
+            step = f"load the training state {name}"
+            if found.target is not None and is_of_units(found.thing):
+                try:
+                    state = self._of_units(found.target, brought)
+                except BaseException as error:  # noqa: BLE001  # lose raises
+                    self._ranks.lose(step, error)
+                self._ranks.agree(step, partial(found.thing.load_state_dict, state))
+            else:
+                self._ranks.agree(step, partial(self._load, name, found, brought))
+
+    def _of_units(self, target: OptimizerTarget, brought: Mapping[str, Any]) -> dict[str, Any]:
+        """What an optimizer of FSDP1 units loads. **Collective**."""
+        state = target.state_by_name(brought)
+        return unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
+
+    def _compare(self) -> dict[str, Any]:
+        names = ParameterNames(self._model) if self._has_optimizer() else None
+        compared: dict[str, Any] = {}
+        for name, found in self._found.items():
+            if isinstance(found.thing, Optimizer) and names is not None:
+                target = OptimizerTarget(found.thing, names)
+                target.compare(found.contents, found.data)
+                self._found[name] = _Found(found.thing, found.contents, found.data, target)
+                compared[name] = target.faults, target.lacks
+            else:
+                compared[name] = found.faults(self._ranks.rank), []
+        return compared
+
+    def _has_optimizer(self) -> bool:
+        return any(isinstance(found.thing, Optimizer) for found in self._found.values())
+
+    def _load(self, name: str, found: _Found, brought: Mapping[str, Any]) -> None:
+        if found.target is not None:
+            found.thing.load_state_dict(found.target.state_dict(brought))
+            return
+        key = key_of_rank(self._ranks.rank) if isinstance(found.thing, PerRank) else WHOLE
+        if key in found.data:
+            # A copy, since tensors that are read on rank 0 lie in the file.
+            found.thing.load_state_dict(copy.deepcopy(found.data[key]))
+        else:
+            _logger.warning(
+                "rank %d keeps its own %s: it was saved on %d ranks", self._ranks.rank, name, len(found.data)
+            )

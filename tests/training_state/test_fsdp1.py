@@ -1,0 +1,202 @@
+"""Optimizers of FSDP1 units, with the parameters of the user and with flat ones."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+)
+
+from keepbest import BestKeeper
+from keepbest.errors import ConfigError
+from tests.kit.pool import run_ranks
+from tests.kit.strategies import CPU, fsdp1, fsdp2, single
+from tests.training_state.loop import Net, Training, differing, whole
+from tests.training_state.test_continue import OPTIMIZERS, SETTINGS
+
+
+def trainable(model: nn.Module) -> nn.Module:
+    """Without original parameters, a unit is frozen as a whole or not."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def flat(model: nn.Module) -> nn.Module:
+    return fsdp1(trainable(model), use_orig_params=False)
+
+
+def flat_blocks(model: nn.Module) -> nn.Module:
+    trainable(model).module = fsdp1(model.module, use_orig_params=False)
+    return fsdp1(model, use_orig_params=False)
+
+
+def blocks(model: nn.Module) -> nn.Module:
+    model.module = fsdp1(model.module)
+    return fsdp1(model)
+
+
+def partly(model: nn.Module) -> nn.Module:
+    """Beside the unit are parameters that every rank has whole."""
+    model.module = fsdp1(model.module)
+    return model
+
+
+WRAPS = {"orig": fsdp1, "blocks": blocks, "flat": flat, "flat blocks": flat_blocks, "partly": partly}
+
+
+def digest(training):
+    """All that there is, as torch itself brings it to rank 0. Collective."""
+    with FullyShardedDataParallel.summon_full_params(training.model, writeback=False):
+        weights = {name: each.tolist() for name, each in training.model.named_parameters()}
+    whole = (
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(),
+        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
+    )
+    with FullyShardedDataParallel.state_dict_type(training.model, *whole):
+        state = FullyShardedDataParallel.optim_state_dict(training.model, training.optimizer)
+    found = {
+        f"{name}/{key}": value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, values in state["state"].items()
+        for key, value in values.items()
+    }
+    return {**weights, **found, "groups": str(state["param_groups"])}
+
+
+def continue_all(directory, cases):
+    """What differs after a resume in each case."""
+    found = {}
+    for wrap, name, settings in cases:
+        folder = directory / str(len(found))
+        training, again = (Training(WRAPS[wrap], OPTIMIZERS[name], seed=seed) for seed in (1, 2))
+        for each in (training, again):
+            each.everything = partial(digest, each)
+        uninterrupted = training.keep(folder, **settings)
+        found[wrap, name, str(settings)] = differing(again.resume(folder), uninterrupted)
+    return {case: wrong for case, wrong in found.items() if wrong}
+
+
+CASES = [
+    ("orig", "adamw", {}),
+    ("orig", "sgd", SETTINGS[1]),
+    ("orig", "adamw", SETTINGS[-1]),
+    ("blocks", "groups", SETTINGS[2]),
+    ("blocks", "adamw", SETTINGS[3]),
+    ("flat", "adamw", {}),
+    ("flat", "sgd", SETTINGS[-1]),
+    ("flat blocks", "adamw", SETTINGS[1]),
+    ("flat blocks", "adamw", SETTINGS[3]),
+]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_fsdp1_training_continues_from_the_best(world_size, tmp_path):
+    cases = CASES if world_size == 2 else CASES[2:6:3]
+    for found in run_ranks(continue_all, world_size, tmp_path, cases):
+        assert found == {}
+
+
+def resume(directory, wrap):
+    """All that there is after the load, and two updates later. A flat parameter has no names of its own."""
+    training = Training(OTHERS[wrap], OPTIMIZERS["adamw"], seed=2)
+    if wrap in WRAPS:
+        training.everything = partial(digest, training)
+    found = training.resume(directory)
+    return {number: numbers(found[number]) for number in (2, 4)}
+
+
+def numbers(everything):
+    """The numbers of the weights and states, by name."""
+    named = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in everything.items()}
+    return {name: torch.tensor(value) for name, value in named.items() if name != "groups"}
+
+
+OTHERS = {"single": single, "trainable": trainable, "fsdp2": fsdp2, **WRAPS}
+
+
+def keep_and_digest(directory, wrap, settings):
+    training = Training(OTHERS[wrap], OPTIMIZERS["adamw"])
+    if wrap in WRAPS:
+        training.everything = partial(digest, training)
+    found = training.keep(directory, **settings)
+    return {number: numbers(found[number]) for number in (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "size", "settings"),
+    [
+        ("orig", "single", 1, {}),
+        ("orig", "fsdp2", 2, SETTINGS[-1]),
+        ("fsdp2", "blocks", 2, SETTINGS[-1]),
+        ("flat blocks", "trainable", 1, SETTINGS[3]),
+        ("trainable", "flat", 3, {}),
+    ],
+    ids=str,
+)
+def test_state_of_units_comes_back_elsewhere(here, there, size, settings, tmp_path):
+    before = run_ranks(keep_and_digest, 1 if here == "trainable" else 2, tmp_path, here, settings)[0]
+    for after in run_ranks(resume, size, tmp_path, there):
+        for number, tolerance in ((2, 0.0), (4, 1e-5)):
+            assert before[number].keys() == after[number].keys()
+            for name, value in before[number].items():
+                torch.testing.assert_close(after[number][name], value, atol=tolerance, rtol=0.0, msg=name)
+
+
+def start_with_units_apart(directory):
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    hybrid = FullyShardedDataParallel(
+        Net(), device_mesh=mesh, device_id=CPU, sharding_strategy=ShardingStrategy.HYBRID_SHARD, use_orig_params=True
+    )
+    optimizer = torch.optim.SGD(hybrid.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="cannot be kept where units are sharded over ranks") as caught:
+        BestKeeper(hybrid, directory=directory, metric_key="loss", training_state={"optimizer": optimizer}).start()
+    return str(caught.value)
+
+
+def test_units_over_some_of_the_ranks_are_refused(tmp_path):
+    first, second = run_ranks(start_with_units_apart, 2, tmp_path)
+    assert first == second
+    assert "Use FSDP2" in first
+
+
+def keep_two_optimizers(directory):
+    """What differs where one optimizer has the parameters of a unit, and another one the others."""
+    found = []
+    for settings in (SETTINGS[1], SETTINGS[-1]):
+        folder = directory / settings.get("format", "torch")
+        trainings = [Training(partly, OPTIMIZERS["adamw"], seed=seed) for seed in (1, 2)]
+        for training in trainings:
+            inside = list(training.model.module.parameters())
+            outside = [each for each in training.model.parameters() if all(each is not other for other in inside)]
+            training.optimizer = torch.optim.AdamW(inside, lr=0.02)
+            training.others = {"second": Stepped(outside, lr=0.03, momentum=0.9)}
+            training.everything = partial(weights_and_state, training)
+        uninterrupted = trainings[0].keep(folder, **settings)
+        found += differing(trainings[1].resume(folder), uninterrupted)
+    return found
+
+
+class Stepped(torch.optim.SGD):
+    """An optimizer that the loop steps like a scheduler."""
+
+
+def weights_and_state(training):
+    with FullyShardedDataParallel.summon_full_params(training.model, writeback=False):
+        weights = {name: each.tolist() for name, each in training.model.named_parameters()}
+    states = {name: whole(each.state_dict()) for name, each in training.others.items()}
+    return {**weights, **states}
+
+
+def test_optimizers_of_a_unit_and_beside_it_are_kept(tmp_path):
+    for found in run_ranks(keep_two_optimizers, 2, tmp_path):
+        assert found == []

@@ -1,0 +1,179 @@
+"""Training states that are sharded, and that come back into another strategy and another number of ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from keepbest import BestKeeper, load
+from keepbest.errors import ConfigError, SnapshotError
+from tests.kit.pool import run_ranks
+from tests.kit.runs import update
+from tests.kit.strategies import ddp, fsdp2, fsdp2_replicated, single
+from tests.training_state.loop import BEST, FEATURES, Training, differing
+from tests.training_state.test_continue import OPTIMIZERS, SETTINGS, grouped
+
+FEW = ["sgd", "adamw foreach", "adamw fused", "names", "groups"]
+
+
+def tensor_parallel(model: nn.Module) -> nn.Module:
+    return _in_tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def _in_tensor_parallel(model, mesh):
+    return parallelize_module(model, mesh, {"module": ColwiseParallel(), "second": RowwiseParallel()})
+
+
+def fsdp2_nested(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def two_dimensional(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return fully_shard(_in_tensor_parallel(model, mesh["tensor"]), mesh=mesh["data"])
+
+
+WRAPS = {
+    "single": single,
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "fsdp2 nested": fsdp2_nested,
+    "fsdp2 replicated": fsdp2_replicated,
+    "tensor parallel": tensor_parallel,
+    "two dimensions": two_dimensional,
+}
+
+
+def continue_all(directory, wrap, optimizers, settings):
+    """What differs after a resume, for each optimizer and each way to save."""
+    found = {}
+    for name, each in ((name, each) for name in optimizers for each in settings):
+        make, folder = OPTIMIZERS[name], directory / f"{name}{len(found)}"
+        uninterrupted = Training(WRAPS[wrap], make).keep(folder, **each)
+        again = Training(WRAPS[wrap], partial(grouped, reverse=True) if make is grouped else make, seed=2)
+        found[name, str(each)] = differing(again.resume(folder), uninterrupted)
+    return {case: wrong for case, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "world_size", "optimizers", "settings"),
+    [
+        ("fsdp2", 2, FEW, SETTINGS[:1] + SETTINGS[-1:]),
+        ("fsdp2 nested", 3, ["adamw foreach"], SETTINGS[1:4:2]),
+        ("fsdp2 replicated", 4, ["groups"], SETTINGS[-1:]),
+        ("tensor parallel", 2, ["groups"], SETTINGS[:1] + SETTINGS[-1:]),
+        ("two dimensions", 4, ["adamw"], SETTINGS[2:4]),
+    ],
+    ids=str,
+)
+def test_sharded_training_continues_from_the_best(wrap, world_size, optimizers, settings, tmp_path):
+    for found in run_ranks(continue_all, world_size, tmp_path, wrap, optimizers, settings):
+        assert found == {}
+
+
+def keep(directory, wrap, settings):
+    return Training(WRAPS[wrap], OPTIMIZERS["adamw foreach"]).keep(directory, **settings)
+
+
+def resume(directory, wrap):
+    return Training(WRAPS[wrap], OPTIMIZERS["adamw"], seed=2).resume(directory)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[2], SETTINGS[-1]], ids=str)
+def test_state_comes_back_into_other_strategies_and_ranks(settings, tmp_path):
+    for here, size in (("fsdp2 nested", 2), ("two dimensions", 4)):
+        directory = tmp_path / here
+        uninterrupted = run_ranks(keep, size, directory, here, settings)[0]
+        for there, others in (("single", 1), ("ddp", 2), ("fsdp2", 3), ("tensor parallel", 2)):
+            for found in run_ranks(resume, others, directory, there):
+                assert (
+                    differing({2: weights_of(found[2])}, {2: weights_of(uninterrupted[2])}) == []
+                )  # bit for bit where nothing is computed
+                for number in (3, 4, 5):
+                    assert flat(found[number]) == pytest.approx(flat(uninterrupted[number]), abs=1e-5)
+
+
+def weights_of(everything):
+    """All but the groups, whose options say also how the strategy computes."""
+    return {name: value for name, value in everything.items() if name != "groups"}
+
+
+def flat(everything):
+    """All numbers of the tensors."""
+    return [each for value in weights_of(everything).values() for each in torch.tensor(value).flatten().tolist()]
+
+
+def keep_after_evaluation(directory):
+    """What differs where the parameters are whole ones when the keeper, and load, come to them."""
+    training = Training(fsdp2, OPTIMIZERS["sgd"])
+    batch = torch.ones(1, FEATURES)
+    with BestKeeper(
+        training.model, directory=directory, metric_key="loss", training_state=training.state, model_names=["second"]
+    ) as keeper:
+        training.step(1)
+        with torch.no_grad():
+            training.model(batch)
+        assert {type(each) for each in training.model.parameters()} != {DTensor}
+        keeper.observe(1.0, update(1))
+    expected = training.everything()
+    again = Training(fsdp2, OPTIMIZERS["sgd"])
+    with torch.no_grad():
+        again.model(batch)
+    load(directory, BEST, again.model, training_state=again.state)
+    again.model.reshard()
+    found = again.everything()
+    return [name for name in expected if "/" in name and expected[name] != found.get(name)]
+
+
+def test_parameters_that_are_whole_after_an_evaluation_have_names(tmp_path):
+    assert run_ranks(keep_after_evaluation, 2, tmp_path) == [[], []]
+
+
+class OfShards(torch.optim.Optimizer):
+    """Keeps plain tensors for the shards of parameters, as optimizers with kernels of their own do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        closure()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["seen"] = torch.ones_like(parameter.to_local())
+
+
+def keep_shards(directory):
+    training = Training(fsdp2, lambda model: OfShards(model.parameters()))
+    with (
+        BestKeeper(training.model, directory=directory, metric_key="loss", training_state=training.state) as keeper,
+        pytest.raises(ConfigError, match=r"'seen' of the optimizer for 'module\.weight' is a plain tensor"),
+    ):
+        training.run([1], keeper)
+
+
+def test_plain_state_of_a_shard_is_refused(tmp_path):
+    run_ranks(keep_shards, 2, tmp_path)
+
+
+def load_factors(directory):
+    other = Training(fsdp2, OPTIMIZERS["adafactor"], seed=2)
+    weight = other.everything()
+    with pytest.raises(
+        SnapshotError, match=r"module\.weight/row_var has shape \[8, 1\], and module\.weight is sharded"
+    ):
+        load(directory, BEST, other.model, training_state=other.state)
+    assert differing({0: other.everything()}, {0: weight}) == []
+
+
+def test_state_that_nobody_can_share_out_is_refused(tmp_path):
+    Training(single, OPTIMIZERS["adafactor"]).keep(tmp_path)
+    run_ranks(load_factors, 2, tmp_path)
