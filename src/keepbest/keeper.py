@@ -84,9 +84,8 @@ class BestKeeper:
             ),
             state=lambda checked: checked.to_compare(),
         )
-        self.name, self.policy, given = checked.name, checked.policy, checked.given
-        self._settings = given
-        self.directory = checked.directory
+        self.name, self.policy, self.directory = checked.name, checked.policy, checked.directory
+        given = self._settings = checked.given
         self._opening = f"open {directory} for {self.name}"  # it must be the same on every rank
         self._owner = Owner(self.name, metric_key, self.policy.higher_is_better)
         self._direction_from = "the name" if given.higher_is_better is None else "higher_is_better"
@@ -105,7 +104,7 @@ class BestKeeper:
         self._timeline: int | None = None
         self._loaded: LoadedState | None = None
         self._state = BestState()
-        self._is_rank_0_writing = False  # while the others go on
+        self._is_rank_0_writing = False  # while the others continue
         self._phase: Literal["new", "started", "closed"] = "new"
 
     def start(self, at: TrainingIteration | None = None) -> None:
@@ -190,8 +189,7 @@ class BestKeeper:
         return self._observe(read, lambda: TrainingIteration.of(iteration, {}))
 
     def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
-        if self._phase == "new":
-            self.start()
+        self.start()
         self._refuse_if_closed()
         before = self._state
         observation, revision = self._agree(read, find_iteration)
