@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from keepbest import BestKeeper, TrainingIteration
 
@@ -231,12 +232,14 @@ class Ignite(Action):
 
 
 class Dcp(Action):
-    """`torch.distributed.checkpoint`: `save`, `async_save` as it comes, or with a stager that keeps its buffers."""
+    """`torch.distributed.checkpoint`: `save`, or `async_save` as it comes, with kept buffers, or from a process."""
 
     def __init__(self, model: nn.Module, folder: Path, kind: str) -> None:
         self._model = plain(model)
         self._folders = (folder / f"dcp-{kind}-{number}" for number in itertools.count())
         self._kind = kind
+        if kind == "process" and not dist.is_initialized():
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         self._stager = DefaultStager(StagingOptions(False, False, False, False)) if kind == "cached" else None
         self._saving: Any = None
         self._last: Path | None = None
@@ -249,7 +252,10 @@ class Dcp(Action):
             dcp.save(state, checkpoint_id=self._last)
             self._remove(self._before)
         else:
-            self._saving = dcp.async_save(state, checkpoint_id=self._last, async_stager=self._stager)
+            where = AsyncCheckpointerType.PROCESS if self._kind == "process" else AsyncCheckpointerType.THREAD
+            self._saving = dcp.async_save(
+                state, checkpoint_id=self._last, async_stager=self._stager, async_checkpointer_type=where
+            )
 
     def settle(self) -> None:
         if isinstance(self._saving, Future):
@@ -283,4 +289,5 @@ ASYNC_PEERS: dict[str, Callable[[nn.Module, Path], Action]] = {
 }
 TUNED = "dcp.async_save, cached staging"
 TUNED_PEER: dict[str, Callable[[nn.Module, Path], Action]] = {TUNED: lambda model, folder: Dcp(model, folder, "cached")}
+FROM_A_PROCESS = {"dcp.async_save, from a process": lambda model, folder: Dcp(model, folder, "process")}
 SYNCING = ("torch.save + fsync", "dcp.save")  # those whose checkpoint is on the disk when they return

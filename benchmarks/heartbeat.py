@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.contestants import ASYNC_PEERS, TUNED_PEER, Action, Dcp, Keepbest, Lightning
+from benchmarks.contestants import ASYNC_PEERS, FROM_A_PROCESS, TUNED_PEER, Action, Dcp, Keepbest, Lightning
 from benchmarks.measure import Line, Report, Samples, Size
 
 OURS, ALONE = "keepbest", "no writer"
@@ -59,7 +59,7 @@ def longest_gap(is_over: Callable[[], bool]) -> tuple[float, float]:
 def measure_gaps(folder: Path, size: Size) -> tuple[Samples, Samples]:
     model = measure.make_model(size.megabytes)
     contestants: dict[str, Action] = {OURS: Keepbest(model, folder, async_save=True)}
-    contestants |= {name: make(model, folder) for name, make in (ASYNC_PEERS | TUNED_PEER).items()}
+    contestants |= {name: make(model, folder) for name, make in (ASYNC_PEERS | TUNED_PEER | FROM_A_PROCESS).items()}
     gaps: Samples = {name: [] for name in [*contestants, ALONE]}
     lengths: Samples = {name: [] for name in contestants}
     for number in range(size.repetitions + 1):

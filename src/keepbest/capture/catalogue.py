@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -17,10 +17,15 @@ from keepbest.formats.tied import place_of
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
 
 _IN_UNIT = "in a unit of FSDP1"
 
+Meshes = dict[int, tuple[tuple[int, ...], str]]
+"""By the id of a mesh its ranks, in the default group, and its shape in words."""
 Role = Literal["parameter", "buffer", "data", "state"]
 
 
@@ -94,12 +99,14 @@ class Held:
     Attributes:
         sources: Modules that hold the parts.
         states: For each source without FSDP1, by its path, its state dict. Its tensors are those of the model.
+        meshes: Meshes of its tensors.
         entries: What there is, in the order of the state dicts.
         values: Value of each entry, as this rank has it: for a parameter in an FSDP1 unit the flat one.
     """
 
     sources: list[Source]
     states: dict[str, StateDict] = field(default_factory=dict)
+    meshes: Meshes = field(default_factory=dict)
     entries: dict[Name, Entry] = field(default_factory=dict)
     values: dict[Name, Any] = field(default_factory=dict)
 
@@ -167,7 +174,7 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
             if inside is None:
                 continue
             role: Role = "parameter" if key in parameters else "buffer"
-            entry = _entry_of(source, key, value, role, flat.get(key))
+            entry = _entry_of(source, key, value, role, held.meshes, flat.get(key))
             if entry.members and rank not in entry.members:
                 continue  # a DTensor whose mesh this rank is not in: it holds nothing of it
             if key in flat:
@@ -186,11 +193,11 @@ def _identity(key: str, value: torch.Tensor) -> Hashable:
     return place_of(key, value) if has_place else id(value)
 
 
-def _entry_of(source: Source, key: str, value: Any, role: Role, flat: FlatEntry | None) -> Entry:
+def _entry_of(source: Source, key: str, value: Any, role: Role, meshes: Meshes, flat: FlatEntry | None) -> Entry:
     is_frozen = source.is_frozen(key)
     if key.rpartition(".")[2] == EXTRA_STATE or not isinstance(value, torch.Tensor):
         return data_entry(is_frozen=is_frozen)
-    return tensor_entry(value, role, is_frozen=is_frozen, flat=flat)
+    return tensor_entry(value, role, meshes, is_frozen=is_frozen, flat=flat)
 
 
 def data_entry(*, is_frozen: bool) -> Entry:
@@ -198,8 +205,13 @@ def data_entry(*, is_frozen: bool) -> Entry:
     return Entry(Form("data", (), "", "", "", is_frozen), (), "cpu", "")
 
 
-def tensor_entry(value: torch.Tensor, role: Role, *, is_frozen: bool, flat: FlatEntry | None = None) -> Entry:
-    """The entry of a tensor, or of what lies in the flat parameter of a unit of FSDP1."""
+def tensor_entry(
+    value: torch.Tensor, role: Role, meshes: Meshes, *, is_frozen: bool, flat: FlatEntry | None = None
+) -> Entry:
+    """The entry of a tensor, or of what lies in the flat parameter of a unit of FSDP1.
+
+    `meshes` has the meshes that were seen before, and gets those that were not.
+    """
     is_plain = flat is None and type(value) in PLAIN_CLASSES
     if is_plain and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
         return _dense_entry(role, value.shape, value.dtype, value.device.type, is_frozen)
@@ -211,14 +223,22 @@ def tensor_entry(value: torch.Tensor, role: Role, *, is_frozen: bool, flat: Flat
     elif not is_lazy(value) and not value.is_nested:
         shape = tuple(value.shape)
     if is_dtensor(value):
-        mesh = value.device_mesh
-        members = tuple(mesh.mesh.flatten().tolist())
-        spread = f"{tuple(value.placements)} over {' x '.join(map(str, mesh.mesh.shape))} ranks"
+        members, over = _mesh_of(value, meshes)
+        spread = f"{tuple(value.placements)} over {over} ranks"
     layout = _word(value.layout)
     if value.is_quantized or value.is_nested:
         layout = "quantized" if value.is_quantized else "nested"
     form = Form(role, shape, _word(value.dtype), layout, spread, is_frozen)
     return Entry(form, members, value.device.type, "")
+
+
+def _mesh_of(value: DTensor, known: Meshes) -> tuple[tuple[int, ...], str]:
+    """The ranks of a mesh, and its shape in words. torch makes the tensor of its ranks anew each time."""
+    mesh = value.device_mesh
+    if id(mesh) not in known:
+        ranks = mesh.mesh
+        known[id(mesh)] = tuple(ranks.flatten().tolist()), " x ".join(map(str, ranks.shape))
+    return known[id(mesh)]
 
 
 @lru_cache(maxsize=1024)

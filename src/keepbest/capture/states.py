@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from keepbest.capture.catalogue import Entry, Held, Name, data_entry, tensor_entry
+from keepbest.capture.catalogue import Held, Name, data_entry, tensor_entry
 from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart
 from keepbest.capture.optimizer import ParameterNames, group_entries, optimizer_entries
 from keepbest.capture.per_rank import PerRank, key_of_rank
@@ -69,7 +69,10 @@ def add_states(held: Held, items: Items, ranks: Ranks) -> None:
     """
     rank = ranks.members[ranks.rank]
     for name, value in _state_values(items, ranks):
-        entry = _entry_of(value) if isinstance(value, torch.Tensor) else data_entry(is_frozen=False)
+        if isinstance(value, torch.Tensor):
+            entry = tensor_entry(value, "state", held.meshes, is_frozen=False)
+        else:
+            entry = data_entry(is_frozen=False)
         if not entry.members or rank in entry.members:
             held.entries[name], held.values[name] = entry, value
 
@@ -102,7 +105,3 @@ def _state_values(items: Items, ranks: Ranks) -> Iterator[tuple[Name, Any]]:
         except ConfigError as error:
             raise ConfigError(f"training_state {part!r}: {error}") from error
         yield from ((Name(part, key), value) for key, value in entries.items())
-
-
-def _entry_of(value: torch.Tensor) -> Entry:
-    return tensor_entry(value, "state", is_frozen=False)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from keepbest.ranks import Ranks
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -25,6 +26,7 @@ class ShardTransfer:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._under_way: list[dist.Work] = []
+        self._over_all: dict[int, bool] = {}  # by the id of a mesh
         self._kept: list[torch.Tensor] = []  # what is being sent must live until it has arrived
 
     def can_move(self, tensor: DTensor) -> bool:
@@ -39,9 +41,15 @@ class ShardTransfer:
             tensor.device.type == "cpu"
             and mesh.ndim == 1
             and tuple(tensor.placements) == (Shard(0),)
-            and mesh.mesh.tolist() == self._ranks.members
+            and self._is_over_all(mesh)
             and self._ranks.world_size > 1
         )
+
+    def _is_over_all(self, mesh: DeviceMesh) -> bool:
+        # torch makes the tensor of its ranks anew each time.
+        if id(mesh) not in self._over_all:
+            self._over_all[id(mesh)] = mesh.mesh.tolist() == self._ranks.members
+        return self._over_all[id(mesh)]
 
     def move(self, tensor: DTensor, room: Callable[[], torch.Tensor], number: int) -> torch.Tensor:
         """Start to bring `tensor` to rank 0.
