@@ -19,6 +19,7 @@ PROGRAMS = (
     "sharded",
     "shards",
     "scale",
+    "shards_scale",
 )
 
 
