@@ -119,7 +119,7 @@ def test_keepers_share_a_snapshot_of_one_training_state_alone(tmp_path):
     training = Training(single, SGD)
     training.step(1)
     second = torch.optim.SGD(training.model.parameters(), lr=0.5)
-    states = [training.state, training.state, None, {"optimizer": second}, {"other": training.optimizer}]
+    states = [training.state, training.state, {"other": training.optimizer}, None, {"optimizer": second}]
     keepers = [
         BestKeeper(training.model, directory=tmp_path, metric_key=f"loss/{number}", training_state=state)
         for number, state in enumerate(states)
