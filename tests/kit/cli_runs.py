@@ -94,11 +94,11 @@ def checkpoints(directory: Path) -> dict[str, Checkpoint]:
 
 
 def weights(directory: Path, ref: str) -> dict[str, torch.Tensor]:
-    """What a user finds under the link of that name."""
+    """The tensors that a user finds under the link of that name, also those of optimizers."""
     found = {}
     for path in (directory / "checkpoints" / ref).glob("*.pt"):
         state = torch.load(path, weights_only=True)
-        found.update({f"{path.stem}.{name}": value for name, value in state.items()})
+        found.update({f"{path.stem}.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)})
     return found
 
 

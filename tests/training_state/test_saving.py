@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from keepbest import BestKeeper, load
 from keepbest.errors import ConfigError, DesyncError, SnapshotError
 from keepbest.export import export
+from keepbest.formats.plain_load import load_plain
 from keepbest.run.verify import verify
 from tests.kit.files import SteppedFiles, before
 from tests.kit.pool import run_ranks
@@ -119,7 +122,7 @@ def test_keepers_share_a_snapshot_of_one_training_state_alone(tmp_path):
     training = Training(single, SGD)
     training.step(1)
     second = torch.optim.SGD(training.model.parameters(), lr=0.5)
-    states = [training.state, training.state, None, {"optimizer": second}, {"other": training.optimizer}]
+    states = [training.state, training.state, {"other": training.optimizer}, None, {"optimizer": second}]
     keepers = [
         BestKeeper(training.model, directory=tmp_path, metric_key=f"loss/{number}", training_state=state)
         for number, state in enumerate(states)
@@ -245,3 +248,21 @@ def test_state_follows_to_the_remote_copy_and_back(tmp_path):
     again = Training(single, ADAMW, seed=2, others={"counter": lambda _: Counter()})
     assert differing(again.resume((tmp_path / "copy").as_uri()), uninterrupted) == []
     assert whole(again.others["counter"].state_dict()) == {"value": 4}
+
+
+def files_at(tensors):
+    """The files that tensors lie in."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".pt" in line]
+    mapped = [(*(int(end, 16) for end in line[0].split("-")), line[-1]) for line in lines]
+    return {file for each in tensors for start, end, file in mapped if start <= each.data_ptr() < end}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is mapped")
+def test_what_is_loaded_does_not_lie_in_the_file(tmp_path):
+    training = Training(single, ADAMW, others={"counter": lambda _: Counter([torch.zeros(2)])})
+    training.keep(tmp_path)
+    load(tmp_path, BEST, training.model, training_state=training.state)
+    tensors = [value for state in training.optimizer.state.values() for value in state.values()]
+    assert files_at([*tensors, training.others["counter"].value[0]]) == set()
+    stored = load_plain((tmp_path / "checkpoints" / BEST).resolve() / "optimizer.pt")
+    assert files_at(value for key, value in stored.items() if "/" in key) != set()  # as it is read

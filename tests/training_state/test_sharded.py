@@ -115,10 +115,10 @@ def flat(everything):
 
 def keep_after_evaluation(directory):
     """What differs where the parameters are whole ones when the keeper, and load, come to them."""
-    training = Training(fsdp2, OPTIMIZERS["sgd"])
+    training = Training(fsdp2_nested, OPTIMIZERS["sgd"])
     batch = torch.ones(1, FEATURES)
     with BestKeeper(
-        training.model, directory=directory, metric_key="loss", training_state=training.state, model_names=["second"]
+        training.model, directory=directory, metric_key="loss", training_state=training.state, model_names=["module"]
     ) as keeper:
         training.step(1)
         with torch.no_grad():
@@ -126,7 +126,7 @@ def keep_after_evaluation(directory):
         assert {type(each) for each in training.model.parameters()} != {DTensor}
         keeper.observe(1.0, update(1))
     expected = training.everything()
-    again = Training(fsdp2, OPTIMIZERS["sgd"])
+    again = Training(fsdp2_nested, OPTIMIZERS["sgd"])
     with torch.no_grad():
         again.model(batch)
     load(directory, BEST, again.model, training_state=again.state)

@@ -76,7 +76,6 @@ FEW = {"params": [], "lr": 0.1}
         {GROUPS: {"param_groups": [{"params": ["module.weight"]}], "state": {"module.weight": 3}, "other": {}}},
         {GROUPS: {"param_groups": [FEW], "state": {}, "other": {}}, 3: torch.ones(1)},
         {"module.weight/exp_avg": torch.ones(1)},
-        {GROUPS: {"param_groups": [{**FEW, "lr": torch.ones(1).expand(1 << 40)}], "state": {}, "other": {}}},
         [1],
     ],
     ids=str,
@@ -86,3 +85,10 @@ def test_training_state_that_makes_no_sense_is_refused(content, kept, tmp_path):
     for path in run.glob("checkpoints/snapshots/*/optimizer.pt"):
         path.write_bytes(packed(content))
     refused(run)
+
+
+def test_tensor_inside_the_data_that_would_grow_is_refused(kept, tmp_path):
+    run = shutil.copytree(kept / "torch", tmp_path / "run", symlinks=True)
+    for path in run.glob("checkpoints/snapshots/*/counter.pt"):
+        path.write_bytes(packed({"state": {"value": [torch.ones(1).expand(1 << 40)]}}))
+    assert "['state']['value'][0] would grow to" in refused(run)

@@ -14,7 +14,9 @@ from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
+from keepbest.callbacks.training_state import trainer_state
 from keepbest.decision import Outcome
+from keepbest.errors import ConfigError
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import read_scalar
@@ -37,6 +39,8 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
         metric_key: Key of the monitored metric in the log.
         eval_callbacks: Callbacks that run on each new best, by their `at_eval`. Their own schedule is ignored, and
             their keys start with `best=<metric key, with dots for slashes>/`.
+        save_training_state: Whether optimizers, the place in the data and random states are kept with each best, so
+            that `trainer.resume=best` continues from it.
     """
 
     name: Literal["BestCheckpointCallback"] = "BestCheckpointCallback"
@@ -44,6 +48,7 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
     eval_callbacks: Annotated[list[Annotated[Any, Discriminated(CallBackBaseConfig)]] | None, Field(strict=False)] = (
         None
     )
+    save_training_state: Annotated[bool, Field(strict=True)] = False
 
 
 class BestCheckpointCallback(PeriodicCallback):
@@ -56,6 +61,7 @@ class BestCheckpointCallback(PeriodicCallback):
         metric_key: Key of the monitored metric.
         model_names: Submodels to save; `None` saves all of them.
         save_frozen_weights: Whether parameters that do not require grad are saved.
+        keeps_training_state: Whether training can continue from the best.
         higher_is_better: Direction of the metric.
         eval_callbacks: Callbacks that run on each new best.
 
@@ -71,12 +77,16 @@ class BestCheckpointCallback(PeriodicCallback):
         self.metric_key = config.metric_key
         self.model_names = config.model_names
         self.save_frozen_weights = config.save_frozen_weights
+        self.keeps_training_state = config.save_training_state
+        if config.save_training_state:
+            self._refuse_what_cannot_continue()
         self.keeper = BestKeeper(
             self.model,
             directory=self.directory,
             metric_key=config.metric_key,
             metric_property_provider=self.metric_property_provider,
             process_group=self.ranks.process_group,
+            training_state=trainer_state(self.trainer, self.ranks) if config.save_training_state else None,
             **config.keeper_arguments(),
         )
         self.higher_is_better = self.keeper.policy.higher_is_better
@@ -85,6 +95,15 @@ class BestCheckpointCallback(PeriodicCallback):
         self.eval_callbacks = assemble_callbacks(config.eval_callbacks or [], **context)
         self._is_resumed = False
         self._logged_name = self.metric_key if config.id is None else f"{self.metric_key}/id={config.id}"
+
+    def _refuse_what_cannot_continue(self) -> None:
+        if self.trainer.average is not None:
+            raise ConfigError(
+                "save_training_state: the best has the average of the weights, which training does not continue from; "
+                "remove trainer.ema_decay, or save_training_state"
+            )
+        if self.model_names is not None:
+            raise ConfigError("save_training_state: training needs all submodels; remove model_names")
 
     @property
     def state_key_details(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,6 +56,12 @@ def check_states(given: object, parts: list[str]) -> dict[str, Stateful]:
         if isinstance(thing, type) or not isinstance(thing, Stateful):
             raise ConfigError(
                 f"training_state: {name!r} is a {type(thing).__name__}, which lacks state_dict or load_state_dict"
+            )
+        zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+        if zero is not None and isinstance(thing, zero.ZeroRedundancyOptimizer):
+            raise ConfigError(
+                f"training_state: {name!r} is a ZeroRedundancyOptimizer, of whose state each rank has a part. "
+                "Use FSDP2, which shards the state of any optimizer"
             )
     return dict(given)
 

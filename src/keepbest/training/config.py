@@ -41,6 +41,7 @@ class TrainerConfig(BaseModel):
         tracker: Place for logged scalars, in the directory of the run.
         callbacks: Configs of the callbacks, in the order in which they are called.
         resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any.
+            "best" is the best of the callback with `save_training_state`.
         rank_timeout: Seconds that ranks wait for each other where they agree on something.
         save_timeout: Seconds that ranks wait for a rank that writes, or is busy with an update.
     """

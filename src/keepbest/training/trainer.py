@@ -12,11 +12,14 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from keepbest.callbacks.assemble import assemble_callbacks
+from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.checkpoint import CheckpointCallback
 from keepbest.callbacks.resume_checkpoint import find_resume_checkpoint, load_resume_checkpoint
 from keepbest.callbacks.trainer_view import TrainerView
+from keepbest.callbacks.training_state import load_best
 from keepbest.data.container import DataContainer
 from keepbest.data.interleaved import InterleavedSampler, build_loader, count_updates_per_epoch
+from keepbest.errors import ConfigError
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.models import Model
 from keepbest.random_state import restore_random_state, seed_random_state
@@ -52,7 +55,8 @@ class Trainer:
             name.
         metric_property_provider: Provider from which callbacks learn whether a higher value of a metric is better.
         seed: Seed of the order of the samples and, together with the rank, of all random numbers in training.
-        resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any.
+        resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any. "best"
+            is the best of the callback with `save_training_state`.
 
     Attributes:
         config: Settings of training.
@@ -87,7 +91,7 @@ class Trainer:
         self.directory = local_path(directory)
         self.ranks = ranks
         self.seed = seed
-        self.resume = resume if resume in (None, "auto") else local_path(resume)
+        self.resume = resume if resume in (None, "auto", "best") else local_path(resume)
         self.batch_size = config.batch_size(ranks.world_size)
         self.update_counter = UpdateCounter(
             updates_per_epoch=count_updates_per_epoch(
@@ -200,8 +204,21 @@ class Trainer:
     def _load_resume_checkpoint(self) -> dict[str, Any] | None:
         if self.resume is None:
             return None
+        if self.resume == "best":
+            return load_best(self.directory, self._find_best(), self, self.ranks)
         path = find_resume_checkpoint(self.directory, self.resume, self.ranks)
         return None if path is None else load_resume_checkpoint(path, self, self.ranks)
+
+    def _find_best(self) -> str:
+        """The ref to continue from. Raises `ConfigError` if the config does not say which one."""
+        keepers = [each for each in self.callbacks if isinstance(each, BestCheckpointCallback)]
+        found = [each.keeper.name for each in keepers if each.keeps_training_state]
+        if len(found) != 1:
+            raise ConfigError(
+                "trainer.resume=best needs one BestCheckpointCallback with save_training_state, and the config has "
+                f"{', '.join(found) or 'none'}"
+            )
+        return found[0]
 
     def _build_loader(self) -> DataLoader[Any]:
         sampler = InterleavedSampler(

@@ -1,0 +1,163 @@
+"""Optimizers that are unusual: of stages, with nested state, with hooks, several, or failing on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from keepbest import BestKeeper, load
+from keepbest.errors import ConfigError, KeepBestError, RankFailedError, SnapshotError
+from tests.kit.pool import run_ranks
+from tests.kit.runs import update
+from tests.kit.strategies import ddp, single
+from tests.training_state.loop import BEST, Training, differing
+from tests.training_state.test_continue import SETTINGS
+
+
+@pytest.mark.parametrize("settings", SETTINGS[1::3], ids=str)
+def test_state_of_nested_data_continues(settings, tmp_path):
+    def make(model):
+        return torch.optim.LBFGS([each for each in model.parameters() if each.requires_grad], lr=0.05, max_iter=3)
+
+    uninterrupted = Training(single, make).keep(tmp_path, **settings)
+    assert "module.weight/old_dirs" in uninterrupted[2]
+    assert differing(Training(single, make, seed=2).resume(tmp_path), uninterrupted) == []
+
+
+def test_several_optimizers_of_one_model_continue(tmp_path):
+    trainings = []
+    for seed in (1, 2):
+        training = Training(single, lambda model: torch.optim.Adam(model.module.parameters(), lr=0.02), seed=seed)
+        rest = [*training.model.second.parameters(), *training.model.tied.parameters()]
+        training.others = {"second": torch.optim.SGD(rest, lr=0.1, momentum=0.9)}
+        trainings.append(training)
+    uninterrupted = trainings[0].keep(tmp_path, async_save=True)
+    assert differing(trainings[1].resume(tmp_path), uninterrupted) == []
+
+
+def test_hooks_of_the_optimizer_run(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    seen = []
+
+    def note(_, state):
+        state["param_groups"][0]["note"] = [1, "kept"]
+
+    optimizer.register_state_dict_post_hook(note)
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["param_groups"][0]["note"]))
+    states = {"optimizer": optimizer}
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state=states) as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, BEST, model, training_state=states)
+    assert seen == [[1, "kept"]]
+
+
+class Failing:
+    def __init__(self, at):
+        self.at = at
+
+    def state_dict(self):
+        if self.at == "save":
+            raise ValueError("no state today")
+        return {}
+
+    def load_state_dict(self, _):
+        if self.at == "load":
+            raise ValueError("no, thank you")
+
+
+def fail_on_rank_1(directory):
+    """What each rank hears."""
+    model = nn.Linear(1, 1)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    failing, fine = Failing("save" if dist.get_rank() else ""), Failing("")
+    with pytest.raises(RankFailedError) as at_start:
+        BestKeeper(model, directory=directory / "a", metric_key="loss", training_state={"it": failing}).start()
+    with BestKeeper(model, directory=directory / "b", metric_key="loss", training_state={"it": fine}) as keeper:
+        keeper.observe(2.0, update(1))
+        fine.at = failing.at
+        with pytest.raises(KeepBestError) as at_save:
+            keeper.observe(1.0, update(2))
+        fine.at = ""
+        keeper.observe(0.5, update(3))
+    with pytest.raises(RankFailedError) as at_load:
+        load(directory / "b", BEST, model, training_state={"it": Failing("load" if dist.get_rank() else "")})
+    return [str(each.value) for each in (at_start, at_save, at_load)]
+
+
+def test_state_that_fails_on_one_rank_is_an_error_on_all(tmp_path):
+    for at_start, at_save, at_load in run_ranks(fail_on_rank_1, 2, tmp_path):
+        assert all("rank 1" in each and "no state today" in each for each in (at_start, at_save))
+        assert "no, thank you" in at_load
+
+
+class Stage(nn.Module):
+    """A layer of a model whose name is its own."""
+
+    def __init__(self, numbers, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleDict({str(number): nn.Linear(3, 3) for number in numbers})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = torch.tanh(layer(x))
+        return x
+
+
+def trained(numbers, seed):
+    """A stage, and an optimizer with one group for the weights and one for the biases."""
+    stage = Stage(numbers, seed)
+    parts = [
+        {"params": [each for each in stage.parameters() if each.dim() == dim], "lr": lr}
+        for dim, lr in ((2, 0.1), (1, 0.2))
+    ]
+    optimizer = torch.optim.Adam(parts, betas=(0.5, 0.9))
+    stage(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    return stage, optimizer
+
+
+def state_of(stage, optimizer):
+    names = {id(each): name for name, each in stage.named_parameters()}
+    return {names[id(each)]: state["exp_avg"].tolist() for each, state in optimizer.state.items()}
+
+
+def keep_stages(directory, settings):
+    rank = dist.get_rank()
+    stage, optimizer = trained([rank], seed=rank)
+    states = {"optimizer": optimizer}
+    with BestKeeper(stage, directory=directory, metric_key="loss", training_state=states, **settings) as keeper:
+        keeper.observe(1.0, update(1))
+    kept = state_of(stage, optimizer)
+    optimizer.state.clear()
+    load(directory, BEST, stage, training_state=states)
+    assert state_of(stage, optimizer) == kept
+    return kept
+
+
+@pytest.mark.parametrize("settings", SETTINGS[1::3], ids=str)
+def test_optimizers_of_stages_are_one(settings, tmp_path):
+    kept = run_ranks(keep_stages, 2, tmp_path, settings)
+    whole, optimizer = trained([0, 1], seed=9)
+    load(tmp_path, BEST, whole, training_state={"optimizer": optimizer})
+    assert state_of(whole, optimizer) == kept[0] | kept[1]
+    other, less = trained([0, 1], seed=9)
+    less = torch.optim.Adam(other.layers["0"].parameters())
+    with pytest.raises(SnapshotError, match=r"the optimizer does not have|were saved in group"):
+        load(tmp_path, BEST, other, training_state={"optimizer": less})
+
+
+def make_zero(directory):
+    model = ddp(nn.Linear(2, 2))
+    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ConfigError, match="is a ZeroRedundancyOptimizer, of whose state each rank has a part"):
+        BestKeeper(model, directory=directory, metric_key="loss", training_state={"optimizer": zero})
+
+
+def test_optimizer_that_shares_itself_out_is_refused(tmp_path):
+    run_ranks(make_zero, 2, tmp_path)
