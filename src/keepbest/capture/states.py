@@ -24,7 +24,7 @@ WHOLE = "state"  # key of what an object gives that is no optimizer, and is the 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Whatever can be a training state."""
+    """What can be a training state."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Any) -> Any: ...
