@@ -144,8 +144,8 @@ def load_into(
             directory = ranks.agree(step, lambda: stack.enter_context(local_copy(place, lambda _: {name})), saving=True)
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
         _refuse_absent(states, manifest.training_state, ref)
-        stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), tuple(states))
-        restored = way.restore(model, stored, ranks, step, selection, states)
+        stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), states)
+        restored = way.restore(model, stored, ranks, step, selection)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,

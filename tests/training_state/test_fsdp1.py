@@ -160,6 +160,12 @@ def start_with_units_apart(directory):
     optimizer = torch.optim.SGD(hybrid.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="cannot be kept where units are sharded over ranks") as caught:
         BestKeeper(hybrid, directory=directory, metric_key="loss", training_state={"optimizer": optimizer}).start()
+    mixed = Net()
+    mixed.module = fsdp1(trainable(mixed).module, use_orig_params=False)
+    mixed.second = fsdp1(mixed.second)
+    optimizer = torch.optim.SGD(mixed.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="cannot be kept where units differ in use_orig_params"):
+        BestKeeper(mixed, directory=directory, metric_key="loss", training_state={"optimizer": optimizer}).start()
     return str(caught.value)
 
 

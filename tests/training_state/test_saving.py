@@ -220,7 +220,7 @@ def load_what_does_not_fit(directory):
     return found
 
 
-def test_state_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path):
+def test_state_that_does_not_fit_is_refused_before_any_load(tmp_path):
     first, second = run_ranks(load_what_does_not_fit, 2, tmp_path)
     assert first == second
     absent, missing, new, apart, kind, strange = first

@@ -135,7 +135,7 @@ def keep_after_evaluation(directory):
     return [name for name in expected if "/" in name and expected[name] != found.get(name)]
 
 
-def test_parameters_that_are_whole_after_an_evaluation_have_names(tmp_path):
+def test_parameters_that_are_whole_after_evaluation_have_names(tmp_path):
     assert run_ranks(keep_after_evaluation, 2, tmp_path) == [[], []]
 
 

@@ -17,6 +17,7 @@ from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.conversion import survives
 from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
 from keepbest.capture.place import localized, room_for
+from keepbest.capture.states import Stateful
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict
@@ -34,14 +35,14 @@ class Stored:
         format: Format of its files.
         found: Where this rank reads it; `None` on ranks that do not read.
         is_shared: Whether the ranks that read see one folder, or each has a copy of its own.
-        training_state: Names of the training states that are loaded too.
+        training_state: Objects that take training states of the snapshot, by name; the same names on every rank.
     """
 
     manifest: Manifest
     format: Format
     found: FoundSnapshot | None
     is_shared: bool
-    training_state: tuple[str, ...] = ()
+    training_state: Mapping[str, Stateful] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -46,7 +46,7 @@ def refuse_units_apart(model: nn.Module, members: list[int]) -> None:
                     f"the state of an optimizer of FSDP1 cannot be kept where units are sharded over ranks {found} of "
                     f"{members}. {_REMEDY}"
                 )
-    if len({getattr(unit, "_use_orig_params", None) for unit in units}) > 1:
+    if len({getattr(inside, "_fsdp_use_orig_params", None) for inside in model.modules()} - {None}) > 1:
         raise ConfigError(
             "the state of an optimizer of FSDP1 cannot be kept where units differ in use_orig_params. Use one of both"
         )

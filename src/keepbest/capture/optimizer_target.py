@@ -15,7 +15,7 @@ from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.optimizer import ParameterNames, is_groups, is_sharded, parameter_of
 from keepbest.modules.kinds import is_dtensor
 
-_STEP = "step"  # torch keeps it as a plain number of its own, also for a sharded parameter
+_STEP = "step"  # torch keeps it as a plain number of its own, also where the parameter is sharded
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # options of how it computes here, not of what
 _LISTED = 4
 _PARAMS = "params"

@@ -16,7 +16,7 @@ from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fsdp1
-from keepbest.modules.nested import leaves
+from keepbest.modules.nested import leaves, spelled
 from keepbest.ranks import Ranks
 
 _IN_A_UNIT_AROUND = (
@@ -64,7 +64,7 @@ def _fault_of(value: object, form: Form) -> str | None:
         return _fault_of_tensor(value, is_in_unit=form.is_in_unit)
     if (strange := next((each for each in leaves(value) if not _is_plain(each[1])), None)) is None:
         return None
-    where = f" at {strange[0]}" if strange[0] else ""
+    where = f" at {spelled(strange[0])}" if strange[0] else ""
     return (
         f"in the state dict is a {type(strange[1]).__name__}{where}; only tensors, numbers, strings and containers of "
         "them can be loaded without running code. Return one of these from get_extra_state(), or state_dict()"

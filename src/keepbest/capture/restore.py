@@ -15,7 +15,6 @@ from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.restore_states import StatesToLoad
 from keepbest.capture.selection import Selection
-from keepbest.capture.states import Stateful
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
@@ -45,25 +44,10 @@ class Restored(NamedTuple):
 class Restore(Protocol):
     """Loads a snapshot into a model. **Collective**."""
 
-    def __call__(
-        self,
-        model: nn.Module,
-        stored: Stored,
-        ranks: Ranks,
-        step: str,
-        selection: Selection,
-        states: Mapping[str, Stateful],
-    ) -> Restored: ...
+    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored: ...
 
 
-def restore_gathered(
-    model: nn.Module,
-    stored: Stored,
-    ranks: Ranks,
-    step: str,
-    selection: Selection,
-    states: Mapping[str, Stateful],
-) -> Restored:
+def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored:
     """Read a snapshot on rank 0, after every file was verified, and hand it to the others. **Collective**.
 
     Each tensor travels once. Sharded models take their shard of it and drop the rest (FSDP1 holds the full weights of
@@ -75,7 +59,6 @@ def restore_gathered(
         ranks: Ranks of the model.
         step: What is being done, in words.
         selection: Names in the model that are loaded.
-        states: Objects that take the training states which `stored` names.
 
     Raises:
         SnapshotError: On every rank, if a file is missing or damaged, or keys, shapes or dtypes do not fit the models
@@ -83,19 +66,12 @@ def restore_gathered(
         ConfigError: On every rank, if there is nothing in the snapshot that the selection names.
         RankFailedError: If a model itself refuses the weights on a rank, or a rank is lost. Parts may be loaded then.
     """
-    return _restore(model, stored, FromMain(stored, ranks, step), ranks, selection, states)
+    return _restore(model, stored, FromMain(stored, ranks, step), ranks, selection)
 
 
-def restore_local(
-    model: nn.Module,
-    stored: Stored,
-    ranks: Ranks,
-    step: str,
-    selection: Selection,
-    states: Mapping[str, Stateful],
-) -> Restored:
+def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored:
     """Read on each rank the shards that it holds. **Collective**. As `restore_gathered`, but found by every rank."""
-    return _restore(model, stored, FromFiles(stored, ranks, step), ranks, selection, states)
+    return _restore(model, stored, FromFiles(stored, ranks, step), ranks, selection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +110,15 @@ class _Target:
         return names
 
 
-def _restore(
-    model: nn.Module,
-    stored: Stored,
-    feed: Feed,
-    ranks: Ranks,
-    selection: Selection,
-    states: Mapping[str, Stateful],
-) -> Restored:
+def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks, selection: Selection) -> Restored:
     read = feed.contents()
-    everything = [each for each in read if each.part.name not in states]
+    everything = [each for each in read if each.part.name not in stored.training_state]
     selection.check(whole_key(each.part, key) for each in everything for key in each.names_to_keys)
     # A part that is empty is compared too, unless others were asked for.
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
     target = _find(model, [each.part for each in chosen], feed, ranks)
     _compare(target, chosen, stored.manifest.left_out, feed, ranks, selection)
-    beside = StatesToLoad(model, states, read, feed, ranks)
+    beside = StatesToLoad(model, stored.training_state, read, feed, ranks)
     beside.compare()
     loaded: dict[str, StateDict] = {source.path: {} for source in target.sources}
     for each in chosen:

@@ -18,7 +18,7 @@ from keepbest.errors import SnapshotError
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import can_be_mapped
 from keepbest.modules.kinds import is_dense
-from keepbest.modules.nested import leaves
+from keepbest.modules.nested import leaves, spelled
 from keepbest.run.inside import open_file
 
 _MOST_VIEWS = 16  # of the bytes of a file; those that look at the same bytes in another way are no further names
@@ -46,7 +46,8 @@ def load_plain_bytes(data: bytes) -> Any:
 
 def check_sizes(path: Path, state: Mapping[Any, Any]) -> None:
     """Check that the tensors of a file hold no more than what is in it. Raises `SnapshotError`."""
-    tensors = {key: value for key, value in leaves(state) if isinstance(value, torch.Tensor) and is_dense(value)}
+    inside = ((path, value) for path, value in leaves(state) if isinstance(value, torch.Tensor) and is_dense(value))
+    tensors = {spelled(path): value for path, value in inside}
     for key, tensor in tensors.items():
         if tensor.device.type == "cpu" and tensor.nbytes > (held := tensor.untyped_storage().nbytes()):
             raise SnapshotError(f"{path}: {key} would grow to {tensor.nbytes} bytes; the file holds {held} of them")
