@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, OneCycleLR, SequentialLR
 
 from tests.kit.pool import run_ranks
@@ -54,6 +55,19 @@ def continue_all(directory, wrap, optimizers):
         again = Training(wrap, partial(grouped, reverse=True) if make is grouped else make, seed=2)
         found[name, str(settings)] = differing(again.resume(folder), uninterrupted)
     return found
+
+
+def by_columns(model):
+    """With weights that lie in memory column by column, as a state of them does."""
+    for linear in (model.module, model.second):
+        linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+    return model
+
+
+def test_fused_optimizer_continues_with_weights_in_any_order(tmp_path):
+    # It goes through the memory of a weight and of its state side by side.
+    found = continue_all(tmp_path, by_columns, ["adamw fused"])
+    assert {case: wrong for case, wrong in found.items() if wrong} == {}
 
 
 def test_plain_training_continues_from_the_best(tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from keepbest import BestKeeper, load
+from keepbest import BestKeeper, PerRank, load
 from keepbest.errors import ConfigError, DesyncError, SnapshotError
 from keepbest.export import export
 from keepbest.formats.plain_load import load_plain
@@ -266,3 +266,27 @@ def test_what_is_loaded_does_not_lie_in_the_file(tmp_path):
     assert files_at([*tensors, training.others["counter"].value[0]]) == set()
     stored = load_plain((tmp_path / "checkpoints" / BEST).resolve() / "optimizer.pt")
     assert files_at(value for key, value in stored.items() if "/" in key) != set()  # as it is read
+
+
+class Weights:
+    """Its state is one tensor."""
+
+    def __init__(self, value):
+        self.value = torch.full((3,), value)
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("mark", [lambda thing: thing, PerRank])
+@pytest.mark.parametrize("file_format", ["torch", "safetensors", "dcp"])
+def test_state_may_be_one_tensor(file_format, mark, tmp_path):
+    model = nn.Linear(1, 1)
+    states = {"sampler": mark(Weights(2.0))}
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state=states, format=file_format) as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, BEST, model, training_state={"sampler": mark(loaded := Weights(0.0))})
+    assert loaded.value.tolist() == [2.0] * 3

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.optimizer import ParameterNames, is_groups, is_sharded, parameter_of
+from keepbest.capture.place import laid_out_like
 from keepbest.modules.kinds import is_dtensor
 
 _STEP = "step"  # torch keeps it as a plain number of its own, also where the parameter is sharded
@@ -83,7 +84,7 @@ class OptimizerTarget:
             name, of_state = parameter_of(key)
             if (here := self.names.first(name)) is not None:
                 # A copy, since what is read on rank 0 lies in the file.
-                state.setdefault(here, {})[of_state] = value.clone()
+                state.setdefault(here, {})[of_state] = laid_out_like(value, self.names.parameters[here])
         return state
 
     def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:

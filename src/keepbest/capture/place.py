@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from keepbest.capture.contents import Kind
-from keepbest.modules.kinds import has_shards, is_dtensor
+from keepbest.modules.kinds import has_shards, is_dense, is_dtensor, local_of
 
 
 def room_for(kind: Kind, target: Any) -> torch.Tensor:
@@ -29,6 +29,24 @@ def room_for(kind: Kind, target: Any) -> torch.Tensor:
         shards: torch.Tensor = target
         return shards
     return torch.empty(kind.shape, dtype=kind.dtype)
+
+
+def laid_out_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """A copy of `value` whose elements lie in memory as those of `model`, if they have one shape.
+
+    Fused optimizers go through the memory of a parameter and of its state side by side.
+    """
+    model = model.detach()
+    if value.shape != model.shape or is_dtensor(value) != is_dtensor(model) or not is_dense(local_of(model)):
+        return value.clone()
+    local, device = local_of(model), local_of(value).device
+    copy = torch.empty_like(local, dtype=value.dtype, device=device).copy_(local_of(value))
+    if not is_dtensor(value):
+        return copy
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = value.device_mesh, value.placements
+    return DTensor.from_local(copy, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def localized(value: Any, target: Any) -> Any:

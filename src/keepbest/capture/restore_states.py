@@ -85,7 +85,8 @@ class StatesToLoad:
             ConfigError: On every rank, if an optimizer has parameters that are not in the model.
         """
         for each in self._contents:
-            keys = [key for key, kind in each.kinds.items() if kind.dtype is None]
+            is_optimizer = isinstance(self._things[each.part.name], Optimizer)
+            keys = [key for key, kind in each.kinds.items() if kind.dtype is None or not is_optimizer]
             data = self._feed.bring(each, keys, dict.fromkeys(keys))
             self._found[each.part.name] = _Found(self._things[each.part.name], each, data, None)
         if not self._found:
