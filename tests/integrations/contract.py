@@ -24,7 +24,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from keepbest import load
 from keepbest.errors import ConfigError, MissingMetricError, RunExistsError
 from tests.integrations.faces.face import VALUES, Face
 from tests.kit.pool import run_ranks, start_ranks
@@ -61,6 +63,16 @@ def train_with_and_without_interruption(face: Face, root: Path, ends_at=(), fail
     for step in fails_at:
         checkpoint = face.train(root, VALUES, resume_from=checkpoint, fails_at=step, **arguments).checkpoint
     return whole.states, face.train(root, VALUES, resume_from=checkpoint, **arguments).states
+
+
+def assert_continues(root: Path, model, optimizer, others=(), *, like):
+    """`optimizer`, of `model`, loads what `like` has, which is in the state of the newest best; and so do others."""
+    fresh = {"optimizer": optimizer, **dict(others)}
+    loaded = load(root, next(iter(refs(root))), model, training_state=fresh)
+    assert set(loaded.training_state) == set(fresh)
+    found, expected = ([*each.state_dict()["state"].values()] for each in (optimizer, like))
+    assert len(expected) > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 class Contract:

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from keepbest import TrainingIteration
 from keepbest.errors import ConfigError
 from keepbest.integrations.accelerate import AcceleratedKeeper
-from tests.integrations.contract import Contract
+from tests.integrations.contract import Contract, assert_continues
 from tests.integrations.faces.accelerate import Accelerate, Loop
 from tests.integrations.faces.face import VALUES
 from tests.integrations.faces.on_accelerate import Model
@@ -30,6 +30,15 @@ def test_state_may_be_saved_before_the_start_and_after_the_end(tmp_path):
     resumed = Loop(tmp_path / "best", {})
     resumed.train(resume_from=tmp_path / "checkpoints" / "checkpoint_4")
     assert FACE.observed(tmp_path / "best") == [(f"U{number}", value) for number, value in enumerate(VALUES, start=1)]
+
+
+def test_optimizer_of_the_best_can_be_loaded(tmp_path):
+    loop, fresh = Loop(tmp_path), Loop(tmp_path)
+    for each in (loop, fresh):
+        each.optimizer.param_groups[0]["momentum"] = 0.9
+    loop.keepers = [loop.keeper(directory=tmp_path, training_state={"optimizer": loop.optimizer})]
+    loop.train([3.0, 2.0])
+    assert_continues(tmp_path, fresh.model, fresh.optimizer, like=loop.optimizer)
 
 
 def test_folder_that_accelerate_tidies_up_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from ignite.engine import Events
 
 from keepbest.errors import ConfigError, IterationError
-from tests.integrations.contract import TrainerContract
+from tests.integrations.contract import TrainerContract, assert_continues
 from tests.integrations.faces.face import VALUES, failing
 from tests.integrations.faces.ignite import Ignite, Resume, make_engines
 from tests.kit.pool import run_ranks, start_ranks
@@ -41,6 +41,13 @@ def test_min_delta_equals_a_cumulative_early_stopping_threshold(tmp_path):
     assert len({value for _, value, _ in stopped}) == 2
     # Without that, many small steps are no improvement, and the reference moves with them.
     assert [epoch for epoch, *_ in stop_early("other", threshold=0.5)] == [2, 3, 4]
+
+
+def test_optimizer_of_the_best_can_be_loaded(tmp_path):
+    engines, fresh = make_engines([3.0, 2.0]), make_engines([])
+    engines.attach(tmp_path, training_state={"optimizer": engines.optimizer})
+    engines.train(2)
+    assert_continues(tmp_path, fresh.model, fresh.optimizer, like=engines.optimizer)
 
 
 def fail_on_rank_0(directory):

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 
 from keepbest.errors import ConfigError, MetricMismatchError
 from keepbest.integrations.lightning import BestCheckpoint
-from tests.integrations.contract import TrainerContract, train_with_and_without_interruption
+from tests.integrations.contract import TrainerContract, assert_continues, train_with_and_without_interruption
 from tests.integrations.faces.face import VALUES, failing
 from tests.integrations.faces.lightning import METRIC, Lightning, Model, Recorder, fit
 from tests.kit.pool import run_ranks
@@ -65,6 +65,19 @@ def test_checkpoint_of_an_exception_is_pinned_and_resumed(tmp_path):
     assert ledger(tmp_path)[-1]["event"] == "pin"
     fit(tmp_path, VALUES[:4], [BestCheckpoint(METRIC)], ckpt_path=tmp_path / "any.ckpt")
     assert observed(tmp_path) == ["E1_U2_B2", "E2_U4_B4", "E3_U6_B6", "E4_U8_B8"]
+
+
+class Scheduled(Model):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def test_optimizers_and_schedulers_of_the_best_can_be_loaded(tmp_path):
+    trainer = fit(tmp_path, [3.0, 2.0], [BestCheckpoint(METRIC, save_training_state=True)], model=Scheduled)
+    [optimizer], [scheduler] = (model := Scheduled()).configure_optimizers()
+    assert_continues(tmp_path, model, optimizer, {"scheduler": scheduler}, like=trainer.optimizers[0])
+    assert scheduler.last_epoch > 0
 
 
 class ValuePerValidation(Model):

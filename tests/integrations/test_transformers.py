@@ -13,7 +13,7 @@ from keepbest.errors import ConfigError, MissingMetricError, RunExistsError
 from keepbest.export import export
 from keepbest.integrations.transformers import BestCheckpoint
 from keepbest.run.files import Files
-from tests.integrations.contract import TrainerContract
+from tests.integrations.contract import TrainerContract, assert_continues
 from tests.integrations.faces.face import VALUES, failing, weights_of
 from tests.integrations.faces.transformers import Transformers, make_trainer
 from tests.kit.pool import run_ranks, start_ranks
@@ -24,6 +24,17 @@ FACE = Transformers()
 
 class TestContract(TrainerContract):
     face = FACE
+
+
+def test_optimizer_and_scheduler_of_the_best_can_be_loaded(tmp_path):
+    kept = {"callbacks": [BestCheckpoint(save_training_state=True)], "lr_scheduler_type": "linear"}
+    trainer = make_trainer(tmp_path, [3.0, 2.0], optim="adamw_torch", **kept)
+    trainer.train()
+    fresh = make_trainer(tmp_path / "fresh", optim="adamw_torch")
+    fresh.create_optimizer_and_scheduler(8)
+    others = {"scheduler": fresh.lr_scheduler}
+    assert_continues(tmp_path, fresh.model, fresh.optimizer, others, like=trainer.optimizer)
+    assert fresh.lr_scheduler.last_epoch == 2
 
 
 def keep_best_only(directory):

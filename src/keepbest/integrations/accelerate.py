@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class AcceleratedKeeper(BestKeeper):
         metric_key: Name of the monitored metric.
         metric_property_provider: As in `BestKeeper`.
         process_group: As in `BestKeeper`.
+        training_state: As in `BestKeeper`: optimizers, schedulers and the like, as `accelerator.prepare` returned them.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
 
     Raises:
@@ -52,6 +54,7 @@ class AcceleratedKeeper(BestKeeper):
         metric_key: str,
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
+        training_state: Mapping[str, Any] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         if accelerator.distributed_type in _REFUSED:
@@ -71,6 +74,7 @@ class AcceleratedKeeper(BestKeeper):
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             process_group=process_group,
+            training_state=training_state,
             **settings,
         )
         accelerator.register_for_checkpointing(self)

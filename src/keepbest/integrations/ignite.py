@@ -37,6 +37,7 @@ class BestCheckpoint:
         metric_key: Name of the metric in `evaluator.state.metrics`.
         directory: Directory of the run.
         metric_property_provider: As in `BestKeeper`.
+        training_state: As in `BestKeeper`: optimizers, schedulers and the like.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if no state was loaded: at the iteration that
             training starts from, which may be the first.
@@ -55,6 +56,7 @@ class BestCheckpoint:
         *,
         directory: str | Path,
         metric_property_provider: MetricPropertyProvider | None = None,
+        training_state: Mapping[str, Any] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
@@ -67,6 +69,7 @@ class BestCheckpoint:
             directory=local_path(directory),
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
+            training_state=training_state,
             **checked.keeper_arguments(),
         )
         self._trainer: Engine | None = None

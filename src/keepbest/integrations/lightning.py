@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class BestCheckpoint(Callback):
         directory: Directory of the run. `None` is the trainer's `default_root_dir`, which stays the same when a run is
             resumed, while each start of a logger has a folder of its own.
         metric_property_provider: As in `BestKeeper`.
+        save_training_state: Whether optimizers and schedulers are kept with each best: as the training states
+            `optimizer` and `scheduler`, or `optimizer.0` and so on where there are several.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if Lightning has no checkpoint to resume from, or
             one without this callback: at the iteration that training starts from, which may be the first.
@@ -59,6 +61,7 @@ class BestCheckpoint(Callback):
         *,
         directory: str | Path | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
+        save_training_state: bool = False,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
@@ -67,6 +70,7 @@ class BestCheckpoint(Callback):
         self._directory = None if directory is None else local_path(directory)
         self._id = checked.id
         self._resume = checked.resume
+        self._saves_training_state = save_training_state
         self._make_keeper = partial(
             BestKeeper,
             metric_key=metric_key,
@@ -109,7 +113,11 @@ class BestCheckpoint(Callback):
             )
         _refuse_if_never_validated(trainer)
         model = pl_module if trainer.model is None else trainer.model
-        self.keeper = self._make_keeper(model, directory=self._directory or trainer.default_root_dir)
+        self.keeper = self._make_keeper(
+            model,
+            directory=self._directory or trainer.default_root_dir,
+            training_state=_training_state(trainer) if self._saves_training_state else None,
+        )
         if self._loaded:
             self.keeper.load_state_dict(self._loaded)
             self._loaded = {}  # another fit of this callback loads its own, or starts anew
@@ -229,3 +237,13 @@ def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:
     """The present iteration. Only its batches differ between validations without an update in between."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
     return TrainingIteration(epoch=epoch, update=trainer.global_step, batch=batches)
+
+
+def _training_state(trainer: Trainer) -> dict[str, Any]:
+    """Optimizers and schedulers of a trainer, by name."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return {**_named("optimizer", trainer.optimizers), **_named("scheduler", schedulers)}
+
+
+def _named(name: str, things: Sequence[Any]) -> dict[str, Any]:
+    return {name if len(things) == 1 else f"{name}.{number}": thing for number, thing in enumerate(things)}

@@ -38,6 +38,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         metric_key: Name of the metric in what an evaluation reports. `eval_` is put before it where it is absent.
             `None` is the `metric_for_best_model` of the training arguments.
         directory: Directory of the run. `None` is the `output_dir` of the training arguments.
+        save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
+            states `optimizer` and `scheduler`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md. Without
             `higher_is_better` the direction is `greater_is_better` of the training arguments if the metric is their
             `metric_for_best_model`, or else what the name of the metric says. `resume="ledger"` resumes a folder that
@@ -56,6 +58,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         metric_key: str | None = None,
         *,
         directory: str | Path | None = None,
+        save_training_state: bool = False,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         self.keeper: BestKeeper | None = None
@@ -63,6 +66,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._given = None if directory is None else str(directory)
         self._directory = None if directory is None else local_path(directory)
         self._settings = KeeperSettings.of(settings)
+        self._saves_training_state = save_training_state
         self._open: BestKeeper | None = None
         self._is_due = False
         self._reported: set[str] = set()
@@ -73,6 +77,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             "args": {
                 "metric_key": self._metric_key if self._open is None else self._open.metric_key,
                 "directory": self._given,  # where a run was moved to is known then, and not now
+                "save_training_state": self._saves_training_state,
                 # The Trainer writes them as JSON.
                 **self._settings.model_dump(mode="json", exclude_defaults=True),
             },
@@ -100,10 +105,12 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
         settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
+        training_state = {"optimizer": kwargs["optimizer"], "scheduler": kwargs["lr_scheduler"]}
         keeper = BestKeeper(
             kwargs["model"],
             directory=self._directory or str(args.output_dir),
             metric_key=key,
+            training_state=training_state if self._saves_training_state else None,
             **settings,
         )
         loaded = self._take_out(state, key)
