@@ -16,7 +16,6 @@ from benchmarks import measure
 from benchmarks.measure import Line, Report, resident
 from keepbest import BestKeeper, TrainingIteration
 from keepbest.formats import torch_file  # noqa: F401  # an import is no part of what a rank pays for the others
-from keepbest.ranks import control_group
 from keepbest.settings import KeeperSettings  # noqa: F401  # the same
 
 PAYLOAD = 48
@@ -29,14 +28,12 @@ def sockets() -> int:
     return sum(str(link.readlink()).startswith("socket:") for link in links if link.is_symlink())
 
 
-def measure_on_rank(folder: Path, calls: int, is_ring: bool) -> dict[str, Any]:
+def measure_on_rank(folder: Path, calls: int, is_lazy: bool) -> dict[str, Any]:
     """Costs as this rank sees them: seconds, bytes, numbers."""
     world_size = dist.get_world_size()
     model = DistributedDataParallel(measure.make_model(MEGABYTES))
     measure.meet()
-    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(is_ring))  # from here on: for the group of the control plane
-    if is_ring:
-        control_group.LARGEST_MESH = 1  # more ranks than have a mesh do not fit on this machine
+    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(is_lazy))  # from here on: for the group of the control plane
     before = sockets(), resident()
     started = time.perf_counter()
     keeper = BestKeeper(model, directory=folder / "run", metric_key="loss/val")
@@ -74,12 +71,12 @@ def measure_on_rank(folder: Path, calls: int, is_ring: bool) -> dict[str, Any]:
 
 def run(quick: bool) -> Report:
     report = Report()
-    settings = [(2, False), (4, False)] if quick else [(ranks, ring) for ring in (False, True) for ranks in RANKS]
-    for world_size, is_ring in settings:
+    settings = [(2, False), (4, False)] if quick else [(ranks, lazy) for lazy in (False, True) for ranks in RANKS]
+    for world_size, is_lazy in settings:
         with measure.scratch() as folder:
-            ranks = measure.on_ranks(world_size, measure_on_rank, folder, 20 if quick else 300, is_ring)
+            ranks = measure.on_ranks(world_size, measure_on_rank, folder, 20 if quick else 300, is_lazy)
         largest = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
-        where = f"{world_size} ranks" + (", ring with lazy connections" if is_ring else "")
+        where = f"{world_size} ranks" + (", lazy connections" if is_lazy else "")
         report.samples[where] = {name: [float(rank[name]) for rank in ranks] for name in largest}
         for name, value in largest.items():
             unit, scale = ("MB", 1e-6) if "bytes" in name else ("", 1) if name == "connections" else ("ms", 1e3)

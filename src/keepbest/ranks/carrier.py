@@ -21,15 +21,17 @@ class InFlight:
         buffers: Memory that it works on.
         number: Number of the exchange among those of the group.
         started: Moment of its start, in seconds of the monotonic clock.
-        receiving: Ranks of which something is received, and the handle from torch, until it has arrived.
-        sending: Handles of what is sent, until it is known to be over.
+        works: Handles from torch, in the order in which they are waited for.
+        is_under_way: Whether this rank has done all for it but wait.
+        has_arrived: Whether something is known to have arrived.
     """
 
     buffers: Buffers
     number: int
     started: float = field(default_factory=time.monotonic)
-    receiving: list[tuple[int, dist.Work]] = field(default_factory=list)
-    sending: list[dist.Work] = field(default_factory=list)
+    works: list[dist.Work] = field(default_factory=list)
+    is_under_way: bool = False
+    has_arrived: bool = False
 
 
 class Carrier(Protocol):

@@ -19,9 +19,6 @@ from keepbest.ranks.carrier import Alone, Carrier, InFlight
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.ring import Ring
 
-LARGEST_MESH = 32
-"""Ranks; with more, the connections between each two cost more than they save."""
-
 
 @dataclass(slots=True)
 class ControlGroup:
@@ -72,10 +69,8 @@ class ControlGroup:
             if len(members) > 1:
                 control._store = parent.get_group_store()
                 control.group, gloo = control._new_group("control", timeout)
-                is_small = len(members) <= LARGEST_MESH
-                control._carrier = (
-                    Direct(gloo, control.rank, len(members)) if is_small else Ring(control.group, control.rank)
-                )
+                rank = control.rank
+                control._carrier = Direct(gloo, rank) if len(members) == 2 else Ring(control.group, rank)
             _control_groups[parent] = control
         return control
 
@@ -129,7 +124,8 @@ class ControlGroup:
         except RuntimeError as error:
             raise self._lost(step, error) from error
         except BaseException:
-            self.poison = f"it was interrupted while it sent its part of step '{step}'"
+            if not flight.is_under_way:
+                self.poison = f"it was interrupted while it sent its part of step '{step}'"
             raise
         return flight
 

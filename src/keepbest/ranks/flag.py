@@ -41,6 +41,7 @@ class SharedFlag:
         in_flight, seen = self._in_flight, False
         if in_flight is not None:
             self._in_flight = None
+            self._control.refuse_if_poisoned()  # a child that was forked in between has nothing to wait for
             self._control.finish(in_flight, _STEP, self._timeout)
             seen = any(map(any, self._buffers.received()))
         self._buffers.sent[0] = self._is_raised

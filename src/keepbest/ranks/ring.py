@@ -28,10 +28,11 @@ class Ring:
     def start(self, flight: InFlight, timeout: timedelta) -> None:
         options = AllgatherOptions()
         options.timeout = timeout
-        flight.sending.append(self._group.allgather([flight.buffers.rows], [flight.buffers.row], options))
+        flight.works.append(self._group.allgather([flight.buffers.rows], [flight.buffers.row], options))
+        flight.is_under_way = True
 
     def wait(self, flight: InFlight, timeout: timedelta) -> None:
-        [work] = flight.sending
+        [work] = flight.works
         if not _finished_within(work, min(timeout, _PATIENCE_BEFORE_SIGN_IN)):
             # Only ranks that have to wait sign in, so that a quiet interval does not use the store.
             sign_in(self._group, self._rank, flight.number)
