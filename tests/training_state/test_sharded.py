@@ -140,24 +140,45 @@ def test_parameters_that_are_whole_after_evaluation_have_names(tmp_path):
 
 
 class OfShards(torch.optim.Optimizer):
-    """Keeps plain tensors for the shards of parameters, as optimizers with kernels of their own do."""
+    """Keeps what a function makes of each parameter, as optimizers with kernels of their own do of its shard."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, make):
         super().__init__(parameters, {})
+        self.make = make
 
     def step(self, closure=None):
         closure()
         for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["seen"] = torch.ones_like(parameter.to_local())
+            self.state[parameter]["seen"] = self.make(parameter)
+
+
+SEEN = r"'seen' of the optimizer for 'module\.weight' "
+DIFFERS = r"ranks 0, 1 hold different .* 'seen' of the optimizer 'optimizer' for 'module\.weight'.* Make them equal"
+REFUSED = [
+    (lambda parameter: torch.ones_like(parameter.to_local()), SEEN + "is a plain tensor"),
+    (lambda parameter: {"a": [parameter.to_local()]}, SEEN + r"has at \['a'\]\[0\] a plain tensor of shape \[4, 5\]"),
+    (lambda parameter: parameter.detach().sum(dim=-1, keepdim=True), SEEN + "is a DTensor of shape"),
+    (lambda parameter: parameter.to_local().detach().sum(), DIFFERS),
+    (lambda parameter: [{"norm": parameter.to_local().sum().item()}], DIFFERS),
+]
 
 
 def keep_shards(directory):
-    training = Training(fsdp2, lambda model: OfShards(model.parameters()))
-    with (
-        BestKeeper(training.model, directory=directory, metric_key="loss", training_state=training.state) as keeper,
-        pytest.raises(ConfigError, match=r"'seen' of the optimizer for 'module\.weight' is a plain tensor"),
-    ):
-        training.run([1], keeper)
+    for number, (make, message) in enumerate(REFUSED):
+        training = Training(fsdp2, lambda model, make=make: OfShards(model.parameters(), make))
+        with BestKeeper(
+            training.model, directory=directory / str(number), metric_key="loss", training_state=training.state
+        ) as keeper:
+            for again in (1, 2):
+                with pytest.raises(ConfigError, match=message):
+                    training.run([again], keeper)
+            training.optimizer.make = lambda _: [torch.tensor(7.0), {"same": 3}]
+            training.run([2], keeper)
+    one = fully_shard(nn.Linear(1, 2, bias=False))
+    optimizer = OfShards(one.parameters(), lambda parameter: torch.ones_like(parameter.to_local()))
+    optimizer.step(list)
+    with pytest.raises(ConfigError, match=r"'weight' is a plain tensor of shape \[1, 1\]"):
+        BestKeeper(one, directory=directory / "one", metric_key="loss", training_state={"it": optimizer}).start()
 
 
 def test_plain_state_of_a_shard_is_refused(tmp_path):

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from keepbest.capture.alike import Alike, alike_of, is_sharded, refuse_a_part
 from keepbest.capture.fsdp1 import flat_entries
 from keepbest.errors import ConfigError
-from keepbest.modules.kinds import is_dtensor, is_fsdp2
+from keepbest.modules.kinds import is_fsdp2
 from keepbest.modules.wrappers import PlainNames
 
 GROUPS = "param_groups"
@@ -108,8 +110,8 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
         for key, value in of_parameter.items():
+            refuse_a_part(name, key, value, names.parameters[name])
             if isinstance(value, torch.Tensor) and isinstance(key, str):
-                _refuse_a_part(name, key, value, names.parameters[name])
                 entries[state_key(name, key)] = value
             else:
                 rest["state"].setdefault(name, {})[key] = value
@@ -139,18 +141,12 @@ def is_groups(entry: str) -> bool:
     return "/" not in entry and entry.startswith(f"{GROUPS}.")
 
 
-def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether each rank holds a part of a parameter."""
-    return is_dtensor(parameter) and not all(placement.is_replicate() for placement in parameter.placements)
-
-
-def _refuse_a_part(name: str, key: str, value: torch.Tensor, parameter: torch.Tensor) -> None:
-    if is_sharded(parameter) and not is_dtensor(value) and value.numel() > 1:
-        raise ConfigError(
-            f"{key!r} of the optimizer for {name!r} is a plain tensor of shape {list(value.shape)}, while the "
-            "parameter is sharded. So it is known neither which part of it other ranks hold, nor how they would load "
-            "it. Leave the optimizer out of training_state, or use one whose state is made of DTensors"
-        )
+def alike_in(part: str, entries: Mapping[str, Any], names: ParameterNames) -> tuple[str, Alike]:
+    """The key of the groups in `optimizer_entries`, and what of these all ranks that hold them must have alike."""
+    groups = next(key for key in entries if is_groups(key))
+    tensors = ((*parameter_of(key), value) for key, value in entries.items() if not is_groups(key))
+    data = ((name, key, value) for name, each in entries[groups]["state"].items() for key, value in each.items())
+    return groups, alike_of(part, (each for each in (*tensors, *data) if is_sharded(names.parameters[each[0]])))
 
 
 def _digest(groups: list[list[str]]) -> str:

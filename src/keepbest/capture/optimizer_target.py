@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from keepbest.capture.alike import is_sharded
 from keepbest.capture.contents import Kind, PartContents
-from keepbest.capture.optimizer import ParameterNames, is_groups, is_sharded, parameter_of
+from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
 from keepbest.modules.kinds import is_dtensor
 
 _STEP = "step"  # torch keeps it as a plain number of its own, also where the parameter is sharded
