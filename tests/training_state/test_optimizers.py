@@ -55,6 +55,89 @@ def test_hooks_of_the_optimizer_run(tmp_path):
     assert seen == [[1, "kept"]]
 
 
+class Own(torch.optim.Optimizer):
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, {"rate": 0.1, **options})
+
+    def step(self, closure=None):
+        closure()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["z"] = torch.full_like(parameter, 3.0)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As Accelerate wraps an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups, state, defaults = (
+        property(lambda self, name=name: getattr(self.optimizer, name))
+        for name in ("param_groups", "state", "defaults")
+    )
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (torch.optim.SGD, ADAM, "'optimizer': it was saved from 'SGD', and is to be loaded into 'Adam'"),
+        (ADAM, ADAMW, "it was saved from 'Adam', and is to be loaded into 'AdamW'"),
+        (lambda them: Wrapped(ADAMW(them)), ADAM, "it was saved from 'AdamW', and is to be loaded into 'Adam'"),
+        (Own, lambda them: Own(them, more=1), "it was saved without the options 'more', which 'Own' needs"),
+    ],
+    ids=str,
+)
+def test_state_of_another_kind_of_optimizer_is_refused(before, after, message, tmp_path):
+    Training(single, lambda model: before(trained_of(model))).keep(tmp_path)
+    again = Training(single, lambda model: after(trained_of(model)), seed=2)
+    untouched = again.everything()
+    with pytest.raises(SnapshotError, match=message):
+        load(tmp_path, BEST, again.model, training_state=again.state)
+    assert again.everything() == untouched
+
+
+def trained_of(model):
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+class Derived(torch.optim.SGD):
+    """An optimizer of the user's, which is one of torch."""
+
+
+TENSOR = torch.tensor(0.25)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda them: ADAM(them, lr=0.25), lambda them: Wrapped(ADAM(them, lr=0.5))),
+        (lambda them: torch.optim.SGD(them, lr=0.25), lambda them: Derived(them, lr=0.5)),
+        (lambda them: ADAM(them, lr=TENSOR), lambda them: ADAM(them, lr=0.5, foreach=True)),
+        (lambda them: ADAM(them, lr=0.25), lambda them: ADAM(them, lr=TENSOR * 2, foreach=False)),
+    ],
+    ids=["wrapped", "derived", "to number", "to tensor"],
+)
+def test_state_comes_back_into_the_form_of_the_optimizer(before, after, tmp_path):
+    Training(single, lambda model: before(trained_of(model))).keep(tmp_path)
+    again = Training(single, lambda model: after(trained_of(model)), seed=2)
+    kind = type(again.optimizer.param_groups[0]["lr"])
+    again.resume(tmp_path)
+    assert again.optimizer.param_groups[0]["lr"] == 0.25
+    assert type(again.optimizer.param_groups[0]["lr"]) is kind
+
+
 class Failing:
     def __init__(self, at):
         self.at = at

@@ -198,3 +198,29 @@ def load_factors(directory):
 def test_state_that_nobody_can_share_out_is_refused(tmp_path):
     Training(single, OPTIMIZERS["adafactor"]).keep(tmp_path)
     run_ranks(load_factors, 2, tmp_path)
+
+
+def load_squares(directory):
+    model = fsdp2(nn.Linear(4, 4, bias=False))
+    optimizer = OfShards(model.parameters(), torch.ones_like)
+    with pytest.raises(SnapshotError, match=r"weight/seen has the shape of weight, which is square and sharded, and"):
+        load(directory / "whole", BEST, model, training_state={"it": optimizer})
+    with pytest.raises(SnapshotError, match=r"'seen' of weight has inside a tensor of shape \[4, 4\], and weight is"):
+        load(directory / "inside", BEST, model, training_state={"it": optimizer})
+    optimizer.step(list)
+    states = {"it": optimizer}
+    with BestKeeper(model, directory=directory / "sharded", metric_key="loss", training_state=states) as keeper:
+        keeper.observe(1.0, update(1))
+    load(directory / "sharded", BEST, model, training_state=states)
+    return optimizer.state[model.weight]["seen"].full_tensor().tolist()
+
+
+def test_square_state_of_unknown_meaning_is_not_cut(tmp_path):
+    for name, make in (("whole", torch.ones_like), ("inside", lambda each: [torch.ones_like(each)])):
+        model = nn.Linear(4, 4, bias=False)
+        optimizer = OfShards(model.parameters(), make)
+        optimizer.step(list)
+        states = {"it": optimizer}
+        with BestKeeper(model, directory=tmp_path / name, metric_key="loss", training_state=states) as keeper:
+            keeper.observe(1.0, update(1))
+    assert run_ranks(load_squares, 2, tmp_path) == [[[1.0] * 4] * 4] * 2

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from keepbest.capture.alike import Alike, alike_of, is_sharded, refuse_a_part
 from keepbest.capture.fsdp1 import flat_entries
+from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
-from keepbest.modules.kinds import is_fsdp2
+from keepbest.modules.kinds import is_dtensor, is_fsdp2
 from keepbest.modules.wrappers import PlainNames
 
 GROUPS = "param_groups"
@@ -85,7 +86,12 @@ class ParameterNames:
 def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
     """The groups of an optimizer, by key. Raises `ConfigError` if it has a parameter that is not in the model."""
     named = names.of_groups(optimizer)
-    return {f"{GROUPS}.{_digest(named)}": _rest(optimizer.param_groups, named)}
+    rest = _rest(optimizer, optimizer.param_groups, named)
+    # torch cuts what is no number as it cuts the parameter.
+    rest["by_element"] = sorted(
+        {key for state in optimizer.state.values() for key, value in state.items() if _has_rows(key, value)}
+    )
+    return {f"{GROUPS}.{_digest(named)}": rest}
 
 
 def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
@@ -105,7 +111,8 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
         for index, name in zip(group["params"], inside, strict=True)
     }
     entries: dict[str, Any] = {}
-    rest = _rest(groups, named)
+    by_element = set[str]()
+    rest = _rest(optimizer, groups, named)
     rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
@@ -113,16 +120,23 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
             refuse_a_part(name, key, value, names.parameters[name])
             if isinstance(value, torch.Tensor) and isinstance(key, str):
                 entries[state_key(name, key)] = value
+                if is_dtensor(value):
+                    by_element.add(key)
             else:
                 rest["state"].setdefault(name, {})[key] = value
+    rest["by_element"] = sorted(by_element)
     return {**entries, f"{GROUPS}.{_digest(named)}": rest}
 
 
-def _rest(groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
-    """What is no tensor of a parameter: options and names of groups, and room for the rest."""
+def _has_rows(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _rest(optimizer: Optimizer, groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
+    """What is no tensor of a parameter: the kind of the optimizer, options and names of groups, room for the rest."""
     options = [{key: value for key, value in group.items() if key not in _OF_THE_MODEL} for group in groups]
     united = [{**group, "params": inside} for group, inside in zip(options, named, strict=True)]
-    return {"param_groups": united, "state": {}, "other": {}}
+    return {"kind": kind_of(optimizer), "by_element": [], "param_groups": united, "state": {}, "other": {}}
 
 
 def state_key(name: str, key: str) -> str:
