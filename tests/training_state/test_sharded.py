@@ -153,7 +153,7 @@ class OfShards(torch.optim.Optimizer):
 
 
 SEEN = r"'seen' of the optimizer for 'module\.weight' "
-DIFFERS = r"ranks 0, 1 hold different .* 'seen' of the optimizer 'optimizer' for 'module\.weight'.* Make them equal"
+DIFFERS = r"ranks 0, 1 differ in what must be equal: .*'seen' of the optimizer 'optimizer' for 'module\.weight'"
 REFUSED = [
     (lambda parameter: torch.ones_like(parameter.to_local()), SEEN + "is a plain tensor"),
     (lambda parameter: {"a": [parameter.to_local()]}, SEEN + r"has at \['a'\]\[0\] a plain tensor of shape \[4, 5\]"),

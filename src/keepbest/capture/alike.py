@@ -106,9 +106,9 @@ def refuse_unlike(found: Sequence[Alike]) -> None:
         more = f", and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         ranks = sorted({rank for each in differing.values() for rank in each})
         raise ConfigError(
-            f"ranks {', '.join(map(str, ranks[:_LISTED]))}{' and more' if len(ranks) > _LISTED else ''} hold different "
-            f"values beside their shards: {', '.join(list(differing)[:_LISTED])}{more}. A snapshot has what one rank "
-            f"holds, and all would load that. Make them equal on all ranks. {_WAY_OUT}"
+            f"ranks {', '.join(map(str, ranks[:_LISTED]))}{' and more' if len(ranks) > _LISTED else ''} differ in what "
+            f"must be equal: {', '.join(list(differing)[:_LISTED])}{more}. Step the optimizer on every rank alike. Of "
+            f"what is no shard a snapshot has the state of one rank, and all would load that. {_WAY_OUT}"
         )
 
 

@@ -88,6 +88,7 @@ def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]
     named = names.of_groups(optimizer)
     rest = _rest(optimizer, optimizer.param_groups, named)
     # torch cuts what is no number as it cuts the parameter.
+    rest["is_flat"] = True
     rest["by_element"] = sorted(
         {key for state in optimizer.state.values() for key, value in state.items() if _has_rows(key, value)}
     )

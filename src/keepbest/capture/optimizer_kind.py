@@ -16,13 +16,13 @@ def kind_of(optimizer: Optimizer) -> str:
 
     The name alone, since the module of a class in a script is another one where the script is imported.
     """
-    kind = type(_unwrapped(optimizer))
+    kind = type(unwrapped(optimizer))
     return next((each.__name__ for each in kind.__mro__ if _is_of_torch(each)), kind.__name__)
 
 
 def is_by_element(optimizer: Optimizer) -> bool:
     """Whether what has the shape of a parameter in its state is known to belong to it element by element."""
-    return _is_of_torch(type(_unwrapped(optimizer)))
+    return _is_of_torch(type(unwrapped(optimizer)))
 
 
 def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterable[Mapping[str, Any]]) -> str | None:
@@ -38,7 +38,7 @@ def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterabl
         return f"it was saved from {other!r}, and is to be loaded into {here!r}. Make an optimizer of the saved kind"
     if is_by_element(optimizer) and list(kinds):
         return None  # torch itself fills in the options that an older version had not
-    expected = _unwrapped(optimizer).defaults.keys() - {*_HOW}
+    expected = unwrapped(optimizer).defaults.keys() - {*_HOW}
     lacking = sorted({key for group in groups for key in expected - group.keys()})
     if lacking:
         return (
@@ -64,7 +64,7 @@ def _like(value: Any, own: Any) -> Any:
     return value
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
+def unwrapped(optimizer: Optimizer) -> Optimizer:
     """What is inside of wrappers such as that of Accelerate."""
     seen = set[int]()
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and id(inner) not in seen:

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from keepbest.capture.alike import is_sharded
 from keepbest.capture.contents import Kind, PartContents
+from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
-from keepbest.capture.optimizer_kind import fault_of_kind, is_by_element, options_for
+from keepbest.capture.optimizer_kind import fault_of_kind, is_by_element, kind_of, options_for
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves
 
@@ -67,6 +68,13 @@ class OptimizerTarget:
         kinds = [each["kind"] for each in stored if "kind" in each]
         if (fault := fault_of_kind(self.optimizer, kinds, groups)) is not None:
             self.faults.append(fault)
+            return
+        is_flat = is_of_units(self.optimizer)
+        if kind_of(self.optimizer) == "Adafactor" and any(is_flat != each.get("is_flat", False) for each in stored):
+            self.faults.append(
+                "Adafactor has other state where FSDP1 makes parameters flat: load it into FSDP1 where it was saved "
+                "from FSDP1, and nowhere else"
+            )
             return
         self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
         self._match(groups, self.names.of_groups(self.optimizer))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.catalogue import Held, Name, data_entry, tensor_entry
-from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart
+from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_lbfgs, refuse_units_apart, states_of_units
 from keepbest.capture.optimizer import ParameterNames, alike_in, group_entries, optimizer_entries
 from keepbest.capture.per_rank import PerRank, key_of_rank
 from keepbest.capture.share import Items
@@ -102,7 +102,11 @@ def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name
                 names = names or ParameterNames(items.model)
                 if is_of_units(thing):
                     refuse_units_apart(items.model, ranks.members)
+                    refuse_lbfgs(thing)
                     entries = group_entries(thing, names)
+                    held.alike.update(
+                        (Name(part, key), states_of_units(part, thing, items.model, names)) for key in entries
+                    )
                 else:
                     entries = optimizer_entries(thing, names)
                     if ranks.world_size > 1:
