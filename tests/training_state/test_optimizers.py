@@ -244,3 +244,55 @@ def make_zero(directory):
 
 def test_optimizer_that_shares_itself_out_is_refused(tmp_path):
     run_ranks(make_zero, 2, tmp_path)
+
+
+def test_lazy_model_wants_its_weights_first(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = ADAM(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}) as keeper:
+        keeper.observe(1.0, update(1))
+    lazy = nn.LazyLinear(2)
+    states = {"it": ADAM(lazy.parameters())}
+    with pytest.raises(SnapshotError, match=r"'it': .* not initialized yet.* Load the weights first, without"):
+        load(tmp_path, BEST, lazy, training_state=states)
+    load(tmp_path, BEST, lazy)
+    load(tmp_path, BEST, lazy, training_state=states)
+    assert state_of(lazy, states["it"]) == state_of(model, optimizer)
+
+
+def two_layers(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    return model, ADAM(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_state_of_untied_weights_is_not_mixed_where_tied(kind, tmp_path):
+    model, optimizer = two_layers(1)
+    model(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    with BestKeeper(
+        model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}, format=kind
+    ) as keeper:
+        keeper.observe(2.0, update(1))
+        tied, _ = two_layers(2)
+        tied[2].weight = tied[0].weight
+        states = {"it": ADAM(tied.parameters())}
+        before = tied[0].weight.tolist()
+        with pytest.raises(SnapshotError, match=r"0.weight/exp_avg and 2.weight/exp_avg were saved with different"):
+            load(tmp_path, BEST, tied, training_state=states)
+        assert tied[0].weight.tolist() == before
+        for key, value in optimizer.state[model[0].weight].items():
+            optimizer.state[model[2].weight][key] = value.clone()
+        keeper.observe(1.0, update(2))
+    load(tmp_path, BEST, tied, training_state=states)
+    assert state_of(tied, states["it"])["0.weight"] == state_of(model, optimizer)["0.weight"]
+
+
+def test_strange_data_in_an_optimizer_is_named_as_such(tmp_path):
+    model, optimizer = two_layers(1)
+    optimizer.state[model[0].weight]["odd"] = object()
+    with pytest.raises(ConfigError, match=r"is a object at .* Return one of these from state_dict\(\) of the training"):
+        BestKeeper(model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}).start()

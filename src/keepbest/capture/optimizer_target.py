@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from keepbest.capture.alike import is_sharded
@@ -64,6 +65,12 @@ class OptimizerTarget:
         if not stored:
             self.faults.append("it was not saved from an optimizer")
             return
+        if any(map(is_lazy, self.names.parameters.values())):
+            self.faults.append(
+                "the model has parameters that are not initialized yet, and the state is compared with them. Load the "
+                "weights first, without training_state, and then once more with it"
+            )
+            return
         groups = _united([each["param_groups"] for each in stored])
         kinds = [each["kind"] for each in stored if "kind" in each]
         if (fault := fault_of_kind(self.optimizer, kinds, groups)) is not None:
@@ -89,6 +96,17 @@ class OptimizerTarget:
             if not is_groups(key):
                 for name in contents.names[key]:
                     self._place(name, kind)
+
+    def several(self, contents: PartContents) -> list[list[str]]:
+        """Keys of stored tensors that are for one place, since their parameters are tied here and were not before."""
+        if self.faults:
+            return []
+        places: dict[tuple[str | None, str], list[str]] = {}
+        for key in contents.kinds:
+            name, of_state = parameter_of(key)
+            if not is_groups(key) and (here := self.names.first(name)) is not None:
+                places.setdefault((here, of_state), []).append(key)
+        return [keys for keys in places.values() if len(keys) > 1]
 
     def state_by_name(self, brought: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
         """The state of each parameter, in tensors of its own.
