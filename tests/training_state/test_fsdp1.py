@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -16,11 +17,12 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
-from keepbest import BestKeeper
-from keepbest.errors import ConfigError
+from keepbest import BestKeeper, load
+from keepbest.errors import ConfigError, SnapshotError
 from tests.kit.pool import run_ranks
+from tests.kit.runs import update
 from tests.kit.strategies import CPU, fsdp1, fsdp2, single
-from tests.training_state.loop import Net, Training, differing, whole
+from tests.training_state.loop import BEST, Net, Training, differing, whole
 from tests.training_state.test_continue import OPTIMIZERS, SETTINGS
 
 
@@ -206,3 +208,59 @@ def weights_and_state(training):
 def test_optimizers_of_a_unit_and_beside_it_are_kept(tmp_path):
     for found in run_ranks(keep_two_optimizers, 2, tmp_path):
         assert found == []
+
+
+UNLIKE = (
+    r"ranks 0, 1 differ in .* the keys of the state of the optimizer 'optimizer' for the unit of FSDP1 with 'module"
+)
+
+
+def keep_unlike_states(directory, wrap, settings):
+    """The state is kept once it is alike, since nothing was lost before."""
+    training = Training(WRAPS[wrap], OPTIMIZERS["adamw"])
+    lbfgs = {"it": torch.optim.LBFGS(training.model.parameters())}
+    with pytest.raises(ConfigError, match="'it': the state of LBFGS belongs to all parameters together"):
+        BestKeeper(training.model, directory=directory, metric_key="loss", training_state=lbfgs).start()
+    with BestKeeper(
+        training.model, directory=directory, metric_key="loss", training_state=training.state, **settings
+    ) as keeper:
+        training.model(torch.ones(2, 5)).sum().backward()
+        if dist.get_rank() == 0:
+            training.optimizer.step()
+        with pytest.raises(ConfigError, match=UNLIKE):
+            keeper.observe(3.0, update(1))
+        if dist.get_rank() == 1:
+            training.optimizer.step()
+        keeper.observe(2.0, update(2))
+        state = next(each for each in training.optimizer.state.values() if each["exp_avg"].numel())
+        right, state["exp_avg"] = state["exp_avg"], [state["exp_avg"]]
+        with pytest.raises(ConfigError, match=r"'exp_avg' of the optimizer for .* is a list, which is not like the"):
+            keeper.observe(1.0, update(3))
+        state["exp_avg"] = right
+        less = {id(right): state for right, state in training.optimizer.state.items()}
+        some = next(right for right in training.optimizer.state if right.numel())
+        del training.optimizer.state[some]
+        if wrap == "orig":
+            with pytest.raises(ConfigError, match=r"the optimizer has state for .*, and none for"):
+                keeper.observe(0.5, update(4))
+        training.optimizer.state[some] = less[id(some)]
+        keeper.observe(0.25, update(5))
+    load(directory, BEST, training.model, training_state=training.state)
+
+
+@pytest.mark.parametrize(("wrap", "settings"), [("orig", {}), ("flat", SETTINGS[-1])], ids=str)
+def test_state_that_units_cannot_have_is_refused(wrap, settings, tmp_path):
+    run_ranks(keep_unlike_states, 2, tmp_path, wrap, settings)
+
+
+def load_factors(directory):
+    again = Training(fsdp1, OPTIMIZERS["adafactor"], seed=2)
+    before = digest(again)
+    with pytest.raises(SnapshotError, match="Adafactor has other state where FSDP1 makes parameters flat"):
+        load(directory, BEST, again.model, training_state=again.state)
+    assert digest(again) == before
+
+
+def test_factors_of_matrices_are_not_loaded_into_units(tmp_path):
+    Training(single, OPTIMIZERS["adafactor"]).keep(tmp_path)
+    run_ranks(load_factors, 2, tmp_path)

@@ -55,6 +55,89 @@ def test_hooks_of_the_optimizer_run(tmp_path):
     assert seen == [[1, "kept"]]
 
 
+class Own(torch.optim.Optimizer):
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, {"rate": 0.1, **options})
+
+    def step(self, closure=None):
+        closure()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["z"] = torch.full_like(parameter, 3.0)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As Accelerate wraps an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups, state, defaults = (
+        property(lambda self, name=name: getattr(self.optimizer, name))
+        for name in ("param_groups", "state", "defaults")
+    )
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (torch.optim.SGD, ADAM, "'optimizer': it was saved from 'SGD', and is to be loaded into 'Adam'"),
+        (ADAM, ADAMW, "it was saved from 'Adam', and is to be loaded into 'AdamW'"),
+        (lambda them: Wrapped(ADAMW(them)), ADAM, "it was saved from 'AdamW', and is to be loaded into 'Adam'"),
+        (Own, lambda them: Own(them, more=1), "it was saved without the options 'more', which 'Own' needs"),
+    ],
+    ids=str,
+)
+def test_state_of_another_kind_of_optimizer_is_refused(before, after, message, tmp_path):
+    Training(single, lambda model: before(trained_of(model))).keep(tmp_path)
+    again = Training(single, lambda model: after(trained_of(model)), seed=2)
+    untouched = again.everything()
+    with pytest.raises(SnapshotError, match=message):
+        load(tmp_path, BEST, again.model, training_state=again.state)
+    assert again.everything() == untouched
+
+
+def trained_of(model):
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+class Derived(torch.optim.SGD):
+    """An optimizer of the user's, which is one of torch."""
+
+
+TENSOR = torch.tensor(0.25)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda them: ADAM(them, lr=0.25), lambda them: Wrapped(ADAM(them, lr=0.5))),
+        (lambda them: torch.optim.SGD(them, lr=0.25), lambda them: Derived(them, lr=0.5)),
+        (lambda them: ADAM(them, lr=TENSOR), lambda them: ADAM(them, lr=0.5, foreach=True)),
+        (lambda them: ADAM(them, lr=0.25), lambda them: ADAM(them, lr=TENSOR * 2, foreach=False)),
+    ],
+    ids=["wrapped", "derived", "to number", "to tensor"],
+)
+def test_state_comes_back_into_the_form_of_the_optimizer(before, after, tmp_path):
+    Training(single, lambda model: before(trained_of(model))).keep(tmp_path)
+    again = Training(single, lambda model: after(trained_of(model)), seed=2)
+    kind = type(again.optimizer.param_groups[0]["lr"])
+    again.resume(tmp_path)
+    assert again.optimizer.param_groups[0]["lr"] == 0.25
+    assert type(again.optimizer.param_groups[0]["lr"]) is kind
+
+
 class Failing:
     def __init__(self, at):
         self.at = at
@@ -161,3 +244,55 @@ def make_zero(directory):
 
 def test_optimizer_that_shares_itself_out_is_refused(tmp_path):
     run_ranks(make_zero, 2, tmp_path)
+
+
+def test_lazy_model_wants_its_weights_first(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = ADAM(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}) as keeper:
+        keeper.observe(1.0, update(1))
+    lazy = nn.LazyLinear(2)
+    states = {"it": ADAM(lazy.parameters())}
+    with pytest.raises(SnapshotError, match=r"'it': .* not initialized yet.* Load the weights first, without"):
+        load(tmp_path, BEST, lazy, training_state=states)
+    load(tmp_path, BEST, lazy)
+    load(tmp_path, BEST, lazy, training_state=states)
+    assert state_of(lazy, states["it"]) == state_of(model, optimizer)
+
+
+def two_layers(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    return model, ADAM(model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_state_of_untied_weights_is_not_mixed_where_tied(kind, tmp_path):
+    model, optimizer = two_layers(1)
+    model(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    with BestKeeper(
+        model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}, format=kind
+    ) as keeper:
+        keeper.observe(2.0, update(1))
+        tied, _ = two_layers(2)
+        tied[2].weight = tied[0].weight
+        states = {"it": ADAM(tied.parameters())}
+        before = tied[0].weight.tolist()
+        with pytest.raises(SnapshotError, match=r"0.weight/exp_avg and 2.weight/exp_avg were saved with different"):
+            load(tmp_path, BEST, tied, training_state=states)
+        assert tied[0].weight.tolist() == before
+        for key, value in optimizer.state[model[0].weight].items():
+            optimizer.state[model[2].weight][key] = value.clone()
+        keeper.observe(1.0, update(2))
+    load(tmp_path, BEST, tied, training_state=states)
+    assert state_of(tied, states["it"])["0.weight"] == state_of(model, optimizer)["0.weight"]
+
+
+def test_strange_data_in_an_optimizer_is_named_as_such(tmp_path):
+    model, optimizer = two_layers(1)
+    optimizer.state[model[0].weight]["odd"] = object()
+    with pytest.raises(ConfigError, match=r"is a object at .* Return one of these from state_dict\(\) of the training"):
+        BestKeeper(model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}).start()

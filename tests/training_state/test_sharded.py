@@ -140,24 +140,45 @@ def test_parameters_that_are_whole_after_evaluation_have_names(tmp_path):
 
 
 class OfShards(torch.optim.Optimizer):
-    """Keeps plain tensors for the shards of parameters, as optimizers with kernels of their own do."""
+    """Keeps what a function makes of each parameter, as optimizers with kernels of their own do of its shard."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, make):
         super().__init__(parameters, {})
+        self.make = make
 
     def step(self, closure=None):
         closure()
         for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["seen"] = torch.ones_like(parameter.to_local())
+            self.state[parameter]["seen"] = self.make(parameter)
+
+
+SEEN = r"'seen' of the optimizer for 'module\.weight' "
+DIFFERS = r"ranks 0, 1 differ in what must be equal: .*'seen' of the optimizer 'optimizer' for 'module\.weight'"
+REFUSED = [
+    (lambda parameter: torch.ones_like(parameter.to_local()), SEEN + "is a plain tensor"),
+    (lambda parameter: {"a": [parameter.to_local()]}, SEEN + r"has at \['a'\]\[0\] a plain tensor of shape \[4, 5\]"),
+    (lambda parameter: parameter.detach().sum(dim=-1, keepdim=True), SEEN + "is a DTensor of shape"),
+    (lambda parameter: parameter.to_local().detach().sum(), DIFFERS),
+    (lambda parameter: [{"norm": parameter.to_local().sum().item()}], DIFFERS),
+]
 
 
 def keep_shards(directory):
-    training = Training(fsdp2, lambda model: OfShards(model.parameters()))
-    with (
-        BestKeeper(training.model, directory=directory, metric_key="loss", training_state=training.state) as keeper,
-        pytest.raises(ConfigError, match=r"'seen' of the optimizer for 'module\.weight' is a plain tensor"),
-    ):
-        training.run([1], keeper)
+    for number, (make, message) in enumerate(REFUSED):
+        training = Training(fsdp2, lambda model, make=make: OfShards(model.parameters(), make))
+        with BestKeeper(
+            training.model, directory=directory / str(number), metric_key="loss", training_state=training.state
+        ) as keeper:
+            for again in (1, 2):
+                with pytest.raises(ConfigError, match=message):
+                    training.run([again], keeper)
+            training.optimizer.make = lambda _: [torch.tensor(7.0), {"same": 3}]
+            training.run([2], keeper)
+    one = fully_shard(nn.Linear(1, 2, bias=False))
+    optimizer = OfShards(one.parameters(), lambda parameter: torch.ones_like(parameter.to_local()))
+    optimizer.step(list)
+    with pytest.raises(ConfigError, match=r"'weight' is a plain tensor of shape \[1, 1\]"):
+        BestKeeper(one, directory=directory / "one", metric_key="loss", training_state={"it": optimizer}).start()
 
 
 def test_plain_state_of_a_shard_is_refused(tmp_path):
@@ -177,3 +198,29 @@ def load_factors(directory):
 def test_state_that_nobody_can_share_out_is_refused(tmp_path):
     Training(single, OPTIMIZERS["adafactor"]).keep(tmp_path)
     run_ranks(load_factors, 2, tmp_path)
+
+
+def load_squares(directory):
+    model = fsdp2(nn.Linear(4, 4, bias=False))
+    optimizer = OfShards(model.parameters(), torch.ones_like)
+    with pytest.raises(SnapshotError, match=r"weight/seen has the shape of weight, which is square and sharded, and"):
+        load(directory / "whole", BEST, model, training_state={"it": optimizer})
+    with pytest.raises(SnapshotError, match=r"'seen' of weight has inside a tensor of shape \[4, 4\], and weight is"):
+        load(directory / "inside", BEST, model, training_state={"it": optimizer})
+    optimizer.step(list)
+    states = {"it": optimizer}
+    with BestKeeper(model, directory=directory / "sharded", metric_key="loss", training_state=states) as keeper:
+        keeper.observe(1.0, update(1))
+    load(directory / "sharded", BEST, model, training_state=states)
+    return optimizer.state[model.weight]["seen"].full_tensor().tolist()
+
+
+def test_square_state_of_unknown_meaning_is_not_cut(tmp_path):
+    for name, make in (("whole", torch.ones_like), ("inside", lambda each: [torch.ones_like(each)])):
+        model = nn.Linear(4, 4, bias=False)
+        optimizer = OfShards(model.parameters(), make)
+        optimizer.step(list)
+        states = {"it": optimizer}
+        with BestKeeper(model, directory=tmp_path / name, metric_key="loss", training_state=states) as keeper:
+            keeper.observe(1.0, update(1))
+    assert run_ranks(load_squares, 2, tmp_path) == [[[1.0] * 4] * 4] * 2

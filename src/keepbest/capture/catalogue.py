@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from keepbest.capture.alike import Alike
 from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
 from keepbest.formats.tied import place_of
@@ -102,6 +103,7 @@ class Held:
         meshes: Meshes of its tensors.
         entries: What there is, in the order of the state dicts.
         values: Value of each entry, as this rank has it: for a parameter in an FSDP1 unit the flat one.
+        alike: For the groups of each optimizer what all ranks that hold them must have alike beside the shards.
     """
 
     sources: list[Source]
@@ -109,6 +111,7 @@ class Held:
     meshes: Meshes = field(default_factory=dict)
     entries: dict[Name, Entry] = field(default_factory=dict)
     values: dict[Name, Any] = field(default_factory=dict)
+    alike: dict[Name, Alike] = field(default_factory=dict)
 
 
 def look(items: Items, rank: int) -> Held:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from keepbest.capture.alike import refuse_unlike
 from keepbest.capture.catalogue import Entry, Held, Name, Role
 from keepbest.capture.fingerprint import fingerprint, fingerprint_of_sample
 from keepbest.capture.share import Items
@@ -75,16 +77,26 @@ class Drift:
         for (part, key, place, digest, _), holders in self._prints(held, union):
             found = hashlib.blake2b(f"{part} {key} {place} {digest}".encode(), digest_size=8).digest()
             balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
+        for name, alike in held.alike.items():
+            found = hashlib.blake2b(json.dumps([name, alike], sort_keys=True).encode(), digest_size=8).digest()
+            holders = union.holdings[name].holders
+            balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
         return float(balance % _EXACT)
 
     def compare(self, step: str, held: Held, union: Union) -> None:
         """Refuse weights that have come to differ, and warn of other values that have. **Collective**.
 
         Raises:
-            ConfigError: On every rank, if weights differ.
+            ConfigError: On every rank, if weights differ, or the state of optimizers beside shards does.
         """
-        found = self._ranks.gather_json(step, lambda: [each for each, _ in self._prints(held, union)])
-        prints = [[_Print(*each) for each in mine] for mine in found]
+
+        def mine() -> list[Any]:
+            alike = {what: text for each in held.alike.values() for what, text in each.items()}
+            return [[each for each, _ in self._prints(held, union)], alike]
+
+        found = self._ranks.gather_json(step, mine)
+        refuse_unlike([alike for _, alike in found])
+        prints = [[_Print(*each) for each in printed] for printed, _ in found]
         weights = {(each.part, each.key) for mine in prints for each in mine if each.must_be_equal}
         refuse_other_values(
             [

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from keepbest.capture.alike import Alike
 from keepbest.capture.catalogue import Name
-from keepbest.capture.fsdp1 import is_flattened
-from keepbest.capture.optimizer import GROUPS, state_key
+from keepbest.capture.fsdp1 import flat_entries, is_flattened
+from keepbest.capture.optimizer import GROUPS, ParameterNames, state_key
+from keepbest.capture.optimizer_kind import unwrapped
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_fsdp1
@@ -50,6 +52,70 @@ def refuse_units_apart(model: nn.Module, members: list[int]) -> None:
         raise ConfigError(
             "the state of an optimizer of FSDP1 cannot be kept where units differ in use_orig_params. Use one of both"
         )
+
+
+def refuse_lbfgs(optimizer: Optimizer) -> None:
+    """Check that the state of an optimizer belongs to parameters one by one, as torch takes it for units.
+
+    Raises:
+        ConfigError: If it is known to belong to all of them together.
+    """
+    if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
+        raise ConfigError(
+            f"the state of LBFGS belongs to all parameters together, so torch cannot put it together from the shards "
+            f"of FSDP1. {_REMEDY}"
+        )
+
+
+def states_of_units(part: str, optimizer: Optimizer, model: nn.Module, names: ParameterNames) -> Alike:
+    """What an optimizer of units has, which torch expects to find alike on every rank. **Rank-local**.
+
+    Args:
+        part: Name of the training state.
+        optimizer: Optimizer.
+        model: Model of it.
+        names: Names of the parameters of the model.
+
+    Raises:
+        ConfigError: If torch could not put the state together: some of a unit has none, or it is nested.
+    """
+    unit_of = {entry.key: id(entry.flat) for entry in flat_entries(model)}
+    firsts: dict[int, str] = {}
+    found: dict[str, dict[str, set[str]]] = {}
+    for name, parameter in names.parameters.items():
+        state = optimizer.state.get(parameter, {})
+        _refuse_nested(name, state, parameter)
+        if name not in unit_of:
+            unit = f"{name!r}"
+        else:
+            unit = f"the unit of FSDP1 with {firsts.setdefault(unit_of[name], name)!r}"
+            if parameter.numel() == 0 or not (parameter.requires_grad or state):
+                continue  # it lies on other ranks, or is frozen
+        found.setdefault(unit, {})[name] = {str(key) for key in state}
+    for unit, each in found.items():
+        have = [name for name, keys in each.items() if keys]
+        if have and len(have) < len(each):
+            lacking = next(name for name, keys in each.items() if not keys)
+            raise ConfigError(
+                f"the optimizer has state for {have[0]!r}, and none for {lacking!r}, which is in {unit}: torch "
+                "cannot put the state of a part of a unit together. Make one optimizer of all parameters of the "
+                "unit, give each of them a gradient at each step, or set requires_grad=False on those without one"
+            )
+    return {
+        f"the keys of the state of the optimizer {part!r} for {unit}": " ".join(sorted(set().union(*each.values())))
+        for unit, each in found.items()
+    }
+
+
+def _refuse_nested(name: str, state: Mapping[Any, Any], parameter: torch.Tensor) -> None:
+    for key, value in state.items():
+        is_of_rows = isinstance(value, torch.Tensor) and value.dim() > 0
+        if isinstance(value, Mapping | list | tuple | set) or (is_of_rows and value.shape != parameter.shape):
+            found = f"of shape {list(value.shape)}" if is_of_rows else f"a {type(value).__name__}"
+            raise ConfigError(
+                f"{key!r} of the optimizer for {name!r} is {found}, which is not like the parameter, whose shard here "
+                f"has shape {list(parameter.shape)}: torch cannot put it together from the shards of FSDP1. {_REMEDY}"
+            )
 
 
 def unit_states(items: Items, ranks: Ranks, *, is_whole: bool) -> Iterator[tuple[Name, Any]]:

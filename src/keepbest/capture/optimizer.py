@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from keepbest.capture.alike import Alike, alike_of, is_sharded, refuse_a_part
 from keepbest.capture.fsdp1 import flat_entries
+from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_dtensor, is_fsdp2
 from keepbest.modules.wrappers import PlainNames
@@ -83,7 +86,13 @@ class ParameterNames:
 def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
     """The groups of an optimizer, by key. Raises `ConfigError` if it has a parameter that is not in the model."""
     named = names.of_groups(optimizer)
-    return {f"{GROUPS}.{_digest(named)}": _rest(optimizer.param_groups, named)}
+    rest = _rest(optimizer, optimizer.param_groups, named)
+    # torch cuts what is no number as it cuts the parameter.
+    rest["is_flat"] = True
+    rest["by_element"] = sorted(
+        {key for state in optimizer.state.values() for key, value in state.items() if _has_rows(key, value)}
+    )
+    return {f"{GROUPS}.{_digest(named)}": rest}
 
 
 def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
@@ -103,24 +112,32 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
         for index, name in zip(group["params"], inside, strict=True)
     }
     entries: dict[str, Any] = {}
-    rest = _rest(groups, named)
+    by_element = set[str]()
+    rest = _rest(optimizer, groups, named)
     rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
         for key, value in of_parameter.items():
+            refuse_a_part(name, key, value, names.parameters[name])
             if isinstance(value, torch.Tensor) and isinstance(key, str):
-                _refuse_a_part(name, key, value, names.parameters[name])
                 entries[state_key(name, key)] = value
+                if is_dtensor(value):
+                    by_element.add(key)
             else:
                 rest["state"].setdefault(name, {})[key] = value
+    rest["by_element"] = sorted(by_element)
     return {**entries, f"{GROUPS}.{_digest(named)}": rest}
 
 
-def _rest(groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
-    """What is no tensor of a parameter: options and names of groups, and room for the rest."""
+def _has_rows(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _rest(optimizer: Optimizer, groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
+    """What is no tensor of a parameter: the kind of the optimizer, options and names of groups, room for the rest."""
     options = [{key: value for key, value in group.items() if key not in _OF_THE_MODEL} for group in groups]
     united = [{**group, "params": inside} for group, inside in zip(options, named, strict=True)]
-    return {"param_groups": united, "state": {}, "other": {}}
+    return {"kind": kind_of(optimizer), "by_element": [], "param_groups": united, "state": {}, "other": {}}
 
 
 def state_key(name: str, key: str) -> str:
@@ -139,18 +156,12 @@ def is_groups(entry: str) -> bool:
     return "/" not in entry and entry.startswith(f"{GROUPS}.")
 
 
-def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether each rank holds a part of a parameter."""
-    return is_dtensor(parameter) and not all(placement.is_replicate() for placement in parameter.placements)
-
-
-def _refuse_a_part(name: str, key: str, value: torch.Tensor, parameter: torch.Tensor) -> None:
-    if is_sharded(parameter) and not is_dtensor(value) and value.numel() > 1:
-        raise ConfigError(
-            f"{key!r} of the optimizer for {name!r} is a plain tensor of shape {list(value.shape)}, while the "
-            "parameter is sharded. So it is known neither which part of it other ranks hold, nor how they would load "
-            "it. Leave the optimizer out of training_state, or use one whose state is made of DTensors"
-        )
+def alike_in(part: str, entries: Mapping[str, Any], names: ParameterNames) -> tuple[str, Alike]:
+    """The key of the groups in `optimizer_entries`, and what of these all ranks that hold them must have alike."""
+    groups = next(key for key in entries if is_groups(key))
+    tensors = ((*parameter_of(key), value) for key, value in entries.items() if not is_groups(key))
+    data = ((name, key, value) for name, each in entries[groups]["state"].items() for key, value in each.items())
+    return groups, alike_of(part, (each for each in (*tensors, *data) if is_sharded(names.parameters[each[0]])))
 
 
 def _digest(groups: list[list[str]]) -> str:

@@ -9,12 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from keepbest.capture.alike import is_sharded
 from keepbest.capture.contents import Kind, PartContents
-from keepbest.capture.optimizer import ParameterNames, is_groups, is_sharded, parameter_of
+from keepbest.capture.fsdp1_optimizer import is_of_units
+from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
+from keepbest.capture.optimizer_kind import fault_of_kind, is_by_element, kind_of, options_for
 from keepbest.capture.place import laid_out_like
 from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.nested import leaves
 
 _STEP = "step"  # torch keeps it as a plain number of its own, also where the parameter is sharded
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # options of how it computes here, not of what
@@ -45,6 +50,7 @@ class OptimizerTarget:
     templates: dict[str, torch.Tensor | None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     lacks: list[str] = field(default_factory=list)
+    _by_element: set[str] = field(default_factory=set)  # keys of state whose elements belong to those of parameters
 
     def compare(self, contents: PartContents, data: Mapping[str, Any]) -> None:
         """Look at what was saved.
@@ -60,7 +66,24 @@ class OptimizerTarget:
         if not stored:
             self.faults.append("it was not saved from an optimizer")
             return
+        if any(map(is_lazy, self.names.parameters.values())):
+            self.faults.append(
+                "the model has parameters that are not initialized yet, and the state is compared with them. Load the "
+                "weights first, without training_state, and then once more with it"
+            )
+            return
         groups = _united([each["param_groups"] for each in stored])
+        kinds = [each["kind"] for each in stored if "kind" in each]
+        if (fault := fault_of_kind(self.optimizer, kinds, groups)) is not None:
+            self.faults.append(fault)
+            return
+        is_flat = is_of_units(self.optimizer)
+        if kind_of(self.optimizer) == "Adafactor" and any(is_flat != each.get("is_flat", False) for each in stored):
+            self.faults.append(
+                "Adafactor has other state where FSDP1 makes parameters flat: load it into FSDP1 where it was saved "
+                "from FSDP1, and nowhere else"
+            )
+            return
         self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
         self._match(groups, self.names.of_groups(self.optimizer))
         for each in stored:
@@ -68,10 +91,23 @@ class OptimizerTarget:
             for name, values in each["state"].items():
                 if (here := self.names.first(name)) is not None:
                     self.data.setdefault(here, {}).update(values)
+                    self._place_data(here, values)
+        self._by_element = {key for each in stored for key in each.get("by_element", ())} | self._seen_to_be(contents)
         for key, kind in contents.kinds.items():
             if not is_groups(key):
                 for name in contents.names[key]:
                     self._place(name, kind)
+
+    def several(self, contents: PartContents) -> list[list[str]]:
+        """Keys of stored tensors that are for one place, since their parameters are tied here and were not before."""
+        if self.faults:
+            return []
+        places: dict[tuple[str | None, str], list[str]] = {}
+        for key in contents.kinds:
+            name, of_state = parameter_of(key)
+            if not is_groups(key) and (here := self.names.first(name)) is not None:
+                places.setdefault((here, of_state), []).append(key)
+        return [keys for keys in places.values() if len(keys) > 1]
 
     def state_by_name(self, brought: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
         """The state of each parameter, in tensors of its own.
@@ -114,7 +150,7 @@ class OptimizerTarget:
                 matched.add(found)
                 own = self.optimizer.param_groups[number]
                 how = {key: own[key] for key in _HOW if key in own}
-                self.groups.append({**left[found][0], **how, _PARAMS: names})
+                self.groups.append({**options_for(own, left[found][0]), **how, _PARAMS: names})
             elif names:
                 self._explain(number, names, where)
             else:
@@ -134,13 +170,47 @@ class OptimizerTarget:
                 f"{' and '.join(map(str, places))}, together with others or apart from each other"
             )
 
+    def _place_data(self, name: str, values: Mapping[Any, Any]) -> None:
+        if is_sharded(self.names.parameters[name]):
+            self.faults += [
+                f"{key!r} of {name} has inside a tensor of shape {list(each.shape)}, and {name} is sharded: so it is "
+                "not known how to share it out"
+                for key, value in values.items()
+                for _, each in leaves(value)
+                if isinstance(each, torch.Tensor) and each.numel() > 1
+            ]
+
+    def _is_by_element(self, of_state: str) -> bool:
+        return of_state in self._by_element or is_by_element(self.optimizer)
+
+    def _seen_to_be(self, contents: PartContents) -> set[str]:
+        """Keys of state that has the shape of its parameter wherever that is no chance."""
+        seen, others = set[str](), set[str]()
+        for key, kind in contents.kinds.items():
+            name, of_state = parameter_of(key)
+            here = None if is_groups(key) else self.names.first(name)
+            if here is None or kind.form or math.prod(kind.shape) <= 1:
+                continue
+            shape = tuple(self.names.parameters[here].shape)
+            if kind.shape != shape:
+                others.add(of_state)
+            elif len(shape) > 1 and not _is_square(shape):
+                seen.add(of_state)
+        return seen - others
+
     def _place(self, key: str, kind: Kind) -> None:
         name, of_state = parameter_of(key)
         if (here := self.names.first(name)) is None:
             return
         parameter = self.names.parameters[here]
         is_like = kind.shape == tuple(parameter.shape) and of_state != _STEP and not kind.form
-        if is_like and is_dtensor(parameter):
+        if is_like and is_sharded(parameter) and _is_square(kind.shape) and not self._is_by_element(of_state):
+            self.faults.append(
+                f"{key} has the shape of {name}, which is square and sharded, and nothing shows whether its elements "
+                "belong to those of the parameter: so it is not known how to share it out. Load it into a model that "
+                "is not sharded"
+            )
+        elif is_like and is_dtensor(parameter):
             self.templates[key] = parameter
         elif is_sharded(parameter) and math.prod(kind.shape) > 1:
             self.faults.append(
@@ -149,6 +219,10 @@ class OptimizerTarget:
             )
         else:
             self.templates[key] = None
+
+
+def _is_square(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and len(set(shape)) == 1
 
 
 def _united(stored: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def refuse_what_cannot_be_kept(
         if entry.form.is_frozen:
             continue  # it is not saved
         fault = (
-            _fault_of(held.values[name], entry.form)
+            _fault_of(held.values[name], entry.form, is_training_state=name.part in states)
             or _outside(entry.members, ranks)
             or (_gathered_wrongly(held.values[name]) if form.capture == "gathered" else None)
             or (form.for_state if name.part in states else form).cannot_hold(held.values[name])
@@ -57,7 +57,7 @@ def refuse_what_cannot_be_kept(
             _refuse_partly_sharded(source.module, ranks)
 
 
-def _fault_of(value: object, form: Form) -> str | None:
+def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | None:
     if isinstance(value, torch.Tensor) and form.role != "data":
         if form.layout not in _LAYOUTS:
             return f"is of layout {form.layout}, which is not supported. Register a dense or sparse tensor in its place"
@@ -65,9 +65,12 @@ def _fault_of(value: object, form: Form) -> str | None:
     if (strange := next((each for each in leaves(value) if not _is_plain(each[1])), None)) is None:
         return None
     where = f" at {spelled(strange[0])}" if strange[0] else ""
+    source = "get_extra_state(), or state_dict()"
+    if is_training_state:
+        source = "state_dict() of the training state, or leave it out of training_state"
     return (
         f"in the state dict is a {type(strange[1]).__name__}{where}; only tensors, numbers, strings and containers of "
-        "them can be loaded without running code. Return one of these from get_extra_state(), or state_dict()"
+        f"them can be loaded without running code. Return one of these from {source}"
     )
 
 

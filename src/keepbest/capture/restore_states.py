@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.contents import PartContents
 from keepbest.capture.feed import Feed
-from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
+from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_lbfgs, unit_state_to_load
 from keepbest.capture.optimizer import ParameterNames, is_groups
 from keepbest.capture.optimizer_target import OptimizerTarget
 from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
 from keepbest.capture.states import WHOLE, Stateful
 from keepbest.errors import SnapshotError
+from keepbest.modules.kinds import is_dense
+from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.ranks import Ranks
 
 _logger = logging.getLogger(__name__)
@@ -96,6 +99,8 @@ class StatesToLoad:
         for name in self._found:
             lacks = set.intersection(*(set(each[name][1]) for each in found))
             faults[name] += [f"it was saved with {', '.join(sorted(lacks)[:4])}, which no model has"] if lacks else []
+            for several in sorted({tuple(keys) for each in found for keys in each[name][2]}):
+                faults[name] += self._differing(name, several)
         if wrong := [f"{name!r}: {'; '.join(dict.fromkeys(each))}" for name, each in faults.items() if each]:
             raise SnapshotError(f"the training state does not fit: {'. '.join(wrong)}. Nothing was loaded")
 
@@ -130,13 +135,24 @@ class StatesToLoad:
         compared: dict[str, Any] = {}
         for name, found in self._found.items():
             if isinstance(found.thing, Optimizer) and names is not None:
+                if is_of_units(found.thing):
+                    refuse_lbfgs(found.thing)
                 target = OptimizerTarget(found.thing, names)
                 target.compare(found.contents, found.data)
                 self._found[name] = _Found(found.thing, found.contents, found.data, target)
-                compared[name] = target.faults, target.lacks
+                compared[name] = target.faults, target.lacks, target.several(found.contents)
             else:
-                compared[name] = found.faults(self._ranks.rank), []
+                compared[name] = found.faults(self._ranks.rank), [], []
         return compared
+
+    def _differing(self, name: str, keys: tuple[str, ...]) -> list[str]:
+        """What is wrong with tensors that are for one place. **Collective**; the same on every rank."""
+        values = self._feed.bring(self._found[name].contents, keys, dict.fromkeys(keys))
+        first, *others = (values[key] for key in keys)
+        if all(_is_equal(first, other) for other in others):
+            return []
+        names = " and ".join(keys)
+        return [f"{names} were saved with different values, and are for one parameter, which is tied here: untie it"]
 
     def _has_optimizer(self) -> bool:
         return any(isinstance(found.thing, Optimizer) for found in self._found.values())
@@ -153,3 +169,9 @@ class StatesToLoad:
             _logger.warning(
                 "rank %d keeps its own %s: it was saved on %d ranks", self._ranks.rank, name, len(found.data)
             )
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if not (is_dense(one) and is_dense(other)):
+        return False
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(raw_bytes(one), raw_bytes(other))

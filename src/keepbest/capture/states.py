@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.catalogue import Held, Name, data_entry, tensor_entry
-from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart
-from keepbest.capture.optimizer import ParameterNames, group_entries, optimizer_entries
+from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_lbfgs, refuse_units_apart, states_of_units
+from keepbest.capture.optimizer import ParameterNames, alike_in, group_entries, optimizer_entries
 from keepbest.capture.per_rank import PerRank, key_of_rank
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
@@ -75,7 +75,7 @@ def add_states(held: Held, items: Items, ranks: Ranks) -> None:
         ConfigError: If an optimizer cannot be kept right.
     """
     rank = ranks.members[ranks.rank]
-    for name, value in _state_values(items, ranks):
+    for name, value in _state_values(held, items, ranks):
         if isinstance(value, torch.Tensor):
             entry = tensor_entry(value, "state", held.meshes, is_frozen=False)
         else:
@@ -94,7 +94,7 @@ def marks_of_states(items: Items) -> Iterator[Any]:
             yield thing.state_dict()
 
 
-def _state_values(items: Items, ranks: Ranks) -> Iterator[tuple[Name, Any]]:
+def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name, Any]]:
     names: ParameterNames | None = None
     for part, thing in items.training_state.items():
         try:
@@ -102,9 +102,16 @@ def _state_values(items: Items, ranks: Ranks) -> Iterator[tuple[Name, Any]]:
                 names = names or ParameterNames(items.model)
                 if is_of_units(thing):
                     refuse_units_apart(items.model, ranks.members)
+                    refuse_lbfgs(thing)
                     entries = group_entries(thing, names)
+                    held.alike.update(
+                        (Name(part, key), states_of_units(part, thing, items.model, names)) for key in entries
+                    )
                 else:
                     entries = optimizer_entries(thing, names)
+                    if ranks.world_size > 1:
+                        groups, alike = alike_in(part, entries, names)
+                        held.alike[Name(part, groups)] = alike
             elif isinstance(thing, PerRank):
                 entries = {key_of_rank(ranks.rank): thing.state_dict()}
             else:
