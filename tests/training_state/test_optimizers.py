@@ -97,7 +97,7 @@ ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
         (lambda them: Wrapped(ADAMW(them)), ADAM, "it was saved from 'AdamW', and is to be loaded into 'Adam'"),
         (Own, lambda them: Own(them, more=1), "it was saved without the options 'more', which 'Own' needs"),
     ],
-    ids=str,
+    ids=["other", "newer", "wrapped", "own"],
 )
 def test_state_of_another_kind_of_optimizer_is_refused(before, after, message, tmp_path):
     Training(single, lambda model: before(trained_of(model))).keep(tmp_path)
