@@ -40,7 +40,7 @@ def test_file_system_that_takes_no_advice_is_written_all_the_same(tmp_path, monk
     def refuse(*_):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    monkeypatch.setattr(os, "posix_fadvise", refuse)  # as some file systems do, and none here
     assert write(tmp_path / "large", 40 << 20) == BYTES
     monkeypatch.delattr(os, "posix_fadvise")  # as where there is none
     assert write(tmp_path / "larger", 40 << 20) == BYTES

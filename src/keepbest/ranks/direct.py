@@ -26,8 +26,7 @@ class Direct:
     """
 
     def __init__(self, gloo: dist.ProcessGroupGloo, rank: int) -> None:
-        # The stub of the class lacks them.
-        self._send, self._recv = gloo.send, gloo.recv  # type: ignore[attr-defined]
+        self._send, self._recv = gloo.send, gloo.recv  # type: ignore[attr-defined]  # its stub lacks them
         self._rank, self._other = rank, 1 - rank
         # What is on its way keeps its memory, also where nobody waits for it any more: gloo closes a connection over
         # which bytes come for a receive that is gone.
