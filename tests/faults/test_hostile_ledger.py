@@ -9,6 +9,7 @@ import pytest
 
 from keepbest import load
 from keepbest.errors import KeepBestError, LedgerError
+from keepbest.run.events import VERSION
 from keepbest.run.maintenance import repair
 from keepbest.run.verify import verify
 from tests.faults.hostile_run import (
@@ -109,7 +110,7 @@ FORGED_LINES = {
     "a state in words": with_line(BEGIN, state="fine"),
     "a restart in words": lambda entries: [*entries, {"event": "session", "restart": "1/../../../x"}],
     "a restart of nothing": lambda entries: [*entries, {"event": "session"}],
-    "a newer format": with_line(0, version=4),
+    "a newer format": with_line(0, version=VERSION + 1),
     "a format in words": with_line(0, version="4"),
     "no first line": lambda entries: entries[1:],
 }
@@ -144,7 +145,7 @@ def test_bytes_that_are_no_line_are_refused_everywhere(run, raw):
 
 
 def test_newer_format_says_what_to_do(run):
-    rewrite(run, with_line(0, version=4)(lines(run)))
+    rewrite(run, with_line(0, version=VERSION + 1)(lines(run)))
     assert "another version of keepbest" in refused_load(run)
 
 

@@ -88,8 +88,9 @@ class StatesToLoad:
             ConfigError: On every rank, if an optimizer has parameters that are not in the model.
         """
         for each in self._contents:
-            is_optimizer = isinstance(self._things[each.part.name], Optimizer)
-            keys = [key for key, kind in each.kinds.items() if kind.dtype is None or not is_optimizer]
+            # By what was saved, since ranks may hold different objects.
+            is_of_optimizer = any(map(is_groups, each.kinds))
+            keys = [key for key, kind in each.kinds.items() if kind.dtype is None or not is_of_optimizer]
             data = self._feed.bring(each, keys, dict.fromkeys(keys))
             self._found[each.part.name] = _Found(self._things[each.part.name], each, data, None)
         if not self._found:

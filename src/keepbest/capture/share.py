@@ -64,7 +64,6 @@ class Share:
 
     Attributes:
         parts: All parts of the model that were selected, in order.
-        training_state: Names of the training states.
         files: For each part, and each training state, the state dict that this rank writes, with plain keys, without
             what `plans` has; empty on ranks that write nothing. Gathered weights are full tensors on the CPU.
         left_out: For each part the keys, relative to the part, that were left out because they were frozen. A part that
@@ -72,15 +71,16 @@ class Share:
         slot: Where the values stand until they are written.
         writers: How the ranks that write come together.
         plans: For each part what was planned for its format, with the tensors of this rank.
+        training_state: Names of the training states.
     """
 
     parts: tuple[Part, ...]
-    training_state: tuple[str, ...]
     files: Mapping[str, StateDict]
     left_out: Mapping[str, Sequence[str]]
     slot: Slot
     writers: Writers
     plans: Mapping[str, Any] = field(default_factory=dict)
+    training_state: tuple[str, ...] = ()
 
 
 class Capture(Protocol):

@@ -105,12 +105,11 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
         settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
-        training_state = {"optimizer": kwargs["optimizer"], "scheduler": kwargs["lr_scheduler"]}
         keeper = BestKeeper(
             kwargs["model"],
             directory=self._directory or str(args.output_dir),
             metric_key=key,
-            training_state=training_state if self._saves_training_state else None,
+            training_state=_training_state(**kwargs) if self._saves_training_state else None,
             **settings,
         )
         loaded = self._take_out(state, key)
@@ -262,3 +261,8 @@ def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
             absent=f"{metric_key!r} was not reported by the evaluation; reported: {', '.join(sorted(metrics))}"
         )
     return read_value(metrics[metric_key])
+
+
+def _training_state(*, optimizer: Any, lr_scheduler: Any, **_: Any) -> dict[str, Any]:
+    """What a hook gets that is kept with each best."""
+    return {"optimizer": optimizer, "scheduler": lr_scheduler}

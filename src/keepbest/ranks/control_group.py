@@ -124,7 +124,7 @@ class ControlGroup:
         except RuntimeError as error:
             raise self._lost(step, error) from error
         except BaseException:
-            if not flight.is_under_way:
+            if self.group is not None and not flight.is_under_way:
                 self.poison = f"it was interrupted while it sent its part of step '{step}'"
             raise
         return flight
