@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -31,6 +32,18 @@ def pause(text: str) -> None:
     """Announces `text`, then blocks until the test calls `RankProcesses.resume(rank)`."""
     announce(text)
     _to_parent[0].recv_bytes()
+
+
+def in_forked_child(work: Callable[[], object]) -> int:
+    """Exit status of a forked child that does `work` and nothing else of the test: 0 unless it raises."""
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
 
 
 def main(connection: Connection, folder: Path, rank: int, world_size: int, init: bool, job: bytes) -> None:

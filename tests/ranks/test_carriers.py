@@ -15,6 +15,7 @@ from keepbest.errors import PoisonedError, RankLostError, RankTimeoutError
 from keepbest.ranks import Number, Ranks
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.ring import Ring
+from tests.kit.child import in_forked_child
 from tests.kit.pool import run_ranks, start_ranks
 
 WORLDS = {2: Direct, 3: Ring, 5: Ring}
@@ -120,15 +121,12 @@ def test_flag_that_is_dropped_in_flight_disturbs_nobody(world_size):
 def poll_in_a_forked_child() -> int:
     flag = Ranks.connect().flag()
     flag.poll()
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            with pytest.raises(PoisonedError, match="was forked from process"):
-                flag.poll()
-            status = 0
-        finally:
-            os._exit(status)
-    status = os.waitpid(child, 0)[1]
+
+    def poll() -> None:
+        with pytest.raises(PoisonedError, match="was forked from process"):
+            flag.poll()
+
+    status = in_forked_child(poll)
     flag.poll()
     return status
 

@@ -14,6 +14,7 @@ from torch import nn
 from keepbest import BestKeeper, load
 from keepbest.errors import PoisonedError, RankFailedError
 from keepbest.ranks import Ranks
+from tests.kit.child import in_forked_child
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import refs, update
 
@@ -67,16 +68,13 @@ def use_in_a_forked_child(directory: Path) -> int:
     torch.manual_seed(0)
     keep(directory, model := nn.Linear(1, 1), dist.group.WORLD)
     late = BestKeeper(model, directory=directory / "late", metric_key="loss")
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            load(directory, "best_model.loss", model)
-            with pytest.raises(PoisonedError, match="was forked from process"):
-                late.start()
-            status = 0
-        finally:
-            os._exit(status)
-    status = os.waitpid(child, 0)[1]
+
+    def use() -> None:
+        load(directory, "best_model.loss", model)
+        with pytest.raises(PoisonedError, match="was forked from process"):
+            late.start()
+
+    status = in_forked_child(use)
     late.start()
     late.close()
     return status

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from keepbest.errors import ConfigError, RunExistsError
 from keepbest.run.lock import RunLock
 from keepbest.run.verify import verify
 from keepbest.saving.open_run import OpenRun
+from tests.kit.child import in_forked_child
 from tests.kit.files import SteppedFiles, before
 from tests.kit.runs import Run, ledger, refs, snapshots, update
 from tests.kit.seams import use
@@ -81,13 +81,12 @@ def test_forked_child_changes_nothing_however_it_ends(tmp_path, settings):
 
 def test_run_that_a_forked_child_opens_first_is_its_own(tmp_path):
     run = Run(tmp_path)
-    if (child := os.fork()) == 0:
-        try:
-            run.observe(1.0)
-            run.keeper.close()
-        finally:
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def keep() -> None:
+        run.observe(1.0)
+        run.keeper.close()
+
+    assert in_forked_child(keep) == 0
     assert refs(tmp_path) == {BEST: "U1"}
     with pytest.raises(RunExistsError, match="resume it"):
         run.keeper.start()
@@ -95,17 +94,14 @@ def test_run_that_a_forked_child_opens_first_is_its_own(tmp_path):
 
 def is_free(directory: Path) -> bool:
     """Whether another process could have the folder, which may not be there yet."""
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            (directory / "checkpoints").mkdir(exist_ok=True)
-            lock = RunLock(directory / "checkpoints" / "lock")
-            lock.acquire()
-            lock.release()
-            status = 0
-        finally:
-            os._exit(status)  # the rest of the test is not for this process
-    return os.waitpid(child, 0)[1] == 0
+
+    def take() -> None:
+        (directory / "checkpoints").mkdir(exist_ok=True)
+        lock = RunLock(directory / "checkpoints" / "lock")
+        lock.acquire()
+        lock.release()
+
+    return in_forked_child(take) == 0
 
 
 def comes_true(condition) -> bool:

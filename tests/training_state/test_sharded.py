@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from keepbest import BestKeeper, load
@@ -224,3 +224,40 @@ def test_square_state_of_unknown_meaning_is_not_cut(tmp_path):
         with BestKeeper(model, directory=tmp_path / name, metric_key="loss", training_state=states) as keeper:
             keeper.observe(1.0, update(1))
     assert run_ranks(load_squares, 2, tmp_path) == [[[1.0] * 4] * 4] * 2
+
+
+class Scaled(nn.Module):
+    """With one number that every rank has, as a part of a sharded model."""
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.scale = nn.Parameter(distribute_tensor(torch.tensor(2.0), mesh, [Replicate()]))
+
+    def step(self, optimizer, number):
+        optimizer.zero_grad()
+        ((self.scale - number) ** 2).backward()
+        optimizer.step()
+
+
+def keep_a_number(directory, settings):
+    """What a state of the number holds after a load and a step, and what it held without."""
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    models = [Scaled(mesh) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False) for model in models]
+    with BestKeeper(
+        models[0], directory=directory, metric_key="loss", training_state={"optimizer": optimizers[0]}, **settings
+    ) as keeper:
+        models[0].step(optimizers[0], 1)
+        keeper.observe(1.0, update(1))
+    load(directory, BEST, models[1], training_state={"optimizer": optimizers[1]})
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model.step(optimizer, 2)
+        state = optimizer.state[model.scale]
+        found.append([(key, type(value).__name__, float(value)) for key, value in sorted(state.items())])
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"format": "dcp"}], ids=str)
+def test_count_of_steps_is_no_part_of_a_number(settings, tmp_path):
+    for uninterrupted, continued in run_ranks(keep_a_number, 2, tmp_path, settings):
+        assert continued == uninterrupted

@@ -95,8 +95,8 @@ class Mailbox:
                 raise ConnectionError(f"contact with the other ranks was lost before {what} came")
             if now >= min(self._end, since + self._patience):
                 raise TimeoutError(f"{what} did not come within {now - since:.0f} s")
-            # The store could wait by itself, and would keep everybody else of this process waiting.
-            time.sleep(min(max(least, _PAUSE * (now - began)), most))
+            pause = min(max(least, _PAUSE * (now - began)), most)
+            time.sleep(pause)  # the store could wait by itself, and would keep everybody else of this process waiting
 
     def _has(self, key: str) -> bool:
         try:

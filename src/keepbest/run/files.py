@@ -78,8 +78,10 @@ class DurableFile:
     def _hand_over(self) -> None:
         """Let the disk begin with what was written, so that `sync` does not wait for all of it."""
         start, self._handed_over = self._handed_over, self._written
-        # Linux begins to write what it is asked to forget. It is advice: who does not take it waits in `sync`.
-        with contextlib.suppress(OSError, AttributeError):
+        if not hasattr(os, "posix_fadvise"):  # not every system has it
+            return
+        # Linux begins to write what it is asked to forget.
+        with contextlib.suppress(OSError):  # it is advice: who refuses it waits in `sync`, which reports what failed
             os.posix_fadvise(self._descriptor, start, self._written - start, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> DurableFile:
