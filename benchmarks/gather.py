@@ -16,7 +16,8 @@ from keepbest.formats.registry import find_format
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
 from keepbest.staging.host import HostStaging
-from keepbest.staging.slot import Staging, Unstaged
+from keepbest.staging.live import Unstaged
+from keepbest.staging.slot import Staging
 
 FRESH, STAGED, REFERENCE = "keepbest", "keepbest into a staging buffer", "get_model_state_dict"
 

@@ -23,7 +23,7 @@ from keepbest.errors import (
     StorageError,
 )
 from keepbest.ranks import Number, Ranks
-from keepbest.staging.slot import LiveSlot
+from keepbest.staging.live import LiveSlot
 from tests.kit.child import announce, pause
 from tests.kit.pool import run_ranks, start_ranks
 

@@ -71,7 +71,6 @@ class BestKeeper:
 
         self._ranks = Ranks.connect(process_group, **timeouts_to_connect(settings))
         self.metric_key, self._model = metric_key, model
-
         checked: CheckedSettings = self._ranks.agree(
             f"check the settings of the keeper of {metric_key}",
             lambda: check_settings(
@@ -98,6 +97,7 @@ class BestKeeper:
             find_format(given.format),
             ranks=self._ranks,
             in_background=given.async_save,
+            device_share=given.staging_device_share,
             tolerates=given.on_save_error == "warn",
         )
         self._run_id: str | None = None

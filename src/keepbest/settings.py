@@ -122,6 +122,14 @@ class CommonSettings(BaseModel):
         description="Whether training continues as soon as the weights are copied, while a thread writes them. The "
         "next call of the keeper raises what the thread fails at.",
     )
+    staging_device_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="With `async_save` on CUDA devices, the share of the free memory of a device that a copy of the "
+        "weights may take until it is on the host. Where it does not suffice, training waits for the host.",
+    )
     on_save_error: Literal["raise", "warn"] = Field(
         default="raise",
         description="Whether a save that fails raises, or only costs that best, so that training continues with the "

@@ -39,7 +39,7 @@ from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
 from keepbest.run.verify import verify
 from keepbest.saving.job import PendingSnapshot, SaveJob
-from keepbest.staging.slot import LiveSlot
+from keepbest.staging.live import LiveSlot
 from tests.faults.power_cut import RecordingFiles
 from tests.faults.test_protocol import Careless
 from tests.kit.files import Operation, SteppedFiles, without_waiting

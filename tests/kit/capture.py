@@ -12,7 +12,8 @@ from keepbest.capture.share import Items, Share
 from keepbest.formats.registry import find_format
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
-from keepbest.staging.slot import Staging, Unstaged
+from keepbest.staging.live import Unstaged
+from keepbest.staging.slot import Staging
 
 
 def gather(

@@ -26,7 +26,8 @@ from keepbest.modules.kinds import local_of
 from keepbest.ranks import Ranks, mailbox
 from keepbest.run.verify import verify
 from keepbest.staging.host import HostSlot, HostStaging
-from keepbest.staging.slot import Like, LiveSlot
+from keepbest.staging.live import LiveSlot
+from keepbest.staging.slot import Like
 from tests.capture.test_strategies import for_each_wrap, read_files
 from tests.kit.child import announce
 from tests.kit.files import Operation, SteppedFiles, before
@@ -167,7 +168,7 @@ def test_share_that_is_waited_for_needs_no_room(monkeypatch):
     union = Union({})
     layout = plan_layout(union, {"model": {"weight": torch.ones(2)}}, {"model": {}}, Ranks.connect(), "save")
     form = Form("parameter", (2,), "float32", "strided", "", is_frozen=False)
-    slot, held = LiveSlot(), Held([], entries={Name("model", "weight"): Entry(form, (), "cuda", "")})
+    slot, held = LiveSlot(), Held([], entries={Name("model", "weight"): Entry(form, (), "cpu", "")})
     rooms = []
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: rooms.append(shape))
     layout.reserve(slot, held)

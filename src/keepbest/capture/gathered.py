@@ -16,14 +16,16 @@ from keepbest.capture.fsdp1_optimizer import unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.share import Share
 from keepbest.capture.transfer import ShardTransfer
-from keepbest.capture.union import Holding
+from keepbest.capture.union import Holding, Union
 from keepbest.capture.whole import whole_tensor
 from keepbest.capture.writers import main_alone, nobody
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.sources import Source, StateDict
 from keepbest.ranks import Ranks
-from keepbest.staging.slot import Like, LiveSlot, Slot, Staging
+from keepbest.staging.device import every_stream
+from keepbest.staging.live import LiveSlot
+from keepbest.staging.slot import Like, Slot, Staging
 
 
 def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
@@ -59,7 +61,8 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         raise
     room = slot[0] if slot else LiveSlot()
     try:
-        files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
+        with every_stream(entry.device for entry in agreed.held.entries.values()):
+            files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
     except BaseException as error:  # noqa: BLE001  # lose raises
         room.release()
         ranks.lose("gather the weights", error)
@@ -76,9 +79,20 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
 
 def _reserve(agreed: Agreed, slot: Slot) -> None:
     """Allocate on rank 0 what the weights need, while a lack of memory is an error that every rank can raise."""
-    for name, holding in agreed.union.kept():
-        if not holding.entry.form.is_packed and not holding.entry.first:
-            slot.reserve(_room_of(name), _like(holding))
+    slot.reserve(_rooms_of(agreed.union))
+
+
+def rooms_to_gather(inventory: Inventory) -> dict[str, Like]:
+    """What room the tensors of a snapshot need on this rank. **Rank-local**."""
+    return _rooms_of(inventory.union) if inventory.ranks.is_main else {}
+
+
+def _rooms_of(union: Union) -> dict[str, Like]:
+    return {
+        _room_of(name): _like(holding)
+        for name, holding in union.kept()
+        if not holding.entry.form.is_packed and not holding.entry.first
+    }
 
 
 def _like(holding: Holding) -> Like:
@@ -117,7 +131,8 @@ def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]
         found |= receiver.receive_states(inventory.items.training_state)
         for name, value in unit_states(inventory.items, ranks, is_whole=True):
             is_tensor = isinstance(value, torch.Tensor)
-            found[name] = slot.put(_room_of(name), value) if is_tensor else own_data(value, slot)
+            found[name] = slot.copy(_room_of(name), value) if is_tensor else own_data(value, slot)
+    slot.seal()
     return {**found, **elsewhere.received}
 
 
@@ -231,7 +246,8 @@ class _Receiver:
             return self._shards.move(value, room, holding.number)
         whole = whole_tensor(value) if is_dtensor(value) else value.detach().resolve_conj().resolve_neg()
         if self._ranks.is_main and holding.owner == 0:
-            return self._slot.put(_room_of(name), whole)
+            # What was made whole is freed before the next one is.
+            return (self._slot.copy if is_dtensor(value) else self._slot.put)(_room_of(name), whole)
         if self._ranks.rank == holding.owner:
             self._elsewhere.send(name, whole)
         return torch.empty(0)

@@ -78,7 +78,7 @@ class Inventory:
         """
 
         def report() -> tuple[tuple[Held, Report], Number]:
-            held = self._look()
+            held = self.look()
             refuse_what_cannot_be_kept(held, held.entries, self._format, self.ranks, self.items.training_state)
             found = Report(held.entries, self._prints(held, held.entries))
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
@@ -88,7 +88,7 @@ class Inventory:
             self._adopt(found, same_everywhere(found.entries, self.ranks.world_size))
         else:
             self._adopt(found, unite(self._reports(step, found)))
-        if any(holding.entry.form.is_in_unit for _, holding in self._union_now().kept()):
+        if any(holding.entry.form.is_in_unit for _, holding in self.union.kept()):
             self._check_state_dicts_of_units(held, f"look at the state dict to {step}")
 
     def settle(self, step: str, claim: Callable[[Agreed], None], *, saving: bool) -> Agreed:
@@ -112,7 +112,7 @@ class Inventory:
         step = f"list the weights to {step}"
 
         def look_again() -> tuple[Held, Number]:
-            held = self._look()
+            held = self.look()
             self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)
             data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
@@ -147,7 +147,7 @@ class Inventory:
         except ConfigError as error:
             what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
             raise ConfigError(f"{error}. {_since(what)}") from error
-        agreed = Agreed(held, self._union_now())
+        agreed = Agreed(held, self.union)
         self._drift.compare(step, held, agreed.union)
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)
         return agreed
@@ -168,7 +168,8 @@ class Inventory:
     def _is_state(self, name: Name) -> bool:
         return name.part in self.items.training_state
 
-    def _look(self) -> Held:
+    def look(self) -> Held:
+        """What this rank holds now. **Rank-local**."""
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
         return held
@@ -197,7 +198,9 @@ class Inventory:
 
         self.ranks.agree(step, check)
 
-    def _union_now(self) -> Union:
+    @property
+    def union(self) -> Union:
+        """What the ranks agreed to hold when they looked last."""
         if self._union is None:
             raise RuntimeError("the inventory was not taken")
         return self._union

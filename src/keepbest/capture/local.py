@@ -20,9 +20,10 @@ from keepbest.capture.share import Items, Share, Writers
 from keepbest.capture.spread import spread_over_holders
 from keepbest.capture.union import Union
 from keepbest.capture.writers import AllNow, EachAlone
-from keepbest.modules.kinds import has_shards
+from keepbest.modules.kinds import has_shards, local_of
 from keepbest.ranks import Ranks
-from keepbest.staging.slot import Slot, Staging
+from keepbest.staging.device import every_stream
+from keepbest.staging.slot import Like, Slot, Staging
 
 
 class Local:
@@ -70,7 +71,8 @@ class Local:
         writers = self._writers(ranks, slot, step)
         left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
         gone = set[Name]()
-        with _losing(writers, ranks, "list the shards"):
+        on_devices = every_stream(entry.device for entry in agreed.held.entries.values())
+        with _losing(writers, ranks, "list the shards"), on_devices:
             found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
             tensors, data = _sorted_out(found, agreed, items, left_out, slot)
         layout = self._layout
@@ -103,6 +105,20 @@ class Local:
             return AllNow(ranks, step)
         self._captured += 1
         return EachAlone(ranks, ranks.mailbox(), self._captured, step, time.monotonic())
+
+
+def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
+    """What room the share of this rank will probably need. **Rank-local**."""
+    writers, held, rank = spread_over_holders(inventory.union), inventory.look(), inventory.ranks.rank
+    rooms: dict[str, Like] = {}
+    for name, holding in inventory.union.kept():
+        value = held.values.get(name)
+        if value is None or holding.entry.first or holding.entry.form.is_packed:
+            continue
+        if has_shards(value) or writers.get(name, holding.owner) == rank:
+            local = local_of(value)
+            rooms["/".join(name)] = Like(local.shape, local.dtype, local.device.type)
+    return rooms
 
 
 @contextmanager

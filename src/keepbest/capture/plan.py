@@ -43,12 +43,12 @@ class Layout:
 
     def reserve(self, slot: Slot, held: Held) -> None:
         """Allocate room for what this rank writes, unless it is written from where it is. **Rank-local**."""
-        if slot.is_live:
-            return
-        for part, item, data in self._items():
-            entry = held.entries.get(Name(part, item.index.fqn))
-            device = "cpu" if entry is None else entry.device
-            slot.reserve(_room_of(part, item), Like(data.chunk.sizes, data.properties.dtype, device, is_live=True))
+        slot.reserve(
+            {
+                _room_of(part, item): Like(data.chunk.sizes, data.properties.dtype, _device_of(part, item, held), True)
+                for part, item, data in self._items()
+            }
+        )
 
     def share(self, slot: Slot, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, SharePlan]:
         """What this rank writes of each part, as it is now. **Rank-local**.
@@ -60,7 +60,9 @@ class Layout:
         shards: dict[str, dict[MetadataIndex, torch.Tensor]] = {part: {} for part in self.mine}
         for part, item, _ in self._items():
             value = find_state_dict_object(dict(tensors[part]), item.index).detach().resolve_conj().resolve_neg()
-            shards[part][item.index] = value if slot.is_live else slot.put(_room_of(part, item), value)
+            is_written_from_there = slot.is_live and value.device.type == "cpu"
+            shards[part][item.index] = value if is_written_from_there else slot.put(_room_of(part, item), value)
+        slot.seal()
         return {
             part: SharePlan(_Shards(shards[part]), plan, self.metadata.get(part, Metadata({})), self.tied[part])
             for part, plan in self.mine.items()
@@ -131,6 +133,11 @@ def _plan_whole(
         for place, plan in zip(plans, FileSystemWriter("").prepare_global_plan(agreed), strict=True):
             place[part] = plan
     return plans, metadata
+
+
+def _device_of(part: str, item: WriteItem, held: Held) -> str:
+    entry = held.entries.get(Name(part, item.index.fqn))
+    return "cpu" if entry is None else entry.device
 
 
 def _room_of(part: str, item: WriteItem) -> str:

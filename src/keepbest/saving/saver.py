@@ -23,7 +23,8 @@ from keepbest.saving.losses import Losses
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.shared_folder import check_is_shared
 from keepbest.staging.host import HostStaging
-from keepbest.staging.slot import Slot, Staging, Unstaged
+from keepbest.staging.live import Unstaged
+from keepbest.staging.slot import Slot, Staging
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Saver:
         format: Format of the snapshots.
         ranks: Ranks of the model.
         in_background: Whether training continues while rank 0 writes.
+        device_share: Share of the free memory of a CUDA device that copies of the weights may take for a moment.
         tolerates: Whether training continues after a failure of the storage.
 
     Attributes:
@@ -62,6 +64,7 @@ class Saver:
         *,
         ranks: Ranks,
         in_background: bool,
+        device_share: float,
         tolerates: bool,
     ) -> None:
         self._name, self._policy, self._run = name, policy, run
@@ -70,6 +73,7 @@ class Saver:
         self._way = find_way(format.capture)
         self._ranks = ranks
         self._in_background, self._tolerates = in_background, tolerates
+        self._device_share = device_share
         self._staging = self._new_staging()
         self._selection = f"{name} {items.parts} {items.save_frozen_weights} {list(items.training_state)}"
         self._queued: PendingSnapshot | None = None
@@ -97,9 +101,10 @@ class Saver:
             check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def get_ready(self) -> None:
-        """Start the thread of a rank that writes. **Rank-local**. Raises `ConfigError` if it cannot be started."""
+        """Start the threads of a rank that writes. **Rank-local**. Raises `ConfigError` if they cannot be started."""
         if self._in_background and (self._ranks.is_main or self._way.is_spread):
             self._run.write_in_the_background(self._ranks.leave)
+        self._staging.prepare(self._way.rooms(self._inventory))
 
     def start(self, record: KeeperRecord) -> None:
         """Write into this record from now on. **Rank-local**, on rank 0."""
@@ -226,7 +231,8 @@ class Saver:
         if not self._in_background:
             return Unstaged()
         # One rank alone cannot know which save all others have only queued.
-        return HostStaging((lambda: None) if self._way.is_spread else self._give_up_the_queued)
+        make_room = (lambda: None) if self._way.is_spread else self._give_up_the_queued
+        return HostStaging(make_room, device_share=self._device_share)
 
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 
 import torch
 
-from keepbest.modules.kinds import is_dense
+from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
+from keepbest.staging.copies import Copies
+from keepbest.staging.device import Devices
+from keepbest.staging.memory import Memory
+from keepbest.staging.rooms import Rooms, sizes_of
 from keepbest.staging.slot import Like, Slot
 
 _SLOTS = 2  # while one is being written, the other can hold the next best
@@ -17,58 +21,57 @@ _PATIENCE = 1.0  # seconds to wait for a slot, before garbage is collected that 
 
 
 class HostSlot:
-    """CPU tensors that are allocated when they are first needed, then filled again and again: a `Slot`.
+    """Rooms that are allocated when they are first needed, then filled again and again: a `Slot`.
 
     They are pinned where the model is on a CUDA device, so that a copy into them does not hold up training.
 
     Args:
-        tensors: Tensors of earlier snapshots, by key, which this one fills again.
-        release: Function that gets them back, once: when this slot is released, or when it is garbage, as after an
+        rooms: Rooms of earlier snapshots, which this one fills again.
+        devices: Way from CUDA devices.
+        release: Function that gets the rooms back, once: when this slot is released, or when it is garbage, as after an
             interruption.
     """
 
     is_live = False
 
-    def __init__(self, tensors: dict[str, torch.Tensor], release: Callable[[dict[str, torch.Tensor]], None]) -> None:
-        self._tensors = tensors
-        self._release = weakref.finalize(self, release, tensors)
+    def __init__(self, rooms: Rooms, devices: Devices, release: Callable[[Rooms], None]) -> None:
+        self._rooms = rooms
+        self._release = weakref.finalize(self, release, rooms)
         self._release.atexit = False
-        self._copies: list[torch.cuda.Event] = []
+        self._copies = Copies(devices)
         self._needed: set[str] = set()
 
-    def reserve(self, key: str, like: Like) -> None:
-        self.room(key, like)
+    def reserve(self, wanted: Mapping[str, Like]) -> None:
+        self._needed.update(wanted)
+        self._rooms.make(wanted)
 
     def room(self, key: str, like: Like) -> torch.Tensor:
         self._needed.add(key)
-        held = self._tensors.get(key)
-        if held is None or held.shape != torch.Size(like.shape) or held.dtype != like.dtype:
-            self._tensors.pop(key, None)  # what is no longer needed makes room first
-            held = torch.empty(tuple(like.shape), dtype=like.dtype, device="cpu", pin_memory=like.device == "cuda")
-            self._tensors[key] = held
-        return held
+        return self._rooms.get(key, like)
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        if type(value) not in PLAIN_CLASSES:
+            return self.copy(key, value)
         if not is_dense(value):
             return value.detach().to("cpu", copy=True)
-        held = self.room(key, Like(value.shape, value.dtype, value.device.type))
-        held.copy_(value, non_blocking=value.is_cuda and held.is_pinned())
-        if value.is_cuda:
-            self._copies.append(torch.cuda.current_stream(value.device).record_event())
-        return held
+        room = self.room(key, Like(value.shape, value.dtype, value.device.type))
+        self._copies.add(key, room, value)
+        return room
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        return self.put(key, value)
+        if not is_dense(value):
+            return value.detach().to("cpu", copy=True)
+        return self.room(key, Like(value.shape, value.dtype, value.device.type)).copy_(value)
+
+    def seal(self) -> None:
+        self._copies.begin(self._rooms.rows)
 
     def wait(self) -> None:
-        for event in self._copies:
-            event.synchronize()
-        self._copies.clear()
+        self._copies.wait()
 
     def release(self) -> None:
         if self._release.alive:
-            for key in self._tensors.keys() - self._needed:
-                del self._tensors[key]  # of weights that went, or lie among the ranks in another way now
+            self._rooms.keep(self._needed)  # others are of weights that went, or lie among the ranks in another way now
         self._release()
 
 
@@ -78,20 +81,26 @@ class HostStaging:
     Args:
         make_room: Function that is called when both slots are taken. It gives up a save that is only queued, if it can,
             and returns the slot of that save.
+        device_share: Share of the free memory of a CUDA device that copies of the weights may take for a moment.
     """
 
     waits = True
 
-    def __init__(self, make_room: Callable[[], Slot | None]) -> None:
+    def __init__(self, make_room: Callable[[], Slot | None], *, device_share: float = 0.0) -> None:
         self._make_room = make_room
+        self._devices = Devices(device_share)
+        self._memory = Memory()
         # What was used last is used first, so that saves which do not overlap need one buffer.
-        self._free: list[dict[str, torch.Tensor]] = []
+        self._free: list[Rooms] = []
         # One entry for each of them. A queue of C, since an interruption can leave the lock of a condition taken.
         self._released: SimpleQueue[None] = SimpleQueue()
         self._claimed: weakref.WeakSet[HostSlot] = weakref.WeakSet()
         self._is_closed = False
         for _ in range(_SLOTS):
-            self._take_back({})
+            self._take_back(Rooms(self._memory))
+
+    def prepare(self, wanted: Mapping[str, Like]) -> None:
+        self._memory.prepare(sizes_of(wanted))
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""
@@ -117,14 +126,16 @@ class HostStaging:
     def close(self) -> None:
         """Free the slots, now or when they are released."""
         self._is_closed = True
+        self._memory.end()
         self._free.clear()
 
     def _claim(self) -> Slot:
-        slot = HostSlot(self._free.pop() if self._free else {}, self._take_back)
+        rooms = self._free.pop() if self._free else Rooms(self._memory)
+        slot = HostSlot(rooms, self._devices, self._take_back)
         self._claimed.add(slot)
         return slot
 
-    def _take_back(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _take_back(self, rooms: Rooms) -> None:
         if not self._is_closed:
-            self._free.append(tensors)
+            self._free.append(rooms)
             self._released.put(None)

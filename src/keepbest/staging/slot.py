@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-
-from keepbest.modules.kinds import is_dense
 
 
 class Like(NamedTuple):
@@ -25,6 +23,11 @@ class Like(NamedTuple):
     device: str
     is_live: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 class Slot(Protocol):
     """Room for one snapshot on the CPU. **Rank-local**.
@@ -36,17 +39,23 @@ class Slot(Protocol):
     @property
     def is_live(self) -> bool: ...
 
-    def reserve(self, key: str, like: Like) -> None:
+    def reserve(self, wanted: Mapping[str, Like]) -> None:
         """Allocate room now, so that a lack of memory shows before anything is on its way."""
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        """The values of a full tensor on the CPU, which stay as they are until they are written."""
+        """The values of a full tensor on the CPU, once the slot is sealed, until they are written.
+
+        The tensor lives, and stays as it is, until then.
+        """
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """As `put`, for a tensor that is about to be freed."""
 
     def room(self, key: str, like: Like) -> torch.Tensor:
         """A contiguous CPU tensor of this shape and dtype, for the caller to fill."""
+
+    def seal(self) -> None:
+        """Take the values as they are now; on the thread that trains, which may change them from then on."""
 
     def wait(self) -> None:
         """Wait until all copies have arrived; on the thread that writes."""
@@ -65,56 +74,11 @@ class Staging(Protocol):
     @property
     def waits(self) -> bool: ...
 
+    def prepare(self, wanted: Mapping[str, Like]) -> None:
+        """Begin to allocate memory for what the first snapshot will need, on a thread."""
+
     def claim(self) -> Slot:
         """A slot to fill."""
 
     def close(self) -> None:
         """Free what the slots hold, once they are released; nothing is claimed any more."""
-
-
-class LiveSlot:
-    """Weights on the CPU are written from where they are, before training continues. Others get room of their own."""
-
-    is_live = True
-
-    def __init__(self) -> None:
-        self._rooms: dict[str, torch.Tensor] = {}
-
-    def reserve(self, key: str, like: Like) -> None:
-        if not like.is_live or like.device != "cpu":
-            self._rooms[key] = torch.empty(tuple(like.shape), dtype=like.dtype)
-
-    def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        room = self._reserved(key, value)
-        return value.cpu() if room is None else room.copy_(value)
-
-    def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        room = self._reserved(key, value)
-        return value.to("cpu", copy=True) if room is None else room.copy_(value)
-
-    def _reserved(self, key: str, value: torch.Tensor) -> torch.Tensor | None:
-        room = self._rooms.pop(key, None)
-        fits = room is not None and (room.shape, room.dtype) == (value.shape, value.dtype) and is_dense(value)
-        return room if fits else None
-
-    def room(self, key: str, like: Like) -> torch.Tensor:
-        room = self._rooms.pop(key, None)
-        return torch.empty(tuple(like.shape), dtype=like.dtype) if room is None else room
-
-    def wait(self) -> None:
-        """Nothing is under way."""
-
-    def release(self) -> None:
-        self._rooms.clear()
-
-
-class Unstaged:
-    """For saves that are waited for: every slot is a `LiveSlot`."""
-
-    waits = False
-
-    def claim(self) -> LiveSlot:
-        return LiveSlot()
-
-    def close(self) -> None:
-        """There is nothing to free."""

@@ -1,0 +1,110 @@
+"""Memory of the host, touched and pinned before it is needed. **Rank-local**."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
+class Size(NamedTuple):
+    """What is wanted.
+
+    Attributes:
+        nbytes: Number of bytes.
+        is_pinned: Whether a CUDA device copies into it.
+    """
+
+    nbytes: int
+    is_pinned: bool
+
+
+def allocate(size: Size) -> Bytes:
+    """Memory whose pages are there. Neither the GIL nor a device is held for long.
+
+    Raises:
+        MemoryError: If there is none.
+        RuntimeError: If CUDA cannot pin it.
+    """
+    memory = np.empty(size.nbytes, dtype=np.uint8)
+    if size.nbytes:
+        torch.from_numpy(memory).zero_()
+    if size.is_pinned and size.nbytes:
+        runtime, address = _runtime(), memory.ctypes.data
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size.nbytes, _PORTABLE)))
+        weakref.finalize(memory, _unpin, os.getpid(), address).atexit = False
+    return memory
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # of torch
+
+
+def _unpin(process: int, address: int) -> None:
+    if process == os.getpid():  # a forked child has no CUDA
+        torch.cuda.check_error(int(_runtime().cudaHostUnregister(address)))
+
+
+class Memory:
+    """Allocates memory, some of it on a thread before it is asked for.
+
+    The first snapshot of a run would take several times as long as the next ones if its pages had to be found then.
+    """
+
+    def __init__(self) -> None:
+        self._ready: list[tuple[Size, Bytes]] = []
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def prepare(self, sizes: Sequence[Size]) -> None:
+        """Begin to allocate these, which `take` hands out."""
+        self.end()
+        self._is_over = threading.Event()
+        device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
+        arguments = (list(sizes), self._is_over, self._ready, device)
+        self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
+        self._thread.start()
+
+    def take(self, sizes: Sequence[Size]) -> list[Bytes]:
+        """Memory of these sizes: what is ready, and the rest now. What else was prepared is freed.
+
+        Raises:
+            MemoryError, RuntimeError: As `allocate`.
+        """
+        self.end()
+        taken: list[Bytes] = []
+        for size in sizes:
+            place = next((place for place, (ready, _) in enumerate(self._ready) if ready == size), None)
+            taken.append(allocate(size) if place is None else self._ready.pop(place)[1])
+        self._ready.clear()
+        return taken
+
+    def end(self) -> None:
+        """Prepare no more. What is being allocated is waited for."""
+        self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def _prepare(
+    sizes: Sequence[Size], is_over: threading.Event, ready: list[tuple[Size, Bytes]], device: int | None
+) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)  # of this thread
+    for size in sizes:
+        if is_over.is_set():
+            return
+        try:
+            ready.append((size, allocate(size)))
+        except (MemoryError, RuntimeError):
+            return  # who needs it asks again, and raises it on every rank

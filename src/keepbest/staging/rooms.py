@@ -1,0 +1,113 @@
+"""Room on the host for each tensor of a snapshot, filled again and again. **Rank-local**."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from keepbest.staging.memory import Bytes, Memory, Size
+from keepbest.staging.slot import Like
+
+_ROW = 1 << 26  # bytes: large enough for a device to copy at full speed, and pinned in a few milliseconds
+
+
+class Row(NamedTuple):
+    """Tensors of one dtype that lie one after the other.
+
+    Attributes:
+        keys: Their keys, in order.
+        whole: All of them, as one tensor of one dimension.
+    """
+
+    keys: Sequence[str]
+    whole: torch.Tensor
+
+
+class Rooms:
+    """Contiguous CPU tensors by key, each with a storage of its own, in rows that can be copied at once.
+
+    They are pinned where the values come from a CUDA device.
+
+    Args:
+        memory: Memory that they lie in.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._tensors: dict[str, torch.Tensor] = {}
+        self.rows: list[Row] = []
+
+    def make(self, wanted: Mapping[str, Like]) -> None:
+        """Make room for what has none yet, or none of this shape.
+
+        Raises:
+            MemoryError, RuntimeError: If there is no memory for it.
+        """
+        lacking = {key: like for key, like in wanted.items() if not self._has(key, like)}
+        if not lacking:
+            return
+        self.drop(lacking)  # what is no longer needed makes room first
+        rows = rows_of(lacking)
+        for (like, keys), memory in zip(rows, self._memory.take(sizes_of(lacking)), strict=True):
+            self._lay_out(like.dtype, {key: lacking[key].shape for key in keys}, memory)
+
+    def get(self, key: str, like: Like) -> torch.Tensor:
+        """The room of a key, made if need be. Raises as `make`."""
+        if not self._has(key, like):
+            self.make({key: like})
+        return self._tensors[key]
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Free the rooms of these keys. A row is freed when all in it are."""
+        for key in keys:
+            self._tensors.pop(key, None)
+        self.rows = [row for row in self.rows if all(key in self._tensors for key in row.keys)]
+
+    def keep(self, keys: set[str]) -> None:
+        """Free all other rooms."""
+        if gone := self._tensors.keys() - keys:
+            self.drop(gone)
+
+    def _has(self, key: str, like: Like) -> bool:
+        held = self._tensors.get(key)
+        return held is not None and held.dtype == like.dtype and held.shape == tuple(like.shape)
+
+    def _lay_out(self, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], memory: Bytes) -> None:
+        if not memory.size:
+            self._tensors |= {key: torch.empty(tuple(shape), dtype=dtype) for key, shape in shapes.items()}
+            return
+        start = 0
+        for key, shape in shapes.items():
+            count = torch.Size(shape).numel() * dtype.itemsize
+            if count:
+                # From a buffer, so that it is no view: a view would drag the whole row along into a file.
+                values = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
+                self._tensors[key] = values.view(dtype).view(tuple(shape))
+            else:
+                self._tensors[key] = torch.empty(tuple(shape), dtype=dtype)
+            start += count
+        self.rows.append(Row(tuple(shapes), torch.from_numpy(memory).view(dtype)))
+
+
+def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
+    """Which tensors lie in one row: those of one dtype and kind of device, up to the size of a row."""
+    rows: list[tuple[Like, list[str]]] = []
+    open_rows: dict[tuple[torch.dtype, str], tuple[int, list[str]]] = {}
+    for key, like in wanted.items():
+        kind = like.dtype, like.device
+        size, keys = open_rows.get(kind, (0, []))
+        if not keys or size + like.nbytes > _ROW:
+            size, keys = 0, []
+            rows.append((like, keys))
+        keys.append(key)
+        open_rows[kind] = size + like.nbytes, keys
+    return rows
+
+
+def sizes_of(wanted: Mapping[str, Like]) -> list[Size]:
+    """How much memory each row needs."""
+    return [
+        Size(sum(wanted[key].nbytes for key in keys), is_pinned=like.device == "cuda") for like, keys in rows_of(wanted)
+    ]
