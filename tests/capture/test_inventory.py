@@ -260,19 +260,19 @@ def run_out_of_memory(directory, wrap, in_background):
     set_weights(model, 1.0)
     model = DistributedDataParallel(model) if wrap == "ddp" else fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     keeper = keeper_of(model, directory, async_save=in_background)
-    keeper.start()
     limits = resource.getrlimit(resource.RLIMIT_AS)
+    if dist.get_rank() == 0:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, limits[1]))
     messages = []
-    for number in range(1, 4):
-        if dist.get_rank() == 0:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + 20_000_000, limits[1]))
-        try:
+    try:
+        keeper.start()
+        for number in range(1, 4):
             with pytest.raises(RankFailedError) as caught:
                 keeper.observe(1.0 / number, update(number))
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, limits)
-        messages.append(str(caught.value))
+            messages.append(str(caught.value))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     # Where the memory is there again, training goes on, and no slot was lost.
     assert keeper.observe(0.1, update(9)).is_new_best
     keeper.close()

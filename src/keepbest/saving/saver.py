@@ -13,6 +13,7 @@ from keepbest.capture.inventory import Inventory
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
+from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
@@ -22,6 +23,7 @@ from keepbest.saving.job import PendingSnapshot, SaveJob
 from keepbest.saving.losses import Losses
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.shared_folder import check_is_shared
+from keepbest.staging.device import is_capturing
 from keepbest.staging.host import HostStaging
 from keepbest.staging.live import Unstaged
 from keepbest.staging.slot import Slot, Staging
@@ -29,6 +31,10 @@ from keepbest.staging.slot import Slot, Staging
 _logger = logging.getLogger(__name__)
 
 DISK_REMEDY = "Free or repair the storage of the run directory and resume: everything committed before is intact"
+_IN_GRAPH = (
+    "a CUDA graph is being captured on the current stream. What is recorded then has no values yet, so nothing can be "
+    "observed or saved: capture the training step alone, and observe between its replays"
+)
 
 
 class Saver:
@@ -170,7 +176,12 @@ class Saver:
         self.is_in_doubt = False
 
     def take_failure(self) -> BaseException | None:
-        """What could not be written or uploaded, for every rank to raise; each once. **Rank-local**."""
+        """What every rank has to raise, since this one cannot save now, or could not write or upload. **Rank-local**.
+
+        What could not be written or uploaded comes once.
+        """
+        if is_capturing():
+            return ConfigError(_IN_GRAPH)
         folder = self._run.folder
         return self.losses.take() or self.losses.take_upload(None if folder is None else folder.copy)
 

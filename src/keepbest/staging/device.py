@@ -81,6 +81,11 @@ class Devices:
         return arrived
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def every_stream(devices: Iterable[str]) -> Iterator[None]:
     """Values that are copied in this block are those of this moment, whichever stream writes them.
