@@ -95,4 +95,4 @@ def another_stream() -> Iterator[None]:
 def keep_busy(milliseconds: int = 200) -> None:
     """Occupies the current stream for about so long, and returns at once."""
     if ON_CUDA:
-        torch.cuda._sleep(milliseconds * 1_500_000)  # noqa: SLF001  # cycles; no public function waits on the device
+        torch.cuda._sleep(milliseconds * 1_500_000)  # in cycles; no public function waits on the device

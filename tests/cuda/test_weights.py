@@ -35,7 +35,9 @@ def odd() -> Weights:
     """Tensors of all kinds, one of each."""
     tensors = {
         f"of_{dtype.itemsize}_{number}": torch.randn(7, 5, device=DEVICE).to(dtype)
-        for number, dtype in enumerate((torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn))
+        for number, dtype in enumerate(
+            (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+        )
     }
     tensors["of_int64"] = torch.arange(11, device=DEVICE)
     tensors["of_int32"] = torch.arange(3, dtype=torch.int32, device=DEVICE)
@@ -124,12 +126,14 @@ def test_another_stream_still_writes_at_observe(tmp_path, file_format, async_sav
 def test_stream_of_observe_is_still_busy(tmp_path, async_save):
     model = wide(64, count=4)
     expected = {name: value + 1 for name, value in copied(model).items()}
-    with BestKeeper(model, directory=tmp_path, metric_key="loss", async_save=async_save) as keeper:
-        with another_stream():
-            keep_busy()
-            change(model)
-            keeper.observe(1.0, epoch=1)
-            change(model)
+    with (
+        BestKeeper(model, directory=tmp_path, metric_key="loss", async_save=async_save) as keeper,
+        another_stream(),
+    ):
+        keep_busy()
+        change(model)
+        keeper.observe(1.0, epoch=1)
+        change(model)
     assert_same(kept(tmp_path, model), expected)
 
 
@@ -259,5 +263,3 @@ def test_training_state_of_adamw(tmp_path, file_format, async_save):
 def states(optimizer):
     found = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value.cpu().clone() for number, each in found.items() for name, value in each.items()}
-
-
