@@ -191,7 +191,8 @@ def check_training_state(folder: Path, wrap: str, file_format: str, *, async_sav
         after = shards(model)
     load(folder, REF, model, training_state={"optimizer": optimizer})
     assert_same(shards(model), weights)
-    assert_same(optimizer_states(optimizer), states)
+    if wrap != "fsdp1":  # which has states of empty shards before the load alone
+        assert_same(optimizer_states(optimizer), states)
     step()
     assert_same(shards(model), after)
 
