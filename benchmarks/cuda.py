@@ -1,0 +1,365 @@
+"""What does a new best cost a model that trains on a GPU?
+
+The time that training loses is that of a loop of matrix products with one best in it, less that of the loop alone, until
+the device has done everything. What holds up the host alone, while the device has work, costs nothing there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from benchmarks import measure
+from benchmarks.contestants import Action, Dcp, Keepbest, RawWrite, TorchSave
+from benchmarks.measure import Line, Report, Samples
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+MIB, GIB = 1 << 20, 1 << 30
+ALONE, OURS, PINNED, FRESH, TUNED, SAVE = (
+    "training alone",
+    "keepbest",
+    "pinned copy on its stream",
+    "dcp.async_save",
+    "dcp.async_save, cached pinned staging",
+    "torch.save",
+)
+_ROOM = 20 * GIB  # bytes that the largest run may need
+
+
+class Weights(nn.Module):
+    """So many tensors of so many bytes on the device."""
+
+    def __init__(self, count: int, each: int) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterList(nn.Parameter(torch.rand(each // 4, device=DEVICE)) for _ in range(count))
+
+    @property
+    def bytes(self) -> int:
+        return measure.weight_bytes(self)
+
+
+class Training:
+    """A loop of steps that occupy the device for about 10 ms each."""
+
+    def __init__(self, steps: int, width: int) -> None:
+        self._steps = steps
+        self._left = torch.rand(width, width, device=DEVICE, dtype=torch.bfloat16)
+        self._out = torch.empty_like(self._left)
+        self._products = 1
+        for _ in range(3):
+            seconds = _seconds(self.step)
+        self._products = max(round(0.01 / seconds), 1) if ON_CUDA else 1
+
+    def step(self) -> None:
+        for _ in range(self._products):
+            torch.mm(self._left, self._left, out=self._out)
+
+    def run(self, best: Callable[[], Any]) -> None:
+        for number in range(self._steps):
+            if number == self._steps // 3:
+                best()
+            self.step()
+        _finish()
+
+
+class Within(Action):
+    """Trains, and does one thing on the way."""
+
+    def __init__(self, training: Training, inner: Action) -> None:
+        self._training, self._inner = training, inner
+
+    def prepare(self) -> None:
+        self._inner.prepare()
+        _finish()
+
+    def act(self) -> None:
+        self._training.run(self._inner.act)
+
+    def settle(self) -> None:
+        self._inner.settle()
+
+    def end(self) -> None:
+        self._inner.end()
+
+
+class Pinned(Action):
+    """Copies the weights into pinned memory that is kept, on the stream that trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._source = [value.detach() for value in model.state_dict().values()]
+        self._buffers = [torch.empty(value.shape, dtype=value.dtype, pin_memory=ON_CUDA) for value in self._source]
+
+    def act(self) -> None:
+        for buffer, value in zip(self._buffers, self._source, strict=True):
+            buffer.copy_(value, non_blocking=True)
+
+
+class KeptStager(DefaultStager):
+    """A stager that some versions of torch close after its first save, and others do not, and that stays open."""
+
+    def close(self) -> None:
+        """Nothing, until `end`."""
+
+    def end(self) -> None:
+        super().close()
+
+
+class TunedDcp(Dcp):
+    """`async_save` with pinned staging buffers that are kept."""
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        super().__init__(model, folder, "tuned")
+        self._kept = KeptStager(StagingOptions(ON_CUDA, False, False, ON_CUDA))
+        self._stager = self._kept
+
+    def end(self) -> None:
+        super().end()
+        self._kept.end()
+
+
+def _finish() -> None:
+    if ON_CUDA:
+        torch.cuda.synchronize()
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    _finish()
+    started = time.perf_counter()
+    call()
+    _finish()
+    return time.perf_counter() - started
+
+
+def _lost(samples: Samples, name: str) -> float:
+    """Seconds of training that something cost, in the median of the rounds."""
+    return statistics.median(ours - alone for ours, alone in zip(samples[name], samples[ALONE], strict=True))
+
+
+def _lost_in_words(samples: Samples, *names: str) -> str:
+    return "; ".join(f"{name} {_lost(samples, name) * 1e3:.2f} ms" for name in names)
+
+
+@contextmanager
+def _memory_folder() -> Iterator[Path]:
+    """A folder in memory, so that no disk is measured; on the disk where there is too little of it."""
+    where = Path("/dev/shm")
+    is_large = where.is_dir() and shutil.disk_usage(where).free > _ROOM
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=where if is_large or not ON_CUDA else None) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _ballast(leaves: int) -> Iterator[None]:
+    """Takes all memory of the device except `leaves` bytes."""
+    if not ON_CUDA:
+        yield
+        return
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free - leaves, dtype=torch.uint8, device=DEVICE)
+    try:
+        yield
+    finally:
+        del held
+        torch.cuda.empty_cache()
+
+
+def _rounds(training: Training, contestants: Mapping[str, Action], repetitions: int) -> Samples:
+    within: dict[str, Action] = {name: Within(training, action) for name, action in contestants.items()}
+    try:
+        # Two rounds to warm up, since there are two staging buffers.
+        return measure.alternate({ALONE: Within(training, Action()), **within}, repetitions, warm_up=2)
+    finally:
+        for action in within.values():
+            action.end()
+
+
+def raw_numbers(report: Report, size: int) -> None:
+    """What the machine can do, to judge the rest by."""
+    source = torch.rand(size // 4, device=DEVICE)
+    pinned = torch.empty(source.shape, pin_memory=ON_CUDA)
+    clone = torch.empty_like(source)
+    for what, call in (
+        ("pinned copy", lambda: pinned.copy_(source, non_blocking=True)),
+        ("device clone", lambda: clone.copy_(source)),
+    ):
+        seconds = statistics.median([_seconds(call) for _ in range(6)][1:])
+        report.add(Line(f"{what} of {_named(size)}", seconds * 1e3, unit="ms"))
+    if ON_CUDA:
+        pages = torch.zeros(size, dtype=torch.uint8)
+        runtime = torch.cuda.cudart()
+        started = time.perf_counter()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(pages.data_ptr(), size, 0)))
+        seconds = time.perf_counter() - started
+        torch.cuda.check_error(int(runtime.cudaHostUnregister(pages.data_ptr())))
+        report.add(Line(f"cudaHostRegister of {_named(size)}, touched", seconds * 1e3, unit="ms"))
+
+
+def _named(size: int) -> str:
+    return f"{size / GIB:g} GiB" if size >= GIB else f"{size // MIB} MiB"
+
+
+def training_time(report: Report, training: Training, size: int, repetitions: int, *, has_peers: bool) -> None:
+    model = Weights(100, size // 100 // 4096 * 4096)
+    with _memory_folder() as folder:
+        contestants: dict[str, Action] = {OURS: Keepbest(model, folder, async_save=True), PINNED: Pinned(model)}
+        if has_peers:
+            contestants[FRESH] = Dcp(model, folder, "fresh")
+            contestants[TUNED] = TunedDcp(model, folder)
+            contestants[SAVE] = TorchSave(model, folder, sync=False)
+        samples = _rounds(training, contestants, repetitions)
+    what = f"training time lost to a best of {_named(size)}, memory free"
+    report.samples[what] = samples
+    figures = _lost_in_words(samples, OURS, PINNED) + f"; {measure.figures(samples, ALONE)}"
+    per_gib = _lost(samples, OURS) * 1e3 / (model.bytes / GIB)
+    report.add(Line(what, per_gib, "at most 1.5 ms per GiB", 1.5, unit="ms", detail=figures))
+    if has_peers:
+        ours = max(_lost(samples, OURS), 1e-5)  # no more than the noise is no time
+        for peer in (FRESH, SAVE):
+            is_bar = peer == FRESH
+            report.add(
+                Line(
+                    f"training time lost to {peer} beside it",
+                    _lost(samples, peer) / ours,
+                    "at least 3 x ours" if is_bar else "reported",
+                    3.0 if is_bar else None,
+                    at_least=True,
+                    detail=_lost_in_words(samples, peer),
+                )
+            )
+        value = ours / max(_lost(samples, TUNED), 1e-5)
+        report.add(Line(f"beside {TUNED}", value, "at most 1.0 x", 1.0, detail=_lost_in_words(samples, TUNED)))
+
+
+def without_memory(report: Report, training: Training, size: int, repetitions: int) -> None:
+    model = Weights(100, size // 100 // 4096 * 4096)
+    with _memory_folder() as folder, _ballast(8 * MIB):
+        contestants = {OURS: Keepbest(model, folder, async_save=True), PINNED: Pinned(model)}
+        samples = _rounds(training, contestants, repetitions)
+    what = f"training time lost to a best of {_named(size)}, no memory free"
+    report.samples[what] = samples
+    value = _lost(samples, OURS) / max(_lost(samples, PINNED), 1e-5)
+    detail = _lost_in_words(samples, OURS, PINNED)
+    report.add(Line(what, value, "at most 1.1 x the pinned copy", 1.1, detail=detail))
+
+
+class Settled(Keepbest):
+    """Observes when the device has nothing to do: what is timed is the host."""
+
+    def prepare(self) -> None:
+        _finish()
+
+
+def host_time(report: Report, shapes: Mapping[tuple[int, int], float], repetitions: int) -> None:
+    for (count, each), bar in shapes.items():
+        model = Weights(count, each)
+        with _memory_folder() as folder:
+            ours = Settled(model, folder, async_save=True)
+            try:
+                samples = measure.alternate({OURS: ours}, repetitions, warm_up=2)
+            finally:
+                ours.end()
+        what = f"observe holds up the host, {count} tensors of {each / MIB:.3g} MiB"
+        report.samples[what] = samples
+        value = statistics.median(samples[OURS]) * 1e3
+        detail = measure.figures(samples, OURS, scale=1e3, unit="ms")
+        report.add(Line(what, value, f"at most {bar:g} ms", bar, unit="ms", detail=detail))
+
+
+def first_best(report: Report, training: Training, size: int, repetitions: int, seconds: float) -> None:
+    """The stall of the first best of a run that has trained a while, and of later ones."""
+    model = Weights(100, size // 100 // 4096 * 4096)
+    samples: Samples = {"first": [], "warm": []}
+    with _memory_folder() as folder:
+        for number in range(repetitions):
+            if ON_CUDA:
+                # Pinned memory of earlier runs would make the first best a warm one. There is no public way to free it.
+                torch._C._host_emptyCache()  # noqa: SLF001
+            ours = Keepbest(model, folder / str(number), async_save=True)
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                training.step()
+                _finish()
+            for best in range(5):
+                _finish()
+                started = time.perf_counter()
+                ours.act()
+                took = time.perf_counter() - started
+                if best != 1:  # the second best may use the second buffer for the first time
+                    samples["first" if best == 0 else "warm"].append(took)
+                ours.settle()
+            ours.end()
+    what = f"first best of {_named(size)} after {seconds:g} s of training"
+    report.samples[what] = samples
+    detail = measure.figures(samples, "first", "warm", scale=1e3, unit="ms")
+    report.add(Line(what, measure.ratio(samples, "first", "warm"), "at most 1.5 x a warm one", 1.5, detail=detail))
+
+
+def durable(report: Report, size: int, repetitions: int) -> None:
+    model = Weights(100, size // 100 // 4096 * 4096)
+    values = [value.cpu() for value in model.state_dict().values()]
+    for where, place in (("memory", _memory_folder()), ("disk", measure.scratch())):
+        with place as folder:
+            contestants: dict[str, Action] = {
+                "raw write + fsync": RawWrite(values, folder / "raw"),
+                OURS: Keepbest(model, folder),
+            }
+            try:
+                samples = measure.alternate(contestants, repetitions)
+            finally:
+                for each in contestants.values():
+                    each.end()
+        what = f"durable save of {_named(size)} to the {where}"
+        report.samples[what] = samples
+        value = measure.ratio(samples, OURS, "raw write + fsync")
+        detail = measure.figures(samples, OURS, "raw write + fsync")
+        report.add(Line(what, value, "at most 1.25 x raw write + fsync", 1.25, detail=detail))
+
+
+def run(quick: bool) -> Report:
+    report = Report()
+    small, large = (8 * MIB, 16 * MIB) if quick else (GIB, 6 * GIB)
+    repetitions, seconds = (2, 0.1) if quick else (5, 5.0)
+    training = Training(24, 8192 if ON_CUDA else 64)
+    name = torch.cuda.get_device_name() if ON_CUDA else "no GPU"
+    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {repetitions} repetitions, medians")
+    parts: dict[str, Callable[[], None]] = {
+        "raw": lambda: raw_numbers(report, small),
+        "first 1": lambda: first_best(report, training, small, 2, seconds),
+        "first 6": lambda: first_best(report, training, large, 1, seconds),
+        "host": lambda: host_time(report, {(100, small // 100 // 4096 * 4096): 2.0, _many(quick): 5.0}, repetitions),
+        "time 1": lambda: training_time(report, training, small, repetitions, has_peers=True),
+        "none": lambda: without_memory(report, training, small, repetitions),
+        "durable": lambda: durable(report, small, 2 if quick else 3),
+        "time 6": lambda: training_time(report, training, large, repetitions, has_peers=False),
+    }
+    for part, measure_it in parts.items():
+        started = time.monotonic()
+        measure_it()
+        if ON_CUDA:
+            torch.cuda.empty_cache()
+        print(f"({part}: {time.monotonic() - started:.1f} s)", flush=True)
+    return report
+
+
+def _many(quick: bool) -> tuple[int, int]:
+    return (200 if quick else 5000), 64 * 1024
+
+
+if __name__ == "__main__":
+    if not ON_CUDA and "--quick" not in sys.argv:
+        print("skipped: needs a CUDA device (--quick shows without one that the program runs)")
+        sys.exit(0)
+    measure.main("cuda", run)

@@ -1,0 +1,303 @@
+"""One of two ranks that share one device: runs every check of one process group, and reports each.
+
+    RANK=0 WORLD_SIZE=2 python -m tests.cuda.rank_checks nccl FOLDER
+
+NCCL takes two ranks on one device if each believes to be a host of its own, which `tests/cuda/test_ranks.py` arranges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from keepbest import BestKeeper, load
+from tests.cuda.device import DEVICE, MIB, ON_CUDA, alter, assert_same, copied, finish, zero
+
+REF = "best_model.loss"
+WORLD = 2
+GROUPS = {"nccl": "nccl", "both": "cpu:gloo,cuda:nccl"} if ON_CUDA else {"nccl": "gloo", "both": "gloo"}
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Layers(nn.Module):
+    """Uneven rows, a shard that is empty on the second rank, bf16, a scalar buffer, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even = nn.Linear(8, 6)
+        self.uneven = nn.Linear(5, 7)
+        self.single = nn.Linear(3, 1)
+        self.bf16 = nn.Linear(16, 9, dtype=torch.bfloat16)
+        self.norm = nn.BatchNorm1d(4)
+        self.tied = nn.Linear(8, 6, bias=False)
+        self.tied.weight = self.even.weight
+
+
+class Plain(nn.Module):
+    """One dtype and nothing tied, as FSDP1 wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 7)
+        self.second = nn.Linear(7, 3)
+
+
+def mesh(*shape: int) -> object:
+    names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh(DEVICE.type, shape, mesh_dim_names=names)
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    model.first = wrapped(model.first)
+    return wrapped(model)
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=DEVICE, use_orig_params=True)
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=mesh(WORLD))
+
+
+def nested(model: nn.Module) -> nn.Module:
+    over = mesh(WORLD)
+    for layer in (model.uneven, model.bf16):
+        fully_shard(layer, mesh=over)
+    return fully_shard(model, mesh=over)
+
+
+def several_meshes(model: nn.Module) -> nn.Module:
+    for layer in (model.uneven, model.single, model.bf16):
+        fully_shard(layer, mesh=mesh(WORLD))
+    return model
+
+
+def hybrid(model: nn.Module, shape: tuple[int, int]) -> nn.Module:
+    return fully_shard(model, mesh=mesh(*shape))
+
+
+def offloaded(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=mesh(WORLD), offload_policy=CPUOffloadPolicy(pin_memory=ON_CUDA))
+
+
+def partly_on_cpu(model: nn.Module) -> nn.Module:
+    model.single.to("cpu")
+    for layer in (model.uneven, model.bf16):
+        fully_shard(layer, mesh=mesh(WORLD))
+    return model
+
+
+WRAPS: dict[str, tuple[type[nn.Module], Wrap]] = {
+    "ddp": (Layers, ddp),
+    "fsdp1": (Plain, fsdp1),
+    "fsdp2": (Layers, fsdp2),
+    "fsdp2_nested": (Layers, nested),
+    "several_meshes": (Layers, several_meshes),
+    "hybrid_2_1": (Layers, partial(hybrid, shape=(2, 1))),
+    "hybrid_1_2": (Layers, partial(hybrid, shape=(1, 2))),
+    "cpu_offload": (Layers, offloaded),
+    "partly_on_cpu": (Layers, partly_on_cpu),
+}
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().to(DEVICE)
+
+
+def change_shards(model: nn.Module) -> None:
+    """Gives every weight another value, in place, on each rank. Collective for none."""
+    with torch.no_grad():
+        for value in dict.fromkeys([*model.parameters(), *model.buffers()]):
+            alter(local(value))
+
+
+def local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def shards(model: nn.Module) -> dict[str, Tensor]:
+    finish()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: local(value).detach().to("cpu", copy=True) for name, value in named}
+
+
+def check_bits(folder: Path, wrap: str, file_format: str, *, async_save: bool) -> None:
+    """Two bests, loaded into a model on each rank that is not wrapped, and back into the wrapped one."""
+    kind, function = WRAPS[wrap]
+    plain = made(kind)
+    expected = [copied(plain)]
+    change_shards(plain)
+    expected.append(copied(plain))
+    model = function(made(kind))
+    mine = []
+    with BestKeeper(
+        model, directory=folder, metric_key="loss", format=file_format, async_save=async_save, keep_top_k=2
+    ) as keeper:
+        for epoch in (1, 2):
+            mine.append(shards(model))
+            keeper.observe(-float(epoch), epoch=epoch)
+            change_shards(model)
+            keeper.flush()
+    for ref, number in ((REF, 1), (f"{REF}.top=2", 0)):
+        load(folder, ref, zero(plain))
+        assert_same(copied(plain), expected[number])
+        load(folder, ref, model)
+        assert_same(shards(model), mine[number])
+
+
+def check_training_state(folder: Path, wrap: str, file_format: str, *, async_save: bool) -> None:
+    kind, function = WRAPS[wrap]
+    model = function(made(kind))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    step()
+    with BestKeeper(
+        model,
+        directory=folder,
+        metric_key="loss",
+        format=file_format,
+        async_save=async_save,
+        training_state={"optimizer": optimizer},
+    ) as keeper:
+        keeper.observe(1.0, epoch=1)
+        weights, states = shards(model), optimizer_states(optimizer)
+        step()
+        after = shards(model)
+    load(folder, REF, model, training_state={"optimizer": optimizer})
+    assert_same(shards(model), weights)
+    if wrap != "fsdp1":  # which has states of empty shards before the load alone
+        assert_same(optimizer_states(optimizer), states)
+    step()
+    assert_same(shards(model), after)
+
+
+def optimizer_states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    finish()
+    found = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": local(value).to("cpu", copy=True)
+        for number, each in found.items()
+        for name, value in each.items()
+    }
+
+
+def check_memory(folder: Path, file_format: str, *, async_save: bool) -> None:
+    """A rank that does not write needs no more than one bucket, although a parameter has twice as much."""
+    torch.manual_seed(0)
+    big = nn.Sequential(*(nn.Linear(4096, 8192, bias=False, device=DEVICE) for _ in range(2)))  # 128 MiB each
+    expected = copied(big)
+    model = fully_shard(big, mesh=mesh(WORLD))
+    with BestKeeper(model, directory=folder, metric_key="loss", format=file_format, async_save=async_save) as keeper:
+        if ON_CUDA:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if ON_CUDA else 0
+        keeper.observe(1.0, epoch=1)
+        change_shards(model)
+        keeper.flush()
+        grown = torch.cuda.max_memory_allocated() - before if ON_CUDA else 0
+        left = torch.cuda.memory_allocated() - before if ON_CUDA else 0
+    plain = nn.Sequential(*(nn.Linear(4096, 8192, bias=False) for _ in range(2)))
+    load(folder, REF, zero(plain))
+    assert_same(copied(plain), expected)
+    print(f"rank {dist.get_rank()}: {grown / MIB:.1f} MiB at most, {left / MIB:.1f} MiB left", flush=True)
+    assert left <= 2 * MIB, f"{left / MIB:.1f} MiB are still in use"
+    if dist.get_rank() == 1:
+        assert grown <= 66 * MIB, f"rank 1 needed {grown / MIB:.1f} MiB more"
+
+
+def check_share_of_zero(folder: Path) -> None:
+    """Without memory for copies of the weights, sharded ones are kept right too."""
+    plain = made(Layers)
+    expected = copied(plain)
+    for file_format in ("torch", "dcp"):
+        model = nested(made(Layers))
+        run = folder / file_format
+        settings = {"staging_device_share": 0.0} if ON_CUDA else {}
+        with BestKeeper(
+            model, directory=run, metric_key="loss", format=file_format, async_save=True, **settings
+        ) as keeper:
+            keeper.observe(1.0, epoch=1)
+            change_shards(model)
+        load(run, REF, zero(plain))
+        assert_same(copied(plain), expected)
+
+
+def checks() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    ways = [(form, is_async) for form in ("torch", "dcp") for is_async in (False, True)]
+    for form, is_async in ways:
+        how = f"{form}-{'async' if is_async else 'sync'}"
+        for wrap in WRAPS:
+            yield f"bits-{wrap}-{how}", partial(check_bits, wrap=wrap, file_format=form, async_save=is_async)
+        for wrap in ("ddp", "fsdp1", "fsdp2", "cpu_offload"):
+            check = partial(check_training_state, wrap=wrap, file_format=form, async_save=is_async)
+            yield f"training_state-{wrap}-{how}", check
+    for is_async in (False, True):
+        check = partial(check_memory, file_format="torch", async_save=is_async)
+        yield f"memory-{'async' if is_async else 'sync'}", check
+    yield "share_of_zero", check_share_of_zero
+
+
+NAMES = [name for name, _ in checks()]
+
+
+def main(group: str, folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    if ON_CUDA:
+        torch.cuda.set_device(0)
+    dist.init_process_group(
+        GROUPS[group],
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=25),
+        device_id=torch.device("cuda", 0) if ON_CUDA and group == "nccl" else None,
+    )
+    meeting = dist.FileStore(str(folder / "meeting"), WORLD)
+    meeting.set_timeout(timedelta(seconds=30))
+    with (folder / f"rank{rank}.jsonl").open("w") as report:
+        for name, check in checks():
+            started, error = time.monotonic(), ""
+            try:
+                check(folder / "runs" / name)
+            except Exception:  # noqa: BLE001  # each check is reported, and the next one follows
+                error = traceback.format_exc()
+            seconds = round(time.monotonic() - started, 2)
+            report.write(json.dumps({"name": name, "seconds": seconds, "error": error}) + "\n")
+            report.flush()
+            print(f"{name}: {'failed' if error else 'passed'} in {seconds} s\n{error}", flush=True)
+            # Not a collective: a rank that fails in the middle of one is not where the other is.
+            meeting.set(f"{name}/{rank}", "here")
+            meeting.wait([f"{name}/{1 - rank}"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
