@@ -83,7 +83,8 @@ class Devices:
 
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    has_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # of torch
+    return has_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
