@@ -1,7 +1,7 @@
 """What does a new best cost a model that trains on a GPU?
 
-The time that training loses is that of a loop of matrix products with one best in it, less that of the loop alone, until
-the device has done everything. What holds up the host alone, while the device has work, costs nothing there.
+The time that training loses is that of a loop of matrix products with one best in it, less that of the loop alone,
+until the device has done everything. What holds up the host alone, while the device has work, costs nothing there.
 """
 
 from __future__ import annotations
