@@ -167,12 +167,15 @@ def _ballast(leaves: int) -> Iterator[None]:
         yield
         return
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(free - leaves, dtype=torch.uint8, device=DEVICE)
+    held = []
     try:
+        # In pieces, since there may be no room for all of it in one.
+        for piece in (GIB, 64 * MIB, 10 * MIB):
+            while torch.cuda.mem_get_info()[0] >= piece + leaves:
+                held.append(torch.empty(piece, dtype=torch.uint8, device=DEVICE))
         yield
     finally:
-        del held
+        held.clear()
         torch.cuda.empty_cache()
 
 
