@@ -13,7 +13,7 @@ BENCH_INSTALLED := .venv-bench/.installed
 PYTEST_ARGS ?=
 PYTEST := $(BIN)/pytest -q $(PYTEST_ARGS)
 
-.PHONY: demo test quick faults fuzz test-slurm test-hosts test-browser soak check docs clean bench bench-setup
+.PHONY: demo test quick faults fuzz test-slurm test-hosts test-browser test-cuda soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED)
@@ -48,6 +48,10 @@ test-hosts: $(INSTALLED)
 # Opens the report of a run in Chromium. As root on Debian, it installs Chromium.
 test-browser: $(INSTALLED)
 	$(PYTEST) --browser tests/cli/test_report_in_browser.py
+
+# Needs a GPU, and the environment that knows it: PYTHON has torch, numpy, pydantic, xxhash and pytest. Installs nothing.
+test-cuda:
+	PYTHONPATH=src:.:$$PYTHONPATH $(PYTHON) -m pytest -c tests/cuda/pytest.ini $(PYTEST_ARGS) tests/cuda
 
 # Interrupts jobs five times in each way: by a signal, by their return to the queue, and by time limits, which SLURM keeps
 # to the minute.

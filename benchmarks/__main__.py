@@ -20,6 +20,7 @@ PROGRAMS = (
     "shards",
     "scale",
     "shards_scale",
+    "cuda",
 )
 
 

@@ -283,6 +283,7 @@ def machine() -> dict[str, Any]:
         "file_system": disk.stdout.strip(),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

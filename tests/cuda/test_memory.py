@@ -12,7 +12,7 @@ from keepbest import BestKeeper, load
 from tests.cuda.device import DEVICE, MIB, assert_same, change, copied, wide, zero
 
 REF = "best_model.loss"
-MODEL = 512  # MiB
+MODEL = 256  # MiB
 BLOCK = 2 * MIB  # torch takes memory in blocks of this size
 
 pytestmark = pytest.mark.usefixtures("needs_cuda")
@@ -20,14 +20,17 @@ pytestmark = pytest.mark.usefixtures("needs_cuda")
 
 @contextmanager
 def ballast(leaves: int) -> Iterator[None]:
-    """Takes all memory of the device except so many MiB."""
+    """Takes all memory of the device except so many MiB, or a few more."""
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(free - leaves * MIB, dtype=torch.uint8, device=DEVICE)
+    held = []
     try:
+        # In pieces, since there may be no room for all of it in one. torch takes no less than 20 MiB for a smaller one.
+        for piece in (1024, 64, 10):
+            while torch.cuda.mem_get_info()[0] >= (piece + leaves) * MIB:
+                held.append(torch.empty(piece * MIB, dtype=torch.uint8, device=DEVICE))
         yield
     finally:
-        del held
+        held.clear()
         torch.cuda.empty_cache()
 
 
@@ -71,13 +74,13 @@ def assert_kept(folder, model, expected):
     assert_same(copied(model), expected)
 
 
-@pytest.mark.parametrize("leaves", [8, 100, 300])
+@pytest.mark.parametrize("leaves", [8, 160])
 def test_no_room_for_a_copy_of_the_weights(tmp_path, file_format, async_save, leaves):
     model = wide(MODEL, count=4)
     with ballast(leaves):
-        growth = Growth()
+        growth, (free, _) = Growth(), torch.cuda.mem_get_info()
         expected = keep_two(tmp_path, model, format=file_format, async_save=async_save)
-        assert growth.reserved <= leaves * MIB, f"{growth.reserved / MIB} MiB were reserved"
+        assert growth.reserved <= free // 2 + BLOCK, f"{growth.reserved / MIB} of {free / MIB} MiB were reserved"
     assert_kept(tmp_path, model, expected)
 
 

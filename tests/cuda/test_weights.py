@@ -97,7 +97,7 @@ def test_many_small_tensors(tmp_path, async_save):
 
 
 def test_another_stream_changes_weights_after_observe(tmp_path, file_format, async_save):
-    model = wide(512, count=4)
+    model = wide(256, count=4)
     expected = copied(model)
     with BestKeeper(model, directory=tmp_path, metric_key="loss", format=file_format, async_save=async_save) as keeper:
         keeper.observe(1.0, epoch=1)
