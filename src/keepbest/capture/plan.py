@@ -58,8 +58,9 @@ class Layout:
             tensors: For each part the tensors that were planned, as this rank holds them now.
         """
         shards: dict[str, dict[MetadataIndex, torch.Tensor]] = {part: {} for part in self.mine}
+        states = {part: dict(tensors[part]) for part in self.mine}
         for part, item, _ in self._items():
-            value = find_state_dict_object(dict(tensors[part]), item.index).detach().resolve_conj().resolve_neg()
+            value = find_state_dict_object(states[part], item.index).detach().resolve_conj().resolve_neg()
             shards[part][item.index] = value if slot.is_live else slot.put(_room_of(part, item), value)
         return {
             part: SharePlan(_Shards(shards[part]), plan, self.metadata.get(part, Metadata({})), self.tied[part])
