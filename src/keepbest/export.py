@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keepbest.capture.contents import PartContents, whole_key
-from keepbest.capture.selection import Selection
+from keepbest.capture.selection import Selection, chosen_parts, unread_parts
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats import safetensors_file, torch_file
 from keepbest.formats.entries import Entry, fetched
 from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
-from keepbest.modules.parts import Part
 from keepbest.remote.download import local_copy, snapshot_of
 from keepbest.remote.storage import local_path
-from keepbest.run.digest import check_file
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
@@ -53,7 +51,7 @@ def export(
     only: str | Sequence[str] | None = None,
     largest_file: int = _LARGEST_FILE,
 ) -> list[Path]:
-    """Write the weights that `ref` names to `to`, after every file was verified.
+    """Write the weights that `ref` names to `to`, after every file that is read was verified.
 
     Keys are those of the whole model; those of the part, if it is the only one or is named by `part`.
 
@@ -76,8 +74,14 @@ def export(
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
-    with local_copy(run, snapshot_of(ref)) as directory:
-        return _export(directory, ref, local_path(to), part, Selection.of(only), largest_file)
+    selection = Selection.of(only)
+
+    def files(manifest: Manifest) -> list[str]:
+        names = {each.name for each in chosen_parts(manifest, selection)}
+        return manifest.files_in(names if part is None else names & {part})
+
+    with local_copy(run, snapshot_of(ref), files=files) as directory:
+        return _export(directory, ref, local_path(to), part, selection, largest_file)
 
 
 def _export(
@@ -87,9 +91,7 @@ def _export(
     if to.suffix in (torch_file.FORMAT.ending, safetensors_file.FORMAT.ending) and to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     parts = _parts(found.manifest, part)
-    for name in parts:
-        for file, record in found.manifest.files_of(name).items():
-            check_file(found.folder / file, record.digest)
+    found.check_files(parts={each.name for each in chosen_parts(found.manifest, selection)} & parts.keys())
     contents = _contents(found, parts, selection)
     if to.suffix == torch_file.FORMAT.ending:
         return [_write_torch(to, contents)]
@@ -118,12 +120,13 @@ def _parts(manifest: Manifest, part: str | None) -> dict[str, str]:
 def _contents(found: FoundSnapshot, parts: Mapping[str, str], selection: Selection) -> Contents:
     contents = Contents([], {}, {})
     manifest = found.manifest
-    places = {saved.name: Part(*saved) for saved in manifest.saved_parts}
-    readers = {name: find_format(manifest.format).reader(found.folder, manifest.files, name) for name in parts}
+    places = {each.name: each for each in chosen_parts(manifest, selection) if each.name in parts}
+    readers = {name: find_format(manifest.format).reader(found.folder, manifest.files, name) for name in places}
     whole = {name: PartContents.of(places[name], reader) for name, reader in readers.items()}
-    selection.check(whole_key(each.part, key) for each in whole.values() for key in each.names_to_keys)
-    for name, prefix in parts.items():
-        reader, part = readers[name], places[name]
+    unread = (each.path for each in unread_parts(manifest, selection) if each.name in parts and each.path)
+    selection.check([*(whole_key(each.part, key) for each in whole.values() for key in each.names_to_keys), *unread])
+    for name, part in places.items():
+        reader, prefix = readers[name], parts[name]
         for key, names in whole[name].names.items():
             chosen = [each for each in names if selection.holds(whole_key(part, each))]
             if chosen and key in reader.others:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest.capture.feed import Stored
-from keepbest.capture.selection import Selection
+from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import check_states
 from keepbest.capture.ways import find_way
 from keepbest.errors import SnapshotError
@@ -40,7 +40,7 @@ class LoadedSnapshot:
         keys: Names in the model of the weights that were loaded.
         left_alone: Names of what this rank's model has beside them, and keeps as it was.
         unused: Names of what the snapshot has beside them: what `only` leaves out, the stages of other ranks, and the
-            `_extra_state` of modules that have none in this model.
+            `_extra_state` of modules that have none in this model. A part of which nothing was read has one name.
         training_state: Names of the training states that were loaded.
         unused_training_state: Names of those that the snapshot has beside them.
     """
@@ -87,6 +87,7 @@ def load(
         ref: Name of the ref, for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
         model: Model that receives the parts that were saved.
         only: Dotted path, or several, of what is loaded: a submodule or a weight of the model. `None` is everything.
+            Files of other parts are not read, and not downloaded.
         training_state: Objects that take the training states of these names, such as `{"optimizer": optimizer}`; the
             same names on every rank.
         process_group: Ranks that hold the model; `None` is the default group, or one process.
@@ -125,6 +126,10 @@ def load_into(
         lambda: (Selection.of(only), place_of(run), check_states(training_state, [])),
         state=lambda found: f"{found[0]} {list(found[2])}".encode(),
     )
+
+    def files(manifest: Manifest) -> list[str]:
+        return manifest.files_in({*states, *(part.name for part in chosen_parts(manifest, selection))})
+
     # What is made in inference mode, such as the weights of lazy modules, could not be trained.
     with torch.inference_mode(mode=False), ExitStack() as stack:
         found: FoundSnapshot | None = None
@@ -132,7 +137,7 @@ def load_into(
         def find() -> list[str]:
             nonlocal found
             # Where every rank reads, each brings a copy to its own host, below.
-            copy = local_copy(place, snapshot_of(ref), has_files=lambda manifest: not _is_spread(manifest))
+            copy = local_copy(place, snapshot_of(ref), files=lambda each: () if _is_spread(each) else files(each))
             directory = stack.enter_context(copy)
             found = find_ref(directory, read_history(directory), ref)
             return [found.folder.name, found.manifest.to_bytes().decode()]
@@ -141,11 +146,12 @@ def load_into(
         manifest = Manifest.from_bytes(text.encode())
         way = find_way(find_format(manifest.format).capture)
         if way.is_spread:
-            directory = ranks.agree(step, lambda: stack.enter_context(local_copy(place, lambda _: {name})), saving=True)
+            copy = local_copy(place, lambda _: {name}, files=files)
+            directory = ranks.agree(step, lambda: stack.enter_context(copy), saving=True)
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
         _refuse_absent(states, manifest.training_state, ref)
-        stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), states)
-        restored = way.restore(model, stored, ranks, step, selection)
+        stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), selection, states)
+        restored = way.restore(model, stored, ranks, step)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,

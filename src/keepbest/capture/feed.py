@@ -17,6 +17,7 @@ from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.conversion import survives
 from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
 from keepbest.capture.place import localized, room_for
+from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import Stateful
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
@@ -35,6 +36,7 @@ class Stored:
         format: Format of its files.
         found: Where this rank reads it; `None` on ranks that do not read.
         is_shared: Whether the ranks that read see one folder, or each has a copy of its own.
+        selection: Names in the model that are loaded; the same on every rank.
         training_state: Objects that take training states of the snapshot, by name; the same names on every rank.
     """
 
@@ -42,13 +44,13 @@ class Stored:
     format: Format
     found: FoundSnapshot | None
     is_shared: bool
+    selection: Selection
     training_state: Mapping[str, Stateful] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts that are read: those of the model that have files, then the training states."""
-        states = (Part(name, "") for name in self.training_state)
-        return (*(Part(*part) for part in self.manifest.saved_parts), *states)
+        """The parts that are read: those with files in which anything may be wanted, then the training states."""
+        return (*chosen_parts(self.manifest, self.selection), *(Part(name, "") for name in self.training_state))
 
     def readers(self, found: FoundSnapshot) -> dict[str, PartReader]:
         """A reader of each part."""

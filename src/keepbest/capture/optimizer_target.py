@@ -141,13 +141,12 @@ class OptimizerTarget:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
         left = [(group, {here for name in group[_PARAMS] if (here := self.names.first(name))}) for group in stored]
         where = {name: number for number, (_, inside) in enumerate(left) for name in inside}
-        matched = set[int]()
+        free: dict[frozenset[str], list[int]] = {}
+        for number in reversed(range(len(left))):  # the first of several with the same names is taken from the end
+            free.setdefault(frozenset(left[number][1]), []).append(number)
         for number, names in enumerate(present):
-            found = next(
-                (at for at, (_, inside) in enumerate(left) if at not in matched and inside == set(names)), None
-            )
-            if found is not None:
-                matched.add(found)
+            if same := free.get(frozenset(names)):
+                found = same.pop()
                 own = self.optimizer.param_groups[number]
                 how = {key: own[key] for key in _HOW if key in own}
                 self.groups.append({**options_for(own, left[found][0]), **how, _PARAMS: names})
@@ -155,7 +154,7 @@ class OptimizerTarget:
                 self._explain(number, names, where)
             else:
                 self.groups.append({**self.optimizer.param_groups[number], _PARAMS: []})
-        if spare := sorted({name for at, (_, inside) in enumerate(left) if at not in matched for name in inside}):
+        if spare := sorted({name for inside, numbers in free.items() if numbers for name in inside}):
             inside_now = {name for names in present for name in names}
             if gone := [name for name in spare if name not in inside_now]:
                 self.faults.append(f"it was saved with {_listed(gone)}, which the optimizer does not have")
@@ -227,16 +226,15 @@ def _is_square(shape: tuple[int, ...]) -> bool:
 
 def _united(stored: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The groups that ranks with different parameters saved. Those of one number and with equal options are one."""
-    groups: list[tuple[int, dict[str, Any]]] = []
+    known: dict[int, list[tuple[dict[str, Any], dict[str, None]]]] = {}  # by number; the names are keys, to keep order
     for each in stored:
         for number, group in enumerate(each):
-            same = (at for at, (known, other) in enumerate(groups) if known == number and _has_options_of(other, group))
-            if (at := next(same, None)) is None:
-                groups.append((number, group))
-            else:
-                names = dict.fromkeys([*groups[at][1][_PARAMS], *group[_PARAMS]])
-                groups[at] = number, {**group, _PARAMS: list(names)}
-    return [group for _, group in sorted(groups, key=lambda found: found[0])]
+            there = known.setdefault(number, [])
+            names = next((names for other, names in there if _has_options_of(other, group)), None)
+            if names is None:
+                there.append((group, names := {}))
+            names.update(dict.fromkeys(group[_PARAMS]))
+    return [{**group, _PARAMS: list(names)} for number in sorted(known) for group, names in known[number]]
 
 
 def _has_options_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -58,8 +58,9 @@ class Layout:
             tensors: For each part the tensors that were planned, as this rank holds them now.
         """
         shards: dict[str, dict[MetadataIndex, torch.Tensor]] = {part: {} for part in self.mine}
+        states = {part: dict(tensors[part]) for part in self.mine}
         for part, item, _ in self._items():
-            value = find_state_dict_object(dict(tensors[part]), item.index).detach().resolve_conj().resolve_neg()
+            value = find_state_dict_object(states[part], item.index).detach().resolve_conj().resolve_neg()
             is_written_from_there = slot.is_live and value.device.type == "cpu"
             shards[part][item.index] = value if is_written_from_there else slot.put(_room_of(part, item), value)
         slot.seal()

@@ -14,7 +14,7 @@ from keepbest.capture.compare import Comparison, refuse_losses, refuse_misfits
 from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.restore_states import StatesToLoad
-from keepbest.capture.selection import Selection
+from keepbest.capture.selection import Selection, unread_parts
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
@@ -32,7 +32,7 @@ class Restored(NamedTuple):
         parts: Names of the parts that were loaded.
         keys: Names in the model of what was loaded.
         left_alone: Names in the model of what was not.
-        unused: Names of what the snapshot has beyond what was loaded.
+        unused: Names of what the snapshot has beyond what was loaded, and of the parts that were not read.
     """
 
     parts: tuple[str, ...]
@@ -44,11 +44,11 @@ class Restored(NamedTuple):
 class Restore(Protocol):
     """Loads a snapshot into a model. **Collective**."""
 
-    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored: ...
+    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored: ...
 
 
-def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored:
-    """Read a snapshot on rank 0, after every file was verified, and hand it to the others. **Collective**.
+def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored:
+    """Read a snapshot on rank 0, after every file that is read was verified, and hand it to the others. **Collective**.
 
     Each tensor travels once. Sharded models take their shard of it and drop the rest (FSDP1 holds the full weights of
     a unit while it loads).
@@ -58,7 +58,6 @@ def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str, 
         stored: Snapshot, found by rank 0.
         ranks: Ranks of the model.
         step: What is being done, in words.
-        selection: Names in the model that are loaded.
 
     Raises:
         SnapshotError: On every rank, if a file is missing or damaged, or keys, shapes or dtypes do not fit the models
@@ -66,12 +65,12 @@ def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str, 
         ConfigError: On every rank, if there is nothing in the snapshot that the selection names.
         RankFailedError: If a model itself refuses the weights on a rank, or a rank is lost. Parts may be loaded then.
     """
-    return _restore(model, stored, FromMain(stored, ranks, step), ranks, selection)
+    return _restore(model, stored, FromMain(stored, ranks, step), ranks)
 
 
-def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str, selection: Selection) -> Restored:
+def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored:
     """Read on each rank the shards that it holds. **Collective**. As `restore_gathered`, but found by every rank."""
-    return _restore(model, stored, FromFiles(stored, ranks, step), ranks, selection)
+    return _restore(model, stored, FromFiles(stored, ranks, step), ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +109,12 @@ class _Target:
         return names
 
 
-def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks, selection: Selection) -> Restored:
-    read = feed.contents()
+def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Restored:
+    read, selection = feed.contents(), stored.selection
+    unread = unread_parts(stored.manifest, selection)
     everything = [each for each in read if each.part.name not in stored.training_state]
-    selection.check(whole_key(each.part, key) for each in everything for key in each.names_to_keys)
+    names = {whole_key(each.part, key) for each in everything for key in each.names_to_keys}
+    selection.check([*names, *(part.path for part in unread if part.path)])
     # A part that is empty is compared too, unless others were asked for.
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
     target = _find(model, [each.part for each in chosen], feed, ranks)
@@ -135,7 +136,7 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks, selecti
             target.state[source.path] = dict.fromkeys(target.state[source.path])
     beside.load()
     keys_loaded = {whole_key(source, key) for source in target.sources for key in loaded[source.path]}
-    saved = {whole_key(each.part, key) for each in everything for key in each.names_to_keys}
+    saved = names | {part.name for part in unread}
     return Restored(
         parts=tuple(each.part.name for each in chosen),
         keys=tuple(sorted(keys_loaded)),

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from keepbest.errors import ConfigError
+from keepbest.modules.parts import Part
+from keepbest.run.manifest import Manifest
 
 _LISTED_NAMES = 40
 
@@ -35,6 +37,10 @@ class Selection:
         """Whether the name `key` in the whole model is wanted."""
         return self.paths is None or any(key == path or key.startswith(f"{path}.") for path in self.paths)
 
+    def may_hold(self, part: Part) -> bool:
+        """Whether anything of `part` can be wanted. All else of a snapshot need not be read."""
+        return self.paths is None or any(_meet(path, part) for path in self.paths)
+
     def check(self, keys: Iterable[str]) -> None:
         """Check that each path is one of those in the snapshot, whose names are `keys`. Raises `ConfigError`."""
         there = {".".join(words[: end + 1]) for words in (key.split(".") for key in keys) for end in range(len(words))}
@@ -42,3 +48,22 @@ class Selection:
             known = sorted(there, key=lambda path: (path.count("."), path))
             shown = ", ".join(known[:_LISTED_NAMES]) + (", ..." if len(known) > _LISTED_NAMES else "")
             raise ConfigError(f"only: the snapshot has nothing at {strange[0]!r}; there are: {shown}")
+
+
+def chosen_parts(manifest: Manifest, selection: Selection) -> tuple[Part, ...]:
+    """The parts of a snapshot that are read: those that have files, and in which anything may be wanted."""
+    return tuple(part for each in manifest.saved_parts if selection.may_hold(part := Part(*each)))
+
+
+def unread_parts(manifest: Manifest, selection: Selection) -> tuple[Part, ...]:
+    """The other parts that have files."""
+    return tuple(part for each in manifest.saved_parts if not selection.may_hold(part := Part(*each)))
+
+
+def _meet(path: str, part: Part) -> bool:
+    """Whether `path` leads into `part`, or `part` is below it."""
+    if not part.path:
+        return part.holds(f"{path}.")
+    if path.startswith(f"{part.path}."):
+        return part.holds(f"{path.removeprefix(f'{part.path}.')}.")
+    return path == part.path or part.path.startswith(f"{path}.")

@@ -14,7 +14,7 @@ import typer
 
 from keepbest.cli.console import print_table
 from keepbest.errors import SnapshotError
-from keepbest.remote.download import local_copy
+from keepbest.remote.download import local_copy, no_file
 from keepbest.run.history import History, KeeperHistory
 from keepbest.run.names import tolerance_ref, top_ref
 from keepbest.run.reader import find_ref, read_history
@@ -66,7 +66,7 @@ def read_checkpoints(run: Path | str) -> list[Checkpoint]:
         SnapshotError: If there is no ledger.
         LedgerError: If it is damaged or of another format.
     """
-    with local_copy(run, lambda history: set(history.refs.values()), has_files=lambda _: False) as directory:
+    with local_copy(run, lambda history: set(history.refs.values()), files=no_file) as directory:
         history = read_history(directory)
         return [
             _read_checkpoint(directory, history, ref, name, tolerance)

@@ -31,8 +31,14 @@ def snapshot_of(ref: str) -> Callable[[History], Collection[str]]:
     return lambda history: {history.refs[ref]} if ref in history.refs else ()
 
 
-def _always(_: Manifest) -> bool:
-    return True
+def every_file(manifest: Manifest) -> Collection[str]:
+    """For `local_copy`: all that the manifest names."""
+    return manifest.files.keys()
+
+
+def no_file(_: Manifest) -> Collection[str]:
+    """For `local_copy`: the manifest alone."""
+    return ()
 
 
 @contextmanager
@@ -40,7 +46,7 @@ def local_copy(
     run: str | Path,
     wanted: Callable[[History], Collection[str]] = no_snapshot,
     *,
-    has_files: Callable[[Manifest], bool] = _always,
+    files: Callable[[Manifest], Collection[str]] = every_file,
 ) -> Iterator[Path]:
     """The directory of a run, to read in this block: `run` itself, or a temporary copy of what is at this URL.
 
@@ -48,7 +54,7 @@ def local_copy(
         run: Directory, or URL of fsspec.
         wanted: Snapshots that are copied, of those that the ledger knows. Their files are not verified yet, and one
             that is not there is left out.
-        has_files: Function that says whether the files of a snapshot are copied too, beside its manifest.
+        files: Function that says which files of a snapshot are copied, beside its manifest.
 
     Raises:
         ConfigError: If the URL cannot be opened here.
@@ -67,7 +73,7 @@ def local_copy(
             ledger = _fetch_ledger(remote, directory)
             history = read_history(directory)
             names = wanted(history)
-            complete = [_fetch_if_there(remote, directory, history, name, has_files) for name in names]
+            complete = [_fetch_if_there(remote, directory, history, name, files) for name in names]
             # A live run may have removed what its ledger named a moment ago.
             if all(complete) or read_remote_ledger(remote) == ledger:
                 break
@@ -164,11 +170,11 @@ def _fetch_ledger(remote: Remote, directory: Path) -> bytes:
 
 
 def _fetch_if_there(
-    remote: Remote, directory: Path, history: History, name: str, has_files: Callable[[Manifest], bool]
+    remote: Remote, directory: Path, history: History, name: str, files: Callable[[Manifest], Collection[str]]
 ) -> bool:
     to = directory / CHECKPOINTS / SNAPSHOTS / name
     try:
-        _fetch(remote, name, history.manifests[name], to, has_files)
+        _fetch(remote, name, history.manifests[name], to, files)
     except FileNotFoundError:
         return False
     except SnapshotError:
@@ -179,16 +185,17 @@ def _fetch_if_there(
 
 
 def _fetch(
-    remote: Remote, name: str, digest: str, to: Path, has_files: Callable[[Manifest], bool] = _always
+    remote: Remote, name: str, digest: str, to: Path, files: Callable[[Manifest], Collection[str]] = every_file
 ) -> Manifest:
-    """Bring the manifest of a snapshot, and the files that it names, to the folder `to`."""
+    """Bring the manifest of a snapshot, and files that it names, to the folder `to`."""
     to.mkdir(parents=True, exist_ok=True)
     with raising_unreadable(remote):
         remote.get(f"{SNAPSHOTS}/{name}/{MANIFEST}", to / MANIFEST)
         manifest = read_manifest(to, digest)
-        for file, record in manifest.files.items() if has_files(manifest) else ():
+        for file in files(manifest):
             # It would be refused after it had filled the disk.
-            if (size := remote.size(path := f"{SNAPSHOTS}/{name}/{file}")) > record.digest.bytes:
+            size, expected = remote.size(path := f"{SNAPSHOTS}/{name}/{file}"), manifest.files[file].digest.bytes
+            if size > expected:
                 raise SnapshotError(f"{remote.url}/{CHECKPOINTS}/{path} is damaged: it has {size} bytes")
             (to / file).parent.mkdir(exist_ok=True)
             remote.get(path, to / file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,9 +98,9 @@ class Manifest:
         names = {record.part for record in self.files.values()}
         return tuple(part for part in self.parts if part.name in names)
 
-    def files_of(self, part: str) -> dict[str, FileRecord]:
-        """The files of one part."""
-        return {name: record for name, record in self.files.items() if record.part == part}
+    def files_in(self, parts: Container[str]) -> list[str]:
+        """The names of the files of some parts."""
+        return sorted(name for name, record in self.files.items() if record.part in parts)
 
     def to_bytes(self) -> bytes:
         """The content of `snapshot.json`; `from_bytes` is the inverse."""

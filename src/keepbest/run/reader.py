@@ -27,7 +27,7 @@ class FoundSnapshot(NamedTuple):
         Raises:
             SnapshotError: If one of them is missing or damaged.
         """
-        files = sorted(name for name, record in self.manifest.files.items() if parts is None or record.part in parts)
+        files = sorted(self.manifest.files) if parts is None else self.manifest.files_in(parts)
         for name in files[share::shares]:
             check_file(self.folder / name, self.manifest.files[name].digest)
 
