@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ from keepbest.capture.fsdp1_optimizer import unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.share import Share
 from keepbest.capture.transfer import ShardTransfer
-from keepbest.capture.union import Holding, Union
+from keepbest.capture.union import Holding
 from keepbest.capture.whole import whole_tensor
+from keepbest.capture.whole_plan import like, room_of
 from keepbest.capture.writers import main_alone, nobody
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dtensor
@@ -46,11 +47,12 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
     """
     ranks, slot = inventory.ranks, list[Slot]()
 
-    def claim(agreed: Agreed) -> None:
+    def claim(_: Agreed) -> None:
         if ranks.is_main:
             if not slot:
                 slot.append(staging.claim())
-            _reserve(agreed, slot[0])
+            # While a lack of memory is an error that every rank can raise.
+            slot[0].reserve(inventory.plan.rooms)
 
     try:
         agreed = inventory.settle(step, claim, saving=staging.waits)  # rank 0 may have to wait for a write
@@ -62,47 +64,36 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
     room = slot[0] if slot else LiveSlot()
     try:
         with every_stream(entry.device for entry in agreed.held.entries.values()):
-            files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
+            if inventory.plan.is_simple:
+                files = _take(inventory, agreed, room)
+            else:
+                files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
     except BaseException as error:  # noqa: BLE001  # lose raises
         room.release()
         ranks.lose("gather the weights", error)
-    left_out = {part.name: keys for part in inventory.items.parts if (keys := agreed.union.left_out(part.name))}
     return Share(
         parts=inventory.items.parts,
         training_state=tuple(inventory.items.training_state),
         files=files,
-        left_out=left_out,
+        left_out=inventory.plan.left_out,
         slot=room,
         writers=main_alone if ranks.is_main else nobody,
     )
 
 
-def _reserve(agreed: Agreed, slot: Slot) -> None:
-    """Allocate on rank 0 what the weights need, while a lack of memory is an error that every rank can raise."""
-    slot.reserve(_rooms_of(agreed.union))
-
-
-def rooms_to_gather(inventory: Inventory) -> dict[str, Like]:
+def rooms_to_gather(inventory: Inventory) -> Mapping[str, Like]:
     """What room the tensors of a snapshot need on this rank. **Rank-local**."""
-    return _rooms_of(inventory.union) if inventory.ranks.is_main else {}
+    return inventory.plan.rooms if inventory.ranks.is_main else {}
 
 
-def _rooms_of(union: Union) -> dict[str, Like]:
-    return {
-        _room_of(name): _like(holding)
-        for name, holding in union.kept()
-        if not holding.entry.form.is_packed and not holding.entry.first
-    }
-
-
-def _like(holding: Holding) -> Like:
-    form = holding.entry.form
-    is_live = holding.owner == 0 and not form.spread
-    return Like(form.shape, getattr(torch, form.dtype), holding.entry.device, is_live)
-
-
-def _room_of(name: Name) -> str:
-    return "/".join(name)
+def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[str, StateDict]:
+    """State dicts of the parts, of values that rank 0 holds all of."""
+    if not inventory.ranks.is_main:
+        return {}
+    plan, values = inventory.plan, agreed.held.values
+    copied = slot.put_all({room: values[name] for name, room in plan.copied})
+    slot.seal()
+    return {part: {key: copied[room] for key, room in keys} for part, keys in plan.files.items()}
 
 
 def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:
@@ -111,7 +102,7 @@ def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]
     kept = dict(agreed.union.kept())
     foreign = {name: holding for name, holding in kept.items() if holding.owner != 0 and not holding.entry.first}
     rooms = {
-        name: slot.room(_room_of(name), _like(holding))
+        name: slot.room(room_of(name), like(holding))
         for name, holding in foreign.items()
         if ranks.is_main and not holding.entry.form.is_packed
     }
@@ -131,7 +122,7 @@ def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]
         found |= receiver.receive_states(inventory.items.training_state)
         for name, value in unit_states(inventory.items, ranks, is_whole=True):
             is_tensor = isinstance(value, torch.Tensor)
-            found[name] = slot.copy(_room_of(name), value) if is_tensor else own_data(value, slot)
+            found[name] = slot.copy(room_of(name), value) if is_tensor else own_data(value, slot)
     slot.seal()
     return {**found, **elsewhere.received}
 
@@ -193,7 +184,7 @@ class _Receiver:
                 if not self._kept[name].entry.first:
                     self._elsewhere.send(name, value)
                 return None
-            copy = self._slot.copy(_room_of(name), value)
+            copy = self._slot.copy(room_of(name), value)
             self._moved[id(copy), 0] = copy
             return copy
         return None
@@ -236,18 +227,18 @@ class _Receiver:
     def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
         added, slot = added_by_hooks(source, state, self._agreed), self._slot
         return {
-            name: slot.copy(_room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
+            name: slot.copy(room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
             for name, value in added.items()
         }
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):
-            room = partial(self._slot.room, _room_of(name), _like(holding))
+            room = partial(self._slot.room, room_of(name), like(holding))
             return self._shards.move(value, room, holding.number)
         whole = whole_tensor(value) if is_dtensor(value) else value.detach().resolve_conj().resolve_neg()
         if self._ranks.is_main and holding.owner == 0:
             # What was made whole is freed before the next one is.
-            return (self._slot.copy if is_dtensor(value) else self._slot.put)(_room_of(name), whole)
+            return (self._slot.copy if is_dtensor(value) else self._slot.put)(room_of(name), whole)
         if self._ranks.rank == holding.owner:
             self._elsewhere.send(name, whole)
         return torch.empty(0)

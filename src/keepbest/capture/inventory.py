@@ -26,10 +26,12 @@ from keepbest.capture.union import (
     same_everywhere,
     unite,
 )
+from keepbest.capture.whole_plan import WholePlan
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import is_dtensor, local_of
 from keepbest.modules.sources import Source, StateDict, list_sources
+from keepbest.modules.unchanged import Structure
 from keepbest.ranks import Number, Ranks
 
 
@@ -65,6 +67,8 @@ class Inventory:
         self._format = format
         self._report = Report({}, {})  # what this rank reported when the union was made
         self._union: Union | None = None
+        self._plan: WholePlan | None = None
+        self._seen: tuple[Held, Structure] | None = None
         self.is_watched = False
         self.mark = ""
         self._drift = Drift(items, ranks)
@@ -168,10 +172,21 @@ class Inventory:
     def _is_state(self, name: Name) -> bool:
         return name.part in self.items.training_state
 
+    @property
+    def plan(self) -> WholePlan:
+        """Where on rank 0 what the ranks agreed to hold would stand."""
+        if self._plan is None or self._plan.union is not self.union:
+            self._plan = WholePlan.of(self.union, self.items)
+        return self._plan
+
     def look(self) -> Held:
-        """What this rank holds now. **Rank-local**."""
+        """What this rank holds now: the same object as before where that is unchanged. **Rank-local**."""
+        if self._seen is not None and self._seen[1].is_unchanged():
+            return self._seen[0]
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
+        is_known = not self.items.training_state and Structure.is_known(self.items.model, held.values.values())
+        self._seen = (held, Structure(self.items.model, held.values.values())) if is_known else None
         return held
 
     def _adopt(self, report: Report, union: Union) -> None:

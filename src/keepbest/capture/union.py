@@ -218,6 +218,8 @@ def refuse_other_parameters(before: Union, now: Union, world_size: int) -> None:
 
 def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Name]:
     """Names whose entries came, went or became others."""
+    if before is now:
+        return []
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 

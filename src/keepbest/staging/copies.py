@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from keepbest.staging.device import Devices
 from keepbest.staging.rooms import Row
-
-
-class _Copy(NamedTuple):
-    room: torch.Tensor
-    value: torch.Tensor
 
 
 class Copies:
@@ -25,12 +19,14 @@ class Copies:
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
-        self._waiting: dict[str, _Copy] = {}
+        self._rooms: dict[str, torch.Tensor] = {}
+        self._values: dict[str, torch.Tensor] = {}
         self._under_way: list[torch.cuda.Event] = []
 
-    def add(self, key: str, room: torch.Tensor, value: torch.Tensor) -> None:
-        """Have a value copied into its room, which `begin` does."""
-        self._waiting[key] = _Copy(room, value)
+    def add(self, rooms: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+        """Have each value copied into the room with its key, which `begin` does."""
+        self._rooms |= rooms
+        self._values |= values
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Copy the values as they are now.
@@ -38,26 +34,18 @@ class Copies:
         Args:
             rows: Rows in which rooms lie one after the other.
         """
-        waiting, self._waiting = self._waiting, {}
-        on_devices: dict[torch.device, dict[str, _Copy]] = {}
-        rooms: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        for key, copy in waiting.items():
-            if copy.value.is_cuda:
-                on_devices.setdefault(copy.value.device, {})[key] = copy
-            else:
-                rooms.append(copy.room)
-                values.append(copy.value)
-        if rooms:
-            torch._foreach_copy_(rooms, values)  # see ADR 10
-        for device, copies in on_devices.items():
-            whole = [
-                (row, [copies.pop(key).value for key in row.keys])
-                for row in rows
-                if all(key in copies for key in row.keys)
-            ]
-            singles = [copy.room for copy in copies.values()], [copy.value for copy in copies.values()]
-            self._under_way += self._devices.bring(device, whole, singles)
+        rooms, values = self._rooms, self._values
+        self._rooms, self._values = {}, {}
+        devices = {value.device for value in values.values() if value.is_cuda}
+        for device in devices:
+            there = {key: value for key, value in values.items() if value.device == device}
+            whole = [row for row in rows if all(key in there for key in row.keys)]
+            of_rows = [(row, [there.pop(key) for key in row.keys]) for row in whole]
+            singles = [rooms[key] for key in there], list(there.values())
+            self._under_way += self._devices.bring(device, of_rows, singles)
+        others = [key for key, value in values.items() if not value.is_cuda] if devices else list(values)
+        if others:
+            torch._foreach_copy_([rooms[key] for key in others], [values[key] for key in others])  # see ADR 10
 
     def wait(self) -> None:
         """Wait until all has arrived; on any thread."""

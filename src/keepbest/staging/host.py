@@ -55,8 +55,16 @@ class HostSlot:
         if not is_dense(value):
             return value.detach().to("cpu", copy=True)
         room = self.room(key, Like(value.shape, value.dtype, value.device.type))
-        self._copies.add(key, room, value)
+        self._copies.add({key: room}, {key: value})
         return room
+
+    def put_all(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not all(type(value) in PLAIN_CLASSES for value in values.values()):
+            return {key: self.put(key, value) for key, value in values.items()}
+        rooms = self._rooms.get_all(values)
+        self._needed.update(rooms)
+        self._copies.add(rooms, values)
+        return rooms
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if not is_dense(value):

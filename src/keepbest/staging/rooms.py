@@ -37,6 +37,7 @@ class Rooms:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._tensors: dict[str, torch.Tensor] = {}
+        self._made: Mapping[str, Like] | None = None  # what room was made for last, if it is all there
         self.rows: list[Row] = []
 
     def make(self, wanted: Mapping[str, Like]) -> None:
@@ -45,13 +46,17 @@ class Rooms:
         Raises:
             MemoryError, RuntimeError: If there is no memory for it.
         """
+        if wanted is self._made:
+            return
         lacking = {key: like for key, like in wanted.items() if not self._has(key, like)}
         if not lacking:
+            self._made = wanted
             return
         self.drop(lacking)  # what is no longer needed makes room first
         rows = rows_of(lacking)
         for (like, keys), memory in zip(rows, self._memory.take(sizes_of(lacking)), strict=True):
             self._lay_out(like.dtype, {key: lacking[key].shape for key in keys}, memory)
+        self._made = wanted
 
     def get(self, key: str, like: Like) -> torch.Tensor:
         """The room of a key, made if need be. Raises as `make`."""
@@ -59,8 +64,13 @@ class Rooms:
             self.make({key: like})
         return self._tensors[key]
 
+    def get_all(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Rooms that were made."""
+        return {key: self._tensors[key] for key in keys}
+
     def drop(self, keys: Iterable[str]) -> None:
         """Free the rooms of these keys. A row is freed when all in it are."""
+        self._made = None
         for key in keys:
             self._tensors.pop(key, None)
         self.rows = [row for row in self.rows if all(key in self._tensors for key in row.keys)]

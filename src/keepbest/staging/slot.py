@@ -48,6 +48,9 @@ class Slot(Protocol):
         The tensor lives, and stays as it is, until then.
         """
 
+    def put_all(self, values: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """As `put`, for many tensors, of which room is reserved."""
+
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """As `put`, for a tensor that is about to be freed."""
 
