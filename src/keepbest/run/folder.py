@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from keepbest.errors import LedgerError, RunExistsError
+from keepbest.iteration import TrainingIteration
 from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
@@ -193,6 +194,17 @@ class RunFolder:
             events, _ = read_ledger(self.path / LEDGER)
             self.history = History.of(events)
             self._is_interrupted = False
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run that the folder holds."""
+        if self.history.run_id is None:
+            raise RuntimeError(f"{self.path} holds no run yet: begin comes first")
+        return self.history.run_id
+
+    def new_name(self, iteration: TrainingIteration, selection: str) -> str:
+        """A name for a snapshot of `iteration`; `selection` is what is saved."""
+        return self.snapshots.new_name(iteration, self.history.restarts, selection, self.history.manifests)
 
     @property
     def durable_bytes(self) -> int:
