@@ -18,6 +18,7 @@ from keepbest.errors import ConfigError, DesyncError, StorageError
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.parts import Part
 from keepbest.ranks import Ranks
+from keepbest.remote.verify import verify_run
 from keepbest.run.checkpoints import checkpoint_refs
 from keepbest.run.names import LATEST
 from keepbest.run.reader import find_ref, read_history
@@ -224,6 +225,36 @@ def test_auto_takes_an_earlier_one_where_the_latest_is_gone(hurt, tmp_path):
     train(tmp_path, CHECKPOINTS, updates=3)
     hurt(find_ref(tmp_path, read_history(tmp_path), LATEST).folder)
     assert train(tmp_path, CHECKPOINTS, updates=4, resume="auto") == [3, 4]
+
+
+def test_checkpoint_that_is_gone_is_forgotten_by_any_start(tmp_path):
+    saver, model = saver_of(tmp_path, keep_last=None)
+    saver.start(at(0), None)
+    for update in (1, 2):
+        saver.save(at(update))
+    saver.leave()
+    shutil.rmtree(find_ref(tmp_path, read_history(tmp_path), LATEST).folder)
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", resume="ledger"):
+        assert refs_in(tmp_path) == ["resume.U1"]
+    assert verify(tmp_path) == []
+    found = find_to_resume(tmp_path, "auto", Ranks.connect())
+    assert found is not None
+    assert found.ref == "resume.U1"
+
+
+def test_remote_copy_has_the_bests_alone(tmp_path):
+    remote = (tmp_path / "copy").as_uri()
+    saver, model = saver_of(tmp_path / "run")
+    with BestKeeper(model, directory=tmp_path / "run", metric_key="loss", remote=remote) as keeper:
+        saver.start(at(0), None)
+        keeper.observe(3.0, at(1))
+        saver.save(at(1))
+        saver.leave()
+    assert len(snapshots(tmp_path / "run")) == 2
+    assert snapshots(tmp_path / "copy") == {"U1"}
+    assert verify_run(remote) == []
+    with BestKeeper(model, directory=tmp_path / "new", metric_key="loss", remote=remote, resume="ledger"):
+        assert verify(tmp_path / "new") == []
 
 
 def test_run_that_ends_between_two_checkpoints_saves_one(tmp_path):

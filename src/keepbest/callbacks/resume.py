@@ -112,7 +112,7 @@ def _newest(directory: Path) -> Found | None:
         return None
     # Where somebody has removed the latest, an earlier one of its timeline will do.
     earlier = [ref for ref in checkpoint_refs(history) if ref not in history.abandoned]
-    for ref in [LATEST, *reversed(earlier)] if LATEST in history.refs else []:
+    for ref in [*({LATEST} & history.refs.keys()), *reversed(earlier)]:
         if (found := _complete(directory, history, ref)) is not None:
             return found
         _logger.warning("%s: the snapshot of %s is not complete, so it is not resumed from", directory, ref)

@@ -21,6 +21,18 @@ def checkpoint_refs(history: History) -> dict[str, TrainingIteration]:
     return dict(sorted(found.items(), key=lambda each: each[1].update or 0))
 
 
+def forget_gone(folder: RunFolder) -> None:
+    """Remove the refs on resume checkpoints that somebody has removed, or that a remote copy did not have.
+
+    Raises:
+        OSError: Any refusal of the file system.
+    """
+    refs, holds = folder.history.refs, folder.snapshots.holds
+    gone = {ref for ref, snapshot in refs.items() if ref.startswith(RESUME_PREFIX) and not holds(snapshot)}
+    if gone:
+        folder.commit(Rewound(tuple(sorted(folder.history.abandoned - gone)), dict.fromkeys(gone, None)))
+
+
 class CheckpointRecord:
     """The record of the resume checkpoints of a run. **Rank-local**: rank 0 alone has one.
 
@@ -49,19 +61,17 @@ class CheckpointRecord:
             LedgerError: If the ledger is not the one that the folder was written with.
             OSError: Any refusal of the file system.
         """
-        folder, history = self.folder, self.folder.history
+        folder = self.folder
         folder.check_is_whole()
         folder.open(None)
-        path = folder.path.resolve()
-        is_of_this_run = resumed_from is not None and resumed_from.resolve().parent.parent == path
-        snapshot = resumed_from.name if resumed_from is not None and is_of_this_run else None
+        forget_gone(folder)
+        history = folder.history
+        is_here = resumed_from is not None and resumed_from.resolve().parent.parent == folder.path.resolve()
+        snapshot = resumed_from.name if resumed_from is not None and is_here else None
         refs = checkpoint_refs(history)
-        gone: Moves = {ref: None for ref in refs if not folder.snapshots.holds(history.refs[ref])}
-        moves = gone if history.refs.get(LATEST) == snapshot else {**gone, LATEST: snapshot}
-        left = [ref for ref, each in refs.items() if ref not in gone and (snapshot is None or each.follows(at))]
-        abandoned = {*left, *(history.abandoned & refs.keys() - gone.keys())}
-        if snapshot is not None:
-            abandoned -= {ref for ref in refs if history.refs[ref] == snapshot}
+        left = {ref for ref, each in refs.items() if snapshot is None or each.follows(at)}
+        abandoned = (history.abandoned | left) - {ref for ref in refs if history.refs[ref] == snapshot}
+        moves: Moves = {} if history.refs.get(LATEST) == snapshot else {LATEST: snapshot}
         if moves or abandoned != history.abandoned:
             folder.commit(Rewound(tuple(sorted(abandoned)), moves))
 

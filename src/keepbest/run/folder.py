@@ -95,7 +95,7 @@ class RunFolder:
         unknown = names - self.history.manifests.keys()
         lost = unknown
         # A crash leaves a snapshot that was not committed yet, and everything that the ledger keeps.
-        if self.history.run_id is not None and self.history.kept() <= names:
+        if self.history.run_id is not None and self.history.copied() <= names:
             later = {name for name in unknown if self.snapshots.ledger_bytes(name) > self._ledger_bytes}
             lost = unknown & self._links.targets() | later
         if lost:
@@ -281,7 +281,7 @@ class RunFolder:
 
     def _committed(self, ledger_bytes: int) -> Committed:
         manifests = self.history.manifests
-        kept = {name: manifests[name] for name in self.history.kept()}
+        kept = {name: manifests[name] for name in self.history.copied()}
         return Committed(self.history.run_id, ledger_bytes, kept, frozenset(manifests))
 
     def _stop_following(self) -> None:

@@ -22,6 +22,7 @@ from keepbest.run.events import (
     Unpinned,
     refs_of,
 )
+from keepbest.run.names import RESUME_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,12 +306,18 @@ class History:
                 self.refs[name] = snapshot
 
     def kept(self) -> set[str]:
-        """The snapshots that must stay: those that a ref, a pin, a timeline's best or a kept checkpoint names."""
+        """The snapshots that must stay: `copied`, and what a ref on a resume checkpoint names, and that one needs."""
+        on_checkpoints = [snapshot for ref, snapshot in self.refs.items() if ref.startswith(RESUME_PREFIX)]
+        needs = (self.checkpoints[name].needs for name in on_checkpoints if name in self.checkpoints)
+        return self.copied().union(on_checkpoints, *needs)
+
+    def copied(self) -> set[str]:
+        """The snapshots that a remote copy has too: those that a ref of a keeper, a pin or a timeline's best names."""
         timelines = [keeper.present for keeper in self.keepers.values()]
         bests = (timeline.best_snapshot for timeline in timelines if timeline.best_snapshot is not None)
         spare = (timeline.spare for timeline in timelines)
-        needs = (self.checkpoints[name].needs for name in self.refs.values() if name in self.checkpoints)
-        return {*self.refs.values(), *bests}.union(*self.pins.values(), *spare, *needs)
+        refs = (snapshot for ref, snapshot in self.refs.items() if not ref.startswith(RESUME_PREFIX))
+        return {*refs, *bests}.union(*self.pins.values(), *spare)
 
     def _check_name(self, snapshot: str | None, manifest: str | None) -> None:
         if snapshot is not None and self.manifests.get(snapshot, manifest) != manifest:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
 from keepbest.iteration import TrainingIteration
+from keepbest.run.checkpoints import forget_gone
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
 from keepbest.run.history import KeeperHistory, Timeline
@@ -156,7 +157,8 @@ class KeeperRecord:
         return tuple(sorted(name for name in {*self.folder.history.kept(), *timeline.saved.values()} if holds(name)))
 
     def _repair_pins(self) -> None:
-        """Pin again what is left of pins of which a snapshot is gone."""
+        """Pin again what is left of pins of which a snapshot is gone, and forget resume checkpoints that are gone."""
+        forget_gone(self.folder)
         for (keeper, tag), names in list(self.folder.history.pins.items()):
             held = tuple(sorted(filter(self.folder.snapshots.holds, names)))
             if keeper == self.keeper and len(held) < len(names):
