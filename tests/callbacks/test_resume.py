@@ -204,6 +204,17 @@ def test_abandoned_one_is_resumed_where_it_is_named(tmp_path):
     assert train(tmp_path, CHECKPOINTS, updates=5, resume=path.resolve()) == [5]
 
 
+def test_checkpoint_of_another_run_begins_a_copy_of_it(tmp_path):
+    callbacks = [*BESTS, CHECKPOINTS]
+    train(tmp_path / "old", *callbacks, updates=2)
+    path = tmp_path / "old/checkpoints/resume.latest"
+    fail(tmp_path / "new", *callbacks, at=3, updates=4, resume=path)
+    assert refs_in(tmp_path / "new") == []
+    assert train(tmp_path / "new", *callbacks, updates=3, resume=path) == [3]
+    assert read_history(tmp_path / "new").run_id == read_history(tmp_path / "old").run_id
+    assert verify(tmp_path / "new") == []
+
+
 def test_auto_after_a_return_to_the_best_continues_from_it(tmp_path):
     callbacks = [*BESTS, CHECKPOINTS]
     train(tmp_path, *callbacks, updates=4)
@@ -309,3 +320,22 @@ def test_folder_of_checkpoints_has_one_owner(tmp_path):
     first.leave()
     second.start(at(0), None)
     second.leave()
+
+
+class SparseLayer(nn.Module):
+    """Has what the format of resume checkpoints cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+
+def test_model_that_no_checkpoint_holds_is_refused_before_training(tmp_path):
+    model = toys.auto_encoder()
+    model.encoder.append(SparseLayer())
+    with pytest.raises(ConfigError, match="sparse"):
+        train(tmp_path, CHECKPOINTS, model=model)
+    assert not (tmp_path / "checkpoints").exists()

@@ -50,11 +50,13 @@ class ResumeSaver:
         Raises:
             RunExistsError: On every rank, if the folder is in use by another process.
             LedgerError: On every rank, if the ledger is damaged or of another version.
-            ConfigError: On every rank, if something else saves resume checkpoints in this folder.
+            ConfigError: On every rank, if something cannot be kept and loaded again, or something else saves resume
+                checkpoints in this folder.
             StorageError: On every rank, if the folder cannot be written, or the ranks do not see one folder.
         """
         step = f"open {self._run.directory} for resume checkpoints at {at}"
         try:
+            self._inventory.take(step)
             self._ranks.agree(step, lambda: self._run.join_beside_keepers(self))
             check_is_shared(self._run.directory, self._run.files, self._ranks, step)
             self._ranks.broadcast(step, lambda: self._begin(at, resumed_from), remedy=DISK_REMEDY, saving=True)
