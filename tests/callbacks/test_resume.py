@@ -333,7 +333,7 @@ class SparseLayer(nn.Module):
         return batch
 
 
-def test_model_that_no_checkpoint_holds_is_refused_before_training(tmp_path):
+def test_model_that_no_checkpoint_holds_is_refused_at_start(tmp_path):
     model = toys.auto_encoder()
     model.encoder.append(SparseLayer())
     with pytest.raises(ConfigError, match="sparse"):

@@ -150,7 +150,7 @@ def _complete(directory: Path, history: History, ref: str) -> Found | None:
     try:
         folder, manifest = find_ref(directory, history, ref)
         sizes = {name: (folder / name).lstat().st_size for name in manifest.files}
-    except (SnapshotError, OSError):  # who resumes is told which are complete
+    except (SnapshotError, OSError):  # a warning, or the error, names it
         return None
     is_whole = all(record.digest.bytes == sizes[name] for name, record in manifest.files.items())
     return Found(directory, ref, manifest.training_state) if is_whole and TRAINER in manifest.training_state else None
