@@ -125,7 +125,6 @@ COLLECTIVES_LIVE_IN = (
     "ranks/",
     "capture/",
     "data/",
-    "callbacks/resume_checkpoint.py",  # torch's distributed checkpoints, which save optimizers too
     "training/strategy.py",  # hands the same first weights to all ranks
 )
 SHARDED_APIS_LIVE_IN = (
@@ -134,7 +133,6 @@ SHARDED_APIS_LIVE_IN = (
     "formats/digested_files.py",  # what torch writes shards into
     "formats/index.py",  # reads what torch writes into an index
     "formats/sharded_part.py",  # reads what that one writes
-    "formats/torch_reader.py",  # lets torch read resume checkpoints without running their code
     "modules/kinds.py",  # recognizes what is sharded
 )
 PROCESS_GROUPS_START_IN = ("launch.py",)

@@ -320,8 +320,8 @@ class BestKeeper:
         from_ledger = self._settings.resume == "ledger" or at is not None
         self._saver.start(record)
         state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
-        timeline = record.history.present.number
-        return {"run": record.run_id, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
+        run, timeline = record.folder.run_id, record.history.present.number
+        return {"run": run, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
 
     def _join(self, at: TrainingIteration | None) -> None:
         if at is not None:

@@ -33,8 +33,8 @@ class LoadedSnapshot:
 
     Attributes:
         iteration: Training iteration whose weights these are.
-        metric_key: Metric of the keeper that took the snapshot.
-        value: Value of that metric at the iteration.
+        metric_key: Metric of the keeper that took the snapshot; `None` for a resume checkpoint.
+        value: Value of that metric at the iteration; `None` for a resume checkpoint.
         parts: Names of the parts of the model that were loaded.
         path: Folder of the snapshot; `None` if it was read from a remote storage.
         keys: Names in the model of the weights that were loaded.
@@ -46,8 +46,8 @@ class LoadedSnapshot:
     """
 
     iteration: TrainingIteration
-    metric_key: str
-    value: float
+    metric_key: str | None
+    value: float | None
     parts: tuple[str, ...]
     path: Path | None
     keys: tuple[str, ...]

@@ -57,6 +57,8 @@ class StandInTrainer:
         self.update_counter = make_counter()
         self.callbacks = []
         self.resume = resume
+        self.resumed_from = None
+        self.is_done = False
         self.reasons = []
 
     def stop(self, reason):

@@ -24,7 +24,7 @@ from keepbest.errors import ConfigError, MissingMetricError
 from tests.callbacks.context import Regression, StandInTrainer, make_context, make_counter, make_samples
 from tests.callbacks.test_offline_loss import one_by_one
 from tests.kit.pool import run_ranks
-from tests.kit.runs import ledger, refs, snapshots
+from tests.kit.runs import ledger, refs
 from tests.kit.toys import make_trainer
 
 KEY = "loss/val/total"
@@ -322,7 +322,7 @@ def test_resumed_callback_ends_like_the_uninterrupted_one(knows_by, tmp_path):
         first = Session(folder, tolerances=[0, 1, 4], eval_callbacks=[RECORDER])
         first.callback.before_training(update_counter=first.counter)
         first.go(*values[:interruption])
-        first.callback.before_checkpoint(name="latest")
+        first.callback.keeper.flush(pin="latest")
         state = first.callback.state_dict()
         first.go(0.5)  # what a crash makes undone
         first.callback.keeper.abandon()
@@ -337,17 +337,6 @@ def test_resumed_callback_ends_like_the_uninterrupted_one(knows_by, tmp_path):
         assert second.callback.metric_at_exceeded_tolerance == whole.callback.metric_at_exceeded_tolerance
         assert second.logged == whole.logged
         assert ledger(folder)[0]["run"] == state["keeper"]["run_id"]
-
-
-def test_snapshots_stay_while_a_checkpoint_names_them(tmp_path):
-    session = Session(tmp_path)
-    session.callback.before_training(update_counter=session.counter)
-    session.go(3.0)
-    session.callback.before_checkpoint(name="E0_U1_S12")
-    session.go(2.0)
-    assert snapshots(tmp_path) == {"E0_U1_S12", "E1_U2_S24"}
-    session.callback.after_checkpoint_removed(name="E0_U1_S12")
-    assert snapshots(tmp_path) == {"E1_U2_S24"}
 
 
 def test_two_on_the_same_metric_need_ids(tmp_path):

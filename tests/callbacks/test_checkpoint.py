@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +11,16 @@ from torch import Tensor, nn
 
 from keepbest import BestKeeper
 from keepbest.callbacks.config import CallBackBaseConfig
-from keepbest.callbacks.resume_checkpoint import write_resume_checkpoint
-from keepbest.callbacks.resume_folder import ResumeFolder
+from keepbest.capture.share import Items
 from keepbest.errors import ConfigError, RankFailedError, SnapshotError
+from keepbest.iteration import TrainingIteration
+from keepbest.modules.parts import Part
 from keepbest.ranks import Ranks
+from keepbest.run.checkpoints import checkpoint_refs
+from keepbest.run.names import LATEST
+from keepbest.run.reader import find_ref, read_history
+from keepbest.run.verify import verify
+from keepbest.saving.resume_saver import ResumeSaver
 from keepbest.training.trainer import Trainer
 from tests.kit import toys
 from tests.kit.pool import run_ranks
@@ -29,26 +33,6 @@ class NotingConfig(CallBackBaseConfig):
 
 class Noting(toys.Recorder):
     config_class = NotingConfig
-
-
-class PinningConfig(CallBackBaseConfig):
-    name: str = "tests.callbacks.test_checkpoint.Pinning"
-
-
-class Pinning(toys.Recorder):
-    """Notes what a keeper would be told, with the checkpoints that are complete at that moment."""
-
-    config_class = PinningConfig
-
-    def __init__(self, callback_config: Any, **kwargs: Any) -> None:
-        super().__init__(callback_config, **kwargs)
-        self.told: list[tuple[str, str, list[str]]] = []
-
-    def before_checkpoint(self, *, name: str) -> None:
-        self.told.append(("pin", name, names_in(self.directory)))
-
-    def after_checkpoint_removed(self, *, name: str) -> None:
-        self.told.append(("release", name, names_in(self.directory)))
 
 
 class CrashError(Exception):
@@ -87,8 +71,13 @@ NOTING = NotingConfig(every_n_updates=1)
 
 
 def names_in(directory: Path) -> list[str]:
-    folder = directory / "resume"
-    return sorted(path.name for path in folder.iterdir() if not path.is_symlink()) if folder.is_dir() else []
+    """The iterations of the resume checkpoints that the ledger names."""
+    return [ref.removeprefix("resume.") for ref in checkpoint_refs(read_history(directory))]
+
+
+def latest_of(directory: Path) -> str:
+    """The iteration of the snapshot that training would continue from."""
+    return str(find_ref(directory, read_history(directory), LATEST).manifest.iteration)
 
 
 def trained(directory: Path, *callbacks: Any, **settings: Any) -> Trainer:
@@ -150,7 +139,7 @@ def test_random_numbers_go_on_on_every_rank(strategy, world_size, tmp_path):
 def test_single_process_resumes_bit_for_bit(tmp_path):
     through = draw(tmp_path / "through", "single", None, 5)
     draw(tmp_path / "stopped", "single", None, 3)
-    resumed = draw(tmp_path / "stopped", "single", str(tmp_path / "stopped/resume/latest"), 5)
+    resumed = draw(tmp_path / "stopped", "single", str(tmp_path / "stopped/checkpoints/resume.latest"), 5)
     assert resumed[1] == through[1]
     assert all(torch.equal(resumed[0][name], value) for name, value in through[0].items())
 
@@ -167,24 +156,14 @@ def test_older_checkpoints_are_removed(keep_last, kept, tmp_path):
     trained(tmp_path, {**EVERY_UPDATE, "keep_last": keep_last}, updates=5)
     everything = ["E0_U1_S24", "E1_U2_S48", "E1_U3_S72", "E2_U4_S96", "E2_U5_S120"]
     assert names_in(tmp_path) == (everything if kept is None else kept)
-    assert (tmp_path / "resume" / "latest").readlink() == Path("E2_U5_S120")
+    assert latest_of(tmp_path) == "E2_U5_S120"
+    assert verify(tmp_path) == []
 
 
 def test_checkpoint_holds_what_callbacks_did_in_its_epoch(tmp_path):
     trained(tmp_path, EVERY_UPDATE, NotingConfig(every_n_epochs=1), epochs=1)
     resumed = trained(tmp_path, EVERY_UPDATE, NotingConfig(every_n_epochs=1), epochs=2, resume="auto")
     assert resumed.callbacks[0].updates == [2, 4]
-
-
-def test_keepers_pin_for_a_checkpoint_and_release_after_it(tmp_path):
-    trainer = trained(tmp_path, EVERY_UPDATE, PinningConfig(every_n_updates=1), updates=3)
-    assert trainer.callbacks[0].told == [
-        ("pin", "E0_U1_S24", []),
-        ("pin", "E1_U2_S48", ["E0_U1_S24"]),
-        ("release", "E0_U1_S24", ["E1_U2_S48"]),
-        ("pin", "E1_U3_S72", ["E1_U2_S48"]),
-        ("release", "E1_U2_S48", ["E1_U3_S72"]),
-    ]
 
 
 def test_resume_from_an_earlier_checkpoint_abandons_later_ones(tmp_path):
@@ -194,29 +173,13 @@ def test_resume_from_an_earlier_checkpoint_abandons_later_ones(tmp_path):
         tmp_path,
         {**EVERY_UPDATE, "keep_last": 2},
         NOTING,
-        PinningConfig(every_n_updates=1),
         updates=3,
-        resume=tmp_path / "resume" / "E1_U2_S48",
+        resume=tmp_path / "checkpoints/resume.E1_U2_S48",
     )
     assert resumed.callbacks[0].updates == [1, 2, 3]
     assert names_in(tmp_path) == ["E1_U2_S48", "E1_U3_S72"]
-    released = [tag for told, tag, _ in resumed.callbacks[1].told if told == "release"]
-    assert released == ["E0_U1_S24", "E2_U4_S96", "E2_U5_S120"]
     again = trained(tmp_path, EVERY_UPDATE, NOTING, updates=4, resume="auto")
     assert again.callbacks[0].updates == [1, 2, 3, 4]
-
-
-def test_interrupted_checkpoint_is_never_resumed_and_swept_later(tmp_path):
-    trained(tmp_path, EVERY_UPDATE, NOTING, updates=2)
-    folder = tmp_path / "resume"
-    shutil.copytree(folder / "E1_U2_S48", folder / "E1_U3_S72.tmp")
-    shutil.copytree(folder / "E1_U2_S48", folder / "E2_U4_S96")
-    (folder / "E2_U4_S96" / "trainer.pt").unlink()
-    (folder / "latest").unlink()
-    (folder / "latest").symlink_to("E9_U18_S432")
-    resumed = trained(tmp_path, EVERY_UPDATE, NOTING, updates=4, resume="auto")
-    assert resumed.callbacks[0].updates == [1, 2, 3, 4]
-    assert names_in(tmp_path) == ["E2_U4_S96"]
 
 
 def test_error_costs_what_came_after_the_last_checkpoint(tmp_path):
@@ -230,8 +193,8 @@ def test_error_costs_what_came_after_the_last_checkpoint(tmp_path):
 
 def test_path_without_a_complete_checkpoint_is_refused(tmp_path):
     trained(tmp_path, EVERY_UPDATE, epochs=1)
-    with pytest.raises(ConfigError, match=r"no complete resume checkpoint at .*E9.* there are: E1_U2_S48"):
-        trained(tmp_path, resume=tmp_path / "resume" / "E9")
+    with pytest.raises(ConfigError, match=r"no complete resume checkpoint at .*E9.* there are: resume.E1_U2_S48"):
+        trained(tmp_path, resume=tmp_path / "checkpoints/resume.E9")
 
 
 def test_run_with_other_batches_is_refused(tmp_path):
@@ -251,7 +214,7 @@ def resume_with_a_larger_model(directory: Path, strategy: str) -> str:
 def test_other_model_is_refused_on_every_rank(strategy, world_size, tmp_path):
     trained(tmp_path, EVERY_UPDATE, epochs=1)
     for message in run_ranks(resume_with_a_larger_model, world_size, tmp_path, strategy):
-        assert "could not resume from" in message
+        assert "the snapshot does not fit the model" in message
         assert "encoder" in message
 
 
@@ -262,7 +225,7 @@ def test_two_checkpoint_callbacks_are_refused(tmp_path):
 
 def test_eval_saves_nothing(tmp_path):
     toys.make_trainer(tmp_path, callbacks=[EVERY_UPDATE]).eval()
-    assert names_in(tmp_path) == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def save_into_a_file(directory: Path) -> str:
@@ -272,11 +235,11 @@ def save_into_a_file(directory: Path) -> str:
 
 
 def test_folder_that_cannot_be_written_is_told_to_every_rank(tmp_path):
-    (tmp_path / "resume").write_text("in the way")
+    (tmp_path / "checkpoints").write_text("in the way")
     messages = run_ranks(save_into_a_file, 2, tmp_path)
     assert messages[0] == messages[1]
     assert "rank 0" in messages[0]
-    assert "write the resume checkpoint E0_U1_S24" in messages[0]
+    assert "for resume checkpoints" in messages[0]
 
 
 def test_optimizer_without_state_is_resumed_too(tmp_path):
@@ -326,7 +289,7 @@ def test_parameters_without_a_gradient_do_not_prevent_a_resume(strategy, world_s
 
 def test_other_optimizer_is_refused(tmp_path):
     trained(tmp_path, EVERY_UPDATE, epochs=1)
-    with pytest.raises(SnapshotError, match=r"decoder\.\w+\.(step|exp_avg)"):
+    with pytest.raises(SnapshotError, match=r"'optimizer.decoder': it was saved from 'SGD'"):
         trained(tmp_path, optimizers={"encoder": toys.ADAM, "decoder": toys.ADAM}, resume="auto")
 
 
@@ -342,7 +305,7 @@ def test_rank_that_cannot_write_its_share_fails_all_ranks(rank, tmp_path):
         assert "write the resume checkpoint E1_U2_S48" in message
         assert f"rank {rank}" in message
         assert "File too large" in message
-    assert (tmp_path / "resume" / "latest").readlink() == Path("E0_U1_S24")
+    assert latest_of(tmp_path) == "E0_U1_S24"
     resumed = trained(tmp_path, EVERY_UPDATE, NOTING, resume="auto")
     assert resumed.callbacks[0].updates == [2, 3, 4, 5, 6]
     assert names_in(tmp_path) == ["E3_U6_S144"]
@@ -376,11 +339,11 @@ def sizes_when_synced(directory: Path) -> dict[int, int]:
     os.fsync = fsync
     # So little that torch does not flush it before it syncs it.
     model = WRAPS["fsdp2"](nn.Linear(2, 2, bias=False))
-    optimizers = {"model": torch.optim.SGD(model.parameters())}
-    trainer = SimpleNamespace(
-        model=model, optimizers=optimizers, average=None, callbacks=[], update_counter=SimpleNamespace(state_dict=dict)
-    )
-    write_resume_checkpoint(ResumeFolder(directory), "U1", trainer, Ranks.connect())
+    items = Items(model, (Part("model", ""),), True, {"optimizer": torch.optim.SGD(model.parameters())})
+    saver = ResumeSaver(directory, items, Ranks.connect(), keep_last=1)
+    saver.start(TrainingIteration(update=0), None)
+    saver.save(TrainingIteration(update=1))
+    saver.leave()
     with BestKeeper(model, directory=directory, metric_key="loss", format="dcp") as keeper:
         keeper.observe(1.0, epoch=1)
     return sizes
@@ -388,8 +351,8 @@ def sizes_when_synced(directory: Path) -> dict[int, int]:
 
 def test_every_file_of_every_rank_is_synced_when_it_is_whole(tmp_path):
     of_rank_0, of_rank_1 = run_ranks(sizes_when_synced, 2, tmp_path)
-    files = [path for folder in ("resume", "checkpoints/snapshots") for path in (tmp_path / folder).rglob("*.*")]
+    files = (tmp_path / "checkpoints/snapshots").rglob("*.*")
     found = {path: path.stat() for path in files if path.is_file()}
-    assert {".metadata", "__0_0.distcp", "__1_0.distcp", "trainer.pt"} <= {path.name for path in found}
+    assert {".metadata", "__0_0.distcp", "__1_0.distcp", "optimizer.pt"} <= {path.name for path in found}
     for path, about in found.items():
         assert about.st_size in (of_rank_0.get(about.st_ino), of_rank_1.get(about.st_ino)), path

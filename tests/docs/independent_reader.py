@@ -20,8 +20,8 @@ def read_events(path: Path) -> list[dict]:
         if b"\0" not in line and is_waited_for(json.loads(line)):
             raise ValueError("the ledger is damaged")
     events = [json.loads(line) for line in lines[:whole]]
-    if events[0]["event"] != "run" or events[0]["version"] != 4:
-        raise ValueError("not a ledger of version 4")
+    if events[0]["event"] != "run" or events[0]["version"] != 5:
+        raise ValueError("not a ledger of version 5")
     for line, event in zip(lines, events, strict=False):
         if zlib.crc32(line[: line.rindex(b',"crc":')]) != int(event["crc"], 16):
             raise ValueError("the ledger is damaged")
@@ -65,9 +65,9 @@ class Run:
 
     def __init__(self, directory: Path):
         self.folder = directory / "checkpoints"
-        self.refs, self.pins, self.manifests, self.keepers = {}, {}, {}, {}
+        self.refs, self.pins, self.manifests, self.keepers, self.needs = {}, {}, {}, {}, {}
         for event in read_events(self.folder / "ledger.jsonl"):
-            if event["event"] in ("begin", "observation", "pin", "unpin"):
+            if event["event"] in ("begin", "observation", "pin", "unpin", "checkpoint"):
                 getattr(self, event["event"])(event)
             if event["event"] in ("begin", "refs", "end") or "lost" in event:
                 self.keepers[event["keeper"]]["skipped"] = []
@@ -102,6 +102,10 @@ class Run:
 
     def unpin(self, event):
         self.pins.pop((event["keeper"], event["tag"]), None)
+
+    def checkpoint(self, event):
+        self.manifests.setdefault(event["snapshot"], event["manifest"])
+        self.needs[event["snapshot"]] = set(event["needs"])
 
     def state(self, keeper: str) -> dict:
         base, seen = self.keepers[keeper]["timelines"][-1]

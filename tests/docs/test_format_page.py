@@ -16,16 +16,21 @@ import pytest
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration
+from keepbest.capture.share import Items
 from keepbest.decision import Best, BestState, Policy
 from keepbest.errors import LedgerError, SnapshotError
+from keepbest.modules.parts import Part
+from keepbest.ranks import Ranks
 from keepbest.run.digest import Digest
 from keepbest.run.events import (
+    CheckpointSaved,
     Event,
     KeeperBegan,
     KeeperEnded,
     Observed,
     Pinned,
     RefsMoved,
+    Rewound,
     RunBegan,
     SessionBegan,
     Unpinned,
@@ -33,6 +38,7 @@ from keepbest.run.events import (
 )
 from keepbest.run.manifest import FileRecord, Manifest, SavedPart
 from keepbest.run.reader import find_ref, read_history
+from keepbest.saving.resume_saver import ResumeSaver
 from tests.docs.blocks import ROOT
 from tests.docs.independent_reader import Run
 from tests.kit.files import Operation, SteppedFiles, before
@@ -43,7 +49,7 @@ AT = TrainingIteration(epoch=1)
 BEST = Best(1.0, AT)
 MOVES = {"best_model.a": "E1"}
 FULL_EVENTS = [
-    RunBegan("a", version=5),
+    RunBegan("a", version=6),
     SessionBegan(1),
     KeeperBegan("best_model.a", "a", Policy(True), 0, AT, BestState(BEST, 1, {2: BEST}, AT, (BEST,)), MOVES, ("E1",)),
     Observed("best_model.a", AT, 1.0, "E1", "00", is_best=False, superseded=True, lost=True, refs=MOVES),
@@ -51,6 +57,8 @@ FULL_EVENTS = [
     Pinned("best_model.a", "tag", ("E1",)),
     Unpinned("best_model.a", "tag"),
     KeeperEnded("best_model.a", MOVES),
+    CheckpointSaved(AT, "E1", "00", ("E1",), {"resume.E1": "E1"}),
+    Rewound(("resume.E1",), {"resume.latest": None}),
 ]
 FULL_RECORD = FileRecord("model", Digest(1, "00"), 1)
 FULL_MANIFEST = Manifest(
@@ -162,7 +170,19 @@ def resume_in_the_middle(directory: Path) -> None:
     for keeper in keepers:
         keeper.flush(pin="end")
         keeper.release("middle")
+    saver = ResumeSaver(directory, whole(nn.Linear(2, 2)), Ranks.connect(), keep_last=2)
+    saver.start(epoch(5), None)
+    for number in (6, 7, 8):
+        saver.save(epoch(number))
+    saver.leave()
+    saver.start(epoch(7), directory / "checkpoints/snapshots" / read_history(directory).refs["resume.E7_U70"])
+    saver.leave()
+    for keeper in keepers:
         keeper.abandon()
+
+
+def whole(model: nn.Module) -> Items:
+    return Items(model, (Part("model", ""),), save_frozen_weights=True)
 
 
 def supersede_a_best(directory: Path, disk: Disk) -> None:
@@ -199,6 +219,8 @@ def test_run_has_what_is_hard_to_read(directory):
         ".top=2",
         '"unpin"',
         '"best":false',
+        '"checkpoint"',
+        '"rewind"',
     ):
         assert hard in text, hard
 
@@ -213,6 +235,8 @@ def test_independent_reader_agrees_about_refs_and_pins(directory):
     run, history = Run(directory), read_history(directory)
     assert run.refs == history.refs
     assert run.pins == history.pins
+    assert run.needs == {name: set(checkpoint.needs) for name, checkpoint in history.checkpoints.items()}
+    assert all(run.needs.values())
     assert run.manifests == history.manifests
 
 

@@ -30,7 +30,7 @@ Moment = Literal["before", "halfway", "after"]
 METRIC = "loss/val/total"
 TOLERANCES = [0, 1, 3, 20]  # all but the last are exceeded, each before a later improvement
 DROUGHTS = {4, 9, 10, 16, 17, 18, 19, 27, 34, 35}
-UPDATES = 41  # more than the last resume checkpoint, so that a run that dies at its very end trains again
+UPDATES = 41
 EVERY_UPDATE = {"every_n_updates": 1}
 CALLBACKS = [
     {"name": "CheckpointCallback", "every_n_updates": 3},
@@ -39,22 +39,18 @@ CALLBACKS = [
 BEST_CHECKPOINT = {"name": "BestCheckpointCallback", "metric_key": METRIC, "tolerances": TOLERANCES, **EVERY_UPDATE}
 
 # What becomes durable in one piece, the operations of the file layer that it comes to, and how many it takes about.
-# "append" is a write to the ledger.
+# "append" is a write to the ledger. "save" also writes the snapshots of resume checkpoints.
 COMMITS = {
     "save": {
         "make_folder": 1, "create": 3, "write": 60, "sync": 4, "sync_folder": 4, "rename": 2, "append": 1, "link": 1,
         "remove": 3,
     },
     "tolerance": {"append": 1, "sync": 1, "link": 1, "rename": 1, "sync_folder": 1, "remove": 1},
-    "pin": {"append": 1, "sync": 1},
-    "unpin": {"append": 1, "sync": 1, "remove": 1},
+    "checkpoint": {"append": 1, "sync": 1, "link": 2, "rename": 3, "sync_folder": 1, "remove": 2},
     "end": {"append": 1, "sync": 1, "link": 1, "rename": 1, "sync_folder": 1},
 }  # fmt: skip
 OTHERS = {
     "begin": {"append": 2, "sync": 1, "remove": 2, "sync_folder": 1},
-    "resume checkpoint": {
-        "make_folder": 1, "create": 2, "write": 2, "sync": 2, "sync_folder": 3, "rename": 2, "link": 1, "remove": 3,
-    },
 }  # fmt: skip
 _DEADLY = {operation for operations in (*COMMITS.values(), *OTHERS.values()) for operation in operations} - {"append"}
 _PATIENCE = 5  # in saves
@@ -116,7 +112,7 @@ class Reaper:
             self._place = "save"
         elif name not in _DEADLY or (name == "remove" and not os.path.lexists(operation.path)):
             return operation.do()
-        place = "resume checkpoint" if "resume" in operation.path.parts else self._place
+        place = self._place
         moment = self._due(place, name)
         if moment == "halfway":
             operation.do_half()

@@ -73,7 +73,8 @@ def pending(record: KeeperRecord, kept: Kept, selection: str, file_format: str) 
     return PendingSnapshot(
         share,
         find_format(file_format),
-        kept,
+        kept.observation.iteration,
+        kept.observation.value,
         directory=record.folder.path.parent,
         files=record.folder.files,
         selection=selection,

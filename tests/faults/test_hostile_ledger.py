@@ -83,7 +83,19 @@ def with_line(index: int, **changes):
 OUTSIDE = ("../../x", "/etc", "..", ".", "", "a/b", "E4\0", ".hidden", "E4\n")
 NO_NAMES = (5, None, ["E4"], {"E4": 1}, 1.5)
 BEST_LINE, PIN, BEGIN = -2, {"event": "pin", "keeper": BEST, "tag": "x"}, 1
+CHECKPOINT = {"event": "checkpoint", "iteration": "E4", "snapshot": "C4", "manifest": "00", "needs": [], "refs": {}}
+FORGED_CHECKPOINTS = (
+    *({"snapshot": name} for name in (*OUTSIDE, *NO_NAMES)),
+    *({"needs": [name]} for name in (*OUTSIDE, *NO_NAMES, "E99")),
+    *({"refs": {"resume.latest": name}} for name in (*OUTSIDE, "E99")),
+    {"refs": {"resume": "C4"}}, {"refs": {"resume./x": "C4"}}, {"iteration": "../E4"}, {"manifest": 5}, {"needs": None},
+    {"snapshot": "E4"}, {"event": "rewind", "abandoned": ["E4"]}, {"event": "rewind", "abandoned": None},
+)  # fmt: skip
 FORGED_LINES = {
+    **{
+        f"checkpoint with {forged!r}": lambda entries, forged=forged: [*entries, {**CHECKPOINT, **forged}]
+        for forged in FORGED_CHECKPOINTS
+    },
     **{f"snapshot {name!r}": with_line(BEST_LINE, snapshot=name) for name in (*OUTSIDE, 5, ["E4"], {"E4": 1})},
     **{f"ref to {name!r}": with_line(BEST_LINE, refs={BEST: name}) for name in (*OUTSIDE, 5, ["E4"], {"E4": 1})},
     **{f"ref named {name!r}": with_line(BEST_LINE, refs={name: "E4"}) for name in OUTSIDE},

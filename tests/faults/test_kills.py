@@ -26,7 +26,6 @@ import safetensors.torch
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from keepbest.callbacks.resume_folder import STATE_FILE
 from keepbest.errors import SnapshotError, StorageError
 from keepbest.remote.verify import verify_run
 from keepbest.run.layout import CHECKPOINTS, LEDGER
@@ -187,14 +186,15 @@ def witnessed(session: Session) -> list[list[Any]]:
 
 def refs(session: Session) -> Table:
     history = read_history(session.directory)
-    manifests = {ref: find_ref(session.directory, history, ref).manifest for ref in history.refs}
+    names = [ref for ref in history.refs if ref.startswith(BEST)]
+    manifests = {ref: find_ref(session.directory, history, ref).manifest for ref in names}
     return {ref: (str(manifest.iteration), manifest.value) for ref, manifest in manifests.items()}
 
 
 def stored_weights(folder: Path, manifest: Manifest) -> Weights:
     """By nothing but the libraries that the formats come from."""
     weights: Weights = {}
-    for part in {record.part for record in manifest.files.values()}:
+    for part in (saved.name for saved in manifest.saved_parts):
         if (path := folder / f"{part}.pt").exists():
             state = torch.load(path, weights_only=True)
         elif (path := folder / f"{part}.safetensors").exists():
@@ -203,7 +203,7 @@ def stored_weights(folder: Path, manifest: Manifest) -> Weights:
             with tempfile.NamedTemporaryFile() as file:
                 dcp_to_torch_save(folder / f"{part}.dcp", file.name)
                 state = torch.load(file.name, weights_only=True)
-        weights |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+        weights |= {name if part == "model" else f"{part}.{name}": tensor for name, tensor in state.items()}
     return weights
 
 
@@ -214,8 +214,8 @@ def assert_same(weights: Weights, expected: Weights) -> None:
 
 def deal(random_: random.Random, kills: int, ending: dict[str, Any]) -> Iterator[Death | Timed]:
     """The kills of a run: half of them at random operations of commits, the last one at its very end."""
-    commits = ["save"] * 6 + ["tolerance", "pin", "unpin", "unpin"]
-    kinds = ["commit", "timed", "commit", "begin", "commit", "timed", "commit", "resume checkpoint", "commit", "timed"]
+    commits = ["save"] * 6 + ["tolerance", "checkpoint", "checkpoint", "checkpoint"]
+    kinds = ["commit", "timed", "commit", "begin", "commit", "timed", "commit", "commit", "commit", "timed"]
     deck = [kinds[card % len(kinds)] for card in range(kills - 1)]
     random_.shuffle(deck)
     for kind in [*deck, "end"]:
@@ -254,7 +254,7 @@ def check_after_kill(session: Session, reference: Reference) -> None:
     ledger = session.directory / CHECKPOINTS / LEDGER
     lines = ledger.read_bytes().splitlines(keepends=True) if ledger.exists() else []
     events = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    committed = [event["value"] for event in events if "snapshot" in event]
+    committed = [event["value"] for event in events if event["event"] == "observation" and "snapshot" in event]
     seen_durable = [best for _, _, best in witnessed(session) if math.isfinite(best)]
     assert session.async_save or set(seen_durable) <= set(committed)
     if not events:
@@ -273,12 +273,14 @@ def check_snapshots(session: Session, reference: Reference) -> None:
     kept = {}
     for snapshot in history.kept():
         folder, manifest = find_snapshot(session.directory, history, snapshot)
-        kept[str(manifest.iteration)] = manifest.value
+        if manifest.value is not None:
+            kept[str(manifest.iteration)] = manifest.value
         assert_same(stored_weights(folder, manifest), reference.weights[str(manifest.iteration)])
     assert kept.items() <= reference.losses.items()
-    for path in (session.directory / "resume").glob(f"E*[0-9]/{STATE_FILE}"):
-        [callback] = [state for key, state in torch.load(path, weights_only=True)["callbacks"].items() if METRIC in key]
-        state = callback["keeper"]["state"]
+    for snapshot in history.checkpoints.keys() & history.kept():
+        path = find_snapshot(session.directory, history, snapshot).folder / "callbacks.pt"
+        states = torch.load(path, weights_only=True)["state"]
+        [state] = [each["keeper"]["state"] for key, each in states.items() if METRIC in key]
         named = {best["iteration"] for best in (state["best"], *state["exceeded"].values()) if best is not None}
         assert named <= kept.keys(), f"{path} needs snapshots that are gone"
 

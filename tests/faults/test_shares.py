@@ -123,7 +123,8 @@ class Ranks:
         return PendingSnapshot(
             share,
             find_format("dcp"),
-            kept,
+            kept.observation.iteration,
+            kept.observation.value,
             directory=self.root / "run",
             files=self.files[rank],
             selection="all",

@@ -11,16 +11,15 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from keepbest import BestKeeper, load
-from keepbest.callbacks.resume_checkpoint import _check_plain
+from keepbest.callbacks.resume import find_to_resume
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError
+from keepbest.ranks import Ranks
 from keepbest.run.verify import verify
 from tests.faults.hostile_run import (
     BEST,
@@ -94,8 +93,9 @@ def archive(evil: Evil) -> bytes:
 FILES = (
     "config.yaml", "metrics.jsonl", "checkpoints/ledger.jsonl", "checkpoints/lock", "checkpoints/snapshots/*/.metadata",
     "checkpoints/snapshots/*/snapshot.json", "checkpoints/snapshots/*/encoder.dcp/.metadata",
-    "checkpoints/snapshots/*/encoder.dcp/__0_0.distcp", "resume/*/.metadata", "resume/*/__0_0.distcp",
-    "resume/*/trainer.pt", "resume/*/rng_0.pt",
+    "checkpoints/snapshots/*/encoder.dcp/__0_0.distcp",
+    "checkpoints/snapshots/*/model.dcp/.metadata", "checkpoints/snapshots/*/model.dcp/__0_0.distcp",
+    "checkpoints/snapshots/*/trainer.pt", "checkpoints/snapshots/*/random.pt",
 )  # fmt: skip
 
 
@@ -131,32 +131,6 @@ def test_payload_in_any_file_of_a_run_is_not_run(trained, tmp_path, payload, req
     assert mark.exists()  # it would have done it
 
 
-def test_payload_as_a_value_of_a_resume_checkpoint_is_not_run(trained, tmp_path):
-    mark, run = tmp_path / "it ran", copy_of(trained, tmp_path / "run")
-    [index] = run.glob("resume/E*/.metadata")
-    metadata = pickle.loads(index.read_bytes())
-    values = [key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)]
-    assert values
-    shards = index.with_name("__0_0.distcp")
-    for place, info in metadata.storage_data.items():
-        if place.fqn in values:
-            info.offset = shards.stat().st_size
-            torch.save(Evil(mark), data := io.BytesIO())
-            info.length = len(data.getvalue())
-            with shards.open("ab") as file:
-                file.write(data.getvalue())
-    index.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(KeepBestError, match="cannot be read"):
-        train(trained.parent / "config.yaml", [f"directory={run}", "trainer.resume=auto", "trainer.updates=3"])
-    assert not mark.exists()
-
-
-def test_setting_that_no_resume_would_read_is_refused_when_saved():
-    _check_plain({"param_groups.w.lr": 0.1, "param_groups.w.betas": (0.9, 0.99), "state.w.step": torch.tensor(1.0)})
-    with pytest.raises(KeepBestError, match=r"param_groups.w.lr .* float64"):
-        _check_plain({"param_groups.w.lr": np.float64(0.1)})
-
-
 def test_eval_says_whose_classes_it_runs_and_takes_others(trained, tmp_path, capsys):
     run = copy_of(trained, tmp_path / "run")
     evaluate(run, runs.BEST, [])
@@ -175,7 +149,7 @@ LINKED = (
     "checkpoints/snapshots/*/snapshot.json", "checkpoints/snapshots/*/encoder.dcp",
     "checkpoints/snapshots/*/encoder.dcp/.metadata", "checkpoints/snapshots/*/encoder.dcp/__0_0.distcp",
 )  # fmt: skip
-LINKED_BESIDE = ("resume", "resume/E*", "resume/*/.metadata", "resume/*/trainer.pt", "metrics.jsonl", "config.yaml")
+LINKED_BESIDE = ("metrics.jsonl", "config.yaml")
 
 EXPLORED = {
     "pattern": [*LINKED, *LINKED_BESIDE],
@@ -205,12 +179,14 @@ def test_link_out_of_the_folder_is_not_followed(trained, tmp_path, pattern):
             load(run, runs.BEST, nn.Linear(2, 2))
 
 
-def test_link_named_latest_leads_to_what_lies_beside_it(trained, tmp_path):
+def test_link_named_latest_is_not_followed_but_the_ledger(trained, tmp_path):
     run = copy_of(trained, tmp_path / "run")
-    (run / "resume/latest").unlink()
-    (run / "resume/latest").symlink_to(copy_of(trained, tmp_path / "other") / "resume/latest")
+    link = run / "checkpoints/resume.latest"
+    link.unlink()
+    link.symlink_to(copy_of(trained, tmp_path / "other") / "checkpoints/resume.latest")
+    assert find_to_resume(run, link, Ranks.connect()).directory == run
     with pytest.raises(KeepBestError, match="no complete resume checkpoint"):
-        train(trained.parent / "config.yaml", [f"directory={run}", f"trainer.resume={run / 'resume/latest'}"])
+        find_to_resume(run, run / "checkpoints/best_model.none", Ranks.connect())
 
 
 @pytest.mark.parametrize(

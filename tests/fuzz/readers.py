@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from keepbest.callbacks.resume_checkpoint import _read_state
 from keepbest.cli.curve import curves
 from keepbest.cli.history import _rows
 from keepbest.cli.table import read_checkpoints
@@ -73,7 +72,6 @@ def readers(space: Path) -> dict[str, Reader]:
         "safetensors": Reader([files["safetensors"]], _read_whole(SAFETENSORS, "model.safetensors")),
         "remote": Reader(ledgers, _read_listing),
         "tied": Reader([json.dumps({"a": "b"}).encode()], _read_ties),
-        "trainer.pt": Reader([mixed.getvalue()], _read_trainer_state),
     }
 
 
@@ -116,8 +114,3 @@ def _read_listing(data: bytes, folder: Path) -> None:
 def _read_ties(data: bytes, folder: Path) -> None:
     (folder / "model.tied.json").write_bytes(data)
     read_ties(folder / "model.tied.json")
-
-
-def _read_trainer_state(data: bytes, folder: Path) -> None:
-    (folder / "trainer.pt").write_bytes(data)
-    _read_state(folder / "trainer.pt")

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from keepbest.callbacks import resume_folder
 from keepbest.run.files import Files
 from keepbest.saving.open_run import OpenRun
 
@@ -26,7 +23,7 @@ def use(
 
     Args:
         directory: Directory of the run.
-        files: Layer by which the run folder and the resume checkpoints in it are changed.
+        files: Layer by which the run folder is changed.
         clock: Time in seconds, as the upload to a remote copy reads it.
         patience: Seconds after which an upload that gets nowhere is given up.
         lock_patience: Seconds to wait for another process of this host that has the folder.
@@ -36,7 +33,4 @@ def use(
     run = OpenRun(directory, **seams)
     # Every keeper in the directory shares it for as long as it is held here.
     assert run.share() is run, f"{directory} is open already"
-    with pytest.MonkeyPatch.context() as patch:
-        if files is not None:
-            patch.setattr(resume_folder, "Files", lambda: files)
-        yield
+    yield

@@ -143,8 +143,17 @@ class CallbackBase:
     def before_preemption(self, *, update_counter: UpdateCounter, batch_size: int, **kwargs: Any) -> None:
         """Called when a signal ends training, so that it can resume later. **Collective**."""
 
+    def after_exception(
+        self, *, update_counter: UpdateCounter, error: Exception, is_between_updates: bool, **kwargs: Any
+    ) -> None:
+        """Called when an exception ends training, on the ranks where one does. It is raised when all have returned.
+
+        Args:
+            update_counter: Counter of the completed updates.
+            error: Exception.
+            is_between_updates: Whether the weights are those of the last completed update.
+            **kwargs: Arguments of later versions.
+        """
+
     def before_checkpoint(self, *, name: str) -> None:
         """Called before a resume checkpoint is written, to make durable what `state_dict` will name. **Collective**."""
-
-    def after_checkpoint_removed(self, *, name: str) -> None:
-        """Called after a resume checkpoint was removed, when nothing can resume from it any more. **Collective**."""

@@ -228,10 +228,6 @@ class BestCheckpointCallback(PeriodicCallback):
         """Make everything durable that was observed. **Collective**."""
         self.keeper.flush()
 
-    def before_checkpoint(self, *, name: str) -> None:
-        """Make what the present state names durable, and keep it while the checkpoint is there. **Collective**."""
-        self.keeper.flush(pin=name)
-
-    def after_checkpoint_removed(self, *, name: str) -> None:
-        """Release what was kept for a resume checkpoint. **Collective**."""
-        self.keeper.release(name)
+    def before_checkpoint(self, **_kwargs: Any) -> None:
+        """Make durable what the present state names, which the checkpoint keeps from then on. **Collective**."""
+        self.keeper.flush()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
-from keepbest.callbacks.resume_checkpoint import write_resume_checkpoint
-from keepbest.callbacks.resume_folder import ResumeFolder
+from keepbest.callbacks.training_state import resume_state, whole_model
+from keepbest.capture.share import Items
+from keepbest.errors import RanksError
 from keepbest.interval import IntervalType
+from keepbest.modules.parts import Part
+from keepbest.saving.resume_saver import ResumeSaver
 
 if TYPE_CHECKING:
+    from keepbest.iteration import TrainingIteration
     from keepbest.training.counter import UpdateCounter
+
+_logger = logging.getLogger(__name__)
+_EVERYTHING = Part("model", "")
 
 
 class CheckpointCallbackConfig(CallBackBaseConfig):
@@ -21,15 +29,18 @@ class CheckpointCallbackConfig(CallBackBaseConfig):
 
     Attributes:
         keep_last: Number of resume checkpoints to keep; `None` keeps all.
+        save_on_exception: Whether a last one is saved when an exception ends training between two updates and reaches
+            all ranks. Ranks wait for each other for `trainer.rank_timeout`, and then raise it without one.
     """
 
     name: Literal["CheckpointCallback"] = "CheckpointCallback"
 
     keep_last: Annotated[int, Field(gt=0, strict=True)] | None = 1
+    save_on_exception: Annotated[bool, Field(strict=True)] = False
 
 
 class CheckpointCallback(PeriodicCallback):
-    """Saves resume checkpoints, after everything else that happens at the same iteration.
+    """Saves resume checkpoints, after everything else that happens at the same iteration, and when training ends.
 
     Checkpoints of later iterations belong to an abandoned timeline. They are removed like old ones.
     """
@@ -40,41 +51,76 @@ class CheckpointCallback(PeriodicCallback):
     def __init__(self, callback_config: CheckpointCallbackConfig, **kwargs: Any) -> None:
         super().__init__(callback_config, **kwargs)
         self._keep_last = callback_config.keep_last
-        self._folder = ResumeFolder(self.directory)
-        self._newest: str | None = None
+        self._saves_on_exception = callback_config.save_on_exception
+        self._saver: ResumeSaver | None = None
+        self._newest: TrainingIteration | None = None
 
     @property
     def state_key(self) -> str:
         """One name for all: two of them in one run would remove each other's checkpoints, so they are refused."""
         return type(self).__name__
 
-    def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
-        """Save a resume checkpoint. **Collective**. Nothing in evaluation.
+    def before_training(self, *, update_counter: UpdateCounter, **_kwargs: Any) -> None:
+        """Open the run folder, after the keepers in it. **Collective**.
 
         Raises:
-            RankFailedError: On every rank, if a rank cannot write its share.
-            StorageError: On every rank, if the file system refuses.
+            KeepBestError: What `ResumeSaver.start` raises.
         """
-        if interval_type == "eval":
-            return
-        self._save(str(update_counter.iteration))
+        items = Items(whole_model(self.trainer), (_EVERYTHING,), True, resume_state(self.trainer, self.ranks))
+        self._saver = ResumeSaver(self.directory, items, self.ranks, keep_last=self._keep_last)
+        self._saver.start(update_counter.iteration, self.trainer.resumed_from)
+
+    def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
+        """Save a resume checkpoint, unless there is one of this iteration. **Collective**. Nothing in evaluation.
+
+        Raises:
+            KeepBestError: What `ResumeSaver.save` raises.
+        """
+        if interval_type != "eval":
+            self._save(update_counter.iteration)
+
+    def after_update(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:
+        """As the interval says, and when training is about to end. **Collective**."""
+        super().after_update(update_counter=update_counter, **kwargs)
+        if self.trainer.is_done:
+            self._save(update_counter.iteration)
 
     def before_preemption(self, *, update_counter: UpdateCounter, **_kwargs: Any) -> None:
         """Save a resume checkpoint now, unless there is one of this iteration. **Collective**."""
-        if self._newest != (name := str(update_counter.iteration)):
-            self._save(name)
+        self._save(update_counter.iteration)
 
-    def _save(self, name: str) -> None:
+    def after_exception(
+        self, *, update_counter: UpdateCounter, error: Exception, is_between_updates: bool, **_kwargs: Any
+    ) -> None:
+        """Save a resume checkpoint if that is wanted and every rank comes here. **Collective** where it is wanted."""
+        if not self._saves_on_exception or self._saver is None:
+            return
+        iteration = update_counter.iteration
+
+        def check() -> None:
+            if not is_between_updates:
+                raise RuntimeError("an update was under way, so the weights are those of no iteration")
+
+        try:
+            # A rank that raised alone waits here in vain, or meets ranks in another step, which fail then too.
+            self.ranks.agree(f"save a resume checkpoint at {iteration} after an exception", check)
+        except RanksError as absent:
+            _logger.warning("no resume checkpoint was saved after %r: %s", error, absent)
+            return
+        try:
+            self._save(iteration)
+        except Exception as failure:  # noqa: BLE001  # the first error is the one to raise
+            _logger.warning("no resume checkpoint could be saved after %r: %r", error, failure)
+
+    def after_training(self, **_kwargs: Any) -> None:
+        """Release the run folder. **Rank-local**."""
+        if self._saver is not None:
+            self._saver.leave()
+
+    def _save(self, iteration: TrainingIteration) -> None:
+        if self._saver is None or iteration == self._newest:
+            return
         for callback in self.trainer.callbacks:
-            callback.before_checkpoint(name=name)
-        write_resume_checkpoint(self._folder, name, self.trainer, self.ranks)
-        removed = self.ranks.broadcast(
-            f"publish the resume checkpoint {name}",
-            lambda: self._folder.publish(name, keep_last=self._keep_last),
-            remedy=f"Check that {self._folder.path} can be written",
-            saving=True,
-        )
-        for old in removed:
-            for callback in self.trainer.callbacks:
-                callback.after_checkpoint_removed(name=old)
-        self._newest = name
+            callback.before_checkpoint(name=str(iteration))
+        self._saver.save(iteration)
+        self._newest = iteration

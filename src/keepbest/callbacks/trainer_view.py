@@ -47,6 +47,14 @@ class TrainerView(Protocol):
     def resume(self) -> Path | str | None:
         """The resume checkpoint that the run was asked to resume from; `None` if it was not asked to."""
 
+    @property
+    def resumed_from(self) -> Path | None:
+        """Folder of the snapshot that the run was resumed from; `None` if it starts anew."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether training ends after the callbacks of this update."""
+
     def stop(self, reason: str) -> None:
         """End training after the callbacks of this update. **Rank-local**, but every rank must call it.
 

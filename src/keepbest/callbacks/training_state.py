@@ -1,18 +1,20 @@
-"""What the trainer needs to continue from a best: optimizers, its place in the data, and random numbers."""
+"""What the trainer needs to continue: optimizers, its place in the data, random numbers, and states of callbacks."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.capture.per_rank import PerRank
-from keepbest.load import load_into
 from keepbest.random_state import read_random_state
 from keepbest.ranks import Ranks
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
+
+TRAINER, CALLBACKS, AVERAGE = "trainer", "callbacks", "average"
 
 
 class TrainerProgress:
@@ -57,33 +59,42 @@ class HeldRandomState:
         self.held = state_dict
 
 
+class CallbackStates:
+    """The states of all callbacks of a trainer: a training state.
+
+    Args:
+        trainer: Trainer, whose callbacks may be made later.
+    """
+
+    def __init__(self, trainer: TrainerView) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {callback.state_key: callback.state_dict() for callback in self._trainer.callbacks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for callback in self._trainer.callbacks:
+            if callback.state_key in state_dict:
+                callback.load_state_dict(state_dict[callback.state_key])
+
+
 def trainer_state(trainer: TrainerView, ranks: Ranks) -> dict[str, Any]:
-    """The training states of a trainer, by name. **Rank-local**."""
+    """The training states of a trainer that a best has, by name. **Rank-local**."""
     return {
         **{f"optimizer.{name}": optimizer for name, optimizer in trainer.optimizers.items()},
-        "trainer": TrainerProgress(trainer.update_counter, ranks.world_size),
+        TRAINER: TrainerProgress(trainer.update_counter, ranks.world_size),
         "random": PerRank(HeldRandomState()),
     }
 
 
-def load_best(directory: Path, ref: str, trainer: TrainerView, ranks: Ranks) -> dict[str, Any] | None:
-    """Load model, optimizers and update counter of the best that `ref` names. **Collective**.
+def resume_state(trainer: TrainerView, ranks: Ranks) -> dict[str, Any]:
+    """The training states of a trainer that a resume checkpoint has, by name. **Rank-local**."""
+    average = {} if trainer.average is None else {AVERAGE: trainer.average}
+    return {**trainer_state(trainer, ranks), CALLBACKS: CallbackStates(trainer), **average}
 
-    Args:
-        directory: Directory of the run.
-        ref: Name of the ref.
-        trainer: Trainer that continues from it.
-        ranks: Ranks that train together.
 
-    Returns:
-        The state of this rank's random number generators for `restore_random_state`; `None` if the best was saved by
-        another number of ranks.
-
-    Raises:
-        SnapshotError: On every rank, if there is none, it has no training state, or it does not fit.
-        ConfigError: On every rank, if the run had epochs or batches of another size.
-    """
-    progress, random = TrainerProgress(trainer.update_counter, ranks.world_size), HeldRandomState()
-    states = {**trainer_state(trainer, ranks), "trainer": progress, "random": PerRank(random)}
-    load_into(trainer.model, directory, ref, ranks=ranks, step=f"resume from {ref}", training_state=states)
-    return random.held if progress.is_of_as_many_ranks else None
+def whole_model(trainer: TrainerView) -> nn.Module:
+    """All weights that a trainer continues from: its model, or that and the average beside it. **Rank-local**."""
+    if trainer.average is None:
+        return trainer.model
+    return nn.ModuleDict({"model": trainer.model, AVERAGE: trainer.average.model})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keepbest.cli.console import print_table
 from keepbest.remote.download import local_copy
-from keepbest.run.events import Event, KeeperBegan, KeeperEnded, Observed, SessionBegan
+from keepbest.run.events import CheckpointSaved, Event, KeeperBegan, KeeperEnded, Observed, SessionBegan
 from keepbest.run.layout import CHECKPOINTS, LEDGER
 from keepbest.run.ledger import read_ledger
 from keepbest.run.reader import read_history
@@ -40,6 +40,8 @@ def _rows(events: list[Event]) -> Iterator[tuple[str, str, str, str]]:
             case KeeperBegan() if event.timeline is not None:
                 at = "" if event.at is None else str(event.at)
                 yield event.keeper, at, "", "continues from here" if at else "starts over"
+            case CheckpointSaved():
+                yield "", str(event.iteration), "", f"resume checkpoint, saved as {event.snapshot}"
             case KeeperEnded():
                 yield event.keeper, "", "", ", ".join(["training ended", *_moves(event)])
 

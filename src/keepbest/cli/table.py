@@ -12,11 +12,12 @@ from typing import Any
 
 import typer
 
-from keepbest.cli.console import print_table
+from keepbest.cli.console import print_table, say
 from keepbest.errors import SnapshotError
 from keepbest.remote.download import local_copy, no_file
+from keepbest.run.checkpoints import checkpoint_refs
 from keepbest.run.history import History, KeeperHistory
-from keepbest.run.names import tolerance_ref, top_ref
+from keepbest.run.names import LATEST, tolerance_ref, top_ref
 from keepbest.run.reader import find_ref, read_history
 
 _DIGITS_SHOWN = 12
@@ -80,6 +81,11 @@ def print_checkpoints(run: Path | str) -> None:
     headings = ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest")
     rows = map(_row, read_checkpoints(run))
     print_table(f"checkpoints of {run}", headings, rows, right=("value", "bytes"))
+    with local_copy(run) as directory:
+        history = read_history(directory)
+    if LATEST in history.refs:
+        refs = ", ".join(checkpoint_refs(history)) or "none"
+        say(f"resume checkpoints: {refs}; {LATEST} is {history.refs[LATEST]}")
 
 
 def _row(each: Checkpoint) -> tuple[str, ...]:

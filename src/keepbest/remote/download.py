@@ -119,7 +119,7 @@ def bring_up_to(
         _refuse_unknown_snapshots(remote, ours)
         return False
     if here.startswith(there):
-        for name in sorted(ours.kept()):
+        for name in sorted(ours.copied()):
             if not (folder / SNAPSHOTS / name).exists():
                 with suppress(FileNotFoundError):  # it was missing here before, too
                     _fetch_verified(remote, folder, files, ours, name)
@@ -136,7 +136,7 @@ def bring_up_to(
             file.sync()
         history = History.of(read_ledger(temporary)[0])
         check(remote.url, history)
-        for name in sorted(history.kept()):
+        for name in sorted(history.copied()):
             if not _is_whole(folder / SNAPSHOTS / name, history.manifests[name]):
                 try:
                     _fetch_verified(remote, folder, files, history, name)

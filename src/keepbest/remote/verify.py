@@ -41,11 +41,11 @@ def _faults_of_remote(remote: Remote) -> list[Fault]:
     with local_copy(remote.url) as directory:
         history = read_history(directory)
     faults = []
-    for name in sorted(history.kept()):
+    for name in sorted(history.copied()):
         with local_copy(remote.url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
             found = snapshot_faults(directory, history, name)
             faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in found]
-    kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.kept())
+    kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.copied())
     with raising_unreadable(remote):
         paths = sorted(remote.sizes())
     left = [path for path in paths if snapshot_in(path) is not None and not path.startswith(kept)]

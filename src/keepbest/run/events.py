@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from keepbest.decision import BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
-from keepbest.run.names import REF_PREFIX, is_safe
+from keepbest.run.names import REF_PREFIX, RESUME_PREFIX, is_safe
 
-VERSION = 4
+VERSION = 5
 """Of the ledger and the manifests; another version is refused."""
 
 Json = dict[str, Any]
@@ -205,7 +205,68 @@ class KeeperEnded(RefsMoved):
     name: ClassVar[str] = "end"
 
 
-Event = RunBegan | SessionBegan | KeeperBegan | Observed | RefsMoved | Pinned | Unpinned | KeeperEnded
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A resume checkpoint is complete.
+
+    Attributes:
+        iteration: Training iteration after which training continues from it.
+        snapshot: Name of the snapshot that holds it.
+        manifest: Digest of the manifest of that snapshot.
+        needs: Snapshots that the states of keepers name at that iteration. They stay as long as a ref names this one.
+        refs: Moves that follow: of the refs on this checkpoint, and on those that it replaces.
+    """
+
+    iteration: TrainingIteration
+    snapshot: str
+    manifest: str
+    needs: tuple[str, ...]
+    refs: Moves
+
+    name: ClassVar[str] = "checkpoint"
+    is_waited_for: ClassVar[bool] = True
+
+    def to_json(self) -> Json:
+        return {
+            "iteration": str(self.iteration),
+            "snapshot": self.snapshot,
+            "manifest": self.manifest,
+            "needs": list(self.needs),
+            "refs": self.refs,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """Training continues from something else than the newest resume checkpoint.
+
+    Attributes:
+        abandoned: Refs on resume checkpoints of the timeline that was left. The next one that is saved removes them.
+        refs: Moves: of the ref on what training continues from, and of those on snapshots that are gone.
+    """
+
+    abandoned: tuple[str, ...]
+    refs: Moves
+
+    name: ClassVar[str] = "rewind"
+    is_waited_for: ClassVar[bool] = True
+
+    def to_json(self) -> Json:
+        return {"abandoned": list(self.abandoned), "refs": self.refs}
+
+
+Event = (
+    RunBegan
+    | SessionBegan
+    | KeeperBegan
+    | Observed
+    | RefsMoved
+    | Pinned
+    | Unpinned
+    | KeeperEnded
+    | CheckpointSaved
+    | Rewound
+)
 
 
 def event_to_json(event: Event) -> Json:
@@ -228,7 +289,7 @@ def parse_event(line: Mapping[str, Any]) -> Event:
 
 def refs_of(event: Event) -> Moves:
     """The refs that an event moves."""
-    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved) else {}
+    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved | CheckpointSaved | Rewound) else {}
 
 
 def _parse_session(line: Mapping[str, Any]) -> SessionBegan:
@@ -239,7 +300,7 @@ def _parse_session(line: Mapping[str, Any]) -> SessionBegan:
 
 def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
     return KeeperBegan(
-        keeper=_ref(line["keeper"]),
+        keeper=_keeper(line["keeper"]),
         metric_key=_text(line["metric_key"]),
         policy=_policy_from_json(line["policy"]),
         timeline=line["timeline"],
@@ -253,7 +314,7 @@ def _parse_begin(line: Mapping[str, Any]) -> KeeperBegan:
 def _parse_observation(line: Mapping[str, Any]) -> Observed:
     snapshot = line.get("snapshot")
     return Observed(
-        keeper=_ref(line["keeper"]),
+        keeper=_keeper(line["keeper"]),
         iteration=TrainingIteration.parse(line["iteration"]),
         value=float(line["value"]),
         snapshot=None if snapshot is None else _safe(snapshot),
@@ -270,8 +331,24 @@ def _parse_moves(line: Mapping[str, Any]) -> Moves:
     return {_ref(name): None if snapshot is None else _safe(snapshot) for name, snapshot in moves}
 
 
-def _ref(name: str) -> str:
+def _parse_checkpoint(line: Mapping[str, Any]) -> CheckpointSaved:
+    return CheckpointSaved(
+        iteration=TrainingIteration.parse(line["iteration"]),
+        snapshot=_safe(line["snapshot"]),
+        manifest=_text(line["manifest"]),
+        needs=tuple(_safe(name) for name in line["needs"]),
+        refs=_parse_moves(line),
+    )
+
+
+def _keeper(name: str) -> str:
     if not name.startswith(REF_PREFIX):
+        raise ValueError(f"{name!r} is no name of a keeper")
+    return _safe(name)
+
+
+def _ref(name: str) -> str:
+    if not name.startswith((REF_PREFIX, RESUME_PREFIX)):
         raise ValueError(f"{name!r} is no name of a ref")
     return _safe(name)
 
@@ -306,10 +383,12 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], Event]] = {
     SessionBegan.name: _parse_session,
     KeeperBegan.name: _parse_begin,
     Observed.name: _parse_observation,
-    RefsMoved.name: lambda line: RefsMoved(_ref(line["keeper"]), _parse_moves(line)),
+    RefsMoved.name: lambda line: RefsMoved(_keeper(line["keeper"]), _parse_moves(line)),
     Pinned.name: lambda line: Pinned(
-        _ref(line["keeper"]), _text(line["tag"]), tuple(_safe(name) for name in line["snapshots"])
+        _keeper(line["keeper"]), _text(line["tag"]), tuple(_safe(name) for name in line["snapshots"])
     ),
-    Unpinned.name: lambda line: Unpinned(_ref(line["keeper"]), _text(line["tag"])),
-    KeeperEnded.name: lambda line: KeeperEnded(_ref(line["keeper"]), _parse_moves(line)),
+    Unpinned.name: lambda line: Unpinned(_keeper(line["keeper"]), _text(line["tag"])),
+    CheckpointSaved.name: _parse_checkpoint,
+    Rewound.name: lambda line: Rewound(tuple(_ref(name) for name in line["abandoned"]), _parse_moves(line)),
+    KeeperEnded.name: lambda line: KeeperEnded(_keeper(line["keeper"]), _parse_moves(line)),
 }

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from keepbest.errors import LedgerError, RunExistsError
+from keepbest.iteration import TrainingIteration
 from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
@@ -94,7 +95,7 @@ class RunFolder:
         unknown = names - self.history.manifests.keys()
         lost = unknown
         # A crash leaves a snapshot that was not committed yet, and everything that the ledger keeps.
-        if self.history.run_id is not None and self.history.kept() <= names:
+        if self.history.run_id is not None and self.history.copied() <= names:
             later = {name for name in unknown if self.snapshots.ledger_bytes(name) > self._ledger_bytes}
             lost = unknown & self._links.targets() | later
         if lost:
@@ -195,6 +196,17 @@ class RunFolder:
             self._is_interrupted = False
 
     @property
+    def run_id(self) -> str:
+        """The id of the run that the folder holds."""
+        if self.history.run_id is None:
+            raise RuntimeError(f"{self.path} holds no run yet: begin comes first")
+        return self.history.run_id
+
+    def new_name(self, iteration: TrainingIteration, selection: str) -> str:
+        """A name for a snapshot of `iteration`; `selection` is what is saved."""
+        return self.snapshots.new_name(iteration, self.history.restarts, selection, self.history.manifests)
+
+    @property
     def durable_bytes(self) -> int:
         """The bytes of the ledger that are known to be on the disk."""
         return 0 if self._ledger is None else self._ledger.durable_size
@@ -269,7 +281,7 @@ class RunFolder:
 
     def _committed(self, ledger_bytes: int) -> Committed:
         manifests = self.history.manifests
-        kept = {name: manifests[name] for name in self.history.kept()}
+        kept = {name: manifests[name] for name in self.history.copied()}
         return Committed(self.history.run_id, ledger_bytes, kept, frozenset(manifests))
 
     def _stop_following(self) -> None:

@@ -16,7 +16,7 @@ class Committed(NamedTuple):
     Attributes:
         run_id: Id of the run.
         ledger_bytes: Bytes of the ledger, all of them durable.
-        kept: Name and digest of the manifest of each snapshot that must stay.
+        kept: Name and digest of the manifest of each snapshot that the copy has.
         known: Names of all snapshots that the ledger mentions.
     """
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Decision, Observation, Policy, decide
 from keepbest.errors import LedgerError
 from keepbest.iteration import TrainingIteration
 from keepbest.run.events import (
+    CheckpointSaved,
     Event,
     KeeperBegan,
     Observed,
     Pinned,
     RefsMoved,
+    Rewound,
     RunBegan,
     SessionBegan,
     Unpinned,
     refs_of,
 )
+from keepbest.run.names import RESUME_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,13 @@ class Entry:
     observation: Observation
     snapshot: str | None
     is_best: bool = True
+
+
+class Checkpoint(NamedTuple):
+    """A resume checkpoint: its iteration, and the snapshots that the states in it name."""
+
+    iteration: TrainingIteration
+    needs: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -93,6 +104,12 @@ class Timeline:
         values = {entry.observation.iteration: entry.observation.value for entry in self.entries if entry.snapshot}
         held = [Best(values[iteration], iteration) for iteration, name in self.saved.items() if holds(name)]
         return policy.ranked([*held, after])
+
+    def snapshots_of(self, state: BestState) -> set[str]:
+        """The snapshots that `state`, which is one of this timeline, names."""
+        bests = [state.best, *state.exceeded.values(), *state.top]
+        names = (self.saved.get(best.iteration) for best in bests if best is not None)
+        return {name for name in names if name is not None}
 
     def take_over(self, entries: Iterable[Entry]) -> None:
         """Start with entries of another timeline."""
@@ -193,6 +210,8 @@ class History:
         refs: Name of the ref -> name of the snapshot.
         pins: (keeper, tag) -> snapshots that must stay while the tag is pinned.
         manifests: Name of the snapshot -> digest of its `snapshot.json`.
+        checkpoints: Name of the snapshot -> the resume checkpoint that it is.
+        abandoned: Refs on resume checkpoints of a timeline that was left.
     """
 
     run_id: str | None = None
@@ -201,6 +220,8 @@ class History:
     refs: dict[str, str] = field(default_factory=dict)
     pins: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     manifests: dict[str, str] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    abandoned: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -239,9 +260,11 @@ class History:
                 last = self.keepers[event.keeper].present.last_iteration
                 if last is not None and not event.iteration.follows(last):
                     raise ValueError(f"{event.iteration} does not come after {last}")
-                if event.snapshot is not None and self.manifests.get(event.snapshot, event.manifest) != event.manifest:
-                    raise ValueError(f"the name {event.snapshot} is used for a second snapshot")
+                self._check_name(event.snapshot, event.manifest)
                 named.discard(event.snapshot or "")
+            case CheckpointSaved():
+                self._check_name(event.snapshot, event.manifest)
+                named = (named | {*event.needs}) - {event.snapshot}
             case KeeperBegan(state=None):
                 if event.timeline is None:
                     raise ValueError("a keeper begins with neither a timeline nor a state")
@@ -270,6 +293,12 @@ class History:
                 self.pins.pop((event.keeper, event.tag), None)
             case RefsMoved():
                 self.keepers[event.keeper].present.skipped.clear()
+            case CheckpointSaved():
+                self.manifests.setdefault(event.snapshot, event.manifest)
+                self.checkpoints[event.snapshot] = Checkpoint(event.iteration, frozenset(event.needs))
+                self.abandoned = frozenset()
+            case Rewound():
+                self.abandoned = frozenset(event.abandoned)
         for name, snapshot in refs_of(event).items():
             if snapshot is None:
                 self.refs.pop(name, None)
@@ -277,11 +306,22 @@ class History:
                 self.refs[name] = snapshot
 
     def kept(self) -> set[str]:
-        """The snapshots that must stay: those that a ref, a pin or a keeper's timeline best names."""
+        """The snapshots that must stay: `copied`, and what a ref on a resume checkpoint names, and that one needs."""
+        on_checkpoints = [snapshot for ref, snapshot in self.refs.items() if ref.startswith(RESUME_PREFIX)]
+        needs = (self.checkpoints[name].needs for name in on_checkpoints if name in self.checkpoints)
+        return self.copied().union(on_checkpoints, *needs)
+
+    def copied(self) -> set[str]:
+        """The snapshots that a remote copy has too: those that a ref of a keeper, a pin or a timeline's best names."""
         timelines = [keeper.present for keeper in self.keepers.values()]
         bests = (timeline.best_snapshot for timeline in timelines if timeline.best_snapshot is not None)
         spare = (timeline.spare for timeline in timelines)
-        return {*self.refs.values(), *bests}.union(*self.pins.values(), *spare)
+        refs = (snapshot for ref, snapshot in self.refs.items() if not ref.startswith(RESUME_PREFIX))
+        return {*refs, *bests}.union(*self.pins.values(), *spare)
+
+    def _check_name(self, snapshot: str | None, manifest: str | None) -> None:
+        if snapshot is not None and self.manifests.get(snapshot, manifest) != manifest:
+            raise ValueError(f"the name {snapshot} is used for a second snapshot")
 
     def _begin(self, event: KeeperBegan) -> None:
         keeper = self.keepers.setdefault(event.keeper, KeeperHistory(event.metric_key, event.policy))

@@ -4,19 +4,19 @@
   snapshots/E7_U140_S8960/   encoder.pt  decoder.pt  snapshot.json
   best_model.loss.val.total              -> snapshots/E7_U140_S8960
   best_model.loss.val.total.tolerance=2  -> snapshots/E3_U60_S3840
+  resume.latest                          -> snapshots/E8_U160_S10240
   ledger.jsonl
   lock
 """
 
 from pathlib import Path
 
-from keepbest.run.names import REF_PREFIX
+from keepbest.run.names import REF_PREFIX, RESUME_PREFIX
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 LEDGER = "ledger.jsonl"
 LOCK = "lock"
-REFS = f"{REF_PREFIX}*"
 MANIFEST = "snapshot.json"
 TEMPORARY = ".tmp-"
 
@@ -24,6 +24,11 @@ TEMPORARY = ".tmp-"
 def snapshots_folder(directory: Path) -> Path:
     """Folder of the snapshots of the run in `directory`."""
     return directory / CHECKPOINTS / SNAPSHOTS
+
+
+def ref_paths(folder: Path) -> list[Path]:
+    """What lies in `<run>/checkpoints` under a name that a ref can have."""
+    return [*folder.glob(f"{REF_PREFIX}*"), *folder.glob(f"{RESUME_PREFIX}*")]
 
 
 def unfinished_folder(snapshots: Path, name: str) -> Path:

@@ -63,9 +63,9 @@ class Manifest:
     Attributes:
         run: Id of the run.
         iteration: Training iteration whose weights these are.
-        keeper: Name of the keeper that took the snapshot.
-        metric_key: Metric of that keeper.
-        value: Value of the metric at the iteration.
+        keeper: Name of the keeper that took the snapshot; `None` for a resume checkpoint.
+        metric_key: Metric of that keeper; `None` for a resume checkpoint.
+        value: Value of the metric at the iteration; `None` for a resume checkpoint.
         format: Name of the format of the files.
         parts: Parts of the model that were selected, in order.
         training_state: Names of what is kept beside them, such as an optimizer.
@@ -77,9 +77,9 @@ class Manifest:
 
     run: str
     iteration: TrainingIteration
-    keeper: str
-    metric_key: str
-    value: float
+    keeper: str | None
+    metric_key: str | None
+    value: float | None
     format: str
     parts: tuple[SavedPart, ...]
     training_state: tuple[str, ...]
@@ -151,7 +151,9 @@ class Manifest:
 def _check(content: Any) -> None:
     """Refuse what would not be what its type says, and files outside of the folder of the snapshot."""
     parts, states = {name for name, _, _ in content["parts"]}, list(content["training_state"])
-    texts = [content[key] for key in ("run", "keeper", "metric_key", "format")]
+    of_keeper = [content[key] for key in ("keeper", "metric_key", "value")]
+    is_of_keeper = of_keeper != [None] * len(of_keeper)
+    texts = [content["run"], content["format"], *(of_keeper[:-1] if is_of_keeper else [])]
     texts += [text for name, path, apart in content["parts"] for text in (name, path, *apart)]
     texts += states
     texts += [key for keys in content["left_out"].values() for key in keys]
@@ -160,7 +162,7 @@ def _check(content: Any) -> None:
     names = parts.union(states)
     if len(names) != len(content["parts"]) + len(states):
         raise ValueError(f"two parts, or training states, have one name: {sorted(names)}")
-    if not isinstance(content["value"], float | int):
+    if is_of_keeper and not isinstance(content["value"], float | int):
         raise TypeError(f"the value of the metric is {content['value']!r}")
     if type(content["ledger_bytes"]) is not int:
         raise TypeError(f"the ledger had {content['ledger_bytes']!r} bytes")

@@ -10,11 +10,16 @@ import hashlib
 import re
 import string
 
+from keepbest.iteration import TrainingIteration
+
 _KEPT = frozenset((string.ascii_letters + string.digits + "_-").encode())
 _SAFE = re.compile(r"[A-Za-z0-9_%=~-][A-Za-z0-9_%=~.-]*")
 _LONGEST = 100  # two of them, with all that is added, are less than the 255 bytes that a file name may have
 _HASH_DIGITS = 16
 REF_PREFIX = "best_model."
+RESUME_PREFIX = "resume."
+LATEST = f"{RESUME_PREFIX}latest"
+"""Ref on the snapshot that training continues from."""
 
 
 def metric_name(metric_key: str) -> str:
@@ -41,6 +46,11 @@ def tolerance_ref(best: str, tolerance: int) -> str:
 def top_ref(best: str, place: int) -> str:
     """Name of the ref on the `place`-th best value, from 1."""
     return f"{best}.top={place}"
+
+
+def resume_ref(iteration: TrainingIteration) -> str:
+    """Name of the ref on the resume checkpoint of an iteration."""
+    return f"{RESUME_PREFIX}{iteration}"
 
 
 def is_safe(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
 from keepbest.iteration import TrainingIteration
+from keepbest.run.checkpoints import forget_gone
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
 from keepbest.run.history import KeeperHistory, Timeline
@@ -156,7 +157,8 @@ class KeeperRecord:
         return tuple(sorted(name for name in {*self.folder.history.kept(), *timeline.saved.values()} if holds(name)))
 
     def _repair_pins(self) -> None:
-        """Pin again what is left of pins of which a snapshot is gone."""
+        """Pin again what is left of pins of which a snapshot is gone, and forget resume checkpoints that are gone."""
+        forget_gone(self.folder)
         for (keeper, tag), names in list(self.folder.history.pins.items()):
             held = tuple(sorted(filter(self.folder.snapshots.holds, names)))
             if keeper == self.keeper and len(held) < len(names):
@@ -241,11 +243,8 @@ class KeeperRecord:
 
     def pin(self, tag: str, state: BestState) -> None:
         """Keep the snapshots that `state` names until `tag` is pinned again or released. Raises `OSError`."""
-        saved = self.history.present.saved
-        bests = [state.best, *state.exceeded.values(), *state.top]
-        names = {saved.get(best.iteration) for best in bests if best is not None}
-        held = sorted(name for name in names if name is not None and self.folder.snapshots.holds(name))
-        self.folder.commit(Pinned(self.keeper, tag, tuple(held)))
+        held = filter(self.folder.snapshots.holds, self.history.present.snapshots_of(state))
+        self.folder.commit(Pinned(self.keeper, tag, tuple(sorted(held))))
 
     def unpin(self, tag: str) -> None:
         """Release what `tag` pinned. Raises `OSError`."""
@@ -255,19 +254,6 @@ class KeeperRecord:
         """Record that training is over: open tolerances get a provisional ref on the best. Raises `OSError`."""
         open_tolerances = [tolerance for tolerance in self._policy.tolerances if tolerance not in state.exceeded]
         self.folder.commit(KeeperEnded(self.keeper, self._tolerance_moves(dict.fromkeys(open_tolerances, state.best))))
-
-    def new_name(self, iteration: TrainingIteration, selection: str) -> str:
-        """A name for a snapshot of `iteration`; `selection` is what is saved."""
-        history = self.folder.history
-        return self.folder.snapshots.new_name(iteration, history.restarts, selection, history.manifests)
-
-    @property
-    def run_id(self) -> str:
-        """The id of the run that the folder holds."""
-        run_id = self.folder.history.run_id
-        if run_id is None:
-            raise RuntimeError(f"{self.folder.path} holds no run yet: begin comes first")
-        return run_id
 
     @property
     def history(self) -> KeeperHistory:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from keepbest.run.files import Files
-from keepbest.run.layout import REFS, SNAPSHOTS, TEMPORARY
+from keepbest.run.layout import SNAPSHOTS, TEMPORARY, ref_paths
 
 _logger = logging.getLogger(__name__)
 _NO_LINK = ""  # what is in the place of a link, such as a folder where the run was copied with its links followed
@@ -28,7 +28,7 @@ class RefLinks:
 
     def targets(self) -> set[str]:
         """The snapshots that links in the folder point at, also those that the ledger does not know."""
-        return {path.readlink().name for path in self._path.glob(REFS) if path.is_symlink()}
+        return {path.readlink().name for path in ref_paths(self._path) if path.is_symlink()}
 
     def restore(self, refs: Mapping[str, str]) -> None:
         """As `show`, in a folder where a crash, or somebody else, may have left anything."""
@@ -73,7 +73,7 @@ class RefLinks:
         self._files.rename(temporary, path)
 
     def _look(self) -> dict[str, str]:
-        return {path.name: str(path.readlink()) if path.is_symlink() else _NO_LINK for path in self._path.glob(REFS)}
+        return {path.name: str(path.readlink()) if path.is_symlink() else _NO_LINK for path in ref_paths(self._path)}
 
     def _warn(self, error: OSError) -> None:
         if not self._is_refused:

@@ -9,7 +9,7 @@ from typing import Literal
 from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.history import History
-from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, REFS, SNAPSHOTS, TEMPORARY
+from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPORARY, ref_paths
 from keepbest.run.ledger import read_ledger
 from keepbest.run.reader import find_snapshot, read_history
 
@@ -52,7 +52,7 @@ def _ledger_faults(path: Path) -> list[Fault]:
 def _ref_faults(folder: Path, history: History) -> list[Fault]:
     faults = []
     # A file system that refuses links has none of them.
-    has_links = any(path.is_symlink() for path in folder.glob(REFS))
+    has_links = any(path.is_symlink() for path in ref_paths(folder))
     for name, snapshot in sorted(history.refs.items()):
         path = folder / name
         if path.is_symlink() and path.readlink() != Path(f"{SNAPSHOTS}/{snapshot}"):
@@ -61,7 +61,7 @@ def _ref_faults(folder: Path, history: History) -> list[Fault]:
             )
         elif has_links and not path.exists() and not path.is_symlink():
             faults.append(Fault("unfinished", f"{path} is missing, the ledger says {SNAPSHOTS}/{snapshot}"))
-    unknown = sorted({path.name for path in folder.glob(REFS)} - history.refs.keys())
+    unknown = sorted({path.name for path in ref_paths(folder)} - history.refs.keys())
     return [
         *faults,
         *(Fault("unfinished", f"{folder / name} is a ref that the ledger does not know") for name in unknown),

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from keepbest.capture.share import Receipts, Share
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format, Receipt
+from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
+from keepbest.run.folder import RunFolder
 from keepbest.run.layout import snapshots_folder, unfinished_folder
 from keepbest.run.manifest import Manifest, SavedPart
 from keepbest.run.record import KeeperRecord
@@ -26,6 +28,17 @@ class Written(NamedTuple):
     manifest: str
 
 
+class Record(Protocol):
+    """Who commits a snapshot: the record of a keeper, or that of the resume checkpoints, which have no metric."""
+
+    @property
+    def folder(self) -> RunFolder: ...
+    @property
+    def keeper(self) -> str | None: ...
+    @property
+    def metric_key(self) -> str | None: ...
+
+
 class PendingSnapshot:
     """A snapshot that was captured and is on its way to the disk. Keepers that save the same weights share one.
 
@@ -34,27 +47,29 @@ class PendingSnapshot:
     Args:
         share: What this rank writes.
         format: Format of the files.
-        kept: Observation whose weights these are.
+        iteration: Training iteration whose weights these are.
+        value: Value that was observed; `None` for a resume checkpoint.
         directory: Directory of the run.
         files: Operations that change the folder.
         selection: What is saved; distinguishes snapshots of one iteration.
-        record: On rank 0, the record of the keeper that took it; `None` elsewhere.
+        record: On rank 0, the record of who took it; `None` elsewhere.
     """
 
     def __init__(
         self,
         share: Share,
         format: Format,  # noqa: A002  # the word of the setting
-        kept: Kept,
+        iteration: TrainingIteration,
+        value: float | None,
         *,
         directory: Path,
         files: Files,
         selection: str,
-        record: KeeperRecord | None,
+        record: Record | None,
     ) -> None:
         self._share: Share | None = share  # `None` once it is written, so that the weights are freed
         self._format = format
-        self._observation = kept.observation
+        self._iteration, self._value = iteration, value
         self._directory = directory
         self._selection = selection
         self._record = record
@@ -130,8 +145,7 @@ class PendingSnapshot:
             return self._written
         receipts, self._receipts = self._receipts, None
         if receipts is None:
-            iteration = self._observation.iteration
-            raise OSError(f"the snapshot of {iteration}, which another keeper took, could not be kept")
+            raise OSError(f"the snapshot of {self._iteration}, which another keeper took, could not be kept")
         try:
             self._written = self._complete(receipts)
         except BaseException:
@@ -153,7 +167,7 @@ class PendingSnapshot:
     def _begin(self, drain: Callable[[], None]) -> str:
         drain()
         record = _of_rank_0(self._record)
-        self._name = record.new_name(self._observation.iteration, self._selection)
+        self._name = record.folder.new_name(self._iteration, self._selection)
         record.folder.snapshots.begin(self._name)
         return self._name
 
@@ -172,11 +186,11 @@ class PendingSnapshot:
         written = receipts()
         folder = unfinished_folder(snapshots_folder(self._directory), self._name)
         manifest = Manifest(
-            run=record.run_id,
-            iteration=self._observation.iteration,
+            run=record.folder.run_id,
+            iteration=self._iteration,
             keeper=record.keeper,
             metric_key=record.metric_key,
-            value=self._observation.value,
+            value=self._value,
             format=self._format.name,
             parts=tuple(SavedPart(part.name, part.path, part.apart) for part in share.parts),
             training_state=share.training_state,
@@ -188,7 +202,7 @@ class PendingSnapshot:
 
     def _unwritten(self) -> Share:
         if self._share is None:
-            raise RuntimeError(f"the snapshot of {self._observation.iteration} was written or given up")
+            raise RuntimeError(f"the snapshot of {self._iteration} was written or given up")
         return self._share
 
     def _drop(self) -> None:
@@ -239,7 +253,7 @@ class SaveJob:
             raise
 
 
-def _of_rank_0(record: KeeperRecord | None) -> KeeperRecord:
+def _of_rank_0(record: Record | None) -> Record:
     if record is None:
         raise RuntimeError("only rank 0 completes a snapshot")
     return record

@@ -25,6 +25,8 @@ from keepbest.saving.job import PendingSnapshot
 from keepbest.worker import Inline, Threaded, Worker
 
 Clock = Callable[[], float]
+RESUME_SAVER = "resume"
+"""Name of what saves resume checkpoints, among those of the keepers of a run."""
 
 
 class OpenRun:
@@ -152,6 +154,10 @@ class OpenRun:
             self._keepers[name] = weakref.finalize(keeper, self._drop, name)
             self._keepers[name].atexit = False
 
+    def join_beside_keepers(self, saver: object) -> None:
+        """Let `saver` work here, with the remote copy that the keepers want. **Rank-local**. Raises as `join`."""
+        self.join(RESUME_SAVER, self.remote if self._keepers else None, saver)
+
     def leave(self, name: str, keeper: object) -> None:
         """Let `keeper` go; the last one waits for the worker and releases the folder. **Rank-local**, on every rank.
 
@@ -211,7 +217,7 @@ class OpenRun:
     @property
     def is_shared(self) -> bool:
         """Whether several keepers work here, on every rank alike."""
-        return len(self._keepers) > 1
+        return len(self._keepers.keys() - {RESUME_SAVER}) > 1
 
     def remember(self, iteration: TrainingIteration, content: Hashable, snapshot: PendingSnapshot, mark: str) -> None:
         """Note which snapshot holds `content` as it was at `iteration`, and the mark of this rank's weights then."""

@@ -260,7 +260,8 @@ class Saver:
         snapshot = PendingSnapshot(
             share,
             self._format,
-            kept,
+            kept.observation.iteration,
+            kept.observation.value,
             directory=self._run.directory,
             files=self._run.files,
             selection=self._selection,

@@ -54,6 +54,10 @@ class Hooks:
         """Call `before_preemption`."""
         self._call(self.callbacks, "before_preemption", batch_size=self.batch_size)
 
+    def after_exception(self, error: Exception, *, is_between_updates: bool) -> None:
+        """Call `after_exception`."""
+        self._call(self.callbacks, "after_exception", error=error, is_between_updates=is_between_updates)
+
     def track(self, hook: str, **arguments: Any) -> None:
         """Call a tracking hook of the callbacks and of their children."""
         with_children = [each for callback in self.callbacks for each in (callback, *callback.get_children())]

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from keepbest.callbacks.assemble import assemble_callbacks
 from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.checkpoint import CheckpointCallback
-from keepbest.callbacks.resume_checkpoint import find_resume_checkpoint, load_resume_checkpoint
+from keepbest.callbacks.resume import Found, find_to_resume, load_to_resume
 from keepbest.callbacks.trainer_view import TrainerView
-from keepbest.callbacks.training_state import load_best
+from keepbest.callbacks.training_state import trainer_state
 from keepbest.data.container import DataContainer
 from keepbest.data.interleaved import InterleavedSampler, build_loader, count_updates_per_epoch
 from keepbest.errors import ConfigError
@@ -67,6 +67,7 @@ class Trainer:
         batch_size: Number of samples of a micro-batch on one rank.
         callbacks: Callbacks in the order in which they are called.
         resume: Resume checkpoint to resume from, as it was passed; a path is absolute.
+        resumed_from: Folder of the snapshot that the run was resumed from; `None` if it starts anew.
 
     Raises:
         ConfigError: If the settings do not fit each other, the data, the model or the number of ranks.
@@ -131,7 +132,9 @@ class Trainer:
             precision=config.precision,
             device=self.device,
         )
+        self.resumed_from: Path | None = None
         self._stop_reason: str | None = None
+        self._is_between_updates = True
 
     def train(self, *, on_start: Callable[[], None] = lambda: None) -> None:
         """Train to the end, or until a callback or a signal stops it. **Collective**.
@@ -161,10 +164,10 @@ class Trainer:
             else:
                 restore_random_state(random_state)
             with Progress(self.update_counter, is_main=self.ranks.is_main) as progress:
-                while not self._is_done():
-                    self._update(data_iter)
+                while not self.is_done:
+                    self._update_or_report(data_iter)
                     progress.advance()
-                    if preemption.is_agreed() and not self._is_done():
+                    if preemption.is_agreed() and not self.is_done:
                         self._preempt(preemption)
             if self._stop_reason is not None and self.ranks.is_main:
                 logger.info("training stopped at %s: %s", self.update_counter.iteration, self._stop_reason)
@@ -198,16 +201,23 @@ class Trainer:
         """
         self._stop_reason = reason
 
-    def _is_done(self) -> bool:
+    @property
+    def is_done(self) -> bool:
+        """Whether training ends after the callbacks of this update."""
         return self.update_counter.is_finished or self._stop_reason is not None
 
     def _load_resume_checkpoint(self) -> dict[str, Any] | None:
         if self.resume is None:
             return None
         if self.resume == "best":
-            return load_best(self.directory, self._find_best(), self, self.ranks)
-        path = find_resume_checkpoint(self.directory, self.resume, self.ranks)
-        return None if path is None else load_resume_checkpoint(path, self, self.ranks)
+            found: Found | None = Found(self.directory, self._find_best(), tuple(trainer_state(self, self.ranks)))
+        else:
+            found = find_to_resume(self.directory, self.resume, self.ranks)
+        if found is None:
+            return None
+        resumed = load_to_resume(found, self, self.ranks)
+        self.resumed_from = resumed.path
+        return resumed.random_state
 
     def _find_best(self) -> str:
         """The ref to continue from. Raises `ConfigError` if the config does not say which one."""
@@ -235,10 +245,20 @@ class Trainer:
         )
         return build_loader(sampler)
 
+    def _update_or_report(self, data_iter: Iterator[Any]) -> None:
+        try:
+            self._update(data_iter)
+        except Exception as error:
+            self._hooks.after_exception(error, is_between_updates=self._is_between_updates)
+            raise
+
     def _update(self, data_iter: Iterator[Any]) -> None:
         track_micro_batch = partial(self._hooks.track, "track_after_accumulation_step")
-        losses = self._update_step.run(data_iter, track_micro_batch)
+        losses = self._update_step.compute(data_iter, track_micro_batch)
+        self._is_between_updates = False
+        self._update_step.apply()
         self.update_counter.next_update()
+        self._is_between_updates = True
         self._hooks.track("track_after_update_step", losses=losses)
         self._hooks.after_update(data_iter)
         self.log_writer.flush()

@@ -42,8 +42,8 @@ class UpdateStep:
     precision: Precision
     device: torch.device
 
-    def run(self, data_iter: Iterator[Any], track: Callable[..., None]) -> dict[str, Tensor]:
-        """Make one update. **Collective** as the strategy is.
+    def compute(self, data_iter: Iterator[Any], track: Callable[..., None]) -> dict[str, Tensor]:
+        """Compute the gradients of one update. **Collective** as the strategy is.
 
         Args:
             data_iter: Iterator that delivers the micro-batches next.
@@ -56,12 +56,15 @@ class UpdateStep:
             ConfigError: If the model's losses lack `total` or do not have one value for each sample.
         """
         steps = [self._accumulate(next(data_iter), step, track) for step in range(self.accumulation_steps)]
+        return {name: torch.cat([losses[name] for losses in steps]) for name in steps[0]}
+
+    def apply(self) -> None:
+        """Change the weights by the gradients. **Collective** as the strategy is."""
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
-        return {name: torch.cat([losses[name] for losses in steps]) for name in steps[0]}
 
     def _accumulate(self, batch: Any, step: int, track: Callable[..., None]) -> dict[str, Tensor]:
         batch = move_to_device(batch, self.device)

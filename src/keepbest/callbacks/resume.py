@@ -1,0 +1,165 @@
+"""Finds the snapshot that a trainer resumes from, and loads it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keepbest.callbacks.trainer_view import TrainerView
+from keepbest.callbacks.training_state import (
+    AVERAGE,
+    CALLBACKS,
+    TRAINER,
+    HeldRandomState,
+    TrainerProgress,
+    resume_state,
+    trainer_state,
+    whole_model,
+)
+from keepbest.capture.per_rank import PerRank
+from keepbest.errors import ConfigError, SnapshotError
+from keepbest.load import load_into
+from keepbest.ranks import Ranks
+from keepbest.run.checkpoints import checkpoint_refs
+from keepbest.run.history import History
+from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.run.names import LATEST
+from keepbest.run.reader import find_ref, ledger_exists, read_history
+
+_logger = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """A snapshot to resume from.
+
+    Attributes:
+        directory: Directory of its run.
+        ref: Name of a ref on it.
+        training_state: Names of the training states that it has.
+    """
+
+    directory: Path
+    ref: str
+    training_state: tuple[str, ...]
+
+
+class Resumed(NamedTuple):
+    """What a trainer resumed from.
+
+    Attributes:
+        path: Folder of the snapshot.
+        random_state: State of this rank's random number generators for `restore_random_state`; `None` if it was saved
+            by another number of ranks.
+    """
+
+    path: Path | None
+    random_state: dict[str, Any] | None
+
+
+def find_to_resume(directory: Path, resume: Path | str, ranks: Ranks) -> Found | None:
+    """Find the snapshot that `resume` means; `None` if that is "auto" and there is none yet. **Collective**.
+
+    Args:
+        directory: Directory of the run.
+        resume: Path of a resume checkpoint, which is a ref or a snapshot in the folder of any run; or "auto" for the
+            newest complete one of this run.
+        ranks: Ranks of the run. Rank 0 looks, and all receive its answer.
+
+    Raises:
+        ConfigError: On every rank, if there is no complete checkpoint at the path.
+        LedgerError: On every rank, if the ledger is damaged or of another version.
+    """
+
+    def find() -> list[Any] | None:
+        found = _newest(directory) if resume == "auto" else _at(Path(resume), directory)
+        return None if found is None else [str(found.directory), found.ref, list(found.training_state)]
+
+    answer = ranks.broadcast("find the resume checkpoint", find, saving=True)
+    return None if answer is None else Found(Path(answer[0]), answer[1], tuple(answer[2]))
+
+
+def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
+    """Load everything that a trainer continues from out of a resume checkpoint. **Collective**.
+
+    A best that was saved with its training state is one too, in which callbacks have no state.
+
+    Args:
+        found: Snapshot to load.
+        trainer: Trainer whose model, optimizers, counter and callbacks are loaded.
+        ranks: Ranks that train together.
+
+    Raises:
+        ConfigError: On every rank, if the run had epochs or batches of another size, or only one of the two runs
+            averages its weights.
+        SnapshotError: On every rank, if a file is damaged, or model or optimizers are not those that were saved.
+    """
+    _check_average(trainer, had_average=AVERAGE in found.training_state)
+    wanted = resume_state(trainer, ranks) if CALLBACKS in found.training_state else trainer_state(trainer, ranks)
+    progress, random = TrainerProgress(trainer.update_counter, ranks.world_size), HeldRandomState()
+    states = {**wanted, TRAINER: progress, "random": PerRank(random)}
+    step = f"resume from {found.ref} of {found.directory}"
+    loaded = load_into(whole_model(trainer), found.directory, found.ref, ranks=ranks, step=step, training_state=states)
+    return Resumed(loaded.path, random.held if progress.is_of_as_many_ranks else None)
+
+
+def _newest(directory: Path) -> Found | None:
+    if not ledger_exists(directory):
+        return None
+    try:
+        history = read_history(directory)
+    except SnapshotError:  # a process was killed before the first line: there is nothing yet
+        return None
+    # Where somebody has removed the latest, an earlier one of its timeline will do.
+    earlier = [ref for ref in checkpoint_refs(history) if ref not in history.abandoned]
+    for ref in [*({LATEST} & history.refs.keys()), *reversed(earlier)]:
+        if (found := _complete(directory, history, ref)) is not None:
+            return found
+        _logger.warning("%s: the snapshot of %s is not complete, so it is not resumed from", directory, ref)
+    return None
+
+
+def _at(path: Path, directory: Path) -> Found:
+    """What is at a path that a user gave. Of links only one to a run is followed, and refs by the ledger."""
+    run, known = directory, ""
+    found: Found | None = None
+    for place in (path, path.resolve()):
+        folder = place.parent.parent if place.parent.name == SNAPSHOTS else place.parent
+        if folder.name == CHECKPOINTS and ledger_exists(folder.parent):
+            run, history = folder.parent, read_history(folder.parent)
+            names = [place.name] if place.parent == folder else _refs_on(history, place.name)
+            found = next((each for ref in names if (each := _complete(run, history, ref)) is not None), None)
+            break
+    if found is None:
+        if ledger_exists(run):
+            known = ", ".join(checkpoint_refs(read_history(run)))
+        raise ConfigError(
+            f"no complete resume checkpoint at {path}; in {run / CHECKPOINTS} there are: {known or 'none'}"
+        )
+    return found
+
+
+def _refs_on(history: History, snapshot: str) -> list[str]:
+    return [ref for ref, each in history.refs.items() if each == snapshot]
+
+
+def _complete(directory: Path, history: History, ref: str) -> Found | None:
+    """What `ref` names, if training can continue from it and no file of it is missing or cut."""
+    if ref not in history.refs:
+        return None
+    try:
+        folder, manifest = find_ref(directory, history, ref)
+        sizes = {name: (folder / name).lstat().st_size for name in manifest.files}
+    except (SnapshotError, OSError):  # a warning, or the error, names it
+        return None
+    is_whole = all(record.digest.bytes == sizes[name] for name, record in manifest.files.items())
+    return Found(directory, ref, manifest.training_state) if is_whole and TRAINER in manifest.training_state else None
+
+
+def _check_average(trainer: TrainerView, *, had_average: bool) -> None:
+    if had_average != (trainer.average is not None):
+        had, has = ("an ", "no ") if had_average else ("no ", "an ")
+        raise ConfigError(
+            f"the run to resume kept {had}average of its weights, this one keeps {has}average: its bests would not be "
+            f"comparable; {'set' if had_average else 'remove'} trainer.ema_decay, or start a new run"
+        )
