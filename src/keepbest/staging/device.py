@@ -13,6 +13,9 @@ from keepbest.staging.rooms import Row
 _CONCATENATED = frozenset(
     (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 )  # dtypes that are copied as they are; others are as bytes
+_ALIGNED = 512  # bytes, as torch aligns what it allocates on a device
+
+Values = Sequence[torch.Tensor]
 
 
 class Devices:
@@ -28,11 +31,17 @@ class Devices:
         self._share = share
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    def get_ready(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Do on the current device what takes long for the first time: make a stream, and load what copies on it."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        with torch.cuda.stream(self._stream(device)):
+            for dtype in dtypes:
+                two = torch.zeros(2, 8, dtype=torch.uint8, device=device).view(dtype)
+                _concatenate(list(two), torch.empty(16, dtype=torch.uint8, device=device).view(dtype))
+        self._stream(device).synchronize()
+
     def bring(
-        self,
-        device: torch.device,
-        rows: Sequence[tuple[Row, Sequence[torch.Tensor]]],
-        singles: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+        self, device: torch.device, rows: Sequence[tuple[Row, Values]], singles: tuple[Values, Values]
     ) -> list[torch.cuda.Event]:
         """Begin to copy values from a device, as they are now on all of its streams.
 
@@ -47,38 +56,64 @@ class Devices:
         rooms, values = list(singles[0]), list(singles[1])
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # `every_stream` waits for the current device only
-            clones: list[tuple[torch.Tensor, torch.Tensor]] = []
-            room_left = self._share * _free_memory(device) if rows and self._share else 0.0
-            for row, found in rows:
-                clone = _clone(found) if row.whole.nbytes <= room_left else None
-                room_left -= row.whole.nbytes
-                if clone is None:
-                    room_left = 0.0
-                    rooms.extend(_split(row, found))
-                    values.extend(found)
-                else:
-                    clones.append((row.whole, clone))
+            places, memory = self._clone(device, rows)
+            for row, found in rows[len(places) :]:
+                rooms.extend(_split(row, found))
+                values.extend(found)
             if rooms:
                 torch._foreach_copy_(rooms, values, non_blocking=True)  # see ADR 10
             copied = torch.cuda.current_stream().record_event()
-            arrived = [self._send(device, clones, copied)] if clones else []
+            sent = [(row.whole, place) for (row, _), place in zip(rows, places, strict=False)]
+            arrived = [] if memory is None else [self._send(device, sent, memory, copied)]
             copied.synchronize()
         return arrived
 
+    def _clone(
+        self, device: torch.device, rows: Sequence[tuple[Row, Values]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Copies on the device of the first rows, as many as there is memory for, and that memory."""
+        room_left = self._share * _free_memory(device) if rows and self._share else 0.0
+        ends, end = list[int](), 0
+        for row, _ in rows:
+            end += -(-row.whole.nbytes // _ALIGNED) * _ALIGNED
+            if end > room_left:
+                break
+            ends.append(end)
+        if not ends:
+            return [], None
+        try:
+            memory = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            return [], None
+        places: list[torch.Tensor] = []
+        for (row, values), start in zip(rows, [0, *ends], strict=False):
+            if len(places) < len(ends):
+                place = memory[start : start + row.whole.nbytes].view(row.whole.dtype)
+                _concatenate(values, place)
+                places.append(place)
+        return places, memory
+
     def _send(
-        self, device: torch.device, clones: Sequence[tuple[torch.Tensor, torch.Tensor]], copied: torch.cuda.Event
+        self,
+        device: torch.device,
+        sent: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        memory: torch.Tensor,
+        copied: torch.cuda.Event,
     ) -> torch.cuda.Event:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
-        stream = self._streams[device]
+        stream = self._stream(device)
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # of torch
         with torch.cuda.stream(stream):
             stream.wait_event(copied)
-            for room, clone in clones:
-                room.copy_(clone.view(room.dtype), non_blocking=True)
-                clone.record_stream(stream)  # its memory is free for training when it has arrived
+            for room, place in sent:
+                room.copy_(place, non_blocking=True)
+            memory.record_stream(stream)  # it is free for training when it has arrived
             arrived.record(stream)
         return arrived
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
+        return self._streams[device]
 
 
 def is_capturing() -> bool:
@@ -111,17 +146,12 @@ def _free_memory(device: torch.device) -> int:
     return max(0, min(free, int(limit) - torch.cuda.memory_reserved(device)))
 
 
-def _clone(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The values one after the other; `None` if the device has no memory for them."""
-    try:
-        if values[0].dtype not in _CONCATENATED:
-            values = [raw_bytes(value) for value in values]
-        if len(values) == 1:
-            return values[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
-        flattened: torch.Tensor = torch._utils._flatten_dense_tensors(values)  # type: ignore[no-untyped-call]  # noqa: SLF001  # see ADR 10
-        return flattened
-    except torch.OutOfMemoryError:
-        return None
+def _concatenate(values: Values, into: torch.Tensor) -> None:
+    """Copy values, one after the other, into a tensor of one dimension on the same device."""
+    if into.dtype in _CONCATENATED:
+        torch.cat([value.detach().reshape(-1) for value in values], out=into)
+    else:
+        torch.cat([raw_bytes(value) for value in values], out=into.view(torch.uint8))
 
 
 def _split(row: Row, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

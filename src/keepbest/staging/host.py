@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
@@ -108,7 +109,8 @@ class HostStaging:
             self._take_back(Rooms(self._memory))
 
     def prepare(self, wanted: Mapping[str, Like]) -> None:
-        self._memory.prepare(sizes_of(wanted))
+        dtypes = {like.dtype for like in wanted.values() if like.device == "cuda"}
+        self._memory.prepare(sizes_of(wanted), partial(self._devices.get_ready, dtypes) if dtypes else None)
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""

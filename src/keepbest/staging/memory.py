@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,12 +65,17 @@ class Memory:
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def prepare(self, sizes: Sequence[Size]) -> None:
-        """Begin to allocate these, which `take` hands out."""
+    def prepare(self, sizes: Sequence[Size], get_ready: Callable[[], None] | None = None) -> None:
+        """Begin to allocate these, which `take` hands out.
+
+        Args:
+            sizes: Sizes of what will be taken.
+            get_ready: Function that the thread calls first.
+        """
         self.end()
         self._is_over = threading.Event()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
-        arguments = (list(sizes), self._is_over, self._ready, device)
+        arguments = (list(sizes), self._is_over, self._ready, device, get_ready)
         self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
         self._thread.start()
 
@@ -97,14 +102,20 @@ class Memory:
 
 
 def _prepare(
-    sizes: Sequence[Size], is_over: threading.Event, ready: list[tuple[Size, Bytes]], device: int | None
+    sizes: Sequence[Size],
+    is_over: threading.Event,
+    ready: list[tuple[Size, Bytes]],
+    device: int | None,
+    get_ready: Callable[[], None] | None,
 ) -> None:
-    if device is not None:
-        torch.cuda.set_device(device)  # of this thread
-    for size in sizes:
-        if is_over.is_set():
-            return
-        try:
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)  # of this thread
+        if get_ready is not None:
+            get_ready()
+        for size in sizes:
+            if is_over.is_set():
+                return
             ready.append((size, allocate(size)))
-        except (MemoryError, RuntimeError):
-            return  # who needs it asks again, and raises it on every rank
+    except (MemoryError, RuntimeError):
+        return  # who needs it asks again, and raises it on every rank
