@@ -22,6 +22,7 @@ class KeeperSettingsDict(TypedDict, total=False):
     on_nonfinite: Literal["ignore", "raise"]
     format: FormatName
     async_save: bool
+    staging_device_share: float
     on_save_error: Literal["raise", "warn"]
     id: str | None
     remote: str | None

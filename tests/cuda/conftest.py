@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if not ON_CUDA and "needs_cuda" in request.fixturenames:
         pytest.skip("means nothing on the CPU")
     torch.manual_seed(0)
+    gc.collect()  # what the test before left in cycles would be freed while this one counts memory
     yield DEVICE
     if ON_CUDA:
         torch.cuda.synchronize()

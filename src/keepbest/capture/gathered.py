@@ -63,10 +63,10 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         raise
     room = slot[0] if slot else LiveSlot()
     try:
-        with every_stream(entry.device for entry in agreed.held.entries.values()):
-            if inventory.plan.is_simple:
-                files = _take(inventory, agreed, room)
-            else:
+        if inventory.plan.is_simple:
+            files = _take(inventory, agreed, room)
+        else:
+            with every_stream(entry.device for entry in agreed.held.entries.values()):
                 files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
     except BaseException as error:  # noqa: BLE001  # lose raises
         room.release()

@@ -37,7 +37,8 @@ class Devices:
         with torch.cuda.stream(self._stream(device)):
             for dtype in dtypes:
                 two = torch.zeros(2, 8, dtype=torch.uint8, device=device).view(dtype)
-                _concatenate(list(two), torch.empty(16, dtype=torch.uint8, device=device).view(dtype))
+                place = torch.empty(16, dtype=torch.uint8, device=device).view(dtype)
+                torch.cat(_in_one_row(list(two), place), out=place)
         self._stream(device).synchronize()
 
     def bring(
@@ -55,11 +56,16 @@ class Devices:
         """
         rooms, values = list(singles[0]), list(singles[1])
         with torch.cuda.device(device):
-            torch.cuda.synchronize()  # `every_stream` waits for the current device only
-            places, memory = self._clone(device, rows)
+            # All that can be done before the device is waited for, since it is idle from then on.
+            places, memory = self._places(device, [row for row, _ in rows])
+            cloned = [(found, place) for (_, found), place in zip(rows, places, strict=False)]
+            pieces = [_in_one_row(*each) if all(map(torch.Tensor.is_contiguous, each[0])) else None for each in cloned]
             for row, found in rows[len(places) :]:
                 rooms.extend(_split(row, found))
                 values.extend(found)
+            torch.cuda.synchronize()
+            for (found, place), piece in zip(cloned, pieces, strict=True):
+                torch.cat(_in_one_row(found, place) if piece is None else piece, out=place)
             if rooms:
                 torch._foreach_copy_(rooms, values, non_blocking=True)  # see ADR 10
             copied = torch.cuda.current_stream().record_event()
@@ -68,30 +74,24 @@ class Devices:
             copied.synchronize()
         return arrived
 
-    def _clone(
-        self, device: torch.device, rows: Sequence[tuple[Row, Values]]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Copies on the device of the first rows, as many as there is memory for, and that memory."""
+    def _places(self, device: torch.device, rows: Sequence[Row]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Room on the device for the first rows, as many as there is memory for, and that memory."""
         room_left = self._share * _free_memory(device) if rows and self._share else 0.0
-        ends, end = list[int](), 0
-        for row, _ in rows:
-            end += -(-row.whole.nbytes // _ALIGNED) * _ALIGNED
+        starts, end = list[int](), 0
+        for row in rows:
+            start, end = end, end + -(-row.whole.nbytes // _ALIGNED) * _ALIGNED
             if end > room_left:
+                end = start
                 break
-            ends.append(end)
-        if not ends:
+            starts.append(start)
+        if not starts:
             return [], None
         try:
-            memory = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+            memory = torch.empty(end, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             return [], None
-        places: list[torch.Tensor] = []
-        for (row, values), start in zip(rows, [0, *ends], strict=False):
-            if len(places) < len(ends):
-                place = memory[start : start + row.whole.nbytes].view(row.whole.dtype)
-                _concatenate(values, place)
-                places.append(place)
-        return places, memory
+        places = zip(rows, starts, strict=False)
+        return [memory[start : start + row.whole.nbytes].view(row.whole.dtype) for row, start in places], memory
 
     def _send(
         self,
@@ -139,6 +139,13 @@ def every_stream(devices: Iterable[str]) -> Iterator[None]:
         torch.cuda.current_stream().synchronize()
 
 
+def settled(value: torch.Tensor) -> torch.Tensor:
+    """A value that no stream is writing any more."""
+    if value.is_cuda:
+        torch.cuda.synchronize(value.device)
+    return value
+
+
 def _free_memory(device: torch.device) -> int:
     """Bytes that neither training, as far as it went, nor anybody else uses."""
     free, total = torch.cuda.mem_get_info(device)
@@ -146,12 +153,14 @@ def _free_memory(device: torch.device) -> int:
     return max(0, min(free, int(limit) - torch.cuda.memory_reserved(device)))
 
 
-def _concatenate(values: Values, into: torch.Tensor) -> None:
-    """Copy values, one after the other, into a tensor of one dimension on the same device."""
-    if into.dtype in _CONCATENATED:
-        torch.cat([value.detach().reshape(-1) for value in values], out=into)
-    else:
-        torch.cat([raw_bytes(value) for value in values], out=into.view(torch.uint8))
+def _in_one_row(values: Values, place: torch.Tensor) -> list[torch.Tensor]:
+    """Values as torch can copy them, one after the other, into a place of their dtype.
+
+    Those that are not contiguous are copied for it.
+    """
+    if place.dtype in _CONCATENATED:
+        return [value.view(-1) if value.is_contiguous() else value.reshape(-1) for value in values]
+    return [raw_bytes(value).view(place.dtype) for value in values]
 
 
 def _split(row: Row, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
 from keepbest.staging.copies import Copies
-from keepbest.staging.device import Devices
+from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
 from keepbest.staging.slot import Like, Slot
@@ -52,7 +52,7 @@ class HostSlot:
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if type(value) not in PLAIN_CLASSES:
-            return self.copy(key, value)
+            return self.copy(key, settled(value))
         if not is_dense(value):
             return value.detach().to("cpu", copy=True)
         room = self.room(key, Like(value.shape, value.dtype, value.device.type))

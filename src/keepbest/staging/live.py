@@ -8,7 +8,7 @@ import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
 from keepbest.staging.copies import Copies
-from keepbest.staging.device import Devices
+from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
 from keepbest.staging.slot import Like
@@ -43,7 +43,7 @@ class LiveSlot:
             room = self._pinned.get(key, Like(value.shape, value.dtype, "cuda"))
             self._copies.add({key: room}, {key: value})
             return room
-        reserved = self._reserved(key, value)
+        reserved = self._reserved(key, settled(value))
         return value.cpu() if reserved is None else reserved.copy_(value)
 
     def put_all(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

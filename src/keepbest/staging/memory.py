@@ -76,8 +76,9 @@ class Memory:
         self._is_over = threading.Event()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
         arguments = (list(sizes), self._is_over, self._ready, device, get_ready)
-        self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: an interruption must not leave one that was never started
 
     def take(self, sizes: Sequence[Size]) -> list[Bytes]:
         """Memory of these sizes: what is ready, and the rest now. What else was prepared is freed.
