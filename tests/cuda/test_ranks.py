@@ -21,7 +21,8 @@ _SECONDS = 110  # for all checks of both groups
 class Ranks:
     """What both ranks of a group report of each check.
 
-    A check that ends a rank, or hangs, takes those after it with it. So these run again without it, in new processes.
+    A check that fails may leave the ranks in different places, where keepbest runs no more collectives. One that ends a
+    rank, or hangs, takes those after it with it. So these run in new processes.
     """
 
     def __init__(self, folder: Path, group: str, names: list[str]) -> None:
@@ -61,10 +62,11 @@ class Ranks:
             left = [name for name in self._left if any(name not in report for report in found)]
             if not left:
                 return
-            for rank, (output, _) in enumerate(self._files):
+            has_stopped = all(each.returncode == 0 for each in self._processes)  # after a check that failed
+            for rank, (output, _) in enumerate([] if has_stopped else self._files):
                 tail = output.read_text(errors="replace")[-2500:]
                 self._reports[rank].setdefault(left[0], f"it did not finish; the end of the output:\n{tail}")
-            self._left = left[1:]
+            self._left = left if has_stopped else left[1:]
             if time.monotonic() >= deadline or not self._left:
                 return
             self._start()

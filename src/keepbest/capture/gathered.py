@@ -33,7 +33,7 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
     """Bring the weights of a model to rank 0, which writes them. **Collective**.
 
     No rank holds more than one whole parameter at a time beside what rank 0 keeps (FSDP1: one unit, which gloo has
-    twice while it gathers it).
+    twice while it gathers it), and none of it where shards can be sent: see `ShardTransfer`.
 
     Args:
         inventory: What is to be saved, and what the ranks hold of it.

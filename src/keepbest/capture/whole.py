@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 def whole_tensor(tensor: DTensor) -> torch.Tensor:
-    """All values of a DTensor, on every rank of its mesh. **Collective** over the mesh.
+    """All values of a DTensor, on every rank of its mesh, where its shards are. **Collective** over the mesh.
 
-    The values travel as bytes, since gloo and NCCL do not know every dtype.
+    The values travel as bytes, since gloo and NCCL do not know every dtype. Shards that are offloaded to the CPU travel
+    on the device of their mesh, since its group may not know the CPU.
     """
     from torch.distributed.tensor import DTensor
 
@@ -23,7 +24,7 @@ def whole_tensor(tensor: DTensor) -> torch.Tensor:
     bytes_of = local.unsqueeze(-1).view(torch.uint8)
     shape = torch.Size((*tensor.shape, bytes_of.shape[-1]))
     stride = torch.empty(shape, device="meta").stride()
-    as_bytes = DTensor.from_local(
+    as_bytes = DTensor.from_local(  # moves them to the device of the mesh
         bytes_of, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
     )
-    return as_bytes.full_tensor().contiguous().view(tensor.dtype).squeeze(-1)
+    return as_bytes.full_tensor().contiguous().view(tensor.dtype).squeeze(-1).to(local.device)
