@@ -189,6 +189,10 @@ class Inventory:
         self._seen = (held, Structure(self.items.model, held.values.values())) if is_known else None
         return held
 
+    def forget(self) -> None:
+        """Keep no weights that are no longer in the model. **Rank-local**."""
+        self._seen = None
+
     def _adopt(self, report: Report, union: Union) -> None:
         if union.holdings.keys() <= (states := {name for name in union.holdings if self._is_state(name)}):
             raise ConfigError("what is selected to be saved has no weights on any rank: nothing to save")

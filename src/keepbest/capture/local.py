@@ -108,7 +108,9 @@ class Local:
 
 
 def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
-    """What room the share of this rank will probably need. **Rank-local**."""
+    """What room the share of this rank will probably need; none where that is known late. **Rank-local**."""
+    if any(holding.entry.form.is_in_unit for _, holding in inventory.union.kept()):
+        return {}  # of all parameters in a unit of FSDP1 this rank has the same flat one
     writers, held, rank = spread_over_holders(inventory.union), inventory.look(), inventory.ranks.rank
     rooms: dict[str, Like] = {}
     for name, holding in inventory.union.kept():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,14 +12,26 @@ from torch import nn
 
 from keepbest.modules.kinds import PLAIN_CLASSES, form_of
 
-_METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
+# What decides what a state dict has, as torch wrote it. A module that has one of its own may do what it likes.
+_METHODS = {
+    name: getattr(nn.Module, name)
+    for name in (
+        "state_dict",
+        "_save_to_state_dict",
+        "get_extra_state",
+        "named_parameters",
+        "named_buffers",
+        "named_modules",
+    )
+}
+_TABLES = ("_modules", "_parameters", "_buffers")
 
 
 class Structure:
     """The modules of a model, and where its tensors lie.
 
     To call `state_dict()` takes several times as long as to copy small weights, and to see that it would give the same
-    takes a fraction of that. It holds no memory of the weights, so that they can be moved and freed.
+    takes a fraction of that. Tensors can be moved, and their memory is freed then. It keeps those that are replaced.
 
     Args:
         model: Model of which `is_known` holds.
@@ -26,48 +39,70 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, values: Iterable[torch.Tensor]) -> None:
-        self._model = model
-        self._modules = list(model.modules())
+        self._modules = _modules_of(model)
+        self._types = list(map(type, self._modules))
         self._tables = _tables(self._modules)
+        self._sizes = list(map(len, self._tables))
         self._names = [name for table in self._tables for name in table]
         self._members = [member for table in self._tables for member in table.values()]
         self._passing = [frozenset(each) for each in _passing(self._modules)]
-        self._types = list(map(type, self._modules))
         self._values = list(values)
-        self._places = [_place(value) for value in self._values]
+        self._kinds = list(map(_kind_of, self._values))
+        self._places = list(map(_place_of, self._values))
 
     @staticmethod
     def is_known(model: nn.Module, values: Iterable[object]) -> bool:
         """Whether nothing but torch decides what the state dict of a model has, and all of it is plain tensors."""
-        return _is_plain(model.modules()) and all(
-            isinstance(value, PLAIN_CLASSES)
-            and type(value) in PLAIN_CLASSES
-            and not (form_of(value) or value.is_complex())
-            for value in values
+        modules = _modules_of(model)
+        # Those of TorchScript are made anew each time that they are asked for.
+        has_tables = all(type(table) in (dict, OrderedDict) for table in _tables(modules))
+        return (
+            has_tables
+            and _is_of_torch(modules)
+            and all(
+                isinstance(value, PLAIN_CLASSES)
+                and type(value) in PLAIN_CLASSES
+                and not (form_of(value) or value.is_nested or value.is_complex())
+                for value in values
+            )
         )
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
         tables = _tables(self._modules)
         return (
-            _same(tables, self._tables)
+            _same(map(type, self._modules), self._types)
+            and _same(tables, self._tables)
+            and list(map(len, tables)) == self._sizes  # else what moves from one to the next would not be seen
             and _same([member for table in tables for member in table.values()], self._members)
             and [name for table in tables for name in table] == self._names
-            and _same(map(type, self._modules), self._types)
-            and _is_untouched(self._modules)
+            and _is_of_torch(self._modules)
             and all(now == then for now, then in zip(_passing(self._modules), self._passing, strict=True))
-            and all(map(_is_at, self._values, self._places))
+            and list(map(_kind_of, self._values)) == self._kinds  # else they may have no place
+            and list(map(_place_of, self._values)) == self._places
         )
 
 
-def _tables(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that `state_dict` goes through. A model may have a `modules()` of its own that hides some."""
+    found: dict[nn.Module, None] = {model: None}
+    pending = [model]
+    while pending:
+        for child in dict.values(_dict_of(pending.pop(), "_modules")):
+            if child is not None and child not in found:
+                found[child] = None
+                pending.append(child)
+    return list(found)
+
+
+def _dict_of(module: nn.Module, name: str) -> dict[str, Any]:
+    table = vars(module).get(name)
+    return table if isinstance(table, dict) else {}
+
+
+def _tables(modules: Sequence[nn.Module]) -> list[Any]:
     """Where torch keeps what is in modules; replaced as a whole by some, such as `torch.nn.utils.parametrize`."""
-    return [
-        table
-        for module in modules
-        for own in (vars(module),)
-        for table in (own["_modules"], own["_parameters"], own["_buffers"])
-    ]
+    return [own.get(name) for own in map(vars, modules) for name in _TABLES]
 
 
 def _passing(modules: Iterable[nn.Module]) -> list[set[str]]:
@@ -75,12 +110,11 @@ def _passing(modules: Iterable[nn.Module]) -> list[set[str]]:
     return [vars(module)["_non_persistent_buffers_set"] for module in modules]
 
 
-def _place(value: torch.Tensor) -> tuple[object, ...]:
-    return value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad, value.device
+_kind_of = operator.attrgetter("__class__", "layout", "is_nested", "dtype", "device", "requires_grad")
 
 
-def _is_at(value: torch.Tensor, place: tuple[object, ...]) -> bool:
-    return _place(value) == place
+def _place_of(value: torch.Tensor) -> tuple[object, ...]:
+    return value.data_ptr(), value.shape, value.stride(), value.is_neg()
 
 
 def _same(now: Iterable[object], then: Sequence[object]) -> bool:
@@ -88,14 +122,10 @@ def _same(now: Iterable[object], then: Sequence[object]) -> bool:
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
-def _is_plain(modules: Iterable[nn.Module]) -> bool:
-    modules = list(modules)
-    methods = {(kind, name) for kind in set(map(type, modules)) for name in _METHODS}
-    return _is_untouched(modules) and all(getattr(kind, name) is getattr(nn.Module, name) for kind, name in methods)
-
-
-def _is_untouched(modules: Iterable[nn.Module]) -> bool:
-    """Whether there are no hooks on state dicts, and no module has a `state_dict` of its own."""
-    return not any(
-        own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or "state_dict" in own for own in map(vars, modules)
+def _is_of_torch(modules: Iterable[nn.Module]) -> bool:
+    """Whether there are no hooks on state dicts, and no class or module has a `state_dict` of its own."""
+    kinds = set(map(type, modules))
+    return all(getattr(kind, name) is method for kind in kinds for name, method in _METHODS.items()) and not any(
+        own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or "state_dict" in own or "_save_to_state_dict" in own
+        for own in map(vars, modules)
     )

@@ -120,6 +120,7 @@ class Saver:
         """Free what is staged, as soon as it is written. **Rank-local**."""
         self._ranks.leave()
         self._staging.close()
+        self._inventory.forget()
         self._staging, self._queued = self._new_staging(), None  # a start that failed may be tried again
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:

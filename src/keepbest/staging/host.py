@@ -43,6 +43,7 @@ class HostSlot:
         self._needed: set[str] = set()
 
     def reserve(self, wanted: Mapping[str, Like]) -> None:
+        self._copies.wait()  # those of a save that was given up, which may land after the next ones
         self._needed.update(wanted)
         self._rooms.make(wanted)
 
@@ -80,6 +81,7 @@ class HostSlot:
 
     def release(self) -> None:
         if self._release.alive:
+            self._copies.wait()
             self._rooms.keep(self._needed)  # others are of weights that went, or lie among the ranks in another way now
         self._release()
 

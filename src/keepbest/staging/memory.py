@@ -97,9 +97,9 @@ class Memory:
     def end(self) -> None:
         """Prepare no more. What is being allocated is waited for."""
         self._is_over.set()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:  # else it could not be started
             self._thread.join()
-            self._thread = None
+        self._thread = None
 
 
 def _prepare(

@@ -41,7 +41,7 @@ class Rooms:
         self.rows: list[Row] = []
 
     def make(self, wanted: Mapping[str, Like]) -> None:
-        """Make room for what has none yet, or none of this shape.
+        """Make room for what has none yet, or none of this shape. The values in other rooms may be gone.
 
         Raises:
             MemoryError, RuntimeError: If there is no memory for it.
@@ -52,6 +52,10 @@ class Rooms:
         if not lacking:
             self._made = wanted
             return
+        # Also what lies beside something that is gone: else a small tensor could keep the memory of a large one.
+        broken = [row.keys for row in self.rows if not lacking.keys().isdisjoint(row.keys)]
+        in_rows = {key for row in self.rows for key in row.keys}.difference(*broken)
+        lacking = {key: like for key, like in wanted.items() if key in lacking or (like.nbytes and key not in in_rows)}
         self.drop(lacking)  # what is no longer needed makes room first
         rows = rows_of(lacking)
         for (like, keys), memory in zip(rows, self._memory.take(sizes_of(lacking)), strict=True):

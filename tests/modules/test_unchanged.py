@@ -1,0 +1,108 @@
+"""A model is unchanged only where its state dict would have the same tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from keepbest.modules.unchanged import Structure
+from tests.kit.changes import CHANGES, Doubled, Stateful, model_of
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_is_noticed(change):
+    model = model_of()
+    values = model.state_dict(keep_vars=True).values()
+    assert Structure.is_known(model, values)
+    structure = Structure(model, values)
+    assert structure.is_unchanged()
+    change(model)
+    assert not structure.is_unchanged()
+
+
+def patch_state_dict_of_the_class(patch, model):
+    patch.setattr(nn.Linear, "state_dict", lambda *_args, destination, **_kwargs: destination, raising=False)
+
+
+def patch_state_dict_of_all(patch, model):
+    patch.setattr(nn.Module, "state_dict", lambda *_args, destination=None, **_kwargs: destination or {"alone": 1})
+
+
+def patch_extra_state_of_the_class(patch, model):
+    patch.setattr(type(model), "get_extra_state", lambda _: {"scale": 2.0}, raising=False)
+
+
+def patch_save_to_state_dict_of_all(patch, model):
+    patch.setattr(nn.Module, "_save_to_state_dict", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        patch_state_dict_of_the_class,
+        patch_state_dict_of_all,
+        patch_extra_state_of_the_class,
+        patch_save_to_state_dict_of_all,
+    ],
+)
+def test_class_with_another_method_is_noticed(change, monkeypatch):
+    model = model_of()
+    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    change(monkeypatch, model)
+    assert not structure.is_unchanged()
+
+
+class Hiding(nn.Module):
+    """Hides a module from what goes through its modules, but not from its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown, self.hidden = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def modules(self):
+        return iter([self, self.shown])
+
+
+def test_change_in_a_module_that_hides_is_noticed():
+    model = Hiding()
+    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    model.hidden.register_buffer("late", torch.ones(1))
+    assert not structure.is_unchanged()
+
+
+def holding(value):
+    model = nn.Module()
+    model.register_buffer("value", value)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 2))), id="scripted"),
+        pytest.param(lambda: torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), id="traced"),
+        pytest.param(lambda: nn.Sequential(Stateful(2, 2)), id="extra state"),
+        pytest.param(lambda: nn.Sequential(Doubled(2, 2)), id="own method"),
+        pytest.param(lambda: nn.LazyLinear(2), id="lazy"),
+        pytest.param(lambda: nn.Linear(2, 2, device="meta"), id="meta"),
+        pytest.param(lambda: nn.Linear(2, 2, dtype=torch.complex64), id="complex"),
+        pytest.param(lambda: holding(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), id="nested"),
+    ],
+)
+def test_model_that_torch_alone_does_not_decide_is_unknown(make):
+    model = make()
+    assert not Structure.is_known(model, model.state_dict(keep_vars=True).values())
+
+
+def test_training_changes_nothing():
+    model = model_of()
+    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    optimizer = torch.optim.Adam(model.parameters())
+    model.norm(model.last(model.first(torch.randn(3, 4)))).sum().backward()
+    optimizer.step()
+    model.train()
+    model.zero_grad()
+    model.load_state_dict(model_of().state_dict())
+    assert structure.is_unchanged()

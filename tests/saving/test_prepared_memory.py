@@ -1,0 +1,156 @@
+"""Memory for snapshots: allocated before the first one, no more than is needed, and freed in the end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from keepbest import BestKeeper
+from keepbest.staging import memory
+from keepbest.staging.host import HostStaging
+from keepbest.staging.memory import Memory, Size
+from keepbest.staging.slot import Like
+from tests.kit.pool import run_ranks
+from tests.kit.runs import update
+from tests.kit.strategies import WRAPS
+
+
+class Layers(nn.Module):
+    """Two dtypes, weights that are tied, and rows of which one is not enough for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Sequential(*(nn.Linear(3001, 2000) for _ in range(4)), nn.BatchNorm1d(50))
+        self.tied = nn.Sequential(nn.Linear(3001, 2000), nn.Linear(30, 7))
+        self.tied[0].weight = self.module[0].weight
+
+    def forward(self, value):
+        return value
+
+
+class Counted:
+    """Counts what is allocated, by thread."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.by_thread: dict[str, list[int]] = {}
+        patch.setattr(memory, "allocate", self._allocate)
+        self._original = allocate
+
+    def _allocate(self, size):
+        self.by_thread.setdefault(threading.current_thread().name, []).append(size.nbytes)
+        return self._original(size)
+
+
+allocate = memory.allocate
+
+
+def keep_two(directory, wrap, file_format, in_background):
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        model = WRAPS[wrap](Layers())
+        settings = {"metric_key": "loss", "async_save": in_background, "format": file_format}
+        with BestKeeper(model, directory=directory, **settings) as keeper:
+            for thread in threading.enumerate():
+                if thread.name == "keepbest-memory":
+                    thread.join()
+            for number in (1, 2):
+                keeper.observe(-number, update(number))
+                keeper.flush()
+    prepared = counted.by_thread.pop("keepbest-memory", [])
+    return sum(prepared), counted.by_thread
+
+
+WEIGHTS = 4 * (4 * 3002 * 2000 + 4 * 50 + 31 * 7 + 2000) + 8
+
+
+@pytest.mark.parametrize(("wrap", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_prepared_memory_is_what_snapshots_need(wrap, world_size, file_format, tmp_path):
+    found = run_ranks(keep_two, world_size, tmp_path, wrap, file_format, True)
+    assert [later for _, later in found] == [{}] * world_size
+    prepared = [each for each, _ in found]
+    if file_format == "torch":
+        assert prepared == [WEIGHTS] + [0] * (world_size - 1)
+    else:
+        assert sum(prepared) == WEIGHTS
+        assert max(prepared) < WEIGHTS * 0.7 or world_size == 1
+
+
+def test_units_of_fsdp1_prepare_no_more_than_they_need(tmp_path):
+    [(gathered, _), _] = run_ranks(keep_two, 2, tmp_path / "torch", "fsdp1_flat", "torch", True)
+    assert gathered == WEIGHTS
+    assert [prepared for prepared, _ in run_ranks(keep_two, 2, tmp_path / "dcp", "fsdp1", "dcp", True)] == [0, 0]
+
+
+def test_saves_that_are_waited_for_need_no_memory(tmp_path):
+    assert run_ranks(keep_two, 2, tmp_path, "ddp", "dcp", False) == [(0, {})] * 2
+
+
+def float32(*shape):
+    return Like(shape, torch.float32, "cpu")
+
+
+def test_one_tensor_keeps_no_room_of_others_that_changed():
+    staging = HostStaging(make_room=lambda: None)
+    wanted = {str(number): float32(10, 1) for number in range(10)}
+    for number in range(10):
+        wanted[str(number)] = float32(10, 2)
+        slot = staging.claim()
+        slot.reserve(dict(wanted))
+        rooms = [slot.room(key, like) for key, like in wanted.items()]
+        assert [tuple(room.shape) for room in rooms] == [like.shape for like in wanted.values()]
+        assert len(slot._rooms.rows) == 1  # else rows that are used in part would add up
+        slot.release()
+
+
+def test_memory_is_freed_when_it_is_not_taken(monkeypatch):
+    memory_of, sizes = Memory(), [Size(1000, is_pinned=False), Size(2000, is_pinned=False)]
+    counted = Counted(monkeypatch)
+    memory_of.prepare(sizes)
+    memory_of.end()
+    assert memory_of.take([Size(3000, is_pinned=False)])[0].nbytes == 3000
+    assert memory_of.take(sizes)[0].nbytes == 1000
+    assert counted.by_thread["MainThread"] == [3000, 1000, 2000]
+
+
+def test_memory_that_cannot_be_had_on_the_thread_is_asked_for_again(monkeypatch):
+    def refuse(size):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return allocate(size)
+
+    monkeypatch.setattr(memory, "allocate", refuse)
+    memory_of = Memory()
+    memory_of.prepare([Size(8, is_pinned=False)])
+    assert memory_of.take([Size(8, is_pinned=False)])[0].nbytes == 8
+
+
+def test_thread_that_cannot_start_leaves_no_trace(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    memory_of = Memory()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            memory_of.prepare([Size(8, is_pinned=False)])
+    memory_of.end()
+    assert memory_of.take([Size(8, is_pinned=False)])[0].nbytes == 8
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_closed_keeper_keeps_neither_model_nor_memory(file_format, tmp_path):
+    model = nn.Linear(3, 3)
+    keeper = BestKeeper(model, directory=tmp_path, metric_key="loss", async_save=True, format=file_format)
+    keeper.observe(1.0, update(1))
+    staging, weight = weakref.ref(keeper._saver._staging), weakref.ref(model.weight)
+    keeper.close()
+    assert staging() is None
+    del keeper, model
+    gc.collect()
+    assert weight() is None
