@@ -253,7 +253,7 @@ def test_best_skipped_for_a_failed_capture_does_not_count(tmp_path, disk, monkey
         assert disk.has_begun.wait(30)
         run.observe(2.0, first=2)
         with monkeypatch.context() as patch:
-            patch.setattr(HostSlot, "put", out_of_memory)
+            patch.setattr(HostSlot, "seal", out_of_memory)
             with pytest.raises(RankFailedError, match="out of memory"):
                 run.observe(1.0, first=3)
         disk.may_go_on.set()

@@ -155,7 +155,7 @@ def test_snapshot_that_was_given_up_counts_for_nobody_else(tmp_path, monkeypatch
         assert gate.is_reached.wait(60)
         a.observe(8.0, update(2))
         with monkeypatch.context() as patch:
-            patch.setattr(HostSlot, "put", out_of_memory)
+            patch.setattr(HostSlot, "seal", out_of_memory)
             with pytest.raises(RankFailedError, match="out of memory"):
                 a.observe(7.0, update(3))  # it had the buffer of the second given up by then
         b.observe(8.0, update(2))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from keepbest.modules.kinds import PLAIN_CLASSES, form_of
+from keepbest.modules.kinds import PLAIN_CLASSES
 
 # What decides what a state dict has, as torch wrote it. A module that has one of its own may do what it likes.
 _METHODS = {
@@ -56,16 +56,7 @@ class Structure:
         modules = _modules_of(model)
         # Those of TorchScript are made anew each time that they are asked for.
         has_tables = all(type(table) in (dict, OrderedDict) for table in _tables(modules))
-        return (
-            has_tables
-            and _is_of_torch(modules)
-            and all(
-                isinstance(value, PLAIN_CLASSES)
-                and type(value) in PLAIN_CLASSES
-                and not (form_of(value) or value.is_nested or value.is_complex())
-                for value in values
-            )
-        )
+        return has_tables and _is_of_torch(modules) and all(map(_is_plain_tensor, values))
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
@@ -98,6 +89,12 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
 def _dict_of(module: nn.Module, name: str) -> dict[str, Any]:
     table = vars(module).get(name)
     return table if isinstance(table, dict) else {}
+
+
+def _is_plain_tensor(value: object) -> bool:
+    if not isinstance(value, PLAIN_CLASSES) or type(value) not in PLAIN_CLASSES or value.layout != torch.strided:
+        return False
+    return not (value.is_nested or value.is_quantized or value.is_meta or value.is_complex() or value.is_neg())
 
 
 def _tables(modules: Sequence[nn.Module]) -> list[Any]:
