@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -154,3 +156,14 @@ def test_closed_keeper_keeps_neither_model_nor_memory(file_format, tmp_path):
     del keeper, model
     gc.collect()
     assert weight() is None
+
+
+ENDS_AT_ONCE = """
+from keepbest.staging.memory import Memory, Size
+memory = Memory()
+memory.prepare([Size(300_000_000, is_pinned=False)] * 3)
+"""
+
+
+def test_program_that_ends_while_memory_is_prepared_does_not_abort():
+    subprocess.run([sys.executable, "-c", ENDS_AT_ONCE], check=True, timeout=60)

@@ -76,9 +76,10 @@ class Memory:
         self._is_over = threading.Event()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
         arguments = (list(sizes), self._is_over, self._ready, device, get_ready)
-        thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
-        thread.start()
-        self._thread = thread  # only now: an interruption must not leave one that was never started
+        self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
+        # An interpreter that ends while the thread is in torch would abort.
+        weakref.finalize(self, _end, self._is_over, weakref.ref(self._thread))
+        self._thread.start()
 
     def take(self, sizes: Sequence[Size]) -> list[Bytes]:
         """Memory of these sizes: what is ready, and the rest now. What else was prepared is freed.
@@ -100,6 +101,13 @@ class Memory:
         if self._thread is not None and self._thread.ident is not None:  # else it could not be started
             self._thread.join()
         self._thread = None
+
+
+def _end(is_over: threading.Event, thread: weakref.ref[threading.Thread]) -> None:
+    is_over.set()
+    running = thread()
+    if running is not None and running.is_alive() and running is not threading.current_thread():
+        running.join()
 
 
 def _prepare(
