@@ -29,8 +29,9 @@ class CheckpointCallbackConfig(CallBackBaseConfig):
 
     Attributes:
         keep_last: Number of resume checkpoints to keep; `None` keeps all.
-        save_on_exception: Whether a last one is saved when an exception ends training between two updates and reaches
-            all ranks. Ranks wait for each other for `trainer.rank_timeout`, and then raise it without one.
+        save_on_exception: Whether a last one is saved when an exception ends training between two updates, in a
+            callback or while the next batch is read, and reaches all ranks. Ranks wait for each other for
+            `trainer.rank_timeout`, and then raise it without one.
     """
 
     name: Literal["CheckpointCallback"] = "CheckpointCallback"
@@ -99,7 +100,9 @@ class CheckpointCallback(PeriodicCallback):
 
         def check() -> None:
             if not is_between_updates:
-                raise RuntimeError("an update was under way, so the weights are those of no iteration")
+                raise RuntimeError(
+                    "an update was under way, so the model and its random numbers are those of no iteration"
+                )
 
         try:
             # A rank that raised alone waits here in vain, or meets ranks in another step, which fail then too.
