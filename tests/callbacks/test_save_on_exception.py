@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.data.container import DataContainer
 from keepbest.errors import DesyncError
 from tests.callbacks.test_resume import CHECKPOINTS, FailsConfig, FailsError, refs_in, train
@@ -87,17 +88,43 @@ def test_exception_in_a_forward_pass_saves_nothing(tmp_path, caplog):
     assert "an update was under way" in caplog.text
 
 
-def raise_in_different_places(directory: Path) -> None:
+class FailsOnceConfig(CallBackBaseConfig):
+    name: str = "tests.callbacks.test_save_on_exception.FailsOnce"
+
+
+class FailsOnce(toys.Recorder):
+    """Raises on rank 1 alone, when all ranks are about to save."""
+
+    config_class = FailsOnceConfig
+
+    def before_checkpoint(self, **_kwargs: Any) -> None:
+        if self.updates and self.ranks.rank == 1:
+            self.updates.clear()
+            raise FailsError
+
+
+def fail_before_a_checkpoint(directory: Path) -> str:
+    saves = {**CHECKPOINTS, "every_n_updates": 2, "save_on_exception": True}
+    with pytest.raises((FailsError, DesyncError)) as caught:
+        train(directory, FailsOnceConfig(every_n_updates=2), saves, strategy="ddp", updates=4)
+    return type(caught.value).__name__
+
+
+def fail_in_an_update(directory: Path) -> None:
     trainer = toys.make_trainer(directory, callbacks=[{**CHECKPOINTS, "save_on_exception": True}], strategy="ddp")
     [callback] = trainer.callbacks
     callback.before_training(update_counter=trainer.update_counter)
-    is_between = trainer.ranks.is_main
-    callback.after_exception(
-        update_counter=trainer.update_counter, error=FailsError(), is_between_updates=is_between, batch_size=1
-    )
-    trainer.ranks.agree("do something else", lambda: None)
+    if not trainer.ranks.is_main:
+        callback.after_exception(
+            update_counter=trainer.update_counter, error=FailsError(), is_between_updates=False, batch_size=1
+        )
+    trainer.ranks.agree("meet again", lambda: None)
 
 
-def test_ranks_that_raise_in_different_places_do_not_wait(tmp_path):
-    run_ranks(raise_in_different_places, 2, tmp_path)
+def test_rank_alone_does_not_slip_into_the_save_of_others(tmp_path):
+    assert run_ranks(fail_before_a_checkpoint, 2, tmp_path) == ["DesyncError", "FailsError"]
     assert refs_in(tmp_path) == []
+
+
+def test_rank_that_raises_in_an_update_waits_for_nobody(tmp_path):
+    run_ranks(fail_in_an_update, 2, tmp_path)
