@@ -1,7 +1,9 @@
-"""Resume checkpoints as snapshots: which one is resumed after a kill, a restart elsewhere, an end or an exception."""
+"""Resume checkpoints as snapshots: which one is resumed after a kill, a restart elsewhere, or an end."""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,19 @@ from keepbest import BestKeeper, load
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.resume import find_to_resume
 from keepbest.capture.share import Items
-from keepbest.errors import ConfigError, DesyncError, StorageError
+from keepbest.errors import ConfigError, StorageError
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.parts import Part
 from keepbest.ranks import Ranks
 from keepbest.remote.verify import verify_run
 from keepbest.run.checkpoints import checkpoint_refs
+from keepbest.run.layout import LEDGER
 from keepbest.run.names import LATEST
 from keepbest.run.reader import find_ref, read_history
 from keepbest.run.verify import verify
 from keepbest.saving.resume_saver import ResumeSaver
 from tests.kit import toys
 from tests.kit.files import Fault, Operation, SteppedFiles, before
-from tests.kit.pool import run_ranks
 from tests.kit.runs import snapshots
 from tests.kit.seams import use
 
@@ -174,6 +176,24 @@ def test_refused_checkpoint_leaves_the_one_before(operation, tmp_path):
     assert refs_in(tmp_path) == ["resume.U3"]
 
 
+def test_checkpoint_without_a_line_frees_its_space(tmp_path):
+    def refuse(operation: Operation) -> None:
+        if operation.name == "sync" and operation.path.name == LEDGER and is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    is_full = False
+    with use(tmp_path, files=SteppedFiles(before(refuse))):
+        saver, _ = saver_of(tmp_path)
+        saver.start(at(0), None)
+        saver.save(at(1))
+        is_full = True
+        with pytest.raises(StorageError, match="write the resume checkpoint U2"):
+            saver.save(at(2))
+        assert snapshots(tmp_path) == {"U1"}
+        is_full = False
+        saver.leave()
+
+
 def test_bests_stay_while_a_checkpoint_names_them(tmp_path):
     saver, model = saver_of(tmp_path)
     with BestKeeper(model, directory=tmp_path, metric_key="loss") as keeper:
@@ -276,46 +296,11 @@ def test_run_that_ends_between_two_checkpoints_saves_one(tmp_path):
     assert refs_in(tmp_path)[-1] == "resume.E2_U4_S96"
 
 
-def fail_on(directory: Path, ranks: tuple[int, ...]) -> str:
-    saves = {**CHECKPOINTS, "every_n_updates": 2, "save_on_exception": True}
-    fails = FailsConfig(every_n_updates=1, at=3, on=ranks)
-    with pytest.raises((FailsError, DesyncError)) as caught:
-        train(directory, fails, saves, strategy="ddp", updates=4)
-    return type(caught.value).__name__
-
-
-@pytest.mark.parametrize(
-    ("ranks", "raised", "kept"),
-    [((0, 1), ["FailsError"] * 2, "resume.E1_U3_S72"), ((1,), ["DesyncError", "FailsError"], "resume.E1_U2_S48")],
-)
-def test_exception_is_saved_at_only_where_all_ranks_come(ranks, raised, kept, tmp_path):
-    assert run_ranks(fail_on, 2, tmp_path, ranks) == raised
-    assert refs_in(tmp_path)[-1] == kept
-
-
-class Breaks(torch.optim.SGD):
-    def step(self, *_arguments: Any, **_settings: Any) -> None:  # type: ignore[override]
-        raise FailsError
-
-
-def test_exception_in_the_middle_of_an_update_saves_nothing(tmp_path, caplog):
-    saves = {**CHECKPOINTS, "save_on_exception": True}
-    with pytest.raises(FailsError):
-        train(
-            tmp_path,
-            saves,
-            updates=4,
-            optimizers={"encoder": toys.ADAM, "decoder": lambda parameters: Breaks(parameters, lr=0.1)},
-        )
-    assert refs_in(tmp_path) == []
-    assert "an update was under way" in caplog.text
-
-
 def test_folder_of_checkpoints_has_one_owner(tmp_path):
     first, _ = saver_of(tmp_path)
     first.start(at(0), None)
     second, _ = saver_of(tmp_path)
-    with pytest.raises(ConfigError, match="two keepers of this run"):
+    with pytest.raises(ConfigError, match=r"another trainer of this process saves resume .* keepbest\.abandon"):
         second.start(at(0), None)
     first.leave()
     second.start(at(0), None)

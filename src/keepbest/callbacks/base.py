@@ -151,7 +151,8 @@ class CallbackBase:
         Args:
             update_counter: Counter of the completed updates.
             error: Exception.
-            is_between_updates: Whether the weights are those of the last completed update.
+            is_between_updates: Whether everything that training continues from is that of the last completed update.
+                It is not from the forward pass of the next one on.
             **kwargs: Arguments of later versions.
         """
 

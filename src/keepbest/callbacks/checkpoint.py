@@ -29,8 +29,9 @@ class CheckpointCallbackConfig(CallBackBaseConfig):
 
     Attributes:
         keep_last: Number of resume checkpoints to keep; `None` keeps all.
-        save_on_exception: Whether a last one is saved when an exception ends training between two updates and reaches
-            all ranks. Ranks wait for each other for `trainer.rank_timeout`, and then raise it without one.
+        save_on_exception: Whether a last one is saved when an exception ends training between two updates, in a
+            callback or while the next batch is read, and reaches all ranks. Ranks wait for each other for
+            `trainer.rank_timeout`, and then raise it without one.
     """
 
     name: Literal["CheckpointCallback"] = "CheckpointCallback"
@@ -95,15 +96,18 @@ class CheckpointCallback(PeriodicCallback):
         """Save a resume checkpoint if that is wanted and every rank comes here. **Collective** where it is wanted."""
         if not self._saves_on_exception or self._saver is None:
             return
+        if not is_between_updates:
+            # At once, since the others may wait in torch for a rank that raised alone, until its process ends.
+            _logger.warning(
+                "no resume checkpoint was saved after %r: an update was under way, so the model and its random numbers "
+                "are those of no iteration",
+                error,
+            )
+            return
         iteration = update_counter.iteration
-
-        def check() -> None:
-            if not is_between_updates:
-                raise RuntimeError("an update was under way, so the weights are those of no iteration")
-
         try:
             # A rank that raised alone waits here in vain, or meets ranks in another step, which fail then too.
-            self.ranks.agree(f"save a resume checkpoint at {iteration} after an exception", check)
+            self.ranks.agree(f"save a resume checkpoint at {iteration} after an exception", lambda: None)
         except RanksError as absent:
             _logger.warning("no resume checkpoint was saved after %r: %s", error, absent)
             return

@@ -138,9 +138,8 @@ class OpenRun:
             self._release_if_left()
             if name in self._keepers:
                 raise ConfigError(
-                    f"two keepers of this run are named {name!r}; give one of them an id. If the other one is left "
-                    "from code that was interrupted, such as a cell of a notebook, release it and start again: "
-                    f"keepbest.abandon({str(self.directory)!r})"
+                    f"{_what_is_there_twice(name)}. If the other one is left from code that was interrupted, such as a "
+                    f"cell of a notebook, release it and start again: keepbest.abandon({str(self.directory)!r})"
                 )
             if self._keepers and remote != self.remote:
                 raise ConfigError(
@@ -228,6 +227,12 @@ class OpenRun:
         if self._newest is not None and self._newest[:2] == (iteration, content):
             return self._newest[2:]
         return None
+
+
+def _what_is_there_twice(name: str) -> str:
+    if name == RESUME_SAVER:
+        return "another trainer of this process saves resume checkpoints in this run; give each a directory of its own"
+    return f"two keepers of this run are named {name!r}; give one of them an id"
 
 
 # One folder, lock and ledger for a directory in a process, for as long as a keeper holds it.

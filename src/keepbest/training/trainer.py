@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -254,8 +255,10 @@ class Trainer:
 
     def _update(self, data_iter: Iterator[Any]) -> None:
         track_micro_batch = partial(self._hooks.track, "track_after_accumulation_step")
-        losses = self._update_step.compute(data_iter, track_micro_batch)
+        first = next(data_iter)  # a batch that cannot be read leaves everything as it was
+        # The forward pass draws random numbers and changes buffers, so it is a part of the update too.
         self._is_between_updates = False
+        losses = self._update_step.compute(chain((first,), data_iter), track_micro_batch)
         self._update_step.apply()
         self.update_counter.next_update()
         self._is_between_updates = True
