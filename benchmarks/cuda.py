@@ -298,7 +298,7 @@ def first_best(report: Report, training: Training, size: int, repetitions: int, 
         for number in range(repetitions):
             if ON_CUDA:
                 # Pinned memory of earlier runs would make the first best a warm one. There is no public way to free it.
-                torch._C._host_emptyCache()  # noqa: SLF001
+                torch._C._host_emptyCache()  # noqa: SLF001  # no public function frees it
             ours = Keepbest(model, folder / str(number), async_save=True)
             until = time.monotonic() + seconds
             while time.monotonic() < until:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from keepbest import BestKeeper
 
 # "cpu" runs all that can run without a GPU, so that mistakes in the tests show where there is none.
 DEVICE = torch.device(os.environ.get("CUDA_TESTS_DEVICE", "cuda"))
@@ -53,6 +57,10 @@ def alter(value: Tensor) -> None:
         value.view(torch.uint8).bitwise_xor_(1)
     elif value.numel():
         value.add_(1)
+
+
+def keeper_of(model: nn.Module, folder: Path, file_format: str, async_save: bool, **settings: Any) -> BestKeeper:
+    return BestKeeper(model, directory=folder, metric_key="loss", format=file_format, async_save=async_save, **settings)
 
 
 def zero(model: nn.Module) -> nn.Module:

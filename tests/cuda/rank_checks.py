@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from keepbest import BestKeeper, load
-from tests.cuda.device import DEVICE, MIB, ON_CUDA, alter, assert_same, copied, finish, zero
+from tests.cuda.device import DEVICE, MIB, ON_CUDA, alter, assert_same, copied, finish, keeper_of, zero
 
 REF = "best_model.loss"
 WORLD = 2
@@ -188,14 +188,7 @@ def check_training_state(folder: Path, wrap: str, file_format: str, *, async_sav
         optimizer.step()
 
     step()
-    with BestKeeper(
-        model,
-        directory=folder,
-        metric_key="loss",
-        format=file_format,
-        async_save=async_save,
-        training_state={"optimizer": optimizer},
-    ) as keeper:
+    with keeper_of(model, folder, file_format, async_save, training_state={"optimizer": optimizer}) as keeper:
         keeper.observe(1.0, epoch=1)
         weights, states = shards(model), optimizer_states(optimizer)
         step()

@@ -10,7 +10,7 @@ from torch import nn
 
 from keepbest import BestKeeper, load
 from keepbest.errors import ConfigError
-from tests.cuda.device import DEVICE, assert_same, change, copied, wide, zero
+from tests.cuda.device import DEVICE, assert_same, change, copied, keeper_of, wide, zero
 
 REF = "best_model.loss"
 
@@ -58,14 +58,7 @@ def test_weights_that_a_replayed_graph_trains(tmp_path, file_format, async_save)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    with BestKeeper(
-        model,
-        directory=tmp_path,
-        metric_key="loss",
-        format=file_format,
-        async_save=async_save,
-        training_state={"optimizer": optimizer},
-    ) as keeper:
+    with keeper_of(model, tmp_path, file_format, async_save, training_state={"optimizer": optimizer}) as keeper:
         for epoch in range(1, 4):
             for _ in range(10):
                 graph.replay()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from keepbest import BestKeeper, load
-from tests.cuda.device import DEVICE, MIB, assert_same, change, copied, wide, zero
+from tests.cuda.device import DEVICE, MIB, assert_same, change, copied, keeper_of, wide, zero
 
 REF = "best_model.loss"
 MODEL = 256  # MiB
@@ -98,14 +98,7 @@ def test_limit_of_the_process_leaves_no_room(tmp_path, file_format, async_save):
 
 def test_share_of_zero_takes_no_memory(tmp_path, file_format, async_save):
     model = wide(MODEL, count=64)
-    with BestKeeper(
-        model,
-        directory=tmp_path,
-        metric_key="loss",
-        format=file_format,
-        async_save=async_save,
-        staging_device_share=0.0,
-    ) as keeper:
+    with keeper_of(model, tmp_path, file_format, async_save, staging_device_share=0.0) as keeper:
         growth = Growth()
         expected = copied(model)
         keeper.observe(1.0, epoch=1)

@@ -17,6 +17,7 @@ from tests.cuda.device import (
     change,
     copied,
     keep_busy,
+    keeper_of,
     wide,
     zero,
 )
@@ -241,14 +242,7 @@ def test_training_state_of_adamw(tmp_path, file_format, async_save):
         optimizer.step()
 
     step()
-    with BestKeeper(
-        model,
-        directory=tmp_path,
-        metric_key="loss",
-        format=file_format,
-        async_save=async_save,
-        training_state={"optimizer": optimizer},
-    ) as keeper:
+    with keeper_of(model, tmp_path, file_format, async_save, training_state={"optimizer": optimizer}) as keeper:
         keeper.observe(1.0, epoch=1)
         weights, state = copied(model), states(optimizer)
         step()

@@ -11,7 +11,7 @@ _ALIGNMENT = 16  # bytes, since NCCL is slow with values that begin elsewhere
 
 
 class _Piece(NamedTuple):
-    """Bytes of one rank in a bucket: where they begin in it, and what is sent, or where they go on rank 0."""
+    """Bytes of one rank in a bucket: where they begin in it, and what is sent, or where they lie on rank 0."""
 
     peer: int
     start: int
