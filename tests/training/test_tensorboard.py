@@ -46,7 +46,7 @@ def train(directory, values, resume, updates):
             {"kind": f"{__name__}.Scripted", "values": values, "every_n_updates": 1},
             {**best, "tolerances": TOLERANCES},
             {**best, "id": "steep", "min_delta": 1.5},
-            {"name": "CheckpointCallback", "every_n_updates": CHECKPOINT},
+            {"name": "CheckpointCallback", "every_n_updates": CHECKPOINT, "keep_last": None},
         ],
     )
     trainer.train()
@@ -78,8 +78,8 @@ def test_bests_and_closed_tolerances_are_marked_after_a_resume(tmp_path):
     run_ranks(train, 2, tmp_path, LEFT, None, len(LEFT))
     found = scalars(tmp_path)
     assert found[f"best/{KEY}"] == [(1, 5.0), (2, 3.0), (5, 2.0), (6, 1.0)]
-    # From the checkpoint of update 4.
-    run_ranks(train, 2, tmp_path, TAKEN, "auto", len(TAKEN))
+    # From the checkpoint of update 4, not from the one at the end.
+    run_ranks(train, 2, tmp_path, TAKEN, tmp_path / "checkpoints" / "resume.E2_U4_S96", len(TAKEN))
     found = scalars(tmp_path)
     expected = {f"best/{KEY}{end}": marks for end, marks in marks_by_hand(TAKEN, TOLERANCES).items()}
     steep = marks_by_hand(TAKEN, [], min_delta=1.5)

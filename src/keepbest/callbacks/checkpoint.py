@@ -89,6 +89,8 @@ class CheckpointCallback(PeriodicCallback):
     def before_preemption(self, *, update_counter: UpdateCounter, **_kwargs: Any) -> None:
         """Save a resume checkpoint now, unless there is one of this iteration. **Collective**."""
         self._save(update_counter.iteration)
+        if self._saver is not None:
+            self._saver.finish_removal()  # the process ends now, and would leave what is being removed
 
     def after_exception(
         self, *, update_counter: UpdateCounter, error: Exception, is_between_updates: bool, **_kwargs: Any

@@ -88,6 +88,11 @@ class ResumeSaver:
         snapshot.meet(run.worker.drain)
         self._ranks.broadcast(step, lambda: self._commit(iteration, snapshot), remedy=DISK_REMEDY, saving=True)
 
+    def finish_removal(self) -> None:
+        """Wait until the space of the checkpoints that were replaced is free. **Rank-local**."""
+        if self._record is not None:
+            self._record.folder.snapshots.finish_removal()
+
     def leave(self) -> None:
         """Release the run folder, unless keepers are in it. **Rank-local**."""
         self._record = None
