@@ -286,6 +286,26 @@ def test_rank_0_without_memory_is_an_error_before_any_move(wrap, in_background, 
     assert all("list the weights" in message and "on rank 0 of 2" in message for message in mine)
 
 
+def save_when_nothing_can_be_connected(directory, file_format):
+    rank = dist.get_rank()
+    # In `torch` rank 1 has a stage of a pipeline, which has to travel.
+    model = nn.ModuleDict({f"stage{rank if file_format == 'torch' else 0}": nn.Linear(2, 2)})
+    set_weights(model, 1.0)
+    keeper = keeper_of(model, directory, format=file_format)
+    keeper.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(dist, "ProcessGroupGloo")  # of torch: what would be connected late shows
+        is_new_best = keeper.observe(1.0, update(1)).is_new_best
+    keeper.close()
+    return is_new_best
+
+
+@FORMATS
+def test_all_connections_are_made_at_the_start(file_format, tmp_path):
+    # Who is being connected does not notice that another rank dies, and would wait for as long as for a slow disk.
+    assert run_ranks(save_when_nothing_can_be_connected, 2, tmp_path, file_format) == [True, True]
+
+
 def swap_between_keepers(directory, swap, wrap):
     model = three_layers()
     if wrap == "fsdp2":

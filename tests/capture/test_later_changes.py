@@ -59,10 +59,11 @@ def spoil(model):
                 tensor.zero_()
 
 
-def keep_changed(change, directory, file_format, in_background, **settings):
+def bests_after(change, directory, file_format, in_background):
+    """A keeper after each best that follows a change, and what the best must hold."""
     model = model_of()
     with BestKeeper(
-        model, directory=directory, metric_key="loss", format=file_format, async_save=in_background, **settings
+        model, directory=directory, metric_key="loss", format=file_format, async_save=in_background
     ) as keeper:
         keeper.observe(0.0, update(1))
         change(model)
@@ -70,7 +71,7 @@ def keep_changed(change, directory, file_format, in_background, **settings):
             expected = state_of(model)
             keeper.observe(-number, update(number))
             spoil(model)
-            assert_holds(keeper, expected, file_format)
+            yield keeper, expected
 
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change is not swap_in_a_subclass])
@@ -78,7 +79,10 @@ def test_change_between_two_bests_is_in_the_second(change, tmp_path):
     for file_format, in_background in MODES:
         if (file_format, change) in NOT_KEPT:
             continue
-        keep_changed(change, tmp_path / f"{file_format}-{in_background}", file_format, in_background)
+        for keeper, expected in bests_after(
+            change, tmp_path / f"{file_format}-{in_background}", file_format, in_background
+        ):
+            assert_holds(keeper, expected, file_format)
 
 
 class Bare(nn.Module):

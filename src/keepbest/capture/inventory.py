@@ -79,6 +79,7 @@ class Inventory:
         Raises:
             ConfigError: On every rank, if a rank holds something that cannot be kept, ranks hold different weights
                 under one name, or nothing is left to save.
+            RankLostError: If the ranks cannot be connected for what travels between them in a save.
         """
 
         def report() -> tuple[tuple[Held, Report], Number]:
@@ -92,6 +93,9 @@ class Inventory:
             self._adopt(found, same_everywhere(found.entries, self.ranks.world_size))
         else:
             self._adopt(found, unite(self._reports(step, found)))
+        if self._format.capture == "local" or any(holding.owner != 0 for _, holding in self.union.kept()):
+            # Now, and not at the first save: who is being connected does not notice that another rank dies.
+            self.ranks.patient_group()
         if any(holding.entry.form.is_in_unit for _, holding in self.union.kept()):
             self._check_state_dicts_of_units(held, f"look at the state dict to {step}")
 
