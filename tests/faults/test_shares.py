@@ -52,11 +52,15 @@ class DiedError(BaseException):
     """Nothing of this rank happens any more."""
 
 
+def nobody_is_lost(*_):
+    return False
+
+
 class Notes(Mailbox):
     """Those of rank 0, which lets rank 1 work in between."""
 
     def __init__(self, store, work, *, rank_1_is_first):
-        super().__init__(store, 0.0, lambda: False)
+        super().__init__(store, 0.0, nobody_is_lost, nobody_is_lost)
         self._work, self._rank_1_is_first = work, rank_1_is_first
 
     def post(self, key, note):
@@ -64,9 +68,9 @@ class Notes(Mailbox):
         if self._rank_1_is_first:
             self._work()
 
-    def read(self, key, what, *, since):
+    def read(self, key, what, *, sender, since):
         self._work()
-        return super().read(key, what, since=since)
+        return super().read(key, what, sender=sender, since=since)
 
 
 @dataclass
@@ -90,7 +94,7 @@ class Ranks:
         """The next best; rank 0 records it as lost if it cannot be kept."""
         self.epoch += 1
         kept = Kept(Observation(TrainingIteration(epoch=self.epoch), -float(self.epoch)))
-        mailboxes = [Mailbox(self.store, 0.0, lambda: False)] * 2
+        mailboxes = [Mailbox(self.store, 0.0, nobody_is_lost, nobody_is_lost)] * 2
 
         def work():
             with contextlib.suppress(DiedError):

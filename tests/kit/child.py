@@ -82,13 +82,13 @@ def _init_process_group(rendezvous: Path, rank: int, world_size: int) -> None:
 
 
 def _send_output_to(path: Path) -> None:
-    """Sends what this process prints, and its stacks on SIGUSR1 or a crash, to the file at `path`."""
+    """Sends what this process prints, and its stacks on SIGUSR2 or a crash, to the file at `path`."""
     with path.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
 def _transportable(error: BaseException) -> BaseException | None:

@@ -218,7 +218,7 @@ class RankProcesses:
     def _describe_hung(self, ranks: list[int], step: str) -> str:
         printed = {rank: len(self._output(rank)) for rank in ranks}
         for rank in ranks:
-            self.signal(rank, signal.SIGUSR1)
+            self.signal(rank, signal.SIGUSR2)
         lines = [f"rank {', '.join(map(str, ranks))} of {len(self.processes)} did not {step} in time"]
         for rank in ranks:
             lines += [f"--- rank {rank}:", self._output_with_stacks(rank, printed[rank])]

@@ -284,30 +284,46 @@ def test_keeper_that_is_garbage_does_not_wait_for_long(tmp_path):
     assert run_ranks(drop_while_a_rank_is_slow, 2, tmp_path) == [False, False]
 
 
-def die_while_writing(directory, victim):
+# What the other rank does, and so where it waits: in an exchange, for its thread, and for memory that the thread holds.
+WAITS = {
+    "exchange": lambda run: run.observe(4.5, first=3),
+    "thread": lambda run: run.keeper.flush(),
+    "slot": lambda run: run.observe(3.0, first=4),
+}
+
+
+def die_while_writing(directory, victim, wait):
     mailbox._AFTER_A_LOSS = 1.0  # the rank process ends after this
     door = Door("U2")
-    if Ranks.connect().rank != victim:
+    is_victim = Ranks.connect().rank == victim
+    if not is_victim:
         door.is_open.set()
     with behind(directory, door):
         run = Run(directory, sharded(), **DCP)
         try:
             with run.keeper:
                 run.observe(5.0, 4.0)
-                if Ranks.connect().rank == victim:
+                if wait == "slot":
+                    run.observe(3.5, first=3)
+                if is_victim:
                     assert door.is_reached.wait(60)
-                    announce("writing")
+                announce("waiting")
+                if is_victim and wait != "slot":
                     signal.pause()
-                run.observe(4.5, first=3)
+                WAITS[wait](run)
         except KeepBestError as error:
             return type(error)
     return None
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_rank_that_dies_while_it_writes_costs_its_best_alone(victim, tmp_path):
-    with start_ranks(die_while_writing, 2, tmp_path, victim) as ranks:
-        ranks.wait_for(victim, "writing", timeout=60)
+@pytest.mark.parametrize(
+    ("victim", "wait"), [(0, "exchange"), (1, "exchange"), (1, "thread"), (0, "slot"), (1, "slot")]
+)
+def test_rank_that_dies_while_it_writes_costs_its_best_alone(victim, wait, tmp_path):
+    with start_ranks(die_while_writing, 2, tmp_path, victim, wait) as ranks:
+        for rank in (0, 1):
+            ranks.wait_for(rank, "waiting", timeout=60)
+        time.sleep(0.5)  # nothing reports that a rank has begun to wait
         began = time.monotonic()
         ranks.signal(victim, signal.SIGKILL)
         outcomes = ranks.collect(timeout=60)

@@ -118,7 +118,7 @@ class EachAlone:
         self.mailbox.post(self._key(self.ranks.rank), json.dumps(note))
 
     def _read(self, rank: int, what: str) -> dict[str, Any]:
-        note: dict[str, Any] = json.loads(self.mailbox.read(self._key(rank), what, since=self.since))
+        note: dict[str, Any] = json.loads(self.mailbox.read(self._key(rank), what, sender=rank, since=self.since))
         return note
 
     def _key(self, rank: int) -> str:

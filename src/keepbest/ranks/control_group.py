@@ -19,6 +19,8 @@ from keepbest.ranks.carrier import Alone, Carrier, InFlight
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.ring import Ring
 
+_WATCH_TAG = 1  # of messages that nobody sends; exchanges have 0
+
 
 @dataclass(slots=True)
 class ControlGroup:
@@ -42,6 +44,7 @@ class ControlGroup:
     round: int = 0
     process: int = field(default_factory=os.getpid)
     _carrier: Carrier = field(default_factory=Alone)
+    _gloo: dist.ProcessGroupGloo | None = None
     _store: Store | None = None
     _buffers: Buffers | None = None
     _patient: dist.ProcessGroup | None = None
@@ -69,7 +72,7 @@ class ControlGroup:
             if len(members) > 1:
                 control._store = parent.get_group_store()
                 control.group, gloo = control._new_group("control", timeout)
-                rank = control.rank
+                control._gloo, rank = gloo, control.rank
                 control._carrier = Direct(gloo, rank) if len(members) == 2 else Ring(control.group, rank)
             _control_groups[parent] = control
         return control
@@ -155,6 +158,22 @@ class ControlGroup:
                 f"rank {self.rank} of {self.world_size} runs no more collectives: {self.poison}. "
                 "Restart the job. Everything that was committed is safe."
             )
+
+    def has_lost(self, rank: int) -> bool:
+        """Whether the connection with `rank` is known to be broken. **Rank-local**, from any thread; waits for nothing.
+
+        gloo watches its connections all the time, and says what it has seen when it is asked for something. A receive
+        that has to wait would close a connection when its time is up; so this one is only asked for. Nobody sends it
+        anything.
+        """
+        if self._gloo is None:
+            return False
+        never = [torch.empty(1, dtype=torch.uint8)]
+        try:
+            self._gloo.recv(never, rank, _WATCH_TAG)  # type: ignore[attr-defined]  # its stub lacks it
+        except RuntimeError:
+            return True
+        return False
 
     @property
     def is_inherited(self) -> bool:

@@ -12,6 +12,8 @@ _CHUNK = 1 << 22  # characters of a note that the store takes in one piece
 _PAUSES = 0.002, 0.5  # seconds between two looks for a note, the least and the most
 _PAUSE = 0.05  # of the time that it was waited for, so that no wait is much longer than it has to be
 _AFTER_A_LOSS = 10.0  # seconds to wait for a note when contact with the other ranks is lost
+_AFTER_A_DEATH = 1.0  # seconds to wait for the note of a rank that is gone, which may be on its way
+_LOOK = 0.5  # seconds between two looks whether a rank is gone
 
 
 class Mailbox:
@@ -24,12 +26,15 @@ class Mailbox:
         store: Store that all ranks reach, with a prefix of this mailbox alone.
         patience: Seconds that a note is waited for.
         is_lost: Function that returns whether contact with the other ranks is lost.
+        is_gone: Function that returns whether contact with a rank is lost.
     """
 
-    def __init__(self, store: Store, patience: float, is_lost: Callable[[], bool]) -> None:
+    def __init__(
+        self, store: Store, patience: float, is_lost: Callable[[], bool], is_gone: Callable[[int], bool]
+    ) -> None:
         self._store = store
         self._patience = patience
-        self._is_lost = is_lost
+        self._is_lost, self._is_gone = is_lost, is_gone
         self._end = math.inf
         self._has_hurried = False
 
@@ -47,19 +52,20 @@ class Mailbox:
         except RuntimeError as error:
             raise _unreachable(error) from error
 
-    def read(self, key: str, what: str, *, since: float) -> str:
+    def read(self, key: str, what: str, *, sender: int, since: float) -> str:
         """Wait for the note under `key`, and return it.
 
         Args:
             key: Key of the note.
             what: What is waited for, in words.
+            sender: Rank that posts it.
             since: Moment of the monotonic clock from which patience is counted.
 
         Raises:
             TimeoutError: If it does not come in time.
-            ConnectionError: If the store cannot be reached, or contact with the other ranks is lost.
+            ConnectionError: If the store cannot be reached, or contact with the other ranks, or with that one, is lost.
         """
-        self._wait(key, what, since)
+        self._wait(key, what, sender, since)
         try:
             return "".join(self._store.get(chunk).decode() for chunk in self._chunks(key))
         except RuntimeError as error:
@@ -84,13 +90,20 @@ class Mailbox:
     def _chunks(self, key: str) -> list[str]:
         return [f"{key}/{number}" for number in range(int(self._store.get(key)))]
 
-    def _wait(self, key: str, what: str, since: float) -> None:
+    def _wait(self, key: str, what: str, sender: int, since: float) -> None:
         began, (least, most) = time.monotonic(), _PAUSES
+        next_look, gone_at = began + _LOOK, math.inf
         while not self._has(key):
             if self._is_lost() and not self._has_hurried:
                 self._has_hurried = True
                 self.hurry(_AFTER_A_LOSS)
             now = time.monotonic()
+            # Nobody else may notice: this thread is often what the collectives of this rank wait for.
+            if now >= next_look and gone_at == math.inf:
+                next_look = now + _LOOK
+                gone_at = now if self._is_gone(sender) else math.inf
+            if now >= gone_at + _AFTER_A_DEATH:
+                raise ConnectionError(f"contact with rank {sender} was lost before {what} came")
             if now >= self._end and self._has_hurried:
                 raise ConnectionError(f"contact with the other ranks was lost before {what} came")
             if now >= min(self._end, since + self._patience):

@@ -220,8 +220,14 @@ class Ranks:
         Every rank asks for it, or none.
         """
         if self._mailbox is None:
-            store, patience = self._control.new_store("mailbox"), _PATIENCE_FOR_NOTES * self._save_timeout
-            self._mailbox = Mailbox(store, patience.total_seconds(), lambda: self._control.poison is not None)
+            control, patience = self._control, _PATIENCE_FOR_NOTES * self._save_timeout
+            store = control.new_store("mailbox")
+            self._mailbox = Mailbox(
+                store,
+                patience.total_seconds(),
+                is_lost=lambda: control.poison is not None,
+                is_gone=control.has_lost,
+            )
         return self._mailbox
 
     def leave(self) -> None:
