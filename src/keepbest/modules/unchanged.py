@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,12 +44,14 @@ class Structure:
         self._types = list(map(type, self._modules))
         self._tables = _tables(self._modules)
         self._sizes = list(map(len, self._tables))
-        self._names = [name for table in self._tables for name in table]
-        self._members = [member for table in self._tables for member in table.values()]
-        self._passing = [frozenset(each) for each in _passing(self._modules)]
+        self._names = list(chain.from_iterable(self._tables))
+        self._members = list(_members(self._tables))
+        self._passing = list(map(set, _passing(self._modules)))
         self._values = list(values)
         self._kinds = list(map(_kind_of, self._values))
-        self._places = list(map(_place_of, self._values))
+        self._addresses = list(map(torch.Tensor.data_ptr, self._values))
+        self._strides = list(map(torch.Tensor.stride, self._values))
+        self._signs = list(map(torch.Tensor.is_neg, self._values))
 
     @staticmethod
     def is_known(model: nn.Module, values: Iterable[object]) -> bool:
@@ -60,17 +63,20 @@ class Structure:
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
+        # Nothing that has thousands of tuples at once, since the collector of garbage would look through all objects.
         tables = _tables(self._modules)
         return (
             _same(map(type, self._modules), self._types)
             and _same(tables, self._tables)
             and list(map(len, tables)) == self._sizes  # else what moves from one to the next would not be seen
-            and _same([member for table in tables for member in table.values()], self._members)
-            and [name for table in tables for name in table] == self._names
+            and _same(_members(tables), self._members)
+            and list(chain.from_iterable(tables)) == self._names
             and _is_of_torch(self._modules)
-            and all(now == then for now, then in zip(_passing(self._modules), self._passing, strict=True))
-            and list(map(_kind_of, self._values)) == self._kinds  # else they may have no place
-            and list(map(_place_of, self._values)) == self._places
+            and _passing(self._modules) == self._passing
+            and all(map(operator.eq, map(_kind_of, self._values), self._kinds))  # else they may have no place
+            and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
+            and all(map(operator.eq, map(torch.Tensor.stride, self._values), self._strides))
+            and list(map(torch.Tensor.is_neg, self._values)) == self._signs
         )
 
 
@@ -102,16 +108,16 @@ def _tables(modules: Sequence[nn.Module]) -> list[Any]:
     return [own.get(name) for own in map(vars, modules) for name in _TABLES]
 
 
+def _members(tables: Iterable[dict[str, Any]]) -> Iterable[object]:
+    return chain.from_iterable(map(dict.values, tables))
+
+
 def _passing(modules: Iterable[nn.Module]) -> list[set[str]]:
     """Names of the buffers that are in no state dict."""
     return [vars(module)["_non_persistent_buffers_set"] for module in modules]
 
 
-_kind_of = operator.attrgetter("__class__", "layout", "is_nested", "dtype", "device", "requires_grad")
-
-
-def _place_of(value: torch.Tensor) -> tuple[object, ...]:
-    return value.data_ptr(), value.shape, value.stride(), value.is_neg()
+_kind_of = operator.attrgetter("__class__", "layout", "is_nested", "dtype", "device", "requires_grad", "shape")
 
 
 def _same(now: Iterable[object], then: Sequence[object]) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
+_ALIGNMENT = 64  # bytes: a cache line
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
@@ -35,7 +36,11 @@ def allocate(size: Size) -> Bytes:
         MemoryError: If there is none.
         RuntimeError: If CUDA cannot pin it.
     """
-    memory = np.empty(size.nbytes, dtype=np.uint8)
+    # From numpy, whose large arrays lie in huge pages where the system has them. It aligns them to 16 bytes alone, and
+    # a copy to there takes a seventh longer.
+    whole = np.empty(size.nbytes + _ALIGNMENT, dtype=np.uint8)
+    start = -whole.ctypes.data % _ALIGNMENT
+    memory = whole[start : start + size.nbytes]
     if size.nbytes:
         torch.from_numpy(memory).zero_()
     if size.is_pinned and size.nbytes:
