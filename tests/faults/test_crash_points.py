@@ -225,7 +225,7 @@ def test_every_crash_point_recovers_to_a_committed_state(file_format, piece, pie
     files = record(fast_folder / "recorded", file_format)
     lines = ledger_lines(files)
     lengths = range(len(files.log) + 1)[len(files.log) * piece // pieces : len(files.log) * (piece + 1) // pieces + 1]
-    lengths = lengths[:: 20 if request.config.getoption("--quick") else 1 if everything else 2]
+    lengths = lengths[:: 40 if request.config.getoption("--quick") else 1 if everything else 2]
     seen: set[int] = set()
     for length in lengths:
         issued = [text for written, _, text in lines if written < length]

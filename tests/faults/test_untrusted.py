@@ -117,7 +117,7 @@ def test_payload_in_any_file_of_a_run_is_not_run(trained, tmp_path, payload, req
     mark = tmp_path / "it ran"
     config = trained.parent / "config.yaml"
     seen = set()
-    files = FILES[:: 8 if request.config.getoption("--quick") else 1]
+    files = FILES[:: 16 if request.config.getoption("--quick") else 1]
     for number, pattern in enumerate(files):
         run = copy_of(trained, tmp_path / str(number))
         for path in run.glob(pattern):
@@ -160,7 +160,7 @@ EXPLORED = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in EXPLORED.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, EXPLORED[name][:: 8 if metafunc.config.getoption("--quick") else 1])
+        metafunc.parametrize(name, EXPLORED[name][:: 16 if metafunc.config.getoption("--quick") else 1])
 
 
 def test_link_out_of_the_folder_is_not_followed(trained, tmp_path, pattern):

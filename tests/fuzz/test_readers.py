@@ -43,7 +43,7 @@ def test_no_file_runs_leads_out_or_ends_in_a_traceback(tmp_path, monkeypatch, re
     chance = random.Random(SEED)
     found = readers(tmp_path / "valid")
     counts: Counter[str] = Counter()
-    seconds = 1.0 if request.config.getoption("--quick") else SECONDS
+    seconds = 0.2 if request.config.getoption("--quick") else SECONDS
     end = time.monotonic() + seconds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

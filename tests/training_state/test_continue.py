@@ -70,8 +70,9 @@ def test_fused_optimizer_continues_with_weights_in_any_order(tmp_path):
     assert {case: wrong for case, wrong in found.items() if wrong} == {}
 
 
-def test_plain_training_continues_from_the_best(tmp_path):
-    assert {case: wrong for case, wrong in continue_all(tmp_path, single, OPTIMIZERS).items() if wrong} == {}
+def test_plain_training_continues_from_the_best(tmp_path, request):
+    optimizers = list(OPTIMIZERS)[:: 4 if request.config.getoption("--quick") else 1]
+    assert {case: wrong for case, wrong in continue_all(tmp_path, single, optimizers).items() if wrong} == {}
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
