@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,6 +181,34 @@ def test_under_slurm(tmp_path: Path):
         for task in tasks:
             task.kill()
     assert reports(tmp_path) == EXPECTED_REPORTS
+
+
+def devices(count, local_rank, monkeypatch):
+    """The device that becomes current on a host that shows so many, and those that the process group is made for."""
+    # There is no GPU here, and no torch that has NCCL.
+    claimed, made = [], []
+    for name, value in {**TORCHRUN, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", claimed.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: made.append((backend, given["device_id"])))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distributed():
+        return claimed, made
+
+
+@pytest.mark.parametrize(
+    ("count", "local_rank", "index"),
+    [(4, "1", 1), (1, "3", 0)],  # all devices are visible; one for each task, which may be a slice of one, as with MIG
+)
+def test_each_rank_claims_the_device_that_it_can_see(count, local_rank, index, monkeypatch):
+    assert devices(count, local_rank, monkeypatch) == ([index], [("nccl", torch.device("cuda", index))])
+
+
+def test_rank_without_a_device_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="local rank 2, but this host shows 2 CUDA devices"):
+        devices(2, "2", monkeypatch)
 
 
 def test_group_is_destroyed_after_an_error(monkeypatch):

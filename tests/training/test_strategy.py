@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel
-from keepbest.training.strategy import build_optimizers, place
+from keepbest.training.strategy import build_optimizers, place, training_device
 from tests.kit import toys
 from tests.kit.pool import run_ranks
 
@@ -22,6 +22,25 @@ class Pair(CompositeModel):
 
     def losses(self, outputs: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
         return {"total": outputs["output"].square().mean(1)}
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"),
+    [
+        ("cpu:gloo,cuda:nccl", "cuda:3"),  # also what torch chooses by itself
+        ("cuda:nccl", "cuda:3"),
+        ("cpu:gloo,cuda:gloo", "cpu"),  # of "gloo"
+        ("cpu:gloo", "cpu"),
+        (None, "cuda:3"),
+    ],
+)
+def test_device_is_the_one_that_the_process_group_uses(backends, device, monkeypatch):
+    # There is no GPU here, and no torch that has NCCL.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: backends is not None)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    assert training_device() == torch.device(device)
 
 
 def test_one_factory_serves_all_submodels():

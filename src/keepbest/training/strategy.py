@@ -31,10 +31,15 @@ def training_device() -> torch.device:
 
     **Rank-local**.
     """
-    on_cpu = torch.distributed.is_initialized() and "nccl" not in torch.distributed.get_backend()
-    if on_cpu or not torch.cuda.is_available():
+    if not torch.cuda.is_available() or (torch.distributed.is_initialized() and _backend_of("cuda") != "nccl"):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _backend_of(device: str) -> str | None:
+    # The name of the backend says nothing where there are several, or torch has chosen them: it is "undefined" then.
+    config = torch.distributed.get_backend_config()
+    return dict(each.split(":", 1) for each in config.split(",")).get(device)
 
 
 def check_strategy(strategy: StrategyName, ranks: Ranks) -> None:
