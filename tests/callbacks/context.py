@@ -53,7 +53,7 @@ class StandInTrainer:
     def __init__(self, resume=None):
         self.model = Regression()
         self.average = None
-        self.optimizers = {}
+        self.optimizers, self.training_state = {}, {}
         self.update_counter = make_counter()
         self.callbacks = []
         self.resume = resume

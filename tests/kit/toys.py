@@ -81,6 +81,7 @@ def make_trainer(
     *,
     model: CompositeModel | None = None,
     optimizers: Mapping[str, Callable[..., torch.optim.Optimizer]] = OPTIMIZERS,
+    schedule: Any = None,
     resume: Path | str | None = None,
     **settings: Any,
 ) -> Trainer:
@@ -98,6 +99,7 @@ def make_trainer(
         directory,
         Ranks.connect(),
         optimizers=optimizers,
+        schedule=schedule,
         seed=11,
         resume=resume,
     )
@@ -109,10 +111,21 @@ def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in get_model_state_dict(trainer.model, options=options).items()}
 
 
-def weights_by_hand(updates: int, optimizers: Mapping[str, Any] = OPTIMIZERS) -> dict[str, Tensor]:
-    """The weights after `updates` updates of plain torch, with whole batches in one process."""
+def weights_by_hand(
+    updates: int,
+    optimizers: Mapping[str, Any] = OPTIMIZERS,
+    *,
+    schedule: Any = None,
+    most: float | None = None,
+    online: list[float] | None = None,
+) -> dict[str, Tensor]:
+    """The weights after `updates` updates of plain torch, with whole batches in one process.
+
+    Gradients are clipped to the norm `most`; `online` gets the loss of each update.
+    """
     model, data = auto_encoder().double(), Waves().values.double()
     steps = [factory(getattr(model, name).parameters()) for name, factory in optimizers.items()]
+    schedules = [] if schedule is None else [schedule(step) for step in steps]
     per_epoch = SAMPLES // EFFECTIVE_BATCH_SIZE
     for update in range(updates):
         epoch, place = divmod(update, per_epoch)
@@ -121,7 +134,13 @@ def weights_by_hand(updates: int, optimizers: Mapping[str, Any] = OPTIMIZERS) ->
         output = model.decoder(code := model.encoder(batch))
         loss = (output - batch).square().mean(1).mean() + 0.1 * code.abs().mean(1).mean()
         loss.backward()
+        if online is not None:
+            online.append(loss.item())
+        if most is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), most)
         for step in steps:
             step.step()
             step.zero_grad()
+        for each in schedules:
+            each.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

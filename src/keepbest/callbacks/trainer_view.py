@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.optim import Optimizer
@@ -34,6 +34,10 @@ class TrainerView(Protocol):
     @property
     def optimizers(self) -> Mapping[str, Optimizer]:
         """The optimizers, by dotted name of the submodel."""
+
+    @property
+    def training_state(self) -> Mapping[str, Any]:
+        """What else training continues from, by its name: objects with `state_dict` and `load_state_dict`."""
 
     @property
     def update_counter(self) -> UpdateCounter:

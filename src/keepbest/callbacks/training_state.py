@@ -82,6 +82,7 @@ def trainer_state(trainer: TrainerView, ranks: Ranks) -> dict[str, Any]:
     """The training states of a trainer that a best has, by name. **Rank-local**."""
     return {
         **{f"optimizer.{name}": optimizer for name, optimizer in trainer.optimizers.items()},
+        **trainer.training_state,
         TRAINER: TrainerProgress(trainer.update_counter, ranks.world_size),
         "random": PerRank(HeldRandomState()),
     }

@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
 
 from keepbest.callbacks.config import CallBackBaseConfig, Discriminated, import_path
@@ -16,7 +17,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.models import Model
 from keepbest.random_state import seed_random_state
 from keepbest.remote.storage import local_path
-from keepbest.training.strategy import OptimizerFactory, Precision, StrategyName
+from keepbest.training.strategy import OptimizerFactory, Precision, ScheduleFactory, StrategyName
 from keepbest.training.trackers import TrackerName
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -35,6 +36,8 @@ class TrainerConfig(BaseModel):
         precision: Precision of parameters and computation. "bf16" keeps the parameters in float32 and computes with
             autocast.
         strategy: Way in which the ranks share the model.
+        clip_grad_norm: Largest norm that the gradients of all parameters have together; longer ones are scaled down to
+            it before the optimizers use them. `None` leaves them as they are.
         ema_decay: Share of the exponential moving average that stays at each update. The average is then evaluated and
             kept instead of the weights themselves. `None` keeps no average.
         train_dataset: Key of the dataset to train on.
@@ -55,6 +58,7 @@ class TrainerConfig(BaseModel):
     accumulation_steps: PositiveInt = 1
     precision: Precision = "float32"
     strategy: StrategyName = "single"
+    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     train_dataset: str = "train"
     tracker: TrackerName = "jsonl"
@@ -133,6 +137,8 @@ class RunConfig(BaseModel):
         num_workers: Number of processes that load data, for each loader of each rank. 0 loads in the training process.
         optimizer: Optimizer of all submodels. Give either this or `optimizers`.
         optimizers: Optimizers of the submodels, by dotted name.
+        schedule: Schedule of the learning rate, such as one of `torch.optim.lr_scheduler`, for each of the optimizers.
+            It takes a step after each update. `None` leaves the learning rates as they are.
         trainer: Settings of training.
     """
 
@@ -145,6 +151,7 @@ class RunConfig(BaseModel):
     num_workers: Annotated[int, Field(ge=0)] = 0
     optimizer: Component | None = None
     optimizers: dict[str, Component] | None = None
+    schedule: Component | None = None
     trainer: TrainerConfig
 
     @model_validator(mode="after")
@@ -179,6 +186,11 @@ class RunConfig(BaseModel):
         if self.optimizer is not None:
             return _optimizer_factory(self.optimizer)
         return {name: _optimizer_factory(component) for name, component in (self.optimizers or {}).items()}
+
+    def schedule_factory(self) -> ScheduleFactory | None:
+        """The function that makes the schedule of an optimizer; `None` if there is none. **Rank-local**."""
+        schedule = self.schedule
+        return None if schedule is None else lambda optimizer: cast("LRScheduler", schedule.build(optimizer))
 
 
 def _optimizer_factory(component: Component) -> OptimizerFactory:

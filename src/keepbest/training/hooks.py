@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -13,6 +14,8 @@ from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.data.interleaved import SamplerConfig
 from keepbest.training.counter import UpdateCounter
 from keepbest.training.strategy import Precision, autocast
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +46,23 @@ class Hooks:
         self._call(self.callbacks, "before_training")
 
     def after_training(self) -> None:
-        """Call `after_training`."""
-        self._call(self.callbacks, "after_training")
+        """Call `after_training` of every callback, also after one that fails. Raises what the first one raised."""
+        self._call_all("after_training")
 
     def at_eval(self) -> None:
         """Call `at_eval`."""
         self._call(self.callbacks, "at_eval", batch_size=self.batch_size)
 
     def before_preemption(self) -> None:
-        """Call `before_preemption`."""
-        self._call(self.callbacks, "before_preemption", batch_size=self.batch_size)
+        """Call `before_preemption` of every callback, as `after_training`."""
+        self._call_all("before_preemption", batch_size=self.batch_size)
 
     def after_exception(self, error: Exception, *, is_between_updates: bool) -> None:
-        """Call `after_exception`."""
-        self._call(self.callbacks, "after_exception", error=error, is_between_updates=is_between_updates)
+        """Call `after_exception` of every callback. One that fails is logged, since `error` is raised then."""
+        try:
+            self._call_all("after_exception", error=error, is_between_updates=is_between_updates)
+        except Exception:
+            _logger.exception("a callback failed after %r, which ends training", error)
 
     def track(self, hook: str, **arguments: Any) -> None:
         """Call a tracking hook of the callbacks and of their children."""
@@ -77,6 +83,19 @@ class Hooks:
                 for callback in callbacks:
                     batches = data_iter if _takes_batches(callback) else None
                     self._call([callback], hook, batch_size=self.batch_size, data_iter=batches)
+
+    def _call_all(self, hook: str, **arguments: Any) -> None:
+        # Each of them is the last chance of a callback to make durable what it holds.
+        first: Exception | None = None
+        for callback in self.callbacks:
+            try:
+                self._call([callback], hook, **arguments)
+            except Exception as error:
+                if first is not None:
+                    _logger.exception("%s failed too in %s", type(callback).__name__, hook)
+                first = first or error
+        if first is not None:
+            raise first
 
     def _call(self, callbacks: Sequence[CallbackBase], hook: str, **arguments: Any) -> None:
         with autocast(self.precision, self.device):

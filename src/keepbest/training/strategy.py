@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel, Model
@@ -21,6 +22,7 @@ from keepbest.ranks import Ranks
 StrategyName = Literal["single", "ddp", "fsdp1", "fsdp2"]
 Precision = Literal["float32", "float64", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
 _MOST_RANKS_WITH_ONE_SUM = 2  # the gradients of two ranks add up to the same bits in either order
 _MODEL = "model"  # name of the one optimizer of a model that is not a composite
@@ -155,6 +157,20 @@ def build_optimizers(
     if not trainable:
         raise ConfigError("there is nothing to train: no parameter requires grad")
     return {name: by_name[name](parameters) for name, parameters in trainable.items()}
+
+
+def clip_gradients(model: nn.Module, most: float) -> None:
+    """Scale the gradients of all parameters so that their norm together is at most `most`. **Collective** with FSDP."""
+    parameters = list(model.parameters())
+    if not isinstance(model, FullyShardedDataParallel):
+        torch.nn.utils.clip_grad_norm_(parameters, most)
+        return
+    # Each rank has the gradients of its shards. FSDP1's own method takes no float64.
+    shards = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    square = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    square += torch.nn.utils.get_total_norm(shards).double() ** 2
+    torch.distributed.all_reduce(square)
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, square.sqrt())
 
 
 def without_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from keepbest.callbacks.checkpoint import CheckpointCallback
 from keepbest.callbacks.resume import Found, find_to_resume, load_to_resume
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.callbacks.training_state import trainer_state
+from keepbest.capture.per_rank import PerRank
 from keepbest.data.container import DataContainer
 from keepbest.data.interleaved import InterleavedSampler, build_loader, count_updates_per_epoch
 from keepbest.errors import ConfigError
@@ -29,11 +30,19 @@ from keepbest.remote.storage import local_path
 from keepbest.training.average import build_average
 from keepbest.training.config import RunConfig, TrainerConfig
 from keepbest.training.counter import UpdateCounter
+from keepbest.training.epoch import OnlineLosses, line_of_epoch, log_epoch
 from keepbest.training.hooks import Hooks
 from keepbest.training.log_writer import LogWriter
 from keepbest.training.preemption import Preemption
 from keepbest.training.progress import Progress
-from keepbest.training.strategy import OptimizerFactory, build_optimizers, check_strategy, place, training_device
+from keepbest.training.strategy import (
+    OptimizerFactory,
+    ScheduleFactory,
+    build_optimizers,
+    check_strategy,
+    place,
+    training_device,
+)
 from keepbest.training.trackers import Tracker, build_tracker
 from keepbest.training.update_step import UpdateStep
 
@@ -54,6 +63,7 @@ class Trainer:
         ranks: Ranks that train together, from `Ranks.connect()`.
         optimizers: Function that makes an optimizer of parameters. One for all submodels, or one for each by dotted
             name.
+        schedule: Function that makes the schedule of the learning rate of an optimizer; `None` for none.
         metric_property_provider: Provider from which callbacks learn whether a higher value of a metric is better.
         seed: Seed of the order of the samples and, together with the rank, of all random numbers in training.
         resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any. "best"
@@ -64,6 +74,7 @@ class Trainer:
         model: Model in training, as wrapped by the strategy.
         average: Average of its weights, which callbacks receive in its place; `None` without `ema_decay`.
         optimizers: Optimizers by submodel.
+        training_state: What else training continues from, by its name: the schedules, and the losses of this epoch.
         update_counter: Counter of the completed updates.
         batch_size: Number of samples of a micro-batch on one rank.
         callbacks: Callbacks in the order in which they are called.
@@ -83,6 +94,7 @@ class Trainer:
         ranks: Ranks,
         *,
         optimizers: OptimizerFactory | Mapping[str, OptimizerFactory],
+        schedule: ScheduleFactory | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         seed: int = 0,
         resume: Path | str | None = None,
@@ -108,6 +120,12 @@ class Trainer:
         )
         self.model = place(model, config.strategy, precision=config.precision, device=self.device)
         self.optimizers = build_optimizers(model, optimizers)
+        schedules = {} if schedule is None else {name: schedule(each) for name, each in self.optimizers.items()}
+        self._losses = OnlineLosses()
+        self.training_state = {
+            "online_losses": PerRank(self._losses),
+            **{f"schedule.{name}": each for name, each in schedules.items()},
+        }
         self.tracker: Tracker = build_tracker(config.tracker, self.directory, is_main=ranks.is_main)
         self.log_writer = LogWriter(self.tracker, self.update_counter, is_main=ranks.is_main)
         view: TrainerView = self  # mypy checks here that the trainer has what callbacks are promised
@@ -127,6 +145,8 @@ class Trainer:
             model=self.model,
             unwrapped=model,
             optimizers=self.optimizers,
+            schedules=schedules,
+            clip_grad_norm=config.clip_grad_norm,
             average=self.average,
             accumulation_steps=config.accumulation_steps,
             batch_size=self.batch_size,
@@ -262,8 +282,13 @@ class Trainer:
         self._update_step.apply()
         self.update_counter.next_update()
         self._is_between_updates = True
+        self._losses.add(losses)
         self._hooks.track("track_after_update_step", losses=losses)
+        if self.update_counter.is_full_epoch:
+            log_epoch(self._losses, self.optimizers, self.log_writer, self.ranks)
         self._hooks.after_update(data_iter)
+        if self.update_counter.is_full_epoch and self.ranks.is_main:
+            logger.info("%s", line_of_epoch(self.update_counter.iteration, self.log_writer))
         self.log_writer.flush()
 
     def _preempt(self, preemption: Preemption) -> NoReturn:
@@ -291,6 +316,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         config.directory,
         ranks,
         optimizers=config.optimizer_factories(),
+        schedule=config.schedule_factory(),
         seed=config.seed,
         resume=config.trainer.resume,
     )

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from keepbest.data.device import move_to_device
 from keepbest.errors import ConfigError
 from keepbest.models import Model
 from keepbest.training.average import Average
-from keepbest.training.strategy import Precision, autocast, without_gradient_sync
+from keepbest.training.strategy import Precision, autocast, clip_gradients, without_gradient_sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class UpdateStep:
         model: Model as wrapped by the strategy.
         unwrapped: Model itself, which knows its losses.
         optimizers: Optimizers by submodel.
+        schedules: Schedules of the learning rates, by submodel.
+        clip_grad_norm: Largest norm of all gradients; `None` for any.
         average: Moving average of the weights; `None` if there is none.
         accumulation_steps: Number of micro-batches in one update.
         batch_size: Number of samples of a micro-batch on one rank.
@@ -36,6 +39,8 @@ class UpdateStep:
     model: nn.Module
     unwrapped: Model
     optimizers: Mapping[str, Optimizer]
+    schedules: Mapping[str, LRScheduler]
+    clip_grad_norm: float | None
     average: Average | None
     accumulation_steps: int
     batch_size: int
@@ -60,9 +65,13 @@ class UpdateStep:
 
     def apply(self) -> None:
         """Change the weights by the gradients. **Collective** as the strategy is."""
+        if self.clip_grad_norm is not None:
+            clip_gradients(self.model, self.clip_grad_norm)
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for schedule in self.schedules.values():
+            schedule.step()
         if self.average is not None:
             self.average.update(self.model)
 

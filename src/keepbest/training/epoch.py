@@ -1,0 +1,86 @@
+"""What each epoch of training logs by itself: the losses in training, and the learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from keepbest.iteration import TrainingIteration
+from keepbest.ranks import Ranks
+from keepbest.training.log_writer import ScalarWriter
+
+_MOST_SHOWN = 6  # values in the line of an epoch
+
+
+class OnlineLosses:
+    """The losses of the samples that were trained on since the epoch began: a training state, which ranks do not share.
+
+    They stay on the device until they are asked for, since training would wait for it at each update.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the losses of an update: name -> tensor of shape `[samples]`. **Rank-local**."""
+        for name, values in losses.items():
+            total = values.double().sum()
+            self._sums[name] = total + self._sums[name] if name in self._sums else total
+        self._count += len(next(iter(losses.values())))
+
+    def take_means(self, ranks: Ranks) -> dict[str, float]:
+        """The mean over the samples of all ranks, by name, and begin anew. **Collective**.
+
+        Raises:
+            KeepBestError: As `Ranks.gather_json`.
+        """
+        mine = self.state_dict()
+        self._sums, self._count = {}, 0
+        found = ranks.gather_json("add up the losses in training", lambda: mine)
+        count = sum(each["count"] for each in found)
+        names = dict.fromkeys(name for each in found for name in each["sums"])
+        return {name: math.fsum(each["sums"].get(name, 0.0) for each in found) / count for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far. **Rank-local**."""
+        return {"sums": {name: total.item() for name, total in self._sums.items()}, "count": self._count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned. **Rank-local**."""
+        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state_dict["sums"].items()}
+        self._count = state_dict["count"]
+
+
+def log_epoch(losses: OnlineLosses, optimizers: Mapping[str, Optimizer], writer: ScalarWriter, ranks: Ranks) -> None:
+    """Log `loss/online/<name>`, and `learning_rate/<submodel>` where the optimizer has one. **Collective**.
+
+    The loss of a sample is the one that it had when it was trained on, so each is of other weights.
+
+    Raises:
+        KeepBestError: As `OnlineLosses.take_means`.
+    """
+    for name, mean in losses.take_means(ranks).items():
+        writer.add_scalar(f"loss/online/{name}", mean)
+    for name, optimizer in optimizers.items():
+        for suffix, rate in _learning_rates(optimizer):
+            writer.add_scalar(f"learning_rate/{name}{suffix}", rate)
+
+
+def line_of_epoch(iteration: TrainingIteration, writer: ScalarWriter) -> str:
+    """What was logged at the end of an epoch, in a line. **Rank-local**."""
+    found = [f"{key} {scalar.value:.6g}" for key, scalar in writer.log_cache.items() if scalar.iteration == iteration]
+    more = [f"and {len(found) - _MOST_SHOWN} more"] if len(found) > _MOST_SHOWN else []
+    return f"epoch {iteration.epoch}: {', '.join([*found[:_MOST_SHOWN], *more])}"
+
+
+def _learning_rates(optimizer: Optimizer) -> Iterator[tuple[str, float | Tensor]]:
+    groups = optimizer.param_groups
+    for number, group in enumerate(groups):
+        if "lr" in group:
+            yield f"/{number}" if len(groups) > 1 else "", group["lr"]

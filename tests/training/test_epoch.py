@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import StepLR
+
+from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.config import CallBackBaseConfig
+from keepbest.errors import ConfigError
+from keepbest.training.config import RunConfig
+from tests.kit import toys
+from tests.kit.pool import run_ranks
+
+HALVED = partial(StepLR, step_size=1, gamma=0.5)
+CHECKPOINTS = {"name": "CheckpointCallback", "every_n_updates": 1}
+
+
+def train(directory, strategy, *parts):
+    """Weights and logged lines of a run, which is interrupted and resumed after each of these numbers of updates."""
+    for updates in parts:
+        trainer = toys.make_trainer(
+            directory,
+            strategy=strategy,
+            schedule=HALVED,
+            clip_grad_norm=0.1,
+            updates=updates,
+            tracker="jsonl",
+            callbacks=[CHECKPOINTS],
+            resume=None if updates == parts[0] else "auto",
+        )
+        trainer.train()
+    log = directory / "metrics.jsonl"
+    return toys.whole_weights(trainer), [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "parts"),
+    [("single", 1, [3, 6]), ("ddp", 2, [3, 6]), ("fsdp1", 2, [6]), ("fsdp2", 2, [6])],
+)
+def test_schedule_clipping_and_logs_are_those_of_plain_torch(strategy, world_size, parts, tmp_path):
+    losses = []
+    expected = toys.weights_by_hand(6, schedule=HALVED, most=0.1, online=losses)
+    assert not torch.equal(expected["decoder.bias"], toys.weights_by_hand(6, schedule=HALVED)["decoder.bias"])
+    weights, log = (
+        train(tmp_path, strategy, *parts)
+        if world_size == 1
+        else run_ranks(train, world_size, tmp_path, strategy, *parts)[0]
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-10, atol=1e-12)
+    means = [sum(losses[first : first + 2]) / 2 for first in (0, 2, 4)]
+    assert [line["loss/online/total"] for line in log] == pytest.approx(means, rel=1e-10)
+    rates = [0.05 * 0.5**updates for updates in (2, 4, 6)]
+    assert [line["learning_rate/encoder"] for line in log] == pytest.approx(rates)
+
+
+def test_online_loss_can_be_monitored(tmp_path):
+    monitor = {"name": "BestCheckpointCallback", "metric_key": "loss/online/total", "every_n_epochs": 1}
+    trainer = toys.make_trainer(tmp_path, callbacks=[monitor])
+    trainer.train()
+    online = []
+    toys.weights_by_hand(6, online=online)
+    [keeper] = trainer.callbacks
+    assert keeper.keeper.best_metric_value == pytest.approx(min(sum(online[i : i + 2]) / 2 for i in (0, 2, 4)))
+
+
+def test_each_epoch_is_a_line_of_the_log(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    evaluation = {"name": "OfflineLossCallback", "dataset_key": "val", "every_n_epochs": 2}
+    toys.make_trainer(tmp_path, callbacks=[evaluation]).train()
+    lines = [line for line in caplog.messages if line.startswith("epoch ")]
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert "loss/online/total 0." in lines[0]
+    assert "learning_rate/encoder 0.05" in lines[0]
+    assert lines[1].endswith("and 2 more")
+
+
+def test_groups_have_a_learning_rate_each(tmp_path):
+    def grouped(parameters):
+        return torch.optim.SGD([{"params": [each], "lr": 0.1 * number} for number, each in enumerate(parameters)])
+
+    toys.make_trainer(tmp_path, optimizers=dict.fromkeys(toys.OPTIMIZERS, grouped), epochs=1, tracker="jsonl").train()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert [line[f"learning_rate/decoder/{number}"] for number in (0, 1)] == [0.0, 0.1]
+
+
+def test_schedule_of_a_config_is_made_for_each_optimizer():
+    config = {"directory": "runs/a", "model": {"kind": "x"}, "data": {}, "optimizer": {"kind": "torch.optim.SGD"}}
+    config["trainer"] = {"epochs": 1, "effective_batch_size": 1}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    steps = {"kind": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.25}
+    schedule = RunConfig(**config, schedule=steps).schedule_factory()(optimizer)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    with pytest.raises(ConfigError, match=r"cannot build .*StepLR"):
+        RunConfig(**config, schedule={"kind": "torch.optim.lr_scheduler.StepLR"}).schedule_factory()(optimizer)
+    assert RunConfig(**config).schedule_factory() is None
+
+
+class FragileConfig(CallBackBaseConfig):
+    fails: bool = False
+
+
+class Fragile(CallbackBase):
+    """Notes that it was called, then fails if it is to."""
+
+    config_class = FragileConfig
+    called: ClassVar[list[tuple[str, bool]]] = []
+
+    @property
+    def state_key(self):
+        return f"fragile/{self.callback_config.fails}"
+
+    def note(self, hook):
+        self.called.append((hook, self.callback_config.fails))
+        if self.callback_config.fails:
+            raise RuntimeError(f"in {hook}")
+
+    def after_update(self, **_):
+        self.note("after_update") if self.callback_config.fails and self.trainer.update_counter.update == 2 else None
+
+    def after_exception(self, **_):
+        self.note("after_exception")
+
+    def after_training(self, **_):
+        self.note("after_training")
+
+
+@pytest.mark.parametrize(("updates", "hook"), [(1, "after_training"), (2, "after_exception")])
+def test_callback_that_fails_keeps_no_other_from_its_last_hook(updates, hook, tmp_path, caplog):
+    Fragile.called.clear()
+    callbacks = [
+        {"kind": FragileConfig.__module__ + ".Fragile", "every_n_updates": 1, "fails": each} for each in (True, False)
+    ]
+    trainer = toys.make_trainer(tmp_path, callbacks=callbacks, updates=updates)
+    with pytest.raises(RuntimeError, match="in after_update" if updates == 2 else "in after_training"):
+        trainer.train()
+    assert Fragile.called[-2:] == [(hook, True), (hook, False)]
+    assert (updates == 1) or "in after_exception" in caplog.text
