@@ -29,13 +29,16 @@ PUBLIC_NAMES = [
     "RandomState",
     "TrainingIteration",
     "abandon",
+    "average",
     "load",
+    "open_run",
 ]
 
 # What docs/reference.md documents: a name that goes, or comes, is seen here.
 DOCUMENTED_NAMES = [
     "BestKeeper",
     "abandon",
+    "average",
     "Outcome",
     "TrainingIteration",
     "MetricPropertyProvider",
@@ -83,7 +86,9 @@ IMPURE_MODULES = {
 # The one path runs from the top to the bottom of this list, and no step calls back up; the shells stand around it.
 PATH = [
     "keeper",
+    "average",
     "export",
+    "reading",
     "load",
     "settings",
     "settings_dict",

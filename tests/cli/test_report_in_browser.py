@@ -100,7 +100,7 @@ def test_curve_and_marks_are_drawn(page):
     # The observed values, those that were abandoned, the restart, and how long each tolerance waited.
     assert sorted(page.lines()) == sorted([len(finite), len(ABANDONED), 2, 2, 2])
     texts = page.texts["text"]
-    for label in ("observed", "new best", "abandoned", "restart", "NaN or infinite", "update"):
+    for label in ("observed", "new best; the best is 3 at U6", "abandoned", "restart", "NaN or infinite", "update"):
         assert texts.count(label) == 1
     assert "tolerance=1 keeps 4, closed at U4" in texts
     assert "tolerance=7 keeps 3, not exceeded" in texts

@@ -8,10 +8,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from keepbest.cli.curve import curves, patiences
-from keepbest.cli.tolerance import parse_tolerances
+from keepbest import open_run
+from keepbest.cli.numbers import parse_numbers
 from keepbest.errors import ConfigError
-from keepbest.run.reader import read_history
 from tests.kit import cli_runs as runs
 from tests.kit.runs import Run, refs, update
 
@@ -50,11 +49,10 @@ def by_hand(tolerance):
 
 
 def test_ledger_tells_what_any_tolerance_would_have_kept(directory):
-    [keeper] = read_history(directory).keepers.values()
-    for patience in patiences(keeper, range(12)):
-        value, number, exceeded_at = by_hand(patience.tolerance)
-        assert (patience.kept.value, patience.kept.iteration) == (value, update(number))
-        assert patience.exceeded_at == (None if exceeded_at is None else update(exceeded_at))
+    for answer in open_run(directory).tolerances(range(12)):
+        value, number, exceeded_at = by_hand(answer.tolerance)
+        assert (answer.keeper, answer.value, answer.iteration) == (BEST, value, f"U{number}")
+        assert answer.exceeded_at == (None if exceeded_at is None else f"U{exceeded_at}")
     assert refs(directory)[f"{BEST}.tolerance=1"] == "U2"
 
 
@@ -71,11 +69,11 @@ def test_tolerance_command_tells_which_weights_are_there(directory):
 @pytest.mark.parametrize("text", ["", "a", "3..", "5..2", "1,,2", "-1", "0..1000"])
 def test_tolerances_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError, match="tolerances"):
-        parse_tolerances(text)
+        parse_numbers(text, "tolerances")
 
 
 def test_curve_shows_the_timeline_abandoned_ones_and_restarts(directory):
-    [curve] = curves(read_history(directory))
+    [curve] = open_run(directory).curves()
     assert [repr(point.value) for point in curve.points] == [repr(value) for value in VALUES]
     assert [curve.position(point.iteration) for point in curve.points if point.is_new_best] == [1, 2, 6]
     assert [[point.value for point in beyond] for beyond in curve.abandoned] == [[3.5, 7.0]]
@@ -87,7 +85,8 @@ def test_picture_has_the_curve_the_marks_and_the_legend(directory, tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").exit_code == 0
     texts = [element.text for element in ET.parse(tmp_path / "run.svg").iter() if element.tag.endswith("text")]
-    assert {"loss", "new best", "restart", "update", BEST} <= set(texts)
+    named = {str(directory), BEST, "loss", "new best; the best is 3 at U6", "restart", "update"}
+    assert named <= set(texts)
     assert "tolerance=1 keeps 4, closed at U4" in texts
     assert "tolerance=7 keeps 3, not exceeded" in texts
     refused = runs.keepbest("plot", directory, "-o", tmp_path / "run.jpg")

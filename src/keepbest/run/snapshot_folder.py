@@ -21,6 +21,22 @@ _logger = logging.getLogger(__name__)
 _REMOVED = f"{TEMPORARY}removed-"
 
 
+def unfinished_snapshots(path: Path) -> dict[str, int]:
+    """The bytes that are there of each snapshot that is being written in a folder of snapshots, by its name.
+
+    It is rank-local, and may be called while they appear and disappear. Links are not followed.
+    """
+    found = {}
+    for folder in sorted(path.glob(f"{TEMPORARY}*")):
+        if not folder.name.startswith(_REMOVED) and not folder.is_symlink():
+            sizes = []
+            for file in folder.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # it is complete by now, and has its name
+                    sizes.append(file.lstat().st_size if not file.is_dir() else 0)
+            found[folder.name.removeprefix(TEMPORARY)] = sum(sizes)
+    return found
+
+
 class SnapshotFolder:
     """`<run>/checkpoints/snapshots`. **Rank-local**, on rank 0."""
 
