@@ -87,8 +87,8 @@ def _refs(history: History, keeper: str | None, places: Sequence[int]) -> list[s
     if missing := [ref for ref in refs if ref not in history.refs]:
         there = sum(ref.startswith(f"{name}.top=") for ref in history.refs)
         raise ConfigError(
-            f"{len(refs)} bests of {name} were asked for, up to place {max(places)}; it keeps {there} of at most "
-            f"{several[name]} (keep_top_k); there is no {missing[0]}"
+            f"expected {len(refs)} bests of {name}, up to place {max(places)}; it keeps {there} (keep_top_k is "
+            f"{several[name]}), and has no {missing[0]}: ask for fewer"
         )
     return refs
 

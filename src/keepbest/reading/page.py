@@ -29,6 +29,7 @@ _STYLE = """
 .keepbest th, .keepbest td { text-align: left; vertical-align: top; padding: .3rem .6rem;
   border-bottom: 1px solid var(--line) }
 .keepbest th, .keepbest td + td { white-space: nowrap }
+.keepbest td:first-child { min-width: 12rem }
 .keepbest .number { text-align: right; font-variant-numeric: tabular-nums }
 .keepbest code { font-size: .9em; overflow-wrap: anywhere }
 .keepbest .damaged { color: var(--damage); white-space: normal; overflow-wrap: anywhere }

@@ -72,6 +72,8 @@ def draw(drawn: list[Curve], file_format: str, *, title: str | None = None, tran
 
 
 def _draw(place: SubFigure, curve: Curve, limits: tuple[float, float] | None) -> None:
+    from matplotlib.lines import Line2D  # as in `draw`
+
     if limits is None:
         top = axes = place.subplots()
     else:
@@ -86,8 +88,13 @@ def _draw(place: SubFigure, curve: Curve, limits: tuple[float, float] | None) ->
     top.set_title(_shortened(curve.keeper, _LONGEST_TITLE))
     axes.set(xlabel=curve.unit, ylabel=_shortened(curve.metric_key, _LONGEST_LABEL))
     axes.locator_params(axis="x", integer=True)
-    # Below the axes, where it hides nothing.
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False, fontsize=8, borderaxespad=0)
+    # Below the axes, where it hides nothing. Its marks have the size of the text.
+    legend = place.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=8
+    )
+    for mark in legend.legend_handles:
+        if isinstance(mark, Line2D):
+            mark.set_markersize(6)
     axes.spines[["top", "right"]].set_visible(False)
 
 

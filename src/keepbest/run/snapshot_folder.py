@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -29,12 +30,17 @@ def unfinished_snapshots(path: Path) -> dict[str, int]:
     found = {}
     for folder in sorted(path.glob(f"{TEMPORARY}*")):
         if not folder.name.startswith(_REMOVED) and not folder.is_symlink():
-            sizes = []
-            for file in folder.rglob("*"):
-                with contextlib.suppress(FileNotFoundError):  # it is complete by now, and has its name
-                    sizes.append(file.lstat().st_size if not file.is_dir() else 0)
-            found[folder.name.removeprefix(TEMPORARY)] = sum(sizes)
+            found[folder.name.removeprefix(TEMPORARY)] = _bytes_in(folder)
     return found
+
+
+def _bytes_in(folder: Path) -> int:
+    size = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # the snapshot is complete by now, and has its name
+                size += os.lstat(f"{inside}/{name}").st_size
+    return size
 
 
 class SnapshotFolder:
