@@ -70,7 +70,9 @@ def print_history_json(run: Path | str) -> None:
 
 def is_folder_of_runs(run: Path | str) -> bool:
     """Whether `run` is a folder that is no run itself, with runs below it."""
-    return not is_remote(run) and not ledger_exists(local_path(run)) and find_runs(local_path(run)) != []
+    if is_remote(run) or ledger_exists(directory := local_path(run)):
+        return False
+    return directory.is_dir() and find_runs(directory) != []
 
 
 def _print_runs(directory: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.printable import printable
 from keepbest.reading.activity import Activity, read_activity
 from keepbest.reading.checkpoint import Checkpoint, read_checkpoints
 from keepbest.reading.curve import Curve, Patience, curve, patiences
@@ -147,7 +148,7 @@ class Run:
 
     def __repr__(self) -> str:
         bests = [f"{each.metric_key} {each.best} ({each.better} is better)" for each in self.keepers.values()]
-        return f"<Run {self.place}: {'; '.join(bests) or 'nothing observed yet'}>"
+        return printable(f"<Run {self.place}: {'; '.join(bests) or 'nothing observed yet'}>")
 
     def _repr_html_(self) -> str:
         from keepbest.reading.page import fragment  # for notebooks

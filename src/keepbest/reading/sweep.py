@@ -80,10 +80,13 @@ def _walk(directory: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
         if path.name.startswith(".") or not path.is_dir() or (real := path.resolve()) in seen:
             continue
         seen.add(real)
-        if ledger_exists(path):
+        try:
+            if ledger_exists(path):
+                yield path
+            elif depth > 1:
+                yield from _walk(path, depth - 1, seen)
+        except PermissionError:  # whoever opens it as a run will report it
             yield path
-        elif depth > 1:
-            yield from _walk(path, depth - 1, seen)
 
 
 def _ranked(group: list[tuple[KeeperSummary, str, Run]]) -> Iterator[RankedRun]:
