@@ -11,7 +11,7 @@ import torch
 from keepbest.capture.contents import is_extra_state
 from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.export import Contents, exported_files, refuse_existing, verified_contents, write_contents
+from keepbest.export import Contents, exported_files, check_target, verified_contents, write_contents
 from keepbest.formats.entries import Entry
 from keepbest.remote.download import local_copy
 from keepbest.remote.storage import local_path
@@ -66,7 +66,7 @@ def average(
     with local_copy(run, snapshots, files=files) as directory:
         history = read_history(directory)
         refs = _refs(history, keeper, places)
-        refuse_existing(path)
+        check_target(path)
         contents = [verified_contents(find_ref(directory, history, ref), part, selection) for ref in refs]
         return write_contents(path, _averaged(refs, contents))
 

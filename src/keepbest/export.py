@@ -78,7 +78,7 @@ def export(
     files = partial(exported_files, part=part, selection=selection)
     with local_copy(run, snapshot_of(ref), files=files) as directory:
         found, path = find_ref(directory, read_history(directory), ref), local_path(to)
-        refuse_existing(path)
+        check_target(path)
         return write_contents(path, verified_contents(found, part, selection), largest_file)
 
 
@@ -88,8 +88,8 @@ def exported_files(manifest: Manifest, *, part: str | None, selection: Selection
     return manifest.files_in(names if part is None else names & {part})
 
 
-def refuse_existing(to: Path) -> None:
-    """Check that there is no file at `to` yet. Raises `ConfigError`."""
+def check_target(to: Path) -> None:
+    """Check that something can be written to `to`. Raises `ConfigError`."""
     if to.suffix in (torch_file.FORMAT.ending, safetensors_file.FORMAT.ending) and to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
 

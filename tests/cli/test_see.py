@@ -170,6 +170,13 @@ def test_close_up_shows_where_bests_are_decided(metric, sign, tmp_path):
     assert f"top 2: {low:.4g} to {high:.4g}" in texts
 
 
+def test_runs_that_count_batches_alone_are_drawn(tmp_path):
+    with Run(tmp_path / "run").keeper as keeper:
+        keeper.observe(1.0, batch=7)
+    [curve] = open_run(tmp_path / "run").curves()
+    assert (curve.unit, [curve.position(point.iteration) for point in curve.points]) == ("batch", [7])
+
+
 def test_picture_of_few_values_has_one_panel(directory, tmp_path):
     assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").exit_code == 0
     assert len(panels(tmp_path / "run.svg")) == 1
