@@ -11,7 +11,7 @@ import torch
 from keepbest.capture.contents import is_extra_state
 from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.export import Contents, exported_files, check_target, verified_contents, write_contents
+from keepbest.export import Contents, check_target, exported_files, verified_contents, write_contents
 from keepbest.formats.entries import Entry
 from keepbest.remote.download import local_copy
 from keepbest.remote.storage import local_path

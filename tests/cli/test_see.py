@@ -129,7 +129,7 @@ def test_history_as_json_is_the_ledger_with_what_was_abandoned(directory):
 def test_show_says_the_direction_and_how_far_training_is(directory):
     text = runs.keepbest("show", directory).stdout
     expected = (
-        "loss: lower is better; best 3; 3 intervals without a new best; 9 observations, the last 3.1 at U9; ended"
+        "loss: lower is better; best 3; intervals without a new best: 3; observations: 9, the last 3.1 at U9; ended"
     )
     assert expected in text
     with Run(directory.parent / "live", metric_key="accuracy").keeper as keeper:
@@ -138,7 +138,7 @@ def test_show_says_the_direction_and_how_far_training_is(directory):
         unfinished.mkdir()
         (unfinished / "model.pt").write_bytes(bytes(12345))
         text = runs.keepbest("show", directory.parent / "live").stdout
-    assert "accuracy: higher is better; best 0.5; 0 intervals" in text
+    assert "accuracy: higher is better; best 0.5; intervals without a new best: 0; " in text
     assert f"in use by process {os.getpid()} on {socket.gethostname()}\nbeing written: U2, 12,345 bytes so far" in text
 
 

@@ -46,8 +46,8 @@ class KeeperSummary:
         if self.last_value is None:
             return f"{line}; nothing observed yet"
         best = "no best yet" if self.best is None else f"best {self.best:.9g}"
-        since = f"{self.intervals_since_best} intervals without a new best"
-        last = f"{self.observations} observations, the last {self.last_value:.9g} at {self.last_iteration}"
+        since = f"intervals without a new best: {self.intervals_since_best}"
+        last = f"observations: {self.observations}, the last {self.last_value:.9g} at {self.last_iteration}"
         return f"{line}; {best}; {since}; {last}{'; ended' if self.has_ended else ''}"
 
 
