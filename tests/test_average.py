@@ -147,7 +147,7 @@ def test_snapshots_of_other_models_are_refused(make, message, tmp_path):
     assert not list(tmp_path.glob("*avg*"))
 
 
-def test_damage_of_any_of_them_is_found_and_nothing_is_overwritten(tmp_path):
+def test_damage_of_any_is_found_and_nothing_is_overwritten(tmp_path):
     keep(tmp_path / "run")
     average(tmp_path / "run", tmp_path / "avg.pt", top=2)
     with pytest.raises(ConfigError, match="nothing is overwritten"):

@@ -72,7 +72,7 @@ def test_choice_that_nobody_made_is_asked_for(directory, tmp_path):
         open_run(tmp_path / "elsewhere")
 
 
-def test_reading_a_live_run_writes_nothing_and_shows_what_is_written(tmp_path):
+def test_reading_a_live_run_writes_nothing_and_shows_its_work(tmp_path):
     run = Run(tmp_path, tolerances=[1])
     with run.keeper:
         run.observe(3.0, 2.0)

@@ -61,7 +61,7 @@ def test_table_of_runs_says_the_direction_and_what_is_damaged(folder):
     assert "broken cannot be read: " in text
 
 
-def test_run_that_trains_is_in_use_and_an_interrupted_one_is_open(tmp_path):
+def test_run_that_trains_is_in_use_and_an_interrupted_one_open(tmp_path):
     with Run(tmp_path / "stopped").keeper as keeper:
         keeper.observe(1.0, update=1)
         keeper.abandon()
