@@ -29,7 +29,9 @@ PUBLIC_NAMES = [
     "RandomState",
     "TrainingIteration",
     "abandon",
+    "average",
     "load",
+    "open_run",
 ]
 
 # What docs/reference.md documents: a name that goes, or comes, is seen here.
@@ -44,6 +46,14 @@ DOCUMENTED_NAMES = [
     "LoadedSnapshot",
     "PerRank",
     "RandomState",
+    "open_run",
+    "reading.run.Run",
+    "reading.run.ToleranceAnswer",
+    "reading.checkpoint.Checkpoint",
+    "reading.keepers.KeeperSummary",
+    "reading.rows.HistoryRow",
+    "reading.activity.Activity",
+    "average",
     "integrations.lightning.BestCheckpoint",
     "integrations.transformers.BestCheckpoint",
     "integrations.accelerate.AcceleratedKeeper",
@@ -83,7 +93,9 @@ IMPURE_MODULES = {
 # The one path runs from the top to the bottom of this list, and no step calls back up; the shells stand around it.
 PATH = [
     "keeper",
+    "average",
     "export",
+    "reading",
     "load",
     "settings",
     "settings_dict",

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper, load
-from keepbest.cli.table import read_checkpoints
 from keepbest.errors import ConfigError
+from keepbest.reading.run import open_run
 from keepbest.run.verify import verify
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, set_weights, snapshots, update
@@ -55,7 +55,7 @@ def test_each_of_the_best_has_a_ref_of_its_own_on_all_ranks(settings, tmp_path):
     assert stamps(tmp_path) == {"": 2, ".tolerance=1": 2, ".top=1": 2, ".top=2": 5, ".top=3": 6}
     assert snapshots(tmp_path) == {"U2", "U5", "U6"}
     assert verify(tmp_path) == []
-    assert [each.ref for each in read_checkpoints(tmp_path)] == [
+    assert list(open_run(tmp_path).refs) == [
         BEST,
         f"{BEST}.tolerance=1",
         f"{BEST}.top=1",

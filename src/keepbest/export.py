@@ -75,24 +75,34 @@ def export(
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     selection = Selection.of(only)
-
-    def files(manifest: Manifest) -> list[str]:
-        names = {each.name for each in chosen_parts(manifest, selection)}
-        return manifest.files_in(names if part is None else names & {part})
-
+    files = partial(exported_files, part=part, selection=selection)
     with local_copy(run, snapshot_of(ref), files=files) as directory:
-        return _export(directory, ref, local_path(to), part, selection, largest_file)
+        found, path = find_ref(directory, read_history(directory), ref), local_path(to)
+        check_target(path)
+        return write_contents(path, verified_contents(found, part, selection), largest_file)
 
 
-def _export(
-    directory: Path, ref: str, to: Path, part: str | None, selection: Selection, largest_file: int
-) -> list[Path]:
-    found = find_ref(directory, read_history(directory), ref)
+def exported_files(manifest: Manifest, *, part: str | None, selection: Selection) -> list[str]:
+    """The names of the files of a snapshot that are read."""
+    names = {each.name for each in chosen_parts(manifest, selection)}
+    return manifest.files_in(names if part is None else names & {part})
+
+
+def check_target(to: Path) -> None:
+    """Check that something can be written to `to`. Raises `ConfigError`."""
     if to.suffix in (torch_file.FORMAT.ending, safetensors_file.FORMAT.ending) and to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
+
+
+def verified_contents(found: FoundSnapshot, part: str | None, selection: Selection) -> Contents:
+    """What is exported of a snapshot, after its files were verified. Raises `ConfigError` and `SnapshotError`."""
     parts = _parts(found.manifest, part)
     found.check_files(parts={each.name for each in chosen_parts(found.manifest, selection)} & parts.keys())
-    contents = _contents(found, parts, selection)
+    return _contents(found, parts, selection)
+
+
+def write_contents(to: Path, contents: Contents, largest_file: int = _LARGEST_FILE) -> list[Path]:
+    """Write to a file or folder, as `export` does. Returns the files that were written. Raises as `export`."""
     if to.suffix == torch_file.FORMAT.ending:
         return [_write_torch(to, contents)]
     if contents.others:

@@ -23,6 +23,7 @@ from keepbest.load import LoadedSnapshot, load_into
 from keepbest.metric import Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.ranks import Ranks
+from keepbest.reading.page import fragment_of
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
@@ -237,13 +238,7 @@ class BestKeeper:
         """
         self.start()
         self._refuse_if_closed()
-
-        def write(record: KeeperRecord) -> None:
-            record.folder.sync()
-            if pin is not None:
-                record.pin(pin, self._state)
-
-        self._settle(f"flush {self.name}", write)
+        self._settle(f"flush {self.name}", lambda record: record.flush(self._state, pin=pin))
 
     def release(self, pin: str) -> None:
         """Release what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
@@ -284,6 +279,8 @@ class BestKeeper:
             self.close()
         else:
             self.abandon()
+
+    _repr_html_ = fragment_of  # what a notebook shows of it
 
     @property
     def state(self) -> BestState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 import subprocess
@@ -23,12 +24,12 @@ ABANDONED = [3.5, 7.0]  # after the third value
 class Page(HTMLParser):
     """The elements of a page, and the texts in each kind of element."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, content: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {}
         self._open: list[str] = []
-        self.feed(html)
+        self.feed(content)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -56,10 +57,10 @@ def browser(tmp_path_factory):
     """What is in a page once Chromium has opened the file."""
     install({"chromium": "chromium"})
 
-    def open_page(path: Path) -> str:
+    def open_page(path: Path, *more: str) -> str:
         profile = tmp_path_factory.mktemp("profile")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        command = ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()]
+        command = ["chromium", *options, f"--user-data-dir={profile}", *more, "--dump-dom", path.as_uri()]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
     return open_page
@@ -100,7 +101,7 @@ def test_curve_and_marks_are_drawn(page):
     # The observed values, those that were abandoned, the restart, and how long each tolerance waited.
     assert sorted(page.lines()) == sorted([len(finite), len(ABANDONED), 2, 2, 2])
     texts = page.texts["text"]
-    for label in ("observed", "new best", "abandoned", "restart", "NaN or infinite", "update"):
+    for label in ("observed", "new best; the best is 3 at U6", "abandoned", "restart", "NaN or infinite", "update"):
         assert texts.count(label) == 1
     assert "tolerance=1 keeps 4, closed at U4" in texts
     assert "tolerance=7 keeps 3, not exceeded" in texts
@@ -146,3 +147,29 @@ def test_policy_of_the_report_stops_scripts_in_the_browser(policy, title, browse
     path = tmp_path / "page.html"
     path.write_text(f"<!doctype html><html><head>{kept}<title>safe</title></head><body>{ATTACK}</body></html>")
     assert Page(browser(path)).texts["title"] == [title]
+
+
+# In a frame, since a window of Chromium has at least 500 pixels.
+MEASURE = """
+const {document: shown, innerWidth: width, getComputedStyle: style} = frames[0];
+const texts = [...shown.querySelectorAll("h1, td")].map(each => style(each).color);
+const inside = [...shown.querySelectorAll("svg text")].map(each => style(each).fill);
+const page = [shown.documentElement.scrollWidth, style(shown.body).backgroundColor];
+document.title = [width, ...page, ...new Set([...texts, ...inside])].join(";");
+"""
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize(("scheme", "is_dark"), [(0, True), (1, False)])
+def test_report_fits_narrow_windows_and_both_schemes(width, scheme, is_dark, browser, report, tmp_path):
+    path, source = tmp_path / "frame.html", html.escape(report.read_text())
+    path.write_text(
+        f"<iframe width={width} height=900 style='border: 0' srcdoc='{source}' onload='{MEASURE}'></iframe>"
+    )
+    shown = Page(browser(path, f"--window-size={width + 100},900", f"--blink-settings=preferredColorScheme={scheme}"))
+    inside, needed, *colors = shown.texts["title"][0].split(";")
+    assert int(needed) <= int(inside) == width, "the page itself is not moved sideways"
+    background, *texts = [sum(map(int, re.findall(r"\d+", color))) for color in colors]
+    assert (background < 3 * 64) == is_dark
+    assert texts
+    assert all(abs(text - background) > 3 * 128 for text in texts), colors

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import socket
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from keepbest.cli.curve import curves, patiences
-from keepbest.cli.tolerance import parse_tolerances
+from keepbest import open_run
+from keepbest.cli.numbers import parse_numbers
 from keepbest.errors import ConfigError
-from keepbest.run.reader import read_history
 from tests.kit import cli_runs as runs
-from tests.kit.runs import Run, refs, update
+from tests.kit.runs import Run, ledger, refs, update
 
 BEST = "best_model.loss"
 VALUES = [5.0, 4.0, 4.5, 6.0, math.nan, 3.0, 3.5, 3.25, 3.1]
@@ -50,11 +52,10 @@ def by_hand(tolerance):
 
 
 def test_ledger_tells_what_any_tolerance_would_have_kept(directory):
-    [keeper] = read_history(directory).keepers.values()
-    for patience in patiences(keeper, range(12)):
-        value, number, exceeded_at = by_hand(patience.tolerance)
-        assert (patience.kept.value, patience.kept.iteration) == (value, update(number))
-        assert patience.exceeded_at == (None if exceeded_at is None else update(exceeded_at))
+    for answer in open_run(directory).tolerances(range(12)):
+        value, number, exceeded_at = by_hand(answer.tolerance)
+        assert (answer.keeper, answer.value, answer.iteration) == (BEST, value, f"U{number}")
+        assert answer.exceeded_at == (None if exceeded_at is None else f"U{exceeded_at}")
     assert refs(directory)[f"{BEST}.tolerance=1"] == "U2"
 
 
@@ -71,11 +72,11 @@ def test_tolerance_command_tells_which_weights_are_there(directory):
 @pytest.mark.parametrize("text", ["", "a", "3..", "5..2", "1,,2", "-1", "0..1000"])
 def test_tolerances_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError, match="tolerances"):
-        parse_tolerances(text)
+        parse_numbers(text, "tolerances")
 
 
 def test_curve_shows_the_timeline_abandoned_ones_and_restarts(directory):
-    [curve] = curves(read_history(directory))
+    [curve] = open_run(directory).curves()
     assert [repr(point.value) for point in curve.points] == [repr(value) for value in VALUES]
     assert [curve.position(point.iteration) for point in curve.points if point.is_new_best] == [1, 2, 6]
     assert [[point.value for point in beyond] for beyond in curve.abandoned] == [[3.5, 7.0]]
@@ -87,7 +88,8 @@ def test_picture_has_the_curve_the_marks_and_the_legend(directory, tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").exit_code == 0
     texts = [element.text for element in ET.parse(tmp_path / "run.svg").iter() if element.tag.endswith("text")]
-    assert {"loss", "new best", "restart", "update", BEST} <= set(texts)
+    named = {str(directory), BEST, "loss", "new best; the best is 3 at U6", "restart", "update"}
+    assert named <= set(texts)
     assert "tolerance=1 keeps 4, closed at U4" in texts
     assert "tolerance=7 keeps 3, not exceeded" in texts
     refused = runs.keepbest("plot", directory, "-o", tmp_path / "run.jpg")
@@ -104,6 +106,92 @@ def test_report_is_one_file_with_the_picture_and_every_ref(directory, tmp_path):
     for ref in refs(directory):
         assert f"<code>{ref}</code>" in text
     assert f"<code>{BEST}.tolerance=7</code></td><td class=number>3</td><td>U6</td><td>not exceeded</td>" in text
+
+
+def test_history_as_json_is_the_ledger_with_what_was_abandoned(directory):
+    rows = json.loads(runs.keepbest("show", directory, "--json", "--history").stdout)
+    seen = [row for row in rows if row["event"] == "observation"]
+    lines = [line for line in ledger(directory) if line["event"] == "observation"]
+    assert [(row["iteration"], row["value"]) for row in seen] == [(line["iteration"], line["value"]) for line in lines]
+    assert "nan" in [row["value"] for row in seen]
+    assert [row["value"] for row in seen if row["is_abandoned"]] == [3.5, 7.0]
+    assert {row["restart"] for row in seen if row["is_abandoned"]} == {0}
+    assert [(row["event"], row["iteration"]) for row in rows[5:8]] == [
+        ("end", None),
+        ("restart", None),
+        ("resume", "U3"),
+    ]
+    table = runs.keepbest("show", directory, "--history").stdout
+    assert table.count("new best, saved as") == sum(row["is_new_best"] for row in seen)
+    assert "restart 1" in table
+
+
+def test_show_says_the_direction_and_how_far_training_is(directory):
+    text = runs.keepbest("show", directory).stdout
+    expected = (
+        "loss: lower is better; best 3; intervals without a new best: 3; observations: 9, the last 3.1 at U9; ended"
+    )
+    assert expected in text
+    with Run(directory.parent / "live", metric_key="accuracy").keeper as keeper:
+        keeper.observe(0.5, update=1)
+        unfinished = directory.parent / "live" / "checkpoints" / "snapshots" / ".tmp-U2"
+        unfinished.mkdir()
+        (unfinished / "model.pt").write_bytes(bytes(12345))
+        text = runs.keepbest("show", directory.parent / "live").stdout
+    assert "accuracy: higher is better; best 0.5; intervals without a new best: 0; " in text
+    assert f"in use by process {os.getpid()} on {socket.gethostname()}\nbeing written: U2, 12,345 bytes so far" in text
+
+
+def heights(panel):
+    """The numbers beside the vertical axis of a panel, without their signs."""
+    _, vertical = [each for each in panel.iter() if each.get("id", "").startswith("matplotlib.axis_")]
+    texts = [each.text for each in vertical.iter() if each.tag.endswith("text")]
+    return [float(each.strip("\N{MINUS SIGN}")) for each in texts if each not in ("loss", "accuracy")]
+
+
+def panels(path):
+    """The panels of a picture, from above."""
+    return [each for each in ET.parse(path).iter() if re.fullmatch(r"axes_\d+", each.get("id", ""))]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("loss", 1), ("accuracy", -1)])
+def test_close_up_shows_where_bests_are_decided(metric, sign, tmp_path):
+    run = Run(tmp_path / "run", metric_key=metric, keep_top_k=2)
+    values = [sign * (10 * 0.5**number + 0.01 * (number % 3)) for number in range(40)]
+    with run.keeper:
+        run.observe(*values)
+    assert runs.keepbest("plot", tmp_path / "run", "-o", tmp_path / "run.svg").exit_code == 0
+    whole, close = panels(tmp_path / "run.svg")
+    assert max(heights(close)) < 0.2
+    assert min(abs(value) for value in values) >= min(heights(close))
+    assert max(heights(whole)) >= 5
+    texts = [element.text for element in ET.parse(tmp_path / "run.svg").iter() if element.tag.endswith("text")]
+    low, high = sorted(values, key=abs)[:2]
+    assert f"top 2: {low:.4g} to {high:.4g}" in texts
+
+
+def test_runs_that_count_batches_alone_are_drawn(tmp_path):
+    with Run(tmp_path / "run").keeper as keeper:
+        keeper.observe(1.0, batch=7)
+    [curve] = open_run(tmp_path / "run").curves()
+    assert (curve.unit, [curve.position(point.iteration) for point in curve.points]) == ("batch", [7])
+
+
+def test_picture_of_few_values_has_one_panel(directory, tmp_path):
+    assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").exit_code == 0
+    assert len(panels(tmp_path / "run.svg")) == 1
+
+
+def test_tolerances_that_keep_one_value_do_not_cover_each_other(tmp_path):
+    run = Run(tmp_path / "run", tolerances=[1, 2, 3])
+    with run.keeper:
+        run.observe(3.0, 1.0, 2.0, 2.5, 2.0, 2.25, 2.0)
+    assert runs.keepbest("plot", tmp_path / "run", "-o", tmp_path / "run.svg").exit_code == 0
+    text = (tmp_path / "run.svg").read_text()
+    squares = re.findall(r'd="M -([\d.]+) \1 \nL \1 \1 \nL \1 -\1 \nL -\1 -\1', text)
+    assert len({*squares}) >= 3, "each is drawn around the one before"
+    waits = re.findall(r'd="M [\d.]+ ([\d.]+) \nL [\d.]+ \1 \n"[^>]*stroke-dasharray: 1', text)
+    assert len({*waits}) == 3, "each is at a height of its own"
 
 
 def test_run_without_observations_says_so(tmp_path):

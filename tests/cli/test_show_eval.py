@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from keepbest.cli.table import read_checkpoints
 from keepbest.errors import ConfigError, SnapshotError
 from tests.kit import cli_runs as runs
 
@@ -57,7 +56,7 @@ def test_show_prints_every_ref(trained):
 def test_show_gives_each_keeper_its_own_metric(trained):
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     by_iteration = {f"E{r['epoch']}_U{r['update']}_S{r['sample']}": r for r in records if runs.METRIC in r}
-    for checkpoint in read_checkpoints(trained):
+    for checkpoint in runs.checkpoints(trained).values():
         assert checkpoint.value == by_iteration[checkpoint.iteration][checkpoint.metric_key]
 
 

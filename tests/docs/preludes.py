@@ -32,6 +32,17 @@ os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_D
 boto3.client("s3").create_bucket(Bucket="bucket")
 model, val_loss = torch.nn.Linear(8, 1), 1.0
 """,
+    "docs/reading.md": """
+import torch
+
+from keepbest import BestKeeper
+
+model = torch.nn.Linear(4, 1)
+with BestKeeper(model, directory="runs/a", metric_key="loss/val/total", tolerances=[2], keep_top_k=3) as keeper:
+    for epoch, value in enumerate([3.0, 2.0, 2.5, 1.0, 1.5], start=1):
+        torch.nn.init.constant_(model.weight, epoch)
+        keeper.observe(value, epoch=epoch)
+""",
     "docs/own-loop.md": """
 import torch
 

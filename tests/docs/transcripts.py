@@ -12,9 +12,9 @@ from torch.distributed.elastic.agent.server import api as agent
 from torch.distributed.elastic.multiprocessing import api as processes
 
 from keepbest.cli.run_file import RunFile, parse_settings
-from keepbest.cli.table import Checkpoint
 from keepbest.errors import PreemptedError
 from keepbest.ranks import Ranks
+from keepbest.reading.checkpoint import Checkpoint
 from keepbest.training.preemption import Preemption
 from tests.docs.blocks import ROOT
 

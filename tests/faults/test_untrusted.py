@@ -44,11 +44,13 @@ COMMANDS = {
     "show": ["show"],
     "json": ["show", "--json"],
     "history": ["show", "--history"],
+    "history as JSON": ["show", "--history", "--json"],
     "tolerance": ["tolerance"],
     "plot": ["plot", "-o", "{out}.svg"],
     "report": ["report", "-o", "{out}.html"],
     "verify": ["verify"],
     "export": ["export", "{ref}", "--to", "{out}.pt"],
+    "average": ["average", "top=1..2", "--to", "{out}.average.pt"],
     "export to a folder": ["export", "{ref}", "--to", "{out}"],
     "repair": ["repair"],
 }
@@ -76,7 +78,7 @@ def trained(tmp_path_factory) -> Path:
     content["optimizer"]["kind"] = "torch.optim.Adam"
     del content["optimizer"]["momentum"]
     saves = {"name": "CheckpointCallback", "every_n_updates": 1}
-    content["trainer"]["callbacks"] = [runs.evaluation(), runs.best(tolerances=[0], format="dcp"), saves]
+    content["trainer"]["callbacks"] = [runs.evaluation(), runs.best(tolerances=[0], keep_top_k=2, format="dcp"), saves]
     train(runs.write_config(folder / "config.yaml", content), [])
     return folder / "run"
 

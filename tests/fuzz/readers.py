@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from keepbest.cli.curve import curves
-from keepbest.cli.history import _rows
-from keepbest.cli.table import read_checkpoints
 from keepbest.errors import SnapshotError
 from keepbest.formats.index import INDEX
 from keepbest.formats.safetensors_file import FORMAT as SAFETENSORS
@@ -22,8 +19,9 @@ from keepbest.formats.sharded_part import ShardedPart
 from keepbest.formats.tied import read_ties
 from keepbest.formats.torch_file import FORMAT as TORCH
 from keepbest.formats.whole_file import WholePart
+from keepbest.reading.curve import close_up
+from keepbest.reading.run import open_run
 from keepbest.remote.verify import verify_run
-from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import manifest_digest
 from keepbest.run.reader import read_history, read_manifest
 from keepbest.run.verify import verify
@@ -92,10 +90,11 @@ def _read_ledger(data: bytes, folder: Path) -> None:
     history = read_history(folder)
     history.kept()
     verify(folder)
-    read_checkpoints(folder)
-    list(_rows(read_ledger(ledger(folder))[0]))
+    run = open_run(folder)
+    run.history()
     with suppress(SnapshotError):  # nothing was observed
-        curves(history)
+        for curve in run.curves():
+            close_up(curve)
 
 
 def _read_manifest(data: bytes, folder: Path) -> None:

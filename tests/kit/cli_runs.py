@@ -14,8 +14,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from keepbest.cli.app import app
-from keepbest.cli.table import Checkpoint, read_checkpoints
 from keepbest.cli.work import evaluate, train
+from keepbest.reading.checkpoint import Checkpoint
+from keepbest.reading.run import open_run
 from tests.kit.pool import Outcome, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def real_keepbest(*arguments: str | Path, processes: int | None = None) -> subpr
 
 
 def checkpoints(directory: Path) -> dict[str, Checkpoint]:
-    return {checkpoint.ref: checkpoint for checkpoint in read_checkpoints(directory)}
+    return open_run(directory).refs
 
 
 def weights(directory: Path, ref: str) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
-from keepbest import load
+from keepbest import average, load, open_run
 from keepbest.cli.app import app
 from keepbest.errors import ConfigError, LedgerError, RunExistsError, SnapshotError
 from keepbest.export import export
@@ -35,6 +35,15 @@ def finished(tmp_path, place):
     with run.keeper:
         run.observe(*VALUES)
     return place
+
+
+def test_copy_is_read_from_python_as_the_run_is(tmp_path, finished):
+    here, there = open_run(tmp_path / "finished"), open_run(finished.url)
+    assert (there.refs, there.history(), there.keepers) == (here.refs, here.history(), here.keepers)
+    assert (there.place, there.activity, there.verify()) == (finished.url, None, [])
+    to = tmp_path / "average.pt"
+    average(finished.url, to, top=2)
+    assert torch.load(to, weights_only=True)["weight"].item() == 5.5, "of the updates 4 and 7"
 
 
 def observed(directory: Path) -> list[tuple]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Optional
@@ -12,12 +12,12 @@ from typing import Annotated, Optional
 import typer
 from pydantic import ValidationError
 
+from keepbest.average import average
 from keepbest.cli.console import say
-from keepbest.cli.history import print_history
-from keepbest.cli.plot import plot
-from keepbest.cli.report import report
-from keepbest.cli.table import print_checkpoints, print_json
-from keepbest.cli.tolerance import parse_tolerances, print_tolerances
+from keepbest.cli.numbers import parse_numbers, parse_top
+from keepbest.cli.pictures import plot, report
+from keepbest.cli.table import print_checkpoints, print_history, print_history_json, print_json
+from keepbest.cli.tolerance import print_tolerances
 from keepbest.cli.work import evaluate, train
 from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
 from keepbest.export import export
@@ -50,6 +50,19 @@ Overrides = Annotated[
 ]
 Timeout = Annotated[
     float, typer.Option(min=1.0, help="Seconds that a rank waits for the others in a collective of torch's own.")
+]
+
+
+Destination = Annotated[
+    Path, typer.Option("--to", help="File that ends in .pt or .safetensors, or a folder for safetensors files.")
+]
+OnePart = Annotated[
+    Optional[str],  # noqa: UP045  # as above
+    typer.Option(help="Submodel to write alone, with keys of its own."),
+]
+Only = Annotated[
+    Optional[list[str]],  # noqa: UP045  # as above
+    typer.Option(help="Dotted path of what is written, such as encoder.layers.0; may be repeated."),
 ]
 
 
@@ -106,9 +119,14 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     history: Annotated[bool, typer.Option("--history", help="Show every observation instead.")] = False,
 ) -> None:
-    """Show the checkpoints that RUN keeps."""
-    show = print_history if history else print_json if as_json else print_checkpoints
-    _run(lambda: show(run), debug=context.obj)
+    """Show the checkpoints that RUN keeps. Of a folder of runs, show them, the best first."""
+    tables = {
+        (False, False): print_checkpoints,
+        (False, True): print_json,
+        (True, False): print_history,
+        (True, True): print_history_json,
+    }
+    _run(lambda: tables[history, as_json](run), debug=context.obj)
 
 
 @app.command("plot")
@@ -138,7 +156,7 @@ def tolerance_command(
     tolerances: Annotated[str, typer.Argument(metavar="TOLERANCES", help="Like 0..20, or 1,2,5.")] = "0..20",
 ) -> None:
     """Show what any tolerance would have kept in RUN, and whether its weights are there."""
-    _run(lambda: print_tolerances(run, parse_tolerances(tolerances)), debug=context.obj)
+    _run(lambda: print_tolerances(run, parse_numbers(tolerances, "tolerances")), debug=context.obj)
 
 
 @app.command("verify")
@@ -165,21 +183,31 @@ def export_command(
     context: typer.Context,
     run: Run,
     ref: Annotated[str, typer.Argument(metavar="REF", help="Name of the checkpoint, as show prints it.")],
-    to: Annotated[Path, typer.Option(help="File that ends in .pt or .safetensors, or a folder for safetensors files.")],
-    part: Annotated[
-        Optional[str],  # noqa: UP045  # as above
-        typer.Option(help="Submodel to export alone, with keys of its own."),
-    ] = None,
-    only: Annotated[
-        Optional[list[str]],  # noqa: UP045  # as above
-        typer.Option(help="Dotted path of what is exported, such as encoder.layers.0; may be repeated."),
-    ] = None,
+    to: Destination,
+    part: OnePart = None,
+    only: Only = None,
 ) -> None:
     """Write a checkpoint of RUN, of any format, to a file or a folder that others read, with little memory."""
+    _run(lambda: _say_written(export(run, ref, to, part=part, only=only or None)), debug=context.obj)
+
+
+@app.command("average")
+def average_command(
+    context: typer.Context,
+    run: Run,
+    which: Annotated[
+        str,
+        typer.Argument(metavar="[NAME.]top=PLACES", help="Places among the best, like top=1..5, and whose best."),
+    ],
+    to: Destination,
+    part: OnePart = None,
+    only: Only = None,
+) -> None:
+    """Write the average of the best checkpoints of RUN, which keep_top_k keeps, to a file or a folder."""
 
     def write() -> None:
-        for path in export(run, ref, to, part=part, only=only or None):
-            say(f"{path}: {path.stat().st_size:,} bytes")
+        keeper, places = parse_top(which)
+        _say_written(average(run, to, top=places, keeper=keeper, part=part, only=only or None))
 
     _run(write, debug=context.obj)
 
@@ -218,6 +246,11 @@ def upload_command(
         say(f"{to}: everything that {run} keeps is there")
 
     _run(upload_run, debug=context.obj)
+
+
+def _say_written(paths: Iterable[Path]) -> None:
+    for path in paths:
+        say(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:

@@ -1,91 +1,109 @@
-"""The checkpoints of a run, from its ledger and its snapshots. **Rank-local**, without a process group."""
+"""A run as tables for people and as JSON for programs. **Rank-local**, without a process group."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from keepbest.cli.console import print_table, say
-from keepbest.errors import SnapshotError
-from keepbest.remote.download import local_copy, no_file
-from keepbest.run.checkpoints import checkpoint_refs
-from keepbest.run.history import History, KeeperHistory
-from keepbest.run.names import LATEST, tolerance_ref, top_ref
-from keepbest.run.reader import find_ref, read_history
+from keepbest.reading.activity import Activity
+from keepbest.reading.checkpoint import Checkpoint
+from keepbest.reading.rows import HistoryRow
+from keepbest.reading.run import open_run
+from keepbest.reading.sweep import RankedRun, find_runs, rank_runs
+from keepbest.remote.storage import is_remote, local_path
+from keepbest.run.names import LATEST
+from keepbest.run.reader import ledger_exists
 
 _DIGITS_SHOWN = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The checkpoint that a ref names.
-
-    Attributes:
-        ref: Name of the ref.
-        metric_key: Key of the metric that the ref's keeper monitors.
-        higher_is_better: Direction of the metric.
-        value: Value of the metric; `None` if it is unknown.
-        iteration: Iteration that the weights are from; `None` if the snapshot is damaged.
-        tolerance: Tolerance that the ref belongs to; `None` for the best.
-        exceeded: Whether the tolerance was exceeded. If not, the ref is provisional and names the best so far. `None`
-            for the best.
-        snapshot: Name of the folder.
-        bytes: Number of bytes of all files together; `None` if the snapshot is damaged.
-        digest: Digest of the manifest, which holds those of the files.
-        files: Bytes, digest and its algorithm, by file name. Empty if the snapshot is damaged.
-        damage: Reason why the snapshot cannot be used; `None` if it can.
-    """
-
-    ref: str
-    metric_key: str
-    higher_is_better: bool
-    value: float | None
-    iteration: str | None
-    tolerance: int | None
-    exceeded: bool | None
-    snapshot: str
-    bytes: int | None
-    digest: str
-    files: dict[str, dict[str, Any]]
-    damage: str | None = None
-
-
-def read_checkpoints(run: Path | str) -> list[Checkpoint]:
-    """Return the checkpoint of every ref of a run: for each metric the best, the tolerances, ascending, and the top k.
-
-    Args:
-        run: Directory of the run, or URL of its remote copy.
-
-    Raises:
-        SnapshotError: If there is no ledger.
-        LedgerError: If it is damaged or of another format.
-    """
-    with local_copy(run, lambda history: set(history.refs.values()), files=no_file) as directory:
-        history = read_history(directory)
-        return [
-            _read_checkpoint(directory, history, ref, name, tolerance)
-            for name, keeper in history.keepers.items()
-            for ref, tolerance in _refs(history, name, keeper)
-        ]
-
-
 def print_checkpoints(run: Path | str) -> None:
-    """Print the checkpoints for people. Raises what `read_checkpoints` raises."""
+    """Print what a run keeps, and what is going on in it, for people; of a folder of runs, which is best.
+
+    Raises as `open_run`.
+    """
+    if is_folder_of_runs(run):
+        _print_runs(local_path(run))
+        return
+    found = open_run(run)
     headings = ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest")
-    rows = map(_row, read_checkpoints(run))
+    rows = map(_row, found.refs.values())
     print_table(f"checkpoints of {run}", headings, rows, right=("value", "bytes"))
-    with local_copy(run) as directory:
-        history = read_history(directory)
-    if LATEST in history.refs:
-        refs = ", ".join(checkpoint_refs(history)) or "none"
-        say(f"resume checkpoints: {refs}; {LATEST} is {history.refs[LATEST]}")
+    for keeper in found.keepers.values():
+        say(keeper.describe())
+    if LATEST in found.resume_refs:
+        *refs, _ = found.resume_refs
+        say(f"resume checkpoints: {', '.join(refs) or 'none'}; {LATEST} is {found.resume_refs[LATEST]}")
+    if found.activity is not None:
+        for line in _describe(found.activity):
+            say(line)
+
+
+def print_json(run: Path | str) -> None:
+    """Print the checkpoints for programs: a list of one object per ref; of a folder of runs, one per keeper and run.
+
+    Raises as `open_run`.
+    """
+    _print_objects(rank_runs(local_path(run)) if is_folder_of_runs(run) else open_run(run).refs.values())
+
+
+def print_history(run: Path | str) -> None:
+    """Print every observation of a run, what it led to, and where the run restarted. Raises as `open_run`."""
+    headings = ("keeper", "iteration", "value", "what followed")
+    rows = map(_history_row, open_run(run).history())
+    print_table(f"history of {run}", headings, rows, right=("value",))
+
+
+def print_history_json(run: Path | str) -> None:
+    """Print the history for programs: a list of one object per row. Raises as `open_run`."""
+    _print_objects(open_run(run).history())
+
+
+def is_folder_of_runs(run: Path | str) -> bool:
+    """Whether `run` is a folder that is no run itself, with runs below it."""
+    if is_remote(run) or ledger_exists(directory := local_path(run)):
+        return False
+    return directory.is_dir() and find_runs(directory) != []
+
+
+def _print_runs(directory: Path) -> None:
+    ranked = rank_runs(directory)
+    headings = ("run", "value", "iteration", "observations", "intervals since", "state")
+    for (metric, keeper, higher), group in groupby(
+        ranked, lambda each: (each.metric_key, each.keeper, each.higher_is_better)
+    ):
+        if keeper is not None:
+            title = f"{keeper} in {directory}: {metric}, {'higher' if higher else 'lower'} is better"
+            print_table(title, headings, map(_run_row, group), right=headings[1:5:2])
+    for each in ranked:
+        if each.error is not None:
+            say(f"{each.run} cannot be read: {each.error}")
+        elif each.keeper is None:
+            say(f"{each.run} has no keeper")
+
+
+def _run_row(each: RankedRun) -> tuple[str, ...]:
+    value = "none yet" if each.value is None else f"{each.value:.9g}"
+    return each.run, value, each.iteration or "", str(each.observations), str(each.intervals_since_best), each.state
+
+
+def _print_objects(rows: Iterable[Any]) -> None:
+    objects = [{key: _json(value) for key, value in dataclasses.asdict(row).items()} for row in rows]
+    typer.echo(json.dumps(objects, indent=1, allow_nan=False))
+
+
+def _json(value: Any) -> Any:
+    """Return NaN and infinities as text, as the ledger has them."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(each: Checkpoint) -> tuple[str, ...]:
@@ -107,50 +125,34 @@ def _list_files(files: Collection[str]) -> str:
     return ", ".join(name if name in files else f"{name} ({count} files)" for name, count in counts.items())
 
 
-def print_json(run: Path | str) -> None:
-    """Print the checkpoints for programs: a list of one object per ref. Raises what `read_checkpoints` raises."""
-    typer.echo(json.dumps([dataclasses.asdict(each) for each in read_checkpoints(run)], indent=1))
+def _describe(activity: Activity) -> Iterator[str]:
+    yield f"in use by process {activity.pid} on {activity.host}"
+    for name, size in activity.writing.items():
+        yield f"being written: {name}, {size:,} bytes so far"
+    if activity.uploading:
+        yield f"on the way to {activity.remote}: {', '.join(activity.uploading)}"
 
 
-def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[str, int | None]]:
-    if name in history.refs:
-        yield name, None
-    for tolerance in keeper.policy.tolerances:
-        if (ref := tolerance_ref(name, tolerance)) in history.refs:
-            yield ref, tolerance
-    # There may be fewer of them than the policy keeps, which is any number that somebody wrote.
-    for place in range(1, min(keeper.policy.top_k, len(history.refs)) + 1):
-        if (ref := top_ref(name, place)) in history.refs:
-            yield ref, None
+def _history_row(row: HistoryRow) -> tuple[str, ...]:
+    value = "" if row.value is None else f"{row.value:.9g}"
+    return row.keeper or "", row.iteration or "", value, ", ".join(_consequences(row))
 
 
-def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tolerance: int | None) -> Checkpoint:
-    keeper, snapshot = history.keepers[name], history.refs[ref]
-    damage, manifest = None, None
-    try:
-        manifest = find_ref(directory, history, ref).manifest
-    except SnapshotError as error:
-        damage = str(error)
-    exceeded = None
-    if tolerance is not None:
-        exceeded = tolerance in keeper.present.state(keeper.policy, until=keeper.present.last_iteration).exceeded
-    return Checkpoint(
-        ref=ref,
-        metric_key=keeper.metric_key,
-        higher_is_better=keeper.policy.higher_is_better,
-        value=_value(keeper, snapshot),
-        iteration=None if manifest is None else str(manifest.iteration),
-        tolerance=tolerance,
-        exceeded=exceeded,
-        snapshot=snapshot,
-        bytes=None if manifest is None else manifest.total_bytes,
-        digest=history.manifests[snapshot],
-        files={} if manifest is None else {file: each.digest._asdict() for file, each in manifest.files.items()},
-        damage=damage,
-    )
-
-
-def _value(keeper: KeeperHistory, snapshot: str) -> float | None:
-    """Return the keeper's own value. The manifest of a snapshot that two keepers share holds that of one of them."""
-    entries = (entry for timeline in reversed(keeper.timelines) for entry in timeline.entries)
-    return next((entry.observation.value for entry in entries if entry.snapshot == snapshot), None)
+def _consequences(row: HistoryRow) -> Iterator[str]:
+    match row.event:
+        case "restart":
+            yield f"restart {row.restart}"
+        case "resume":
+            yield "starts over" if row.iteration is None else "continues from here"
+        case "checkpoint":
+            yield f"resume checkpoint, saved as {row.snapshot}"
+        case "end":
+            yield "training ended"
+        case "observation" if row.snapshot is not None:
+            yield f"{'new best' if row.is_new_best else 'one of the best'}, saved as {row.snapshot}"
+        case "observation" if row.is_lost:
+            yield "new best that could not be saved"
+    if row.event in ("observation", "end"):
+        for ref, snapshot in row.moves.items():
+            if ref != row.keeper:
+                yield f"{ref.removeprefix(f'{row.keeper}.')} keeps {snapshot}"

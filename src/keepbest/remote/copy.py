@@ -10,7 +10,7 @@ from keepbest.remote.download import bring_up_to, raising_unreadable
 from keepbest.remote.mirror import Mirror
 from keepbest.remote.storage import Remote, snapshot_in
 from keepbest.run.files import Files
-from keepbest.run.follower import Committed
+from keepbest.run.follower import Committed, Note
 from keepbest.run.history import History
 from keepbest.run.layout import LEDGER
 
@@ -42,12 +42,14 @@ class FollowingCopy:
             raise ConfigError(f"{self.url} is the directory of the run itself: a copy goes elsewhere")
         return bring_up_to(self._remote, folder, files, ledger_bytes, check)
 
-    def begin(self, folder: Path, history: History) -> None:
+    def begin(self, folder: Path, history: History, note: Note) -> None:
         with raising_unreadable(self._remote):
             found = self._remote.sizes()
         known = history.manifests if LEDGER in found else {}
         arrived = frozenset(path for path in found if snapshot_in(path) in known)
-        self._mirror = Mirror(self._remote, folder, arrived=arrived, clock=self._clock, patience=self._patience)
+        self._mirror = Mirror(
+            self._remote, folder, arrived=arrived, note=note, clock=self._clock, patience=self._patience
+        )
 
     def follow(self, committed: Committed) -> None:
         if self._mirror is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from keepbest.errors import KeepBestError, LedgerError, SnapshotError
 from keepbest.remote.storage import Remote, snapshot_in
 from keepbest.run.digest import Digest, check_file, digest_file
-from keepbest.run.follower import Committed
+from keepbest.run.follower import Committed, Note
 from keepbest.run.layout import LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.run.reader import read_manifest
 from keepbest.worker import Threaded
@@ -36,6 +36,7 @@ class Mirror:
         remote: Where to.
         folder: `<run>/checkpoints`.
         arrived: Paths of what is there, where there is a ledger of this run.
+        note: Function that learns what is being brought there.
         clock: Function that gives seconds.
         patience: Seconds.
 
@@ -49,12 +50,14 @@ class Mirror:
         folder: Path,
         *,
         arrived: frozenset[str],
+        note: Note,
         clock: Callable[[], float],
         patience: float,
     ) -> None:
         self._remote = remote
         self._folder = folder
         self._arrived = set(arrived)
+        self._note = note
         self._is_right_place = bool(arrived)
         self._clock = clock
         self._patience = patience
@@ -120,8 +123,11 @@ class Mirror:
         with self._lock:
             committed = self._under_way = self._newest
             self._is_queued = False
+        there = {snapshot_in(path) for path in self._arrived}
+        self._note(self._remote.url, sorted(committed.kept.keys() - there))
         try:
             self._bring_with_patience(committed)
+            self._note(self._remote.url, [])
         finally:
             with self._lock:
                 self._under_way = Committed()

@@ -122,7 +122,7 @@ class RunFolder:
             return False
         if self.copy.bring_up(self.path, self.files, self._ledger_bytes, check):
             self._read()
-        self.copy.begin(self.path, self.history)
+        self.copy.begin(self.path, self.history, self._lock.note)
         self._is_followed = True
         return True
 

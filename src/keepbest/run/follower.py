@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from keepbest.run.files import Files
 from keepbest.run.history import History
+
+Note = Callable[[str, Sequence[str]], None]
+"""What learns the URL of the copy, and the names of the snapshots that are being brought there."""
 
 
 class Committed(NamedTuple):
@@ -48,7 +51,7 @@ class Follower(Protocol):
             OSError: Any refusal of the file system.
         """
 
-    def begin(self, folder: Path, history: History) -> None:
+    def begin(self, folder: Path, history: History, note: Note) -> None:
         """Start to follow the run folder. Raises `SnapshotError` if the copy cannot be read."""
 
     def follow(self, committed: Committed) -> None:

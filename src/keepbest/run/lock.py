@@ -11,21 +11,40 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keepbest.errors import RunExistsError
+from keepbest.run.inside import open_file
+from keepbest.run.lines import SENSELESS
 
 _logger = logging.getLogger(__name__)
 _HELD = (errno.EACCES, errno.EAGAIN)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_SECONDS = 0.1
-_OWNER_BYTES = 4096
+_OWNER_BYTES = 1 << 16
 # `struct flock` of a write lock on the whole file, as Linux has it: type, whence, start, length, no process.
 _WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+class LockOwner(NamedTuple):
+    """What a lock file says of the process that holds it.
+
+    Attributes:
+        host: Host of the process.
+        pid: Number of the process there.
+        remote: URL of the copy that follows the run; `None` if there is none.
+        uploading: Names of the snapshots that are being brought there.
+    """
+
+    host: str
+    pid: int
+    remote: str | None = None
+    uploading: tuple[str, ...] = ()
 
 
 class RunLock:
@@ -47,6 +66,7 @@ class RunLock:
     def __init__(self, path: Path, *, patience: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._patience, self._clock = path, patience, clock
         self._close: weakref.finalize[Any, Any] | None = None
+        self._noting = threading.RLock()
 
     def acquire(self) -> None:
         """Take the lock.
@@ -78,9 +98,26 @@ class RunLock:
 
     def release(self) -> None:
         """Release the folder. A second call does nothing."""
-        _locks.pop(self, None)
-        if self._close is not None:
-            self._close()
+        with self._noting:
+            _locks.pop(self, None)
+            if self._close is not None:
+                self._close()
+
+    def release_in_child(self) -> None:
+        """As `release`, in a child that was just forked."""
+        self._noting = threading.RLock()  # a thread of the parent, which is not here, may have been in it
+        self.release()
+
+    def note(self, remote: str, uploading: Sequence[str]) -> None:
+        """Note, for those who look at the run, what its owner uploads. Any thread; does nothing after `release`.
+
+        Args:
+            remote: URL of the copy that follows the run.
+            uploading: Names of the snapshots that are being brought there.
+        """
+        with self._noting:  # the descriptor of a file that was closed may be that of another one
+            if self in _locks:
+                self._write_owner(remote=remote, uploading=list(uploading))
 
     def _take(self, deadline: float) -> None:
         is_announced = False
@@ -103,11 +140,48 @@ class RunLock:
                 is_announced = True
             time.sleep(_POLL_SECONDS)  # a lock that is waited for could not be given up after the patience
 
-    def _write_owner(self) -> None:
-        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    def _write_owner(self, **notes: Any) -> None:
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **notes}).encode()
+        written = 0
         with contextlib.suppress(OSError):  # for people, and a full disk must not be in the way of a lock
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, owner.encode(), 0)
+            try:
+                written = os.pwrite(self._descriptor, owner, 0)
+            finally:
+                os.ftruncate(self._descriptor, written)
+
+
+def read_owner(path: Path) -> LockOwner | None:
+    """What a lock file says of the live process that holds it; `None` where none does, or none can be seen.
+
+    **Rank-local**. The lock is not taken, not for a moment.
+    """
+    with contextlib.suppress(OSError, *SENSELESS):
+        held = [descriptor for descriptor in list(_locks.values()) if _is_open_as(path, descriptor)]
+        if held:  # to open and close the file would drop a POSIX lock of this process
+            return _parse_owner(os.pread(held[0], _OWNER_BYTES, 0))
+        with open_file(path) as file:
+            if _is_locked(file.fileno()):
+                return _parse_owner(file.read(_OWNER_BYTES))
+    return None
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    return os.path.samestat(path.lstat(), os.fstat(descriptor))
+
+
+def _is_locked(descriptor: int) -> bool:
+    if not hasattr(fcntl, "F_OFD_GETLK"):
+        return False
+    found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+    return bool(struct.unpack_from("h", found)[0] != fcntl.F_UNLCK)
+
+
+def _parse_owner(content: bytes) -> LockOwner:
+    owner = json.loads(content)
+    uploading, remote = owner.get("uploading", ()), owner.get("remote")
+    return LockOwner(
+        str(owner["host"]), int(owner["pid"]), None if remote is None else str(remote), tuple(map(str, uploading))
+    )
 
 
 def _refusal_of_lock(descriptor: int) -> OSError | None:
@@ -143,7 +217,7 @@ def _may_be_here(owner: str) -> bool:
 def _close_in_child() -> None:
     # A child shares the open files of its parent, and would hold the lock after the death of the parent.
     for lock in list(_locks):
-        lock.release()
+        lock.release_in_child()
 
 
 _locks: weakref.WeakKeyDictionary[RunLock, int] = weakref.WeakKeyDictionary()  # their descriptors

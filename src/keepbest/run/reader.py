@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
+from keepbest.run.events import Event
 from keepbest.run.history import History
 from keepbest.run.inside import check_frame, open_file
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
@@ -38,7 +39,12 @@ def ledger_exists(directory: Path) -> bool:
 
 
 def read_history(directory: Path) -> History:
-    """What the ledger of the run in `directory` records.
+    """What the ledger of the run in `directory` records. Raises as `read_events`."""
+    return History.of(read_events(directory))
+
+
+def read_events(directory: Path) -> list[Event]:
+    """The events in the ledger of the run in `directory`.
 
     Raises:
         SnapshotError: If there is no ledger.
@@ -49,7 +55,7 @@ def read_history(directory: Path) -> History:
     events, _ = read_ledger(path)
     if not events:
         raise SnapshotError(f"{path} is missing or empty: {directory} is not the directory of a run with checkpoints")
-    return History.of(events)
+    return events
 
 
 def find_ref(directory: Path, history: History, ref: str) -> FoundSnapshot:

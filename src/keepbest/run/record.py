@@ -241,6 +241,12 @@ class KeeperRecord:
         if self.history.present.skipped:
             self.folder.append(RefsMoved(self.keeper, {}))
 
+    def flush(self, state: BestState, *, pin: str | None) -> None:
+        """Make all that was recorded durable, and `pin` what `state` names where there is a tag. Raises `OSError`."""
+        self.folder.sync()
+        if pin is not None:
+            self.pin(pin, state)
+
     def pin(self, tag: str, state: BestState) -> None:
         """Keep the snapshots that `state` names until `tag` is pinned again or released. Raises `OSError`."""
         held = filter(self.folder.snapshots.holds, self.history.present.snapshots_of(state))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +20,27 @@ from keepbest.run.manifest import Manifest, manifest_digest
 
 _logger = logging.getLogger(__name__)
 _REMOVED = f"{TEMPORARY}removed-"
+
+
+def unfinished_snapshots(path: Path) -> dict[str, int]:
+    """The bytes that are there of each snapshot that is being written in a folder of snapshots, by its name.
+
+    It is rank-local, and may be called while they appear and disappear. Links are not followed.
+    """
+    found = {}
+    for folder in sorted(path.glob(f"{TEMPORARY}*")):
+        if not folder.name.startswith(_REMOVED) and not folder.is_symlink():
+            found[folder.name.removeprefix(TEMPORARY)] = _bytes_in(folder)
+    return found
+
+
+def _bytes_in(folder: Path) -> int:
+    size = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # the snapshot is complete by now, and has its name
+                size += os.lstat(f"{inside}/{name}").st_size
+    return size
 
 
 class SnapshotFolder:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from keepbest.decision import Best, BestState
-from keepbest.errors import SnapshotError
 from keepbest.iteration import TrainingIteration
-from keepbest.run.history import Entry, History, KeeperHistory, Timeline
+from keepbest.run.history import Entry, KeeperHistory, Timeline
 
-_UNITS = ("update", "epoch", "sample")
+_UNITS = ("batch", "update", "epoch", "sample")
+_HIGHEST = 1e300  # the distance of two values, and the margins, must be numbers too
+_FEWEST = 8  # points of which some are hidden by others
+_LARGEST_SHARE = 0.4  # of the height, from which on no close-up is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,37 +52,31 @@ class Curve:
     Attributes:
         keeper: Name of the keeper.
         metric_key: Key of the metric that it monitors.
+        higher_is_better: Direction of the metric.
         unit: Unit of the axis of iterations: the finest one that all of them have.
         points: Points of the present timeline.
         abandoned: Points of other timelines that the next timeline does not share.
         restarts: Last iterations before each restart in the present timeline.
         patiences: Patiences of the keeper's own tolerances.
+        best: Best of the present timeline; `None` if there is none.
+        top: Best values that are kept, the best first; empty if only the best is kept.
     """
 
     keeper: str
     metric_key: str
+    higher_is_better: bool
     unit: str
     points: list[Point]
     abandoned: list[list[Point]]
     restarts: list[TrainingIteration]
     patiences: list[Patience]
+    best: Best | None
+    top: tuple[Best, ...]
 
     def position(self, iteration: TrainingIteration) -> int:
         """Return the position of `iteration` on the axis."""
         place: int | None = getattr(iteration, self.unit)
         return 0 if place is None else place
-
-
-def curves(history: History) -> list[Curve]:
-    """Return a curve for each keeper of the run that has observed something, in the order in which they began.
-
-    Raises:
-        SnapshotError: If there is none.
-    """
-    found = [curve(name, keeper) for name, keeper in history.keepers.items() if keeper.present.entries]
-    if not found:
-        raise SnapshotError("nothing was observed in this run yet")
-    return found
 
 
 def curve(name: str, keeper: KeeperHistory) -> Curve:
@@ -96,15 +92,38 @@ def curve(name: str, keeper: KeeperHistory) -> Curve:
             abandoned.append(_points(keeper, timeline)[len(timeline.entries) - len(beyond) :])
         if shared and _shared(timeline.entries[:shared], present.entries) == shared:
             restarts.append(timeline.entries[shared - 1].observation.iteration)
+    state = present.state(keeper.policy, until=present.last_iteration)
     return Curve(
         keeper=name,
         metric_key=keeper.metric_key,
+        higher_is_better=keeper.policy.higher_is_better,
         unit=unit,
         points=_points(keeper, present),
         abandoned=abandoned,
         restarts=restarts,
         patiences=patiences(keeper, keeper.policy.tolerances),
+        best=state.best,
+        top=state.top,
     )
+
+
+def has_height(value: float) -> bool:
+    """Whether a value has a place in a picture; others are drawn at its edge."""
+    return abs(value) <= _HIGHEST
+
+
+def close_up(curve: Curve) -> tuple[float, float] | None:
+    """Return the range of values in which the bests are decided, where the picture of all would hide it; else `None`.
+
+    That is from the best value to the fence of Tukey on the other side, 1.5 times the distance of the quartiles away.
+    """
+    ordered = sorted(point.value for point in curve.points if has_height(point.value))
+    if len(ordered) < _FEWEST:
+        return None
+    lowest, low, high, highest = ordered[0], *(ordered[len(ordered) * part // 4] for part in (1, 3)), ordered[-1]
+    reach = 1.5 * (high - low)
+    found = (max(lowest, low - reach), highest) if curve.higher_is_better else (lowest, min(highest, high + reach))
+    return found if 0 < found[1] - found[0] < _LARGEST_SHARE * (highest - lowest) else None
 
 
 def patiences(keeper: KeeperHistory, tolerances: Sequence[int]) -> list[Patience]:

@@ -1,0 +1,39 @@
+"""The files that the commands draw of a run. **Rank-local**."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keepbest.errors import ConfigError
+from keepbest.reading.page import page
+from keepbest.reading.picture import draw
+from keepbest.reading.run import open_run
+
+_FORMATS = (".png", ".svg")
+
+
+def plot(run: Path | str, to: Path) -> None:
+    """Draw a run from its ledger into a file.
+
+    Args:
+        run: Directory of the run, or URL of its remote copy.
+        to: Path of the picture.
+
+    Raises:
+        ConfigError: If `to` is neither .png nor .svg, or matplotlib is not installed.
+        SnapshotError: If there is no ledger, or nothing was observed yet.
+        LedgerError: If the ledger is damaged or of another format.
+    """
+    if to.suffix not in _FORMATS:
+        raise ConfigError(f"a picture ends in {' or '.join(_FORMATS)}, got {to}")
+    _write(to, draw(open_run(run).curves(), to.suffix[1:], title=str(run)))
+
+
+def report(run: Path | str, to: Path) -> None:
+    """Write the report on a run, an HTML file. Raises as `plot`."""
+    _write(to, page(open_run(run)).encode())
+
+
+def _write(to: Path, content: bytes) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(content)
