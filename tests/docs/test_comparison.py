@@ -24,7 +24,8 @@ PEERS = {
 
 def table(path: str) -> list[list[str]]:
     """Its cells, without the addresses of links."""
-    rows = re.findall(r"^\|(.*)\|$", (ROOT / path).read_text().partition("| | keepbest |")[2], flags=re.MULTILINE)
+    text = (ROOT / path).read_text().partition("| | keepbest |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\|(.*)\|$", text, flags=re.MULTILINE)
     return [[re.sub(r"\(\S+\.md\)", "", cell).strip() for cell in row.split("|")] for row in rows]
 
 
