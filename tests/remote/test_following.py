@@ -11,6 +11,7 @@ import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from keepbest.errors import ConfigError, LedgerError, StorageError
+from keepbest.remote.mirror import Mirror
 from keepbest.remote.storage import Remote
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run as verify
@@ -206,6 +207,20 @@ def test_another_run_in_the_same_place_is_noticed(tmp_path, place):
     assert verify(tmp_path / "run") == []
     with pytest.raises(LedgerError):
         Run(tmp_path / "run", remote=place.url, resume="ledger").keeper.start()
+
+
+def test_run_that_begins_at_the_same_moment_is_noticed(tmp_path, place, monkeypatch):
+    refuse, other = Mirror._refuse_if_over, Run(tmp_path / "other", remote=place.url)
+
+    def refuse_when_the_other_has_begun(mirror):  # it has seen that there is nothing, and is about to write
+        monkeypatch.setattr(Mirror, "_refuse_if_over", refuse)
+        other.observe(3.0)
+        other.keeper.close()
+
+    monkeypatch.setattr(Mirror, "_refuse_if_over", refuse_when_the_other_has_begun)
+    with pytest.raises(StorageError, match="another run goes there"):
+        Run(tmp_path / "run", remote=place.url).keeper.start()
+    assert place.objects() == local_files(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

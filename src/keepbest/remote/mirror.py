@@ -160,8 +160,8 @@ class Mirror:
             ledger = file.read(committed.ledger_bytes)
         found = self._remote.sizes()
         # Whatever this run has put there is a beginning of what it has now.
-        if LEDGER in found and not ledger.startswith(there := self._remote.read_ledger()):
-            raise LedgerError(f"the ledger there, of {len(there)} bytes, is none of ours: another run goes there")
+        if LEDGER in found:
+            self._refuse_ledger_of_another(ledger)
         wanted = dict(self._files(committed, found))
         for path, digest in wanted.items():
             if path not in self._arrived or found.get(path) != digest.bytes:
@@ -172,11 +172,17 @@ class Mirror:
         if missing := [path for path, digest in wanted.items() if found.get(path) != digest.bytes]:
             raise ConnectionError(f"{missing[0]} was brought there, and is not there")
         self._refuse_if_over()
-        self._remote.write_ledger(ledger)
+        if LEDGER in found or not self._remote.write_first_ledger(ledger):
+            self._refuse_ledger_of_another(ledger)
+            self._remote.write_ledger(ledger)
         self._is_right_place = True
         others = {snapshot_in(path) for path in found} - committed.kept.keys() - {None}
         unneeded = {name for name in others if name in committed.known or self._is_of(committed.run_id, name)}
         self._remove([path for path in found if snapshot_in(path) in unneeded])
+
+    def _refuse_ledger_of_another(self, ledger: bytes) -> None:
+        if not ledger.startswith(there := self._remote.read_ledger()):
+            raise LedgerError(f"the ledger there, of {len(there)} bytes, is none of ours: another run goes there")
 
     def _put(self, path: str, digest: Digest) -> None:
         self._refuse_if_over()

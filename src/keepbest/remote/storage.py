@@ -102,6 +102,22 @@ class Remote:
         """Put a new ledger in the place of the old one."""
         self._filesystem.pipe_file(f"{self._root}{LEDGER}", data)
 
+    def write_first_ledger(self, data: bytes) -> bool:
+        """Put a ledger where there is none; returns whether there was none.
+
+        Storages that can decide this themselves do, so that of two runs that begin at once one alone succeeds: S3, and
+        what follows it in conditional writes. For others fsspec looks first.
+        """
+        try:
+            self._filesystem.pipe_file(f"{self._root}{LEDGER}", data, mode="create")
+        except FileExistsError:
+            return False
+        except Exception:
+            if LEDGER in self.sizes():
+                raise
+            self.write_ledger(data)  # some know no conditional writes, and refuse them in words of their own
+        return True
+
     def put(self, file: Path, path: str) -> None:
         """Bring a file to `path` below `checkpoints`."""
         self._filesystem.put_file(str(file), f"{self._root}{path}")
