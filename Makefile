@@ -5,7 +5,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALLED_FOR_DEMO := .venv/.installed-for-demo
 INSTALLED := .venv/.installed
+DEMO_EXTRAS := cli,examples
 EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
@@ -16,7 +18,7 @@ PYTEST := $(BIN)/pytest -q $(PYTEST_ARGS)
 .PHONY: demo test quick faults fuzz test-slurm test-hosts test-browser test-cuda soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
-demo: $(INSTALLED)
+demo: $(INSTALLED_FOR_DEMO)
 	rm -rf runs/digits
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m keepbest train examples/digits/config.yaml
 
@@ -83,9 +85,13 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
 	.venv-bench/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable .
 	touch $@
 
-# The stamp comes last, so that an installation that was interrupted is done again.
-$(INSTALLED): pyproject.toml constraints.txt
+# What the demo needs, and then the rest. The stamps come last, so that an installation that was interrupted is done again.
+$(INSTALLED_FOR_DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(DEMO_EXTRAS)]'
+	touch $@
+
+$(INSTALLED): $(INSTALLED_FOR_DEMO)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 

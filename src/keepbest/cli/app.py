@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Optional
@@ -12,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 from pydantic import ValidationError
 
+from keepbest import __version__
 from keepbest.cli.console import say
 from keepbest.cli.history import print_history
 from keepbest.cli.plot import plot
@@ -53,10 +56,19 @@ Timeout = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"keepbest {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001  # its callback prints it
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Options of every command."""
     context.obj = debug
@@ -220,6 +232,17 @@ def upload_command(
     _run(upload_run, debug=context.obj)
 
 
+@contextmanager
+def _modules_here() -> Iterator[None]:
+    """Let a config name classes of modules in the present folder. `python -m` does so for every command."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:
     """Run a command, on all ranks if it has a `timeout`, and turn its errors into an exit status."""
     process = Process()
@@ -227,7 +250,7 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
         if timeout is None:
             command()
             return
-        with distributed(timeout=timedelta(seconds=timeout)) as process:
+        with _modules_here(), distributed(timeout=timedelta(seconds=timeout)) as process:
             level = logging.INFO if process.rank == 0 else logging.WARNING
             logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
             command()
