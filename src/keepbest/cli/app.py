@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from keepbest import __version__
 from keepbest.cli.console import say
 from keepbest.cli.history import print_history
+from keepbest.cli.launch_script import print_launch_script
 from keepbest.cli.plot import plot
 from keepbest.cli.report import report
 from keepbest.cli.table import print_checkpoints, print_json
@@ -230,6 +231,18 @@ def upload_command(
         say(f"{to}: everything that {run} keeps is there")
 
     _run(upload_run, debug=context.obj)
+
+
+@app.command("launch-script")
+def launch_script_command(
+    context: typer.Context,
+    name: Annotated[
+        Optional[str],  # noqa: UP045  # as above
+        typer.Argument(metavar="[NAME]", help="Name of the script; without one, every script is listed."),
+    ] = None,
+) -> None:
+    """Print a script that starts training with torchrun or SLURM, to be edited at its top."""
+    _run(lambda: print_launch_script(name), debug=context.obj)
 
 
 @contextmanager
