@@ -15,7 +15,7 @@ BENCH_INSTALLED := .venv-bench/.installed
 PYTEST_ARGS ?=
 PYTEST := $(BIN)/pytest -q $(PYTEST_ARGS)
 
-.PHONY: demo test quick faults fuzz test-slurm test-hosts test-browser test-cuda soak check docs clean bench bench-setup
+.PHONY: demo test quick faults fuzz test-versions test-slurm test-hosts test-browser test-cuda soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
 demo: $(INSTALLED_FOR_DEMO)
@@ -38,6 +38,11 @@ faults: $(INSTALLED)
 FUZZ_SECONDS ?= 60
 fuzz: $(INSTALLED)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PYTEST) -s --override-ini faulthandler_timeout=0 tests/fuzz
+
+# All tests except faults, SLURM, hosts and pages, on the oldest torch that is supported and on the newest that there is.
+# One after the other, each in a temporary folder. Needs a C compiler, and Python 3.11 or newer.
+test-versions:
+	$(PYTHON) -m tests.versions $(PYTEST_ARGS)
 
 # Starts a SLURM cluster of two nodes on this machine, and submits the scripts of launch/. As root, it installs SLURM.
 test-slurm: $(INSTALLED)
