@@ -1,7 +1,7 @@
 """`make test-versions`: the tests on the oldest torch that the package takes, and on the newest that there is.
 
 Each has an environment and a copy of the repository, in a temporary folder that is removed before the next one is made.
-The oldest torch comes with the oldest series of all that the package, the command and safetensors need; the rest is new.
+The oldest torch comes with the oldest series of what the package, the command and safetensors need. All else is new.
 Arguments are those of pytest.
 """
 
