@@ -54,7 +54,7 @@ def run(pins: Sequence[str], arguments: Sequence[str]) -> int:
         command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *left_out, *arguments]
         leftovers = Path(folder, "tmp")
         leftovers.mkdir()
-        variables = {**os.environ, "PYTHONPATH": "", "TMPDIR": str(leftovers)}
+        variables = {**os.environ, "PYTHONPATH": "", "TMPDIR": str(leftovers), "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(command, cwd=copy, env=variables, check=False).returncode
 
 

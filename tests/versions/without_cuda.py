@@ -1,7 +1,7 @@
-"""Lets a build of torch for CUDA be imported where no library of CUDA is installed, which takes four times its size.
+"""Lets a build of torch for CUDA be imported without the libraries of CUDA, which take three times its size.
 
-Each library is replaced by one whose functions all answer that there is no device. So torch uses the CPU, as it does on
-a machine without a GPU.
+The small one that looks for GPUs is the real one. Each of the others is replaced by one whose functions all answer that
+there is no device.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-_OF_CUDA = re.compile(r"lib(cu|nccl|nv)\w*\.so\.\d+")
+_REPLACED = re.compile(r"lib(cu(?!da)|nccl|nv)\w*\.so\.\d+")
+_NOT_NEEDED = re.compile("Requires-Dist: (nvidia(?!-cuda-runtime)|cuda-bindings|triton)")
 _NO_DEVICE = 100  # cudaErrorNoDevice, and CUDA_ERROR_NO_DEVICE
 
 
 def replace_cuda(packages: Path) -> None:
-    """Change the torch in a folder of packages, if it is a build for CUDA, so that it needs nothing of CUDA."""
+    """Change the torch in a folder of packages, if it is a build for CUDA, so that it needs little of CUDA."""
     libraries = sorted((packages / "torch" / "lib").glob("*.so"))
-    wanted = {name for path in libraries for name in _needed(path) if _OF_CUDA.fullmatch(name)}
+    wanted = {name for path in libraries for name in _needed(path) if _REPLACED.fullmatch(name)}
     functions = _missing_functions(libraries)
     versions = _versions(libraries)
     for name in sorted(wanted):
         _make_library(libraries[0].parent / name, {each: functions[each] for each in versions[name] or [""]})
     [described] = packages.glob("torch-*.dist-info/METADATA")
     lines = described.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = (line for line in lines if not re.match("Requires-Dist: (nvidia|cuda|triton)", line))
-    described.write_text("".join(kept), encoding="utf-8")
+    kept = "".join(line for line in lines if not _NOT_NEEDED.match(line))
+    described.write_text(re.sub(r"cuda-toolkit\[.*?\]", "cuda-toolkit[cudart]", kept), encoding="utf-8")
 
 
 def _needed(library: Path) -> list[str]:
