@@ -5,7 +5,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALLED_FOR_DEMO := .venv/.installed-for-demo
 INSTALLED := .venv/.installed
+DEMO_EXTRAS := cli,examples
 EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
@@ -13,10 +15,10 @@ BENCH_INSTALLED := .venv-bench/.installed
 PYTEST_ARGS ?=
 PYTEST := $(BIN)/pytest -q $(PYTEST_ARGS)
 
-.PHONY: demo test quick faults fuzz test-slurm test-hosts test-browser test-cuda soak check docs clean bench bench-setup
+.PHONY: demo test quick faults fuzz test-versions test-slurm test-hosts test-browser test-cuda soak check docs clean bench bench-setup
 
 # Trains a small network on two ranks and keeps its best checkpoints in runs/digits.
-demo: $(INSTALLED)
+demo: $(INSTALLED_FOR_DEMO)
 	rm -rf runs/digits
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m keepbest train examples/digits/config.yaml
 
@@ -36,6 +38,11 @@ faults: $(INSTALLED)
 FUZZ_SECONDS ?= 60
 fuzz: $(INSTALLED)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PYTEST) -s --override-ini faulthandler_timeout=0 tests/fuzz
+
+# All tests except faults, SLURM, hosts and pages, on the oldest torch that is supported and on the newest that there is.
+# One after the other, each in a temporary folder. Needs a C compiler, and Python 3.11 or newer.
+test-versions:
+	$(PYTHON) -m tests.versions $(PYTEST_ARGS)
 
 # Starts a SLURM cluster of two nodes on this machine, and submits the scripts of launch/. As root, it installs SLURM.
 test-slurm: $(INSTALLED)
@@ -83,9 +90,13 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
 	.venv-bench/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable .
 	touch $@
 
-# The stamp comes last, so that an installation that was interrupted is done again.
-$(INSTALLED): pyproject.toml constraints.txt
+# What the demo needs, and then the rest. The stamps come last, so that an installation that was interrupted is done again.
+$(INSTALLED_FOR_DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(DEMO_EXTRAS)]'
+	touch $@
+
+$(INSTALLED): $(INSTALLED_FOR_DEMO)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 

@@ -48,7 +48,11 @@ def test_parts_are_integers_and_at_least_one(parts):
         TrainingIteration(**parts)
 
 
-@pytest.mark.parametrize("part", [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3])], ids=repr)
+@pytest.mark.parametrize(
+    "part",
+    [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3])],
+    ids=lambda value: f"{type(value).__name__} {value!r}",
+)
 def test_integers_of_other_libraries_are_parts(part):
     iteration = TrainingIteration(epoch=part)
     assert (iteration, type(iteration.epoch)) == (TrainingIteration(epoch=3), int)

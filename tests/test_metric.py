@@ -147,7 +147,7 @@ def test_integers_zero_and_non_finite_values_are_read():
      np.complex64(1 + 2j), np.str_("0.5"), np.timedelta64(1, "ns"), np.array(None), torch.empty((), device="meta"),
      torch.tensor([0.5, 1.0]), torch.tensor([]), torch.tensor(1j), 10**400, torch.tensor(True),
      np.ma.masked, np.ma.array([0.5], mask=[True])],
-    ids=repr,
+    ids=lambda value: f"{type(value).__name__} {value!r}",
 )  # fmt: skip
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(InvalidMetricError, match="the metric must be"):

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import requires, version
+from pathlib import Path
 
 import keepbest
 
@@ -29,3 +30,9 @@ def test_import_leaves_to_later_what_only_some_runs_need():
 
 def test_version_is_that_of_the_package():
     assert keepbest.__version__ == version("keepbest")
+
+
+def test_installed_command_says_its_version():
+    command = [str(Path(sys.executable).parent / "keepbest"), "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert printed == f"keepbest {version('keepbest')}\n"

@@ -1,4 +1,4 @@
-"""`python -m keepbest`, also under torchrun and srun."""
+"""`python -m keepbest`, also under torchrun and srun, and the installed command `keepbest`."""
 
 from __future__ import annotations
 

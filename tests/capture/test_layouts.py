@@ -41,6 +41,19 @@ def block(seed):
     return filled(Block(), seed)
 
 
+class Rows(nn.Module):
+    """Layers that are sharded by rows, whose numbers of rows cannot be divided twice by two."""
+
+    def __init__(self):
+        super().__init__()
+        # Every second module is sharded by columns.
+        self.layers = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4098))
+
+
+def rows(seed):
+    return filled(Rows(), seed)
+
+
 def odd(seed):
     """A block with parameters of every dtype, which do not train."""
     model, generator = block(seed), torch.Generator().manual_seed(seed)
@@ -142,15 +155,17 @@ def fsdp1_no_shard(model):
     return FullyShardedDataParallel(model, device_id=CPU, sharding_strategy=ShardingStrategy.NO_SHARD)
 
 
+# FSDP2 takes integers since torch 2.12.
+SHARDED_BY_FSDP2 = (block, odd) if torch.__version__ >= "2.12" else (block,)
 # layout -> how to wrap, the numbers of ranks, the models
 LAYOUTS = {
     "single": (single, (1,), (block, odd)),
     "ddp": (ddp, (1, 2, 3, 4), (block,)),  # gloo broadcasts few dtypes
-    "fsdp2": (fsdp2, (1, 2, 3, 4), (block, odd)),
+    "fsdp2": (fsdp2, (1, 2, 3, 4), SHARDED_BY_FSDP2),
     "fsdp2_inner": (fsdp2_inner, (2, 3), (block,)),
-    "hsdp": (hsdp, (2, 4), (block, odd)),
+    "hsdp": (hsdp, (2, 4), (*SHARDED_BY_FSDP2, rows)),
     "tensor_parallel": (tensor_parallel, (2, 3, 4), (block,)),
-    "tensor_parallel_fsdp2": (tensor_parallel_fsdp2, (4,), (block,)),
+    "tensor_parallel_fsdp2": (tensor_parallel_fsdp2, (4,), (block, rows)),
     "columns": (sharded_by(world, Shard(1)), (2, 3, 4), (odd,)),
     "experts": (sharded_by(world, Shard(0)), (2, 3), (odd,)),
     "experts_fsdp2": (experts_fsdp2, (2, 3, 4), (block,)),
@@ -206,7 +221,7 @@ def load_alone(directory):
     """What a single process makes of all that was kept."""
     found = []
     for run in sorted(directory.iterdir()):
-        make = {"block": block, "odd": odd}[run.name.partition("-")[2]]
+        make = {"block": block, "odd": odd, "rows": rows}[run.name.partition("-")[2]]
         load(run, REF, model := make(1))
         if not are_same(whole(model), whole(make(0))):
             found.append(run.name)

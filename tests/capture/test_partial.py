@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -106,17 +107,11 @@ def test_extra_state_may_come_and_go_and_is_listed(saved, loaded_into, file_form
     assert getattr(target[0], "amax", None) == (None if loaded_into is nn.Linear else 5.0 if saved is Scaled else 1.0)
 
 
-class Stage(nn.ModuleDict):
-    def forward(self, batch):
-        raise NotImplementedError
-
-
 def layers(numbers, seed=0):
     """Layers of a model of several; each has its weights wherever it is."""
-    stage = Stage({str(number): nn.Linear(4, 3 + number) for number in numbers})
-    for number in numbers:
-        filled(stage[str(number)], seed + number)
-    return stage
+    return nn.Sequential(
+        OrderedDict((str(number), filled(nn.Linear(4, 3 + number), seed + number)) for number in numbers)
+    )
 
 
 def load_into_stages(directory, file_format, wrap):
@@ -128,7 +123,7 @@ def load_into_stages(directory, file_format, wrap):
         fully_shard(model, mesh=DeviceMesh.from_group(groups[rank], "cpu"))
     loaded = load(directory, REF, model)
     whole = layers(range(4))
-    saved = [whole[str(number)] for number in mine]
+    saved = [whole[number] for number in mine]
     expected = [tensor for layer in saved for tensor in layer.parameters()]
     found = whole_weights(model)
     return (

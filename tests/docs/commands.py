@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from tests.docs.blocks import ROOT
 from tests.kit import cli_runs
 
-KEEPBEST = ["python", "-m", "keepbest"]
+KEEPBEST = (["python", "-m", "keepbest"], ["keepbest"])
 BENCHMARKS = [".venv-bench/bin/python", "-m"]
 
 
@@ -27,13 +27,20 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def is_known(words: list[str]) -> bool:
-    return words[0] in ("make", "pip", "torchrun") or words[:3] == KEEPBEST or words[:2] == BENCHMARKS
+    return words[0] in ("make", "pip", "torchrun") or is_keepbest(words) or words[:2] == BENCHMARKS
+
+
+def is_keepbest(words: list[str]) -> bool:
+    return any(words[: len(start)] == start for start in KEEPBEST)
 
 
 def check(words: list[str], folder: Path) -> None:
     """Run it in `folder`, the present one, if it is a command of keepbest; else see that what it names is there."""
-    if words[:3] == KEEPBEST:
-        run_here(words[3:])
+    if is_keepbest(words):
+        arguments, *target = " ".join(words[words.index("keepbest") + 1 :]).split(" > ")
+        printed = run_here(shlex.split(arguments))
+        for name in target:
+            (folder / name).write_text(printed)
     elif words[0] == "torchrun":
         run_on_ranks(words[1:], folder)
     elif words[0] == "make":

@@ -49,7 +49,7 @@ def check_command(words: list[str], script: Path | None) -> Path | None:
     if words[0] == "sbatch" or words[0].startswith("launch/"):
         name, *settings = words[words[0] == "sbatch" :]
         assert Path(name).name in SCRIPT_TESTS, f"no test runs {name}"
-        config = re.search(r"^CONFIG=(\S+)", (ROOT / name).read_text(), flags=re.MULTILINE)
+        config = re.search(r"^COMMAND=\(-m keepbest train ([^ )]+)", (ROOT / name).read_text(), flags=re.MULTILINE)
         RunFile.read(ROOT / config[1], parse_settings(settings))
         return ROOT / name
     asked = script.read_text()

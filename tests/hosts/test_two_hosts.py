@@ -55,9 +55,14 @@ def start(network: Network, folder: Path, content: dict[str, Any], *arguments: s
     """The script on each host, with the lines at its top edited."""
     config = runs.write_config(folder / "config.yaml", content)
     text = SCRIPT.read_text()
-    settings = {"CONFIG": config, "NODES": 2, "PROCESSES": 2, "MEETING_POINT": f"{HOSTS[0].name}:29500"}
+    settings = {
+        "COMMAND": f"(-m keepbest train {config})",
+        "NODES": 2,
+        "PROCESSES": 2,
+        "MEETING_POINT": f"{HOSTS[0].name}:29500",
+    }
     for name, value in settings.items():
-        text, count = re.subn(rf"^{name}=\S*", f"{name}={value}", text, flags=re.MULTILINE)
+        text, count = re.subn(rf"^{name}=.*", f"{name}={value}", text, flags=re.MULTILINE)
         assert count == 1, f"there is no line {name}=… in {SCRIPT}"
     script = folder / SCRIPT.name
     script.write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from keepbest.reading.checkpoint import Checkpoint
 from keepbest.reading.run import open_run
 from tests.kit.pool import Outcome, start_ranks
 
+# The click of typer 0.15 mixes what a command prints with its errors, unless it is asked not to.
+APART = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = "loss/val/total"
 BEST = "best_model.loss.val.total"
@@ -76,7 +79,7 @@ def succeeded(outcomes: list[Outcome]) -> list[Outcome]:
 
 def keepbest(*arguments: str | Path) -> Result:
     """How the command ends in this process, which has imported torch already."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(**APART).invoke(app, [str(argument) for argument in arguments])
 
 
 def real_keepbest(*arguments: str | Path, processes: int | None = None) -> subprocess.CompletedProcess[str]:

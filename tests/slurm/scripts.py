@@ -11,7 +11,7 @@ BELOW = "# ---- nothing to edit below"
 
 
 def edited(name: str, folder: Path, **lines: object) -> Path:
-    """A copy of a script of launch/ in `folder`, whose lines CONFIG=..., #SBATCH --nodes=... have other values.
+    """A copy of a script of launch/ in `folder`, whose lines COMMAND=..., #SBATCH --nodes=... have other values.
 
     A value of `None` takes the line away.
     """

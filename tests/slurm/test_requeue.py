@@ -43,7 +43,9 @@ def submit(
     content["model"] = {**content["model"], **(model or {})}
     config = runs.write_config(folder / f"{name}.yaml", content)
     size = {"nodes": 2, "ntasks_per_node": 2, "gpus_per_node": None, "cpus_per_task": 1}
-    script = edited("slurm_requeue.sbatch", folder, CONFIG=config, ENVIRONMENT=sys.prefix, **{**size, **lines})
+    command = f"(-m keepbest train {config} trainer.resume=auto)"
+    own = {"COMMAND": command, "PYTHON": f"({sys.executable})"}
+    script = edited("slurm_requeue.sbatch", folder, **own, **{**size, **lines})
     return cluster.submit(script, output=folder / f"{name}.out")
 
 

@@ -35,7 +35,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_script_trains_what_one_process_does(script, nodes, strategy, cluster, alone, tmp_path):
     size = {"nodes": nodes, "ntasks_per_node": 4 // nodes, "gpus_per_node": None, "cpus_per_task": 1}
-    script = edited(script, tmp_path, CONFIG=CONFIG, ENVIRONMENT=sys.prefix, **size)
+    script = edited(script, tmp_path, COMMAND=f"(-m keepbest train {CONFIG})", PYTHON=f"({sys.executable})", **size)
     directory = tmp_path / "run"
     job = cluster.submit(script, f"directory={directory}", f"trainer.strategy={strategy}", output=tmp_path / "job.out")
     assert job.wait() == "COMPLETED", job.printed()

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.kit import cli_runs as runs
 from tests.slurm.scripts import edited
 
-CONFIG = "examples/digits/float64.yaml"
+COMMAND = "(-m keepbest train examples/digits/float64.yaml)"
 BEST = "best_model.loss.val.classification"
 
 
@@ -33,13 +33,13 @@ def end(*agents: subprocess.Popen[str]) -> str:
 
 
 def test_one_machine_and_several_machines_train_the_same(tmp_path):
-    script = edited("torchrun_single_node.sh", tmp_path, CONFIG=CONFIG, PROCESSES=4)
+    script = edited("torchrun_single_node.sh", tmp_path, COMMAND=COMMAND, PROCESSES=4)
     assert end(start(script, f"directory={tmp_path}/one")).count(f"{BEST} ") == 1
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         point = f"localhost:{listener.getsockname()[1]}"
     size = {"NODES": 2, "PROCESSES": 2}
-    script = edited("torchrun_multi_node.sh", tmp_path, CONFIG=CONFIG, MEETING_POINT=point, **size)
+    script = edited("torchrun_multi_node.sh", tmp_path, COMMAND=COMMAND, MEETING_POINT=point, **size)
     agents = [start(script, f"directory={tmp_path}/several") for _ in range(2)]
     assert end(*agents).count(f"{BEST} ") == 1
 

@@ -23,7 +23,7 @@ _SMALL_FLOATS = {
     torch.float8_e4m3fnuz,
     torch.float8_e5m2,
     torch.float8_e5m2fnuz,
-    *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),  # since torch 2.7
+    torch.float8_e8m0fnu,
 }
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 _INTEGERS = {

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from keepbest.capture.catalogue import Held, Name
 from keepbest.capture.union import Union
 from keepbest.formats.dcp import SharePlan
-from keepbest.modules.quiet import quiet
+from keepbest.modules.quiet import quiet, use_up_warning_of_the_writer
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import Like, Slot
 
@@ -115,6 +115,7 @@ def plan_layout(
             planners[part].set_up_planner(dict(state), storage_meta=None, is_coordinator=ranks.is_main)
         return {part: planner.create_local_plan() for part, planner in planners.items()}
 
+    use_up_warning_of_the_writer()
     with quiet():
         own = ranks.agree(step, plan_own)
         everybodys = _gathered(own, ranks)

@@ -1,1 +1,1 @@
-"""The command line: `python -m keepbest COMMAND`. It needs the extra `cli`."""
+"""The command line: `keepbest COMMAND`, or `python -m keepbest COMMAND`. It needs the extra `cli`."""

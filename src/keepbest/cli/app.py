@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Optional
@@ -12,8 +14,10 @@ from typing import Annotated, Optional
 import typer
 from pydantic import ValidationError
 
+from keepbest import __version__
 from keepbest.average import average
 from keepbest.cli.console import say
+from keepbest.cli.launch_script import print_launch_script
 from keepbest.cli.numbers import parse_numbers, parse_top
 from keepbest.cli.pictures import plot, report
 from keepbest.cli.table import print_checkpoints, print_history, print_history_json, print_json
@@ -66,10 +70,19 @@ Only = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"keepbest {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001  # its callback prints it
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Options of every command."""
     context.obj = debug
@@ -253,6 +266,29 @@ def _say_written(paths: Iterable[Path]) -> None:
         say(f"{path}: {path.stat().st_size:,} bytes")
 
 
+@app.command("launch-script")
+def launch_script_command(
+    context: typer.Context,
+    name: Annotated[
+        Optional[str],  # noqa: UP045  # as above
+        typer.Argument(metavar="[NAME]", help="Name of the script; without one, every script is listed."),
+    ] = None,
+) -> None:
+    """Print a script that starts training with torchrun or SLURM, to be edited at its top."""
+    _run(lambda: print_launch_script(name), debug=context.obj)
+
+
+@contextmanager
+def _modules_here() -> Iterator[None]:
+    """Let a config name classes of modules in the present folder. `python -m` does so for every command."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:
     """Run a command, on all ranks if it has a `timeout`, and turn its errors into an exit status."""
     process = Process()
@@ -260,7 +296,7 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
         if timeout is None:
             command()
             return
-        with distributed(timeout=timedelta(seconds=timeout)) as process:
+        with _modules_here(), distributed(timeout=timedelta(seconds=timeout)) as process:
             level = logging.INFO if process.rank == 0 else logging.WARNING
             logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
             command()

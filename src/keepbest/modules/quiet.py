@@ -7,6 +7,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+import torch
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -18,7 +20,18 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
         warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated", UserWarning)
         warnings.filterwarnings("ignore", "Multiple backends are registered", UserWarning)
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         yield
+
+
+def use_up_warning_of_the_writer() -> None:
+    """Have torch 2.10 warn now of what its writer does, which it does once in a process.
+
+    Filters belong to all threads, so nothing can be silenced on the thread that writes.
+    """
+    if torch.__version__ < "2.11":
+        with quiet():
+            torch.empty(0).storage()  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 @contextlib.contextmanager
