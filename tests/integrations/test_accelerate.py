@@ -93,7 +93,7 @@ def test_wrong_settings_are_refused_on_every_rank_and_leave_nothing(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_libraries_that_hold_the_weights_themselves_are_refused(kind, tmp_path):
-    with pytest.raises(ConfigError, match=f"one of {kind.value}, whose weights keepbest cannot gather"):
-        AcceleratedKeeper(SimpleNamespace(distributed_type=kind), Model(), directory=tmp_path, metric_key="loss")
+def test_library_that_holds_the_weights_itself_is_refused(tmp_path):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM)
+    with pytest.raises(ConfigError, match="one of Megatron-LM, whose weights keepbest cannot gather"):
+        AcceleratedKeeper(accelerator, Model(), directory=tmp_path, metric_key="loss")

@@ -97,15 +97,15 @@ class BestCheckpoint(TrainerCallback, ExportableState):
 
         Raises:
             ConfigError: On every rank, if the metric or its direction is not known, training ends before the first
-                evaluation, or DeepSpeed has the weights.
+                evaluation, or the training state of DeepSpeed is to be kept.
             KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
         starts_over = self._starts_over(args, state)
         self._leave()  # a training that ended by an exception calls no hook
-        if args.deepspeed_plugin is not None:
+        if args.deepspeed_plugin is not None and self._saves_training_state:
             raise ConfigError(
-                "expected a model on one device, or one of DDP or FSDP, but the Trainer has one of DeepSpeed, "
-                "whose weights keepbest cannot gather: save it by its own means"
+                "save_training_state: the optimizer of DeepSpeed has its state in a form of its own, which keepbest "
+                "cannot gather; leave it out, and resume from the Trainer's checkpoints"
             )
         _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
