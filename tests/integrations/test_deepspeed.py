@@ -15,7 +15,9 @@ if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from keepbest import BestKeeper, load
+from keepbest.errors import SnapshotError
 from keepbest.integrations.transformers import BestCheckpoint
+from keepbest.run.files import Files
 from tests.integrations.faces import face
 from tests.integrations.faces.on_accelerate import Model
 from tests.integrations.faces.transformers import make_trainer
@@ -99,6 +101,39 @@ def test_best_of_an_engine_is_what_deepspeed_gathers(stage, settings, tmp_path):
     assert refs(tmp_path) == {"best_model.loss": "E3", "best_model.loss.tolerance=0": "E3"}
     load(tmp_path, "best_model.loss", plain := make())
     assert face.weights_of(plain.state_dict()) == seen[2]
+
+
+def fail_to_save(root):
+    """A disk is full at the second best, and a file is damaged when it is loaded. Returns whether training went on."""
+    deepspeed = start()
+    settings = {"zero_optimization": {"stage": 3, **ZERO}, "zero_allow_untested_optimizer": True}
+    optimizer = {"type": "SGD", "params": {"lr": 0.1}}
+    config = {"train_batch_size": 4, "optimizer": optimizer, **settings}
+    engine, *_ = deepspeed.initialize(model=(model := make()), model_parameters=model.parameters(), config=config)
+    seen, outcomes = [], []
+    with BestKeeper(engine, directory=root, metric_key="loss", on_save_error="warn") as keeper:
+        for epoch in (1, 2, 3):
+            engine.backward(engine(torch.ones(2, 5)).square().mean())
+            engine.step()
+            seen.append(whole(deepspeed, engine))
+            with pytest.MonkeyPatch.context() as patch:
+                if epoch == 2:
+                    patch.setattr(Files, "rename", refuse)
+                outcomes.append(keeper.observe(1.0 / epoch, epoch=epoch).save_failed)
+        [path] = (root / "checkpoints" / "snapshots" / "E3").glob("*.pt")
+        if torch.distributed.get_rank() == 0:
+            path.write_bytes(b"")
+        with pytest.raises(SnapshotError):
+            keeper.restore_best()
+    return outcomes, seen[2] == whole(deepspeed, engine), engine(torch.ones(2, 5)).shape
+
+
+def refuse(files, old, new):
+    raise OSError(28, "no space left", str(new))
+
+
+def test_failed_save_and_load_leave_a_divided_model_as_it_was(tmp_path):
+    assert run_ranks(fail_to_save, 2, tmp_path) == [([False, True, False], True, (2, 1))] * 2
 
 
 def train_with_the_trainer(root, stage):

@@ -12,6 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from keepbest.errors import KeepBestError, PoisonedError, RankLostError, RankTimeoutError
+
+_ALONE = (PoisonedError, RankLostError, RankTimeoutError)  # what need not be raised on every rank
+
 
 def is_deepspeed_engine(module: object) -> bool:
     """Whether `module` is what `deepspeed.initialize` made of another one."""
@@ -23,7 +27,8 @@ def is_deepspeed_engine(module: object) -> bool:
 def whole_parameters(model: nn.Module, *, writes: bool = False) -> Iterator[None]:
     """In the block, each rank holds all of each parameter that ZeRO-3 has divided. **Collective** where there are such.
 
-    ZeRO-3 takes the parameters of a gathering back all at once, so the ranks need room for the whole model.
+    So they need room for the whole model. An error that the ranks agree on leaves it as it was before the block. After
+    another one the model cannot train any more.
 
     Args:
         model: Any model, in any wrapper.
@@ -35,8 +40,15 @@ def whole_parameters(model: nn.Module, *, writes: bool = False) -> Iterator[None
     if zero is None or not divided:
         yield
     else:
-        with zero.GatheredParameters(divided, modifier_rank=0 if writes else None):
-            yield
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(zero.GatheredParameters(divided, modifier_rank=0 if writes else None))
+            try:
+                yield
+            except BaseException as error:
+                # The end of the gathering is collective, and the other ranks may never come there.
+                if isinstance(error, _ALONE) or not isinstance(error, KeepBestError):
+                    stack.pop_all()
+                raise
     optimizer: Any = model.optimizer if writes and is_deepspeed_engine(model) else None
     if hasattr(optimizer, "refresh_fp32_params"):
         optimizer.refresh_fp32_params()
