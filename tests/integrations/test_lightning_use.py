@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -85,6 +86,24 @@ def test_trainer_that_fits_again_continues_in_its_folder(tmp_path):
     assert {ref: entry[:2] for ref, entry in FACE.kept(tmp_path / "parts").items()} == {
         ref: entry[:2] for ref, entry in FACE.kept(tmp_path / "whole").items()
     }
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def test_state_of_a_validated_checkpoint_is_not_continued(tmp_path):
+    data = fit(tmp_path / "old", VALUES[:3], [BestCheckpoint(METRIC), ModelCheckpoint(tmp_path, "old")]).val_dataloaders
+    best = BestCheckpoint(METRIC, directory=tmp_path / "new")
+    trainer = Trainer(max_epochs=2, enable_checkpointing=False, callbacks=[best], **QUIET)
+    trainer.validate(module := Model(VALUES), data, ckpt_path=tmp_path / "old.ckpt", verbose=False)
+    trainer.fit(module, data, data)
+    assert FACE.observed(tmp_path / "new") == [("E1_U2_B2", 5.0), ("E2_U4_B4", 3.0)]
 
 
 class Sized(Model):
@@ -199,8 +218,7 @@ def test_trainer_of_the_other_package_takes_the_callback(tmp_path):
         configure_optimizers = Model.configure_optimizers
 
     best = BestCheckpoint(METRIC, directory=tmp_path)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=3, callbacks=[best], **quiet)
+    trainer = lightning.Trainer(max_epochs=3, callbacks=[best], **QUIET)
     batches = DataLoader(TensorDataset(torch.randn(4, 5)), batch_size=2)
     trainer.fit(module := Other(width=5), batches, batches)
     trainer.test(module, batches, ckpt_path="best", verbose=False)
