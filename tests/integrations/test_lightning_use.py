@@ -160,6 +160,17 @@ def refuse(files, old, new):
     raise OSError(28, "no space left", str(new))
 
 
+def fit_in_a_fork(directory):
+    own = ModelCheckpoint(directory, "own")
+    trainer = fit(directory, VALUES[:2], [BestCheckpoint(METRIC), own], strategy="fork")
+    return own.best_model_path, trainer.checkpoint_callback is own
+
+
+def test_best_of_processes_that_have_ended_is_left_to_lightning(tmp_path):
+    assert run_ranks(fit_in_a_fork, 1, tmp_path, init=False) == [(str(tmp_path / "own.ckpt"), True)]
+    assert refs(tmp_path) == {FACE.ref: "E2_U4_B4"}
+
+
 def look_for_best_on_full_disk(directory):
     trainer = fit(directory, VALUES[:2], [BestCheckpoint(METRIC)], model=make_sized)
     with pytest.MonkeyPatch.context() as patch:

@@ -125,6 +125,8 @@ class BestOfTrainer(Checkpoint):
 
 def show_to(trainer: Trainer, find_path: Callable[[], str]) -> None:
     """Let `ckpt_path="best"` be this path, unless a callback that monitors a metric has a best already."""
+    if "MultiProcessing" in type(trainer.strategy.launcher).__name__:
+        return  # a process that ends after this: the path would go back to another callback, which takes it for its own
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     checkpoints = [each for each in callbacks if isinstance(each, CHECKPOINTS)]
     if any(isinstance(each, BestOfTrainer) or monitors(each) for each in checkpoints):
