@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from keepbest.errors import ConfigError, SnapshotError
+from keepbest.errors import ConfigError, RunExistsError, SnapshotError
 from keepbest.integrations.peft import export_adapter
 from keepbest.integrations.transformers import BestCheckpoint
 from tests.integrations.faces.face import VALUES, weights_of
@@ -64,6 +64,9 @@ def test_each_trial_of_a_search_has_a_run_of_its_own(settings, tmp_path):
     assert found == {"run-0": ("U2", 3.0), "run-1": ("U1", 10.0), "run-2": ("U2", 2.0)}
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "run-2" / "checkpoint-4").is_dir()  # beside those of the Trainer
+    with pytest.raises(RunExistsError):
+        search(tmp_path, **settings)  # whose first trial is another one
+    assert FACE.kept(tmp_path / "run-0")[""][:2] == ("U2", 3.0)
 
 
 class RunsOutOfMemory(ScriptedTrainer):
