@@ -168,3 +168,33 @@ def test_best_of_the_trainer_with_deepspeed_is_kept(stage, tmp_path):
     assert (str(loaded.iteration), loaded.value) == ("U2", 2.0)
     kept = face.weights_of(dict(model.named_parameters()))
     assert kept == found[1] != found[2]
+
+
+def train_with_accelerate(root):
+    deepspeed = start()
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    from keepbest.integrations.accelerate import AcceleratedKeeper
+
+    settings = {"zero_optimization": {"stage": 3, **ZERO}, "zero_allow_untested_optimizer": True}
+    plugin = DeepSpeedPlugin(hf_ds_config={**settings, "train_micro_batch_size_per_gpu": 2})
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+    model = make()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    seen = []
+    with AcceleratedKeeper(accelerator, model, directory=root, metric_key="loss") as keeper:
+        for epoch, value in enumerate([3.0, 1.0, 2.0], start=1):
+            accelerator.backward(model(torch.ones(2, 5)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(whole(deepspeed, model))
+            keeper.observe(value, epoch=epoch)
+            accelerator.save_state(str(root / "state"))
+    return seen
+
+
+def test_best_of_accelerate_with_deepspeed_is_kept(tmp_path):
+    [seen, _] = run_ranks(train_with_accelerate, 2, tmp_path)
+    loaded = load(tmp_path, "best_model.loss", plain := make())
+    assert (str(loaded.iteration), loaded.value) == ("E2", 1.0)
+    assert face.weights_of(plain.state_dict()) == seen[1] != seen[2]
