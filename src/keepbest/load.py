@@ -19,6 +19,7 @@ from keepbest.capture.ways import find_way
 from keepbest.errors import SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
+from keepbest.modules.zero import whole_parameters
 from keepbest.ranks import Ranks
 from keepbest.remote.download import local_copy, snapshot_of
 from keepbest.remote.storage import place_of
@@ -151,7 +152,8 @@ def load_into(
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
         _refuse_absent(states, manifest.training_state, ref)
         stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), selection, states)
-        restored = way.restore(model, stored, ranks, step)
+        with whole_parameters(model, writes=True):
+            restored = way.restore(model, stored, ranks, step)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,

@@ -22,6 +22,8 @@ RULES: dict[str, Callable[[Block], bool]] = {
     "commands": _is_commands,
     # Callbacks, with which the trainer trains.
     "callbacks": lambda block: block.language == "yaml" and block.text.startswith("callbacks:\n"),
+    # Callbacks of another trainer, which reads them.
+    "noether": lambda block: block.language == "yaml" and block.text.startswith("trainer:\n"),
     # The end of a script of SLURM, with an srun that stands in.
     "requeue": lambda block: block.language == "bash" and "\nsrun " in block.text,
     # Commands and outputs, each line beside a run or the program that prints it.

@@ -142,6 +142,16 @@ def test_callbacks(block, folder, monkeypatch):
             assert any("best=loss.val.total/loss/test/total" in line for line in logged)
 
 
+@blocks_of("noether")
+def test_noether(block):
+    schemas = pytest.importorskip("noether.core.schemas", reason="noether is not installed", exc_type=ImportError)
+    shown = yaml.safe_load(block.text)["trainer"]["callbacks"]
+    others = {"kind": "any", "max_epochs": 1, "effective_batch_size": 1, "add_default_callbacks": False}
+    read = schemas.BaseTrainerConfig(callbacks=shown, **others).callbacks
+    assert [each.kind for each in read] == [each["kind"] for each in shown]
+    assert (read[1].metric_key, read[1].tolerances, read[1].async_save) == ("loss/val/total", (2, 5), True)
+
+
 @blocks_of("requeue")
 def test_requeue(block, folder):
     """With an srun that knows the options that the script of launch/ gives, and ends as ranks do that were stopped."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 from tests.kit import pool
@@ -10,4 +12,12 @@ from tests.kit import pool
 pytest.register_assert_rewrite("tests.integrations.contract")
 
 # The import of a framework takes each rank longer than the training of a test.
-pool.preload(*(f"tests.integrations.faces.{name}" for name in ("accelerate", "ignite", "lightning", "transformers")))
+FACES = {
+    "accelerate": "accelerate",
+    "ignite": "ignite",
+    "lightning": "pytorch_lightning",
+    "transformers": "transformers",
+    "noether": "noether",
+}
+
+pool.preload(*(f"tests.integrations.faces.{name}" for name, package in FACES.items() if find_spec(package)))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from keepbest import TrainingIteration
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, DesyncError
 from keepbest.integrations.accelerate import AcceleratedKeeper
 from tests.integrations.contract import Contract, assert_continues
 from tests.integrations.faces.accelerate import Accelerate, Loop
 from tests.integrations.faces.face import VALUES
 from tests.integrations.faces.on_accelerate import Model
+from tests.kit.pool import run_ranks
 
 FACE = Accelerate()
 
@@ -69,7 +71,29 @@ def test_keepers_of_two_metrics_are_saved_with_each_other(tmp_path):
     assert (loop.keepers[0].best_metric_value, other.best_metric_value) == (3.0, 1.0)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_libraries_that_hold_the_weights_themselves_are_refused(kind, tmp_path):
-    with pytest.raises(ConfigError, match=f"one of {kind.value}, whose weights keepbest cannot gather"):
-        AcceleratedKeeper(SimpleNamespace(distributed_type=kind), Model(), directory=tmp_path, metric_key="loss")
+def give_wrong_settings(directory):
+    """Then the accelerator saves and loads as if no keeper had been made."""
+    rank = dist.get_rank()
+    loop = Loop(directory)
+    for settings, error, message in [
+        ({"tolerence": [1]}, ConfigError, "did you mean 'tolerances'"),
+        ({"tolerances": [1], "keep_top_k": 0 if rank else 1}, ConfigError, "on rank 1 of 2.*keep_top_k must be"),
+        ({"tolerances": [rank]}, DesyncError, "check the settings of the keeper of eval_score"),
+    ]:
+        with pytest.raises(error, match=f"(?s){message}"):
+            loop.keeper(directory=directory, **settings)
+    loop.train(VALUES[:2], save_every=1, save_to=directory / "state")
+    loop.accelerator.load_state(directory / "state")
+    return sorted(path.name for path in (directory / "state").glob("custom*"))
+
+
+def test_wrong_settings_are_refused_on_every_rank_and_leave_nothing(tmp_path):
+    loops_own = ["custom_checkpoint_0.pkl"]
+    assert run_ranks(give_wrong_settings, 2, tmp_path) == [loops_own, loops_own]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_library_that_holds_the_weights_itself_is_refused(tmp_path):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM)
+    with pytest.raises(ConfigError, match="one of Megatron-LM, whose weights keepbest cannot gather"):
+        AcceleratedKeeper(accelerator, Model(), directory=tmp_path, metric_key="loss")

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import pytest
-from ignite.engine import Events
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from ignite.metrics import Average
 
+from keepbest import load
 from keepbest.errors import ConfigError, IterationError
+from keepbest.integrations.ignite import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues
-from tests.integrations.faces.face import VALUES, failing
-from tests.integrations.faces.ignite import Ignite, Resume, make_engines
+from tests.integrations.faces.face import VALUES, failing, weights_of
+from tests.integrations.faces.ignite import METRIC, Ignite, Resume, make_engines
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import ledger, refs
 
@@ -106,8 +111,72 @@ def test_two_evaluations_of_one_iteration_are_refused(tmp_path):
     engines = make_engines(VALUES)
     engines.attach(tmp_path)
     engines.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: engines.evaluator.run([None]))
-    with pytest.raises(IterationError, match="E1_U2"):
+    with pytest.raises(IterationError, match=r"at E1_U2 .* ran on other data before"):
         engines.train(2)
+
+
+def add_evaluator(engines, *sets):
+    """Each epoch it runs on all of these sets, the first of which has the values that a keeper observes elsewhere."""
+
+    def look_up(_, batch):
+        epoch = engines.trainer.state.epoch
+        return VALUES[epoch - 1] if batch is sets[0][0] else float(epoch)
+
+    evaluator = Engine(look_up)
+    Average().attach(evaluator, METRIC)
+    for data in sets:
+        engines.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _, data=data: evaluator.run(data))
+    return evaluator
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_of_two_sets_of_an_evaluator_is_observed(is_first, tmp_path):
+    engines = make_engines(VALUES, evaluate_at=Events.STARTED)
+    sets = [torch.tensor(0.0)], [torch.tensor(1.0)]
+    best = BestCheckpoint(engines.model, METRIC, directory=tmp_path, tolerances=[1])
+    best.attach(engines.trainer, add_evaluator(engines, *sets), data=sets[0 if is_first else 1])
+    engines.train(8)
+    values = VALUES if is_first else range(1, 9)
+    assert FACE.observed(tmp_path) == [(f"E{step}_U{2 * step}", value) for step, value in enumerate(values, start=1)]
+    assert FACE.kept(tmp_path)[""][:2] == (("E6_U12", 2.0) if is_first else ("E1_U2", 1.0))
+
+
+def test_evaluator_beside_the_observed_one_is_left_alone(tmp_path):
+    engines = make_engines([5.0, 4.0, 6.0])
+    engines.attach(tmp_path)
+    add_evaluator(engines, [torch.tensor(0.0)])
+    engines.train(3)
+    assert FACE.observed(tmp_path) == [("E1_U2", 5.0), ("E2_U4", 4.0), ("E3_U6", 6.0)]
+
+
+def observe_score(directory):
+    """Of the values, the largest but that of the first epoch is best."""
+    engines = make_engines(VALUES)
+
+    def score(evaluator):
+        return evaluator.state.metrics[METRIC] - (9.0 if engines.trainer.state.epoch == 7 else 0.0)
+
+    saver = DiskSaver(directory / "own", require_empty=False)
+    own = Checkpoint({"model": engines.model}, saver, score_function=score, score_name="score", n_saved=1)
+    engines.evaluator.add_event_handler(Events.COMPLETED, own)
+    engines.attach(directory, metric_key="score", score_function=score, tolerances=[0])
+    engines.train(8)
+    return str(own.last_checkpoint)
+
+
+def test_score_of_a_function_is_observed_as_ignite_takes_it(tmp_path):
+    [path, _] = run_ranks(observe_score, 2, tmp_path)
+    assert set(refs(tmp_path)) == {"best_model.score", "best_model.score.tolerance=0"}
+    loaded = load(tmp_path, "best_model.score", model := FACE.model())
+    assert (str(loaded.iteration), loaded.value) == ("E4_U8", 6.0)
+    assert weights_of(model.state_dict()) == FACE.weights_of_checkpoint(tmp_path / "own" / path)
+
+
+def test_score_with_the_name_of_a_loss_needs_a_direction(tmp_path):
+    settings = {"directory": tmp_path, "score_function": lambda _: 1.0}
+    with pytest.raises(ConfigError, match="but of 'loss' a lower one is, by its name"):
+        BestCheckpoint(FACE.model(), "loss", **settings)
+    assert BestCheckpoint(FACE.model(), "loss", higher_is_better=False, **settings).keeper is None
 
 
 def test_trainer_that_runs_more_epochs_continues_in_its_folder(tmp_path):

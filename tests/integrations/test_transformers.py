@@ -239,10 +239,10 @@ def test_metric_that_is_not_known_is_refused_before_training(settings, arguments
     assert trainer.state.global_step == 0
 
 
-def test_deepspeed_is_refused_before_training(tmp_path):
-    trainer = make_trainer(tmp_path, callbacks=[BestCheckpoint()])
+def test_training_state_of_deepspeed_is_refused_before_training(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[BestCheckpoint(save_training_state=True)])
     trainer.args.deepspeed_plugin = SimpleNamespace()
-    with pytest.raises(ConfigError, match="one of DeepSpeed"):
+    with pytest.raises(ConfigError, match="save_training_state: the optimizer of DeepSpeed"):
         trainer.train()
 
 

@@ -20,7 +20,6 @@ from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest saved state names is kept under one tag: nothing says which of them are removed.
 _PIN = "accelerate"
-_REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class AcceleratedKeeper(BestKeeper):
@@ -41,7 +40,7 @@ class AcceleratedKeeper(BestKeeper):
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
 
     Raises:
-        ConfigError: On every rank, if a setting is unknown or wrong, or DeepSpeed or Megatron-LM has the weights.
+        ConfigError: On every rank, if a setting is unknown or wrong, or Megatron-LM has the weights.
         DesyncError: On every rank, if their settings differ.
     """
 
@@ -57,10 +56,10 @@ class AcceleratedKeeper(BestKeeper):
         training_state: Mapping[str, Any] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        if accelerator.distributed_type in _REFUSED:
+        if accelerator.distributed_type == DistributedType.MEGATRON_LM:
             raise ConfigError(
-                f"expected a model on one device, or one of DDP or FSDP, but the accelerator has one of "
-                f"{accelerator.distributed_type.value}, whose weights keepbest cannot gather: save it by its own means"
+                "expected a model on one device, or one of DDP, FSDP or DeepSpeed, but the accelerator has one of "
+                "Megatron-LM, whose weights keepbest cannot gather: save it by its own means"
             )
         project, place = accelerator.project_configuration, local_path(directory)
         if project.automatic_checkpoint_naming and Path(project.project_dir).resolve() == place.resolve():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 from typing_extensions import Unpack
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, IterationError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
@@ -34,8 +34,10 @@ class BestCheckpoint:
 
     Args:
         model: Model to save, in the form that is trained: as `ignite.distributed.auto_model` or `fully_shard` gave it.
-        metric_key: Name of the metric in `evaluator.state.metrics`.
+        metric_key: Name of the metric in `evaluator.state.metrics`, or of the score.
         directory: Directory of the run.
+        score_function: Function of the evaluator that returns the score to observe in place of a metric, as
+            Ignite's `Checkpoint` takes it: a higher one is better, unless `higher_is_better` says otherwise.
         metric_property_provider: As in `BestKeeper`.
         training_state: As in `BestKeeper`: optimizers, schedulers and the like.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
@@ -46,7 +48,7 @@ class BestCheckpoint:
         keeper: Keeper of the present or last run of the trainer. `None` before the first.
 
     Raises:
-        ConfigError: If a setting is unknown or wrong.
+        ConfigError: If a setting is unknown or wrong, or lower values of what a score has the name of are better.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class BestCheckpoint:
         metric_key: str,
         *,
         directory: str | Path,
+        score_function: Callable[[Engine], Any] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         training_state: Mapping[str, Any] | None = None,
         **settings: Unpack[KeeperSettingsDict],
@@ -63,6 +66,10 @@ class BestCheckpoint:
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
         self._resume = checked.resume
+        arguments = checked.keeper_arguments()
+        if score_function is not None and checked.higher_is_better is None:
+            _refuse_if_lower_is_better(metric_key, metric_property_provider)
+            arguments["higher_is_better"] = True
         self._make_keeper = partial(
             BestKeeper,
             model,
@@ -70,23 +77,32 @@ class BestCheckpoint:
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             training_state=training_state,
-            **checked.keeper_arguments(),
+            **arguments,
         )
+        self._score_function = score_function
         self._trainer: Engine | None = None
+        self._data: Any = None
+        self._observed_data: Any = None
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
 
-    def attach(self, trainer: Engine, evaluator: Engine) -> None:
+    def attach(self, trainer: Engine, evaluator: Engine, *, data: Any = None) -> None:
         """Start and end with the runs of `trainer`, and observe those of `evaluator` in between. **Rank-local**.
 
         On every rank, and before a `Checkpoint` is attached to `evaluator`.
+
+        Args:
+            trainer: Engine that trains the model.
+            evaluator: Engine that evaluates it.
+            data: What `evaluator.run` is given where a run is observed, for an evaluator that runs on other data too.
+                `None` is any.
 
         Raises:
             ConfigError: If it is attached already.
         """
         if self._trainer is not None:
             raise ConfigError(f"the BestCheckpoint of {self.metric_key} is attached already; make one for each trainer")
-        self._trainer = trainer
+        self._trainer, self._data = trainer, data
         trainer.add_event_handler(Events.STARTED, self._start)
         evaluator.add_event_handler(Events.COMPLETED, self._observe, trainer)
 
@@ -136,15 +152,27 @@ class BestCheckpoint:
 
     def _observe(self, evaluator: Engine, trainer: Engine) -> None:
         """Observe the metric. **Collective**. Raises as `BestKeeper.observe`."""
-        if self._open is None:
+        if self._open is None or (self._data is not None and evaluator.state.dataloader is not self._data):
             return
         iteration = _iteration_of(trainer)
         # Often the model is evaluated once more when training ends, as it was at the end of the last epoch.
         if trainer.last_event_name == Events.COMPLETED and self._open.state.last_iteration == iteration:
             return
-        self._open.observe_reading(lambda: self._read(evaluator.state.metrics), iteration)
+        is_other = (
+            self._open.state.last_iteration == iteration and self._observed_data is not evaluator.state.dataloader
+        )
+        self._observed_data = evaluator.state.dataloader
+        self._open.observe_reading(lambda: self._read(evaluator, iteration if is_other else None), iteration)
 
-    def _read(self, metrics: Mapping[str, Any]) -> Reading:
+    def _read(self, evaluator: Engine, seen: TrainingIteration | None) -> Reading:
+        if seen is not None:
+            raise IterationError(
+                f"at {seen} the evaluator of {self.metric_key} ran on other data before, and either might be meant: "
+                "give attach() the data to observe, as data=..., or attach an evaluator that runs on it alone"
+            )
+        if self._score_function is not None:
+            return read_value(self._score_function(evaluator))
+        metrics: Mapping[str, Any] = evaluator.state.metrics
         if self.metric_key not in metrics:
             known = ", ".join(sorted(metrics)) or "none"
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
@@ -172,6 +200,18 @@ class BestCheckpoint:
         keeper, self._open = self._open, None
         if keeper is not None:
             keeper.abandon()
+
+
+def _refuse_if_lower_is_better(name: str, provider: MetricPropertyProvider | None) -> None:
+    try:
+        is_higher = (provider or MetricPropertyProvider()).higher_is_better(name)
+    except ConfigError:
+        return
+    if not is_higher:
+        raise ConfigError(
+            f"a higher score is better, as in Ignite, but of {name!r} a lower one is, by its name: give the score "
+            "another name, such as 'score', or say higher_is_better"
+        )
 
 
 def _raise_again(trainer: Engine, error: BaseException) -> NoReturn:

@@ -1,36 +1,43 @@
-"""`BestCheckpoint`: a callback of PyTorch Lightning that keeps the best of a run with a `BestKeeper`."""
+"""`BestCheckpoint`: a callback of PyTorch Lightning that keeps the best of a run with a `BestKeeper`.
+
+For trainers of `pytorch_lightning` and for those of `lightning.pytorch`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
+from keepbest.integrations.lightning_export import export_checkpoint, show_to
+from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
+from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
 # What the newest checkpoint of Lightning names is kept under one tag: no hook says which of them are removed.
 _PIN = "lightning"
-# Lightning has it since 2.6.
-_WEIGHT_AVERAGING: type | tuple[()] = getattr(callbacks, "WeightAveraging", ())
 
 
 class BestCheckpoint(Callback):
     """Observes a metric of `trainer.callback_metrics` after each validation of `fit`, except the sanity check.
 
-    Where there is no validation, it observes at the end of each training epoch. Its state is in the checkpoints that
-    Lightning writes. `fit(ckpt_path=...)` resumes it from there.
+    Where there is no validation, it observes at the end of each training epoch, and with `every_n_train_steps` within
+    the epochs in place of both. Its state is in the checkpoints that Lightning writes. `fit(ckpt_path=...)` resumes it
+    from there, and another `fit` of the same trainer continues.
 
     A value that Lightning has reduced already (`sync_dist=True`) is the same on all ranks, and
     `metric_reduction="mean"` keeps exactly this value. `"identical"` refuses values that were not reduced. `"sum"`
@@ -38,9 +45,11 @@ class BestCheckpoint(Callback):
 
     Args:
         metric_key: Name under which the LightningModule logs the metric: in validation, or, where there is none, in
-            training with `on_epoch=True`.
+            training with `on_epoch=True`. With `every_n_train_steps`, in `training_step`.
         directory: Directory of the run. `None` is the trainer's `default_root_dir`, which stays the same when a run is
             resumed, while each start of a logger has a folder of its own.
+        every_n_train_steps: Number of updates after which the metric is observed, as Lightning counts them. `None`
+            observes validations, or epochs.
         metric_property_provider: As in `BestKeeper`.
         save_training_state: Whether optimizers and schedulers are kept with each best: as the training states
             `optimizer` and `scheduler`, or `optimizer.0` and so on where there are several.
@@ -60,12 +69,16 @@ class BestCheckpoint(Callback):
         metric_key: str,
         *,
         directory: str | Path | None = None,
+        every_n_train_steps: int | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         save_training_state: bool = False,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ConfigError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.metric_key = metric_key
+        self._every = every_n_train_steps
         self.keeper: BestKeeper | None = None
         self._directory = None if directory is None else local_path(directory)
         self._id = checked.id
@@ -80,6 +93,9 @@ class BestCheckpoint(Callback):
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
         self._epoch_to_observe: TrainingIteration | None = None
+        self._module: LightningModule | None = None  # that of the last fit
+        self._is_asked = False  # for the best as a checkpoint
+        self._is_rank_0 = self._is_alone = False
 
     @property
     def state_key(self) -> str:
@@ -92,6 +108,33 @@ class BestCheckpoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from this state when training starts. **Rank-local**."""
         self._loaded = state_dict
+
+    @property
+    def best_model_path(self) -> str:
+        """A checkpoint of Lightning with the best weights, in the directory of the run; empty before there is a best.
+
+        **Rank-local**: rank 0 writes it when it is first asked for, with `export_checkpoint`. Other ranks know its name
+        alone.
+
+        Raises:
+            KeepBestError: As `export_checkpoint`.
+        """
+        path = self._checkpoint_of_best()
+        if path is not None and self._is_rank_0:
+            self._write_best(path)
+        return "" if path is None else str(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be the best that `ckpt_path="best"` of the trainer's other methods names, and write it for them.
+
+        **Collective**. Raises as `best_model_path`, on every rank.
+        """
+        if stage == "fit":
+            self._loaded = {}  # what a checkpoint that was tested, for example, had
+            show_to(trainer, self._name_best)
+        elif self.keeper is not None:
+            # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
+            Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the run folder, unless this is a `fast_dev_run`. **Collective**.
@@ -106,12 +149,20 @@ class BestCheckpoint(Callback):
         # Lightning's Trainer sets both in a helper, where type checkers do not see them.
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if any(isinstance(callback, _WEIGHT_AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(isinstance(callback, WEIGHT_AVERAGINGS) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError(
                 "WeightAveraging validates averaged weights, and puts those in training back before they could be "
                 f"saved as what reached {self.metric_key}: use one of WeightAveraging and BestCheckpoint"
             )
-        _refuse_if_never_validated(trainer)
+        if self._every is None:
+            refuse_if_never_validated(trainer)
+        else:
+            refuse_if_never_at_a_step(trainer, self._every)
+        # A trainer that fits once more, for example for more epochs, continues from where this callback was.
+        if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
+            self._loaded = self.keeper.state_dict()
+        self._module, self._is_rank_0 = pl_module, trainer.is_global_zero
+        self._is_alone = trainer.world_size == 1
         model = pl_module if trainer.model is None else trainer.model
         self.keeper = self._make_keeper(
             model,
@@ -120,7 +171,7 @@ class BestCheckpoint(Callback):
         )
         if self._loaded:
             self.keeper.load_state_dict(self._loaded)
-            self._loaded = {}  # another fit of this callback loads its own, or starts anew
+            self._loaded = {}
         self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
         self._open, self._epoch_to_observe = self.keeper, None
 
@@ -130,14 +181,27 @@ class BestCheckpoint(Callback):
         Raises:
             KeepBestError: On every rank, as `BestKeeper.observe`.
         """
-        self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
+        if self._every is None:
+            self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """With `every_n_train_steps`, observe after that many. **Collective**. Raises as `on_validation_end`."""
+        if self._every is None or self._open is None or trainer.global_step % self._every:
+            return
+        last = self._open.state.last_iteration
+        # Several batches may come between two updates.
+        if trainer.global_step > (0 if last is None or last.update is None else last.update):
+            iteration = _iteration_of(trainer, trainer.current_epoch + 1)
+            self._observe(trainer, iteration, f"update {trainer.global_step}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation, observe as soon as the module has logged the metric. **Rank-local**.
 
         What the module logs at the end of the epoch, it logs after this hook. The next of the hooks below observes.
         """
-        if not _validates(trainer):
+        if self._every is None and not validates(trainer):
             self._epoch_to_observe = _iteration_of(trainer, trainer.current_epoch + 1)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,6 +234,26 @@ class BestCheckpoint(Callback):
         if (keeper := self._let_go()) is not None:
             keeper.abandon()
 
+    def _checkpoint_of_best(self) -> Path | None:
+        if self.keeper is None or self.keeper.best_path is None:
+            return None
+        # The name of the snapshot is in it: another best is another file.
+        return self.keeper.directory / f"{self.keeper.name}={self.keeper.best_path.name}.ckpt"
+
+    def _name_best(self) -> str:
+        """As `best_model_path`, but where other ranks would wait for rank 0, `setup` writes it."""
+        self._is_asked = True
+        return self.best_model_path if self._is_alone else str(self._checkpoint_of_best() or "")
+
+    def _write_if_asked(self) -> None:
+        if self._is_asked and (path := self._checkpoint_of_best()) is not None:
+            self._write_best(path)
+        self._is_asked = False
+
+    def _write_best(self, path: Path) -> None:
+        if self.keeper is not None and self._module is not None and not path.exists():
+            export_checkpoint(self.keeper.directory, self.keeper.name, path, self._module)
+
     def _observe_epoch(self, trainer: Trainer) -> None:
         iteration, self._epoch_to_observe = self._epoch_to_observe, None
         if iteration is not None:
@@ -190,52 +274,10 @@ class BestCheckpoint(Callback):
         return read_value(metrics[self.metric_key])
 
 
-def _validates(trainer: Trainer) -> bool:
-    # There are no numbers yet where the first epochs are not validated.
-    numbers = trainer.num_val_batches
-    return trainer.enable_validation and (not numbers or sum(numbers) > 0)
-
-
-def _refuse_if_never_validated(trainer: Trainer) -> None:
-    # By now Lightning has put a number of batches in place of a fraction of an epoch.
-    every, batches, interval = trainer.check_val_every_n_epoch, trainer.num_training_batches, trainer.val_check_batch
-    if interval is None:  # it is a time
-        return
-    if every is None:
-        is_never = _most_batches(trainer) < interval
-    elif math.isinf(batches):
-        is_never = trainer.max_epochs is not None and 0 < trainer.max_epochs < every
-    else:
-        is_never = _most_batches(trainer) < (every - 1) * batches + min(interval, batches)
-    if is_never and _validates(trainer):
-        raise ConfigError(
-            f"training ends before it is first validated, so nothing would be observed: max_epochs="
-            f"{trainer.max_epochs} and max_steps={trainer.max_steps}, with {batches} batches in an epoch; "
-            f"check_val_every_n_epoch={every} and a validation after each {interval} batches. "
-            "Train for longer, or validate earlier"
-        )
-
-
-def _most_batches(trainer: Trainer) -> float:
-    """At most how many batches are trained, from the first fit on."""
-    batches, updates = trainer.num_training_batches, trainer.max_steps
-    most = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * batches
-    is_scheduled = any(
-        isinstance(callback, callbacks.GradientAccumulationScheduler)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
-    if updates < 0 or is_scheduled or not trainer.lightning_module.automatic_optimization:
-        return most
-    each = trainer.accumulate_grad_batches
-    if math.isinf(batches):
-        return min(most, updates * each)
-    epochs, rest = divmod(updates, math.ceil(batches / each))  # the end of an epoch makes an update of what is there
-    return min(most, epochs * batches + min(rest * each, batches))
-
-
 def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:
     """The present iteration. Only its batches differ between validations without an update in between."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    # After a batch it is completed only when the callbacks have seen it.
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
     return TrainingIteration(epoch=epoch, update=trainer.global_step, batch=batches)
 
 

@@ -37,7 +37,9 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     Args:
         metric_key: Name of the metric in what an evaluation reports. `eval_` is put before it where it is absent.
             `None` is the `metric_for_best_model` of the training arguments.
-        directory: Directory of the run. `None` is the `output_dir` of the training arguments.
+        directory: Directory of the run. `None` is the `output_dir` of the training arguments. Each trial of a
+            `hyperparameter_search` has a run in a folder there, which is named as the Trainer names that of its
+            checkpoints: by `hp_name`, or `run-0` and so on in the order in which this process starts them.
         save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
             states `optimizer` and `scheduler`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md. Without
@@ -70,6 +72,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._open: BestKeeper | None = None
         self._is_due = False
         self._reported: set[str] = set()
+        self._trials = 0
+        self._attempt: tuple[Any, int] = None, 0
 
     def state(self) -> dict[str, Any]:
         """The settings, from which the Trainer may make the callback anew, and the keeper's state. **Rank-local**."""
@@ -93,21 +97,30 @@ class BestCheckpoint(TrainerCallback, ExportableState):
 
         Raises:
             ConfigError: On every rank, if the metric or its direction is not known, training ends before the first
-                evaluation, or DeepSpeed has the weights.
+                evaluation, or the training state of DeepSpeed is to be kept.
             KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
+        starts_over = self._starts_over(args, state)
         self._leave()  # a training that ended by an exception calls no hook
-        if args.deepspeed_plugin is not None:
+        if args.deepspeed_plugin is not None and self._saves_training_state:
             raise ConfigError(
-                "expected a model on one device, or one of DDP or FSDP, but the Trainer has one of DeepSpeed, "
-                "whose weights keepbest cannot gather: save it by its own means"
+                "save_training_state: the optimizer of DeepSpeed has its state in a form of its own, which keepbest "
+                "cannot gather; leave it out, and resume from the Trainer's checkpoints"
             )
         _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
         settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
+        directory = self._directory or local_path(str(args.output_dir))
+        if state.is_hyper_param_search:
+            # The number that the Trainer has is not shown to callbacks.
+            self._trials += not starts_over
+            trial = state.trial_name or f"run-{self._trials - 1}"
+            directory /= trial
+            # A search that starts again has other trials.
+            settings |= {"resume": None, "remote": settings["remote"] and f"{settings['remote']}/{trial}"}
         keeper = BestKeeper(
             kwargs["model"],
-            directory=self._directory or str(args.output_dir),
+            directory=directory,
             metric_key=key,
             training_state=_training_state(**kwargs) if self._saves_training_state else None,
             **settings,
@@ -117,8 +130,9 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if loaded is not None and state.global_step > 0:
             keeper.load_state_dict(loaded)
         begun = TrainingIteration(update=state.global_step)
-        keeper.start(at=begun if self._settings.resume == "ledger" else None)
+        keeper.start(at=begun if settings["resume"] == "ledger" or starts_over else None)
         self.keeper = self._open = keeper
+        self._attempt = _attempt_of(state)
         self._is_due, self._reported = False, set()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -180,6 +194,12 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         keeper, self._open = self._open, None
         if keeper is not None:
             keeper.close()
+
+    def _starts_over(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether this is the same `train`, with fewer samples in a batch after the memory did not suffice."""
+        (trial, samples), (trial_before, samples_before) = _attempt_of(state), self._attempt
+        is_smaller = trial == trial_before and samples < samples_before
+        return self._open is not None and args.auto_find_batch_size and is_smaller
 
     def _direction(self, args: TrainingArguments, key: str) -> bool | None:
         if self._settings.higher_is_better is not None or args.metric_for_best_model is None:
@@ -266,3 +286,8 @@ def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
 def _training_state(*, optimizer: Any, lr_scheduler: Any, **_: Any) -> dict[str, Any]:
     """What a hook gets that is kept with each best."""
     return {"optimizer": optimizer, "scheduler": lr_scheduler}
+
+
+def _attempt_of(state: TrainerState) -> tuple[Any, int]:
+    """The trial of a search, and the number of samples in a batch."""
+    return (state.trial_name, state.trial_params), state.train_batch_size or 0

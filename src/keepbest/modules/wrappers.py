@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.kinds import is_activation_wrapper, is_compiled, is_fsdp1
+from keepbest.modules.zero import is_deepspeed_engine
 
 _T = TypeVar("_T")
 _COUNT = "n_averaged"  # of averaged models: a buffer of `AveragedModel` that is no weight of the model
@@ -40,6 +41,7 @@ def _holds_module(module: nn.Module) -> bool:
 
 _KINDS = (
     _WrapperKind(_holds_module, "module", shows=True),
+    _WrapperKind(is_deepspeed_engine, "module", shows=True),
     _WrapperKind(is_compiled, "_orig_mod", shows=True),
     _WrapperKind(is_fsdp1, "_fsdp_wrapped_module", shows=False),
     _WrapperKind(is_activation_wrapper, "_checkpoint_wrapped_module", shows=False),

@@ -16,6 +16,7 @@ from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
+from keepbest.modules.zero import whole_parameters
 from keepbest.ranks import Number, Ranks
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
@@ -95,7 +96,8 @@ class Saver:
         Raises:
             ConfigError: On every rank, if it cannot. It names the weight, the ranks and the way out.
         """
-        self._inventory.take(step)
+        with whole_parameters(self._inventory.items.model):
+            self._inventory.take(step)
 
     def check_folder(self, step: str) -> None:
         """Check that the ranks that write see one folder. **Collective** where several write.
@@ -138,6 +140,10 @@ class Saver:
             StorageError: On every rank, if they cannot be written. In the background the next exchange raises it.
             KeepBestError: As the capture of the format.
         """
+        with whole_parameters(self._inventory.items.model):
+            self._save(kept, step)
+
+    def _save(self, kept: Kept, step: str) -> None:
         iteration, items = kept.observation.iteration, self._inventory.items
         states = tuple((each, id(thing)) for each, thing in items.training_state.items())
         content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name, states)

@@ -103,7 +103,7 @@ def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, model=N
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=STRATEGIES[strategy]() if ranks > 1 else "auto",
+        strategy=STRATEGIES[strategy]() if ranks > 1 else "ddp_fork" if strategy == "fork" else "auto",
         default_root_dir=directory,
         callbacks=callbacks,
         enable_model_summary=False,

@@ -1,0 +1,137 @@
+"""`export_checkpoint`: a best as a checkpoint that Lightning loads. And how a trainer finds it as its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from keepbest.errors import ConfigError
+from keepbest.export import export
+from keepbest.formats import torch_file
+from keepbest.integrations.lightning_packages import CHECKPOINTS, VERSION, Checkpoint, monitors
+from keepbest.remote.download import local_copy, snapshot_of
+from keepbest.remote.storage import local_path
+from keepbest.run.files import Files
+from keepbest.run.layout import TEMPORARY
+from keepbest.run.manifest import Manifest
+from keepbest.run.reader import find_ref, read_history
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+_files = Files()
+
+
+def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: LightningModule) -> Path:
+    """Write the weights that `ref` names as a checkpoint of Lightning, verified before. **Rank-local**.
+
+    `Module.load_from_checkpoint(to)` loads it, and so does `ckpt_path=to` of `trainer.test`, `validate` and `predict`.
+    It holds no optimizer, so `fit` does not resume from it. The module gives its hyperparameters, and what its hook
+    `on_save_checkpoint` adds, but no weights.
+
+    Args:
+        run: Directory of the run, or the URL of its remote copy.
+        ref: Name of the ref, for example `best_model.loss.val`.
+        to: File to write. It must not exist.
+        module: Module that was trained, or one that was made like it.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: If there is a file already, or the run kept parts of the module alone (`model_names`).
+        SnapshotError: If there is no such run or ref, or a file is missing or damaged.
+        OSError: Any refusal of the file system. Nothing is left at `to` then.
+    """
+    to = local_path(to)
+    if to.exists():
+        raise ConfigError(f"{to} exists; nothing is overwritten")
+    weights, written = (to.with_name(f"{TEMPORARY}{kind}-{to.stem}.pt") for kind in ("weights", "checkpoint"))
+    _remove(weights, written)
+    try:
+        manifest = _export_whole(run, ref, weights)
+        # Mapped from the file, so that they take no memory.
+        state = torch.load(weights, mmap=True, weights_only=True)
+        torch_file.FORMAT.write_file(_files, written, {"state_dict": state, **_around(manifest, module)})
+        _files.rename(written, to)
+        _files.sync_folder(to.parent)
+    finally:
+        _remove(weights, written)
+    return to
+
+
+def _export_whole(run: Path | str, ref: str, to: Path) -> Manifest:
+    with local_copy(run, snapshot_of(ref)) as directory:
+        manifest = find_ref(directory, read_history(directory), ref).manifest
+        parts = [part.name for part in manifest.saved_parts if part.path]
+        if parts:
+            raise ConfigError(
+                f"expected the weights of a whole LightningModule, but {ref} has its parts {', '.join(parts)} alone "
+                "(model_names); load it with keepbest.load"
+            )
+        export(directory, ref, to)
+    return manifest
+
+
+def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:
+    """What Lightning has in a checkpoint beside weights, where it saves weights only."""
+    iteration = manifest.iteration
+    around: dict[str, Any] = {
+        "epoch": iteration.epoch or 0,
+        "global_step": iteration.update or 0,
+        "pytorch-lightning_version": VERSION,
+    }
+    if module.hparams:
+        # The name of the argument that had them all, where there was one. Lightning has no other way to it.
+        around[module.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(module, "_hparams_name", None)
+        is_plain = isinstance(module.hparams, dict)
+        around[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams) if is_plain else module.hparams
+        if not is_plain:  # those of OmegaConf
+            around[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
+    module.on_save_checkpoint(around)
+    return around
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        _files.remove(path)
+
+
+class BestOfTrainer(Checkpoint):
+    """Stands among the callbacks of a trainer, where it looks for its best.
+
+    The trainer takes the first of its checkpoint callbacks, by their class. It also calls those last, and where it is
+    made with one it adds none itself. So this one has no hook, and comes when the trainer was made.
+    """
+
+    def __init__(self, find_path: Callable[[], str], replaced: Any) -> None:
+        self._find_path = find_path
+        self._replaced = replaced
+
+    @property
+    def best_model_path(self) -> str:
+        return self._find_path()
+
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of `trainer.checkpoint_callback` is what it was before, such as `last_model_path`."""
+        replaced = self.__dict__.get("_replaced")
+        if replaced is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(replaced, name)
+
+
+def show_to(trainer: Trainer, find_path: Callable[[], str]) -> None:
+    """Let `ckpt_path="best"` be this path, unless a callback that monitors a metric has a best already."""
+    if "MultiProcessing" in type(trainer.strategy.launcher).__name__:
+        return  # a process that ends after this: the path would go back to another callback, which takes it for its own
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    checkpoints = [each for each in callbacks if isinstance(each, CHECKPOINTS)]
+    if any(isinstance(each, BestOfTrainer) or monitors(each) for each in checkpoints):
+        return
+    place = callbacks.index(checkpoints[0]) if checkpoints else len(callbacks)
+    # A new list: the trainer is going through the old one.
+    shown = BestOfTrainer(find_path, checkpoints[0] if checkpoints else None)
+    trainer.callbacks = [*callbacks[:place], shown, *callbacks[place:]]  # type: ignore[attr-defined]

@@ -1,0 +1,238 @@
+"""How trainers of Lightning are used: within epochs, more than once, for tests of the best, from either package."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from keepbest import load
+from keepbest.errors import ConfigError, StorageError
+from keepbest.integrations.lightning import BestCheckpoint
+from keepbest.integrations.lightning_export import export_checkpoint
+from keepbest.run.files import Files
+from tests.integrations.faces.face import VALUES, weights_of
+from tests.integrations.faces.lightning import METRIC, Lightning, Model, Peer, fit
+from tests.kit.pool import run_ranks
+from tests.kit.runs import ledger, refs
+
+FACE = Lightning()
+
+
+class LogsSteps(Model):
+    """Logs the next of its values in each batch of training."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("loss/train", self.values[(2 * self.current_epoch + batch_idx) % len(self.values)])
+        return super().training_step(batch, batch_idx)
+
+
+# Ends of the interval that observes: every update, every third, and every second where an update takes two batches.
+@pytest.mark.parametrize(
+    ("every", "settings", "steps", "best"),
+    [
+        (1, {}, range(1, 9), "E3_U6_B6"),
+        (3, {}, [3, 6], "E3_U6_B6"),
+        (2, {"accumulate_grad_batches": 2, "max_epochs": 4}, [2, 4], "E4_U4_B8"),
+    ],
+)
+def test_training_metric_is_observed_after_updates(every, settings, steps, best, tmp_path):
+    adapter = BestCheckpoint("loss/train", every_n_train_steps=every, tolerances=[0])
+    oracle = ModelCheckpoint(tmp_path, "best", monitor="loss/train", every_n_train_steps=every)
+    settings = {"max_epochs": 4, "model": LogsSteps, **settings}
+    # Lightning leaves a checkpoint at the last batch of an epoch to the validation that follows.
+    trainer = fit(tmp_path, VALUES, [oracle, adapter], limit_val_batches=0, **settings)
+    assert [entry["iteration"].split("_")[1] for entry in observations(tmp_path)] == [f"U{step}" for step in steps]
+    [(ref, *_), *_] = refs(tmp_path).items()
+    loaded = load(tmp_path, ref, model := Model())
+    assert (str(loaded.iteration), loaded.value) == (best, oracle.best_model_score.item())
+    assert weights_of(model.state_dict()) == FACE.weights_of_checkpoint(oracle.best_model_path)
+    assert trainer.global_step >= max(steps)
+
+
+def observations(directory):
+    return [line for line in ledger(directory) if line["event"] == "observation"]
+
+
+def test_validations_are_not_observed_beside_updates(tmp_path):
+    fit(tmp_path, VALUES[:4], [BestCheckpoint("loss/train", every_n_train_steps=3)], model=LogsSteps)
+    assert [line["iteration"] for line in observations(tmp_path)] == ["E2_U3_B3", "E3_U6_B6"]
+
+
+@pytest.mark.parametrize(("every", "message"), [(5, "before update 5.*it makes 4 updates"), (0, "must be at least 1")])
+def test_number_of_updates_that_never_comes_is_refused(every, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, VALUES[:2], [BestCheckpoint("loss/train", every_n_train_steps=every)], model=LogsSteps)
+
+
+def test_trainer_that_fits_again_continues_in_its_folder(tmp_path):
+    whole, parts = (BestCheckpoint(METRIC, tolerances=[0, 5]) for _ in range(2))
+    fit(tmp_path / "whole", VALUES, [whole])
+    trainer = fit(tmp_path / "parts", VALUES, [parts], max_epochs=3)
+    module, data = trainer.lightning_module, (trainer.train_dataloader, trainer.val_dataloaders)
+    trainer.save_checkpoint(tmp_path / "older.ckpt")
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, *data)
+    trainer.validate(module, data[1], ckpt_path=tmp_path / "older.ckpt", verbose=False)
+    trainer.fit_loop.max_epochs = 8
+    trainer.fit(module, *data)
+    assert FACE.observed(tmp_path / "parts") == FACE.observed(tmp_path / "whole")
+    assert parts.keeper.state == whole.keeper.state
+    assert {ref: entry[:2] for ref, entry in FACE.kept(tmp_path / "parts").items()} == {
+        ref: entry[:2] for ref, entry in FACE.kept(tmp_path / "whole").items()
+    }
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def test_state_of_a_validated_checkpoint_is_not_continued(tmp_path):
+    data = fit(tmp_path / "old", VALUES[:3], [BestCheckpoint(METRIC), ModelCheckpoint(tmp_path, "old")]).val_dataloaders
+    best = BestCheckpoint(METRIC, directory=tmp_path / "new")
+    trainer = Trainer(max_epochs=2, enable_checkpointing=False, callbacks=[best], **QUIET)
+    trainer.validate(module := Model(VALUES), data, ckpt_path=tmp_path / "old.ckpt", verbose=False)
+    trainer.fit(module, data, data)
+    assert FACE.observed(tmp_path / "new") == [("E1_U2_B2", 5.0), ("E2_U4_B4", 3.0)]
+
+
+class Sized(Model):
+    """Has a hyperparameter, and something of its own in a checkpoint. Tests whether its weights are the expected."""
+
+    def __init__(self, values=(), width=4, **settings):
+        super().__init__(values, **settings)
+        self.save_hyperparameters("width")
+        self.register_buffer("wide", torch.ones(width))
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["words"] = ["a", "b"]
+
+    def on_load_checkpoint(self, checkpoint):
+        self.words = checkpoint["words"]
+
+    def test_step(self, batch, batch_idx):
+        self.tested = weights_of(self.state_dict())
+
+
+def make_sized(values, **settings):
+    return Sized(values, width=7, **settings)
+
+
+def fit_and_test(directory, monitor=None):
+    best, own = BestCheckpoint(METRIC), ModelCheckpoint(directory / "own", "{epoch}", monitor, mode="max")
+    trainer = fit(directory, VALUES, [own, best], model=make_sized)
+    module = trainer.lightning_module
+    trainer.test(module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
+    shown = trainer.checkpoint_callback
+    return module.tested, shown.best_model_path, shown.last_model_path, best.best_model_path, own.best_model_path
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_trainer_tests_the_best_and_lightning_loads_it(world_size, tmp_path):
+    for tested, shown, _, path, own in run_ranks(fit_and_test, world_size, tmp_path, init=world_size > 1):
+        module = Sized.load_from_checkpoint(path)
+        load(tmp_path, FACE.ref, expected := make_sized([]))
+        assert weights_of(module.state_dict()) == weights_of(expected.state_dict()) == tested
+        assert (module.hparams.width, module.words) == (7, ["a", "b"])
+        assert shown == path == str(tmp_path / f"{FACE.ref}=E6_U12_B12.ckpt") != own
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (6, 12)
+    assert not any(each.name.startswith(".") for each in tmp_path.iterdir())
+
+
+def test_best_of_a_checkpoint_with_a_monitor_stays_the_best(tmp_path):
+    tested, shown, _, path, own = fit_and_test(tmp_path, METRIC)
+    assert shown == own != path
+    assert tested == FACE.weights_of_checkpoint(own) == FACE.weights_of_checkpoint(tmp_path / "own" / "epoch=6.ckpt")
+
+
+def refuse(files, old, new):
+    raise OSError(28, "no space left", str(new))
+
+
+def fit_in_a_fork(directory):
+    own = ModelCheckpoint(directory, "own")
+    trainer = fit(directory, VALUES[:2], [BestCheckpoint(METRIC), own], strategy="fork")
+    return own.best_model_path, trainer.checkpoint_callback is own
+
+
+def test_best_of_processes_that_have_ended_is_left_to_lightning(tmp_path):
+    assert run_ranks(fit_in_a_fork, 1, tmp_path, init=False) == [(str(tmp_path / "own.ckpt"), True)]
+    assert refs(tmp_path) == {FACE.ref: "E2_U4_B4"}
+
+
+def look_for_best_on_full_disk(directory):
+    trainer = fit(directory, VALUES[:2], [BestCheckpoint(METRIC)], model=make_sized)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Files, "rename", refuse)
+        with pytest.raises(StorageError, match=r"on rank 0 of 2.*no space left"):
+            trainer.test(trainer.lightning_module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
+
+
+def test_best_that_cannot_be_written_is_raised_on_every_rank(tmp_path):
+    run_ranks(look_for_best_on_full_disk, 2, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_parts_alone_make_no_checkpoint_of_lightning(tmp_path):
+    fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC, model_names=["layers"])])
+    with pytest.raises(ConfigError, match=r"has its parts layers alone \(model_names\)"):
+        export_checkpoint(tmp_path, FACE.ref, tmp_path / "best.ckpt", Model())
+    (tmp_path / "there.ckpt").touch()
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt", Model())
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_nan_counts_as_an_interval_and_ends_no_training(check_finite, tmp_path):
+    values = [5.0, math.nan, 4.0, math.nan, 6.0, 3.0]
+    fit(tmp_path, values, [BestCheckpoint(METRIC, tolerances=[0, 1])])
+    found = {ref: entry[1] for ref, entry in FACE.kept(tmp_path).items()}
+    assert found == {"": 3.0, ".tolerance=0": 5.0, ".tolerance=1": 4.0}
+    stopper = EarlyStopping(METRIC, patience=2, check_finite=check_finite)
+    trainer = fit(tmp_path / "stopped", values, [only := Peer(tmp_path, 1), stopper])
+    # With it Lightning stops at the first NaN, whatever the patience; without it, as the tolerance says.
+    assert trainer.current_epoch == (2 if check_finite else 5)
+    assert only.best_model_score.item() == (5.0 if check_finite else 4.0)
+
+
+def test_trainer_of_the_other_package_takes_the_callback(tmp_path):
+    reason = "the package lightning is not installed"
+    lightning = pytest.importorskip("lightning.pytorch", reason=reason, exc_type=ImportError)
+    warnings.simplefilter("ignore")
+
+    class Other(lightning.LightningModule):
+        def __init__(self, width=3):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(width, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.log(METRIC, VALUES[self.current_epoch])
+
+        def test_step(self, batch, batch_idx):
+            self.tested = weights_of(self.state_dict())
+
+        configure_optimizers = Model.configure_optimizers
+
+    best = BestCheckpoint(METRIC, directory=tmp_path)
+    trainer = lightning.Trainer(max_epochs=3, callbacks=[best], **QUIET)
+    batches = DataLoader(TensorDataset(torch.randn(4, 5)), batch_size=2)
+    trainer.fit(module := Other(width=5), batches, batches)
+    trainer.test(module, batches, ckpt_path="best", verbose=False)
+    loaded = Other.load_from_checkpoint(best.best_model_path)
+    assert weights_of(loaded.state_dict()) == module.tested
+    assert refs(tmp_path) == {FACE.ref: "E2_U4_B4"}
