@@ -21,6 +21,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 
 PUBLIC_NAMES = [
     "BestKeeper",
+    "EveryRank",
     "KeepBestError",
     "LoadedSnapshot",
     "MetricPropertyProvider",
@@ -35,6 +36,7 @@ PUBLIC_NAMES = [
 # What docs/reference.md documents: a name that goes, or comes, is seen here.
 DOCUMENTED_NAMES = [
     "BestKeeper",
+    "EveryRank",
     "abandon",
     "Outcome",
     "TrainingIteration",
@@ -88,6 +90,7 @@ PATH = [
     "settings",
     "settings_dict",
     "validation",
+    "new_best",
     "saving",
     "capture",
     "remote",

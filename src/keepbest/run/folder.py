@@ -68,6 +68,7 @@ class RunFolder:
         self._is_claimed = False
         self._lock = lock(self.path / LOCK)
         self._ledger: LedgerFile | None = None
+        self._held: list[str] = []  # once for each that needs it
         self.history = History()
         self.is_resumed = False
 
@@ -178,10 +179,17 @@ class RunFolder:
         """
         self.append(event, durable=True, withdraw=withdraw)
         self._links.show(self.history.refs)
-        try:
-            self._collect()
-        except OSError as error:
-            _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
+        self._collect_or_warn()
+
+    def hold(self, snapshot: str) -> None:
+        """Keep a snapshot, even if nothing names it any more, until `let_go`."""
+        self._held.append(snapshot)
+
+    def let_go(self, snapshot: str) -> None:
+        """End a `hold`, and remove the snapshot if nothing names it any more."""
+        self._held.remove(snapshot)
+        if snapshot not in self.history.kept():
+            self._collect_or_warn()
 
     def catch_up(self) -> None:
         """Bring what is known up to the ledger, where an interruption came between the two.
@@ -271,9 +279,15 @@ class RunFolder:
         self.history = History.of(events)
         self.is_resumed = not self.history.is_empty
 
+    def _collect_or_warn(self) -> None:
+        try:
+            self._collect()
+        except OSError as error:
+            _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
+
     def _collect(self) -> None:
-        """Remove snapshots that nothing names; those that the remote copy still needs stay."""
-        kept = self.history.kept()
+        """Remove snapshots that nothing names; those that are held or that the remote copy still needs stay."""
+        kept = self.history.kept() | set(self._held)
         if self.copy is not None and self._is_followed and self._ledger is not None:
             self.copy.follow(self._committed(self._ledger.size))
             kept |= self.copy.held()

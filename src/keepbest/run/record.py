@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,15 @@ class Revision(NamedTuple):
     def from_json(cls, revision: Sequence[Any]) -> Revision:
         """The inverse of `to_json`."""
         return cls(BestState.from_json(revision[0]), revision[1])
+
+    def to_text(self) -> str:
+        """As text; `from_text` is the inverse."""
+        return json.dumps(self.to_json())
+
+    @classmethod
+    def from_text(cls, text: str) -> Revision:
+        """The inverse of `to_text`."""
+        return cls.from_json(json.loads(text))
 
 
 class KeeperRecord:
@@ -188,13 +198,16 @@ class KeeperRecord:
         self._is_ahead = True
         self.observe(replace(observation, durable=False), {})
 
-    def keep(self, kept: Kept, snapshot: str, manifest: str) -> None:
+    def keep(self, kept: Kept, snapshot: str, manifest: str) -> bool:
         """Commit a new timeline best, or one of the top k, whose weights are durable, and move the refs.
 
         Args:
             kept: Observation, and what follows from it.
             snapshot: Name of the snapshot that holds the weights.
             manifest: Digest of its manifest.
+
+        Returns:
+            Whether it was recorded as a new best. After a save that failed this may be news to those who decided.
 
         Raises:
             OSError: Any refusal of the file system. Nothing was recorded then, unless the ledger `is_torn`.
@@ -205,6 +218,7 @@ class KeeperRecord:
         iteration, value = kept.observation.iteration, kept.observation.value
         event = Observed(self.keeper, iteration, value, snapshot, manifest, is_best=kept.is_new_best, refs=refs)
         self.folder.commit(event, withdraw=True)
+        return kept.is_new_best
 
     def supersede(self, observation: Observation) -> None:
         """Record a new timeline best whose weights nobody needs any more, since a better one follows.
