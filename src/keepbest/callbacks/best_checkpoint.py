@@ -11,6 +11,7 @@ from pydantic import Field
 
 from keepbest.callbacks.assemble import assemble_callbacks
 from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.component import Component
 from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
@@ -41,6 +42,9 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
             their keys start with `best=<metric key, with dots for slashes>/`.
         save_training_state: Whether optimizers, the place in the data and random states are kept with each best, so
             that `trainer.resume=best` continues from it.
+        on_new_best: Functions that rank 0 calls with the outcome and the path of each new best when it is on the disk,
+            each as the `kind` that makes it and its arguments. With `kind: keepbest.EveryRank` and the function as
+            `hook`, every rank calls it.
     """
 
     name: Literal["BestCheckpointCallback"] = "BestCheckpointCallback"
@@ -49,6 +53,7 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
         None
     )
     save_training_state: Annotated[bool, Field(strict=True)] = False
+    on_new_best: Annotated[tuple[Component, ...], Field(strict=False)] = ()
 
 
 class BestCheckpointCallback(PeriodicCallback):
@@ -87,6 +92,7 @@ class BestCheckpointCallback(PeriodicCallback):
             metric_property_provider=self.metric_property_provider,
             process_group=self.ranks.process_group,
             training_state=trainer_state(self.trainer, self.ranks) if config.save_training_state else None,
+            on_new_best=self.ranks.agree("build on_new_best", lambda: [hook.build() for hook in config.on_new_best]),
             **config.keeper_arguments(),
         )
         self.higher_is_better = self.keeper.policy.higher_is_better

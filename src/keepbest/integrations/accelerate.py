@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from keepbest.errors import ConfigError
 from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -38,6 +39,7 @@ class AcceleratedKeeper(BestKeeper):
         metric_property_provider: As in `BestKeeper`.
         process_group: As in `BestKeeper`.
         training_state: As in `BestKeeper`: optimizers, schedulers and the like, as `accelerator.prepare` returned them.
+        on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
 
     Raises:
@@ -55,6 +57,7 @@ class AcceleratedKeeper(BestKeeper):
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
         training_state: Mapping[str, Any] | None = None,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         if accelerator.distributed_type in _REFUSED:
@@ -75,6 +78,7 @@ class AcceleratedKeeper(BestKeeper):
             metric_property_provider=metric_property_provider,
             process_group=process_group,
             training_state=training_state,
+            on_new_best=on_new_best,
             **settings,
         )
         accelerator.register_for_checkpointing(self)

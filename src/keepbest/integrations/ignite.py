@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
@@ -38,6 +39,7 @@ class BestCheckpoint:
         directory: Directory of the run.
         metric_property_provider: As in `BestKeeper`.
         training_state: As in `BestKeeper`: optimizers, schedulers and the like.
+        on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if no state was loaded: at the iteration that
             training starts from, which may be the first.
@@ -57,6 +59,7 @@ class BestCheckpoint:
         directory: str | Path,
         metric_property_provider: MetricPropertyProvider | None = None,
         training_state: Mapping[str, Any] | None = None,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
@@ -70,6 +73,7 @@ class BestCheckpoint:
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             training_state=training_state,
+            on_new_best=on_new_best,
             **checked.keeper_arguments(),
         )
         self._trainer: Engine | None = None

@@ -16,6 +16,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
@@ -44,6 +45,7 @@ class BestCheckpoint(Callback):
         metric_property_provider: As in `BestKeeper`.
         save_training_state: Whether optimizers and schedulers are kept with each best: as the training states
             `optimizer` and `scheduler`, or `optimizer.0` and so on where there are several.
+        on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if Lightning has no checkpoint to resume from, or
             one without this callback: at the iteration that training starts from, which may be the first.
@@ -62,6 +64,7 @@ class BestCheckpoint(Callback):
         directory: str | Path | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         save_training_state: bool = False,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
@@ -75,6 +78,7 @@ class BestCheckpoint(Callback):
             BestKeeper,
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
+            on_new_best=on_new_best,
             **checked.keeper_arguments(),
         )
         self._loaded: dict[str, Any] = {}

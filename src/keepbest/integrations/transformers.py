@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook, check_hooks
 from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
@@ -40,6 +41,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         directory: Directory of the run. `None` is the `output_dir` of the training arguments.
         save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
             states `optimizer` and `scheduler`.
+        on_new_best: As in `BestKeeper`. The Trainer cannot keep functions in its checkpoints, so it goes without
+            `restore_callback_states_from_checkpoint`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md. Without
             `higher_is_better` the direction is `greater_is_better` of the training arguments if the metric is their
             `metric_for_best_model`, or else what the name of the metric says. `resume="ledger"` resumes a folder that
@@ -59,6 +62,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         *,
         directory: str | Path | None = None,
         save_training_state: bool = False,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         self.keeper: BestKeeper | None = None
@@ -67,6 +71,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._directory = None if directory is None else local_path(directory)
         self._settings = KeeperSettings.of(settings)
         self._saves_training_state = save_training_state
+        self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
         self._is_due = False
         self._reported: set[str] = set()
@@ -83,6 +88,18 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             },
             "attributes": {"resumed_state": None if self._open is None else self._open.state_dict()},
         }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """**Rank-local**.
+
+        Raises:
+            ConfigError: If the Trainer would make this callback anew, without its `on_new_best`.
+        """
+        if self._hooks and args.restore_callback_states_from_checkpoint:
+            raise ConfigError(
+                "with restore_callback_states_from_checkpoint the Trainer makes its callbacks anew from a checkpoint, "
+                "which cannot hold the functions of on_new_best: leave one of the two out"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,6 +127,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             directory=self._directory or str(args.output_dir),
             metric_key=key,
             training_state=_training_state(**kwargs) if self._saves_training_state else None,
+            on_new_best=self._hooks,
             **settings,
         )
         loaded = self._take_out(state, key)

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from keepbest.callbacks.config import CallBackBaseConfig, Discriminated, import_path
+from keepbest.callbacks.component import Component
+from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.data.container import DataContainer
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
@@ -90,38 +91,6 @@ class TrainerConfig(BaseModel):
         return self.effective_batch_size // parts
 
 
-class Component(BaseModel):
-    """Something that is built by a call of what `kind` names, with the other keys as keyword arguments.
-
-    Mappings with a `kind` among the arguments are built first, at any depth.
-
-    Attributes:
-        kind: Dotted path of a class or function.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    kind: str
-
-    def build(self, *arguments: Any) -> Any:
-        """Call what `kind` names. **Rank-local**.
-
-        Args:
-            *arguments: Positional arguments, before the keys of this config.
-
-        Raises:
-            ConfigError: If there is nothing at `kind`, or it does not take these arguments.
-        """
-        factory = import_path(self.kind, known=[])
-        named = {name: _built(value) for name, value in (self.model_extra or {}).items()}
-        try:
-            return factory(*arguments, **named)
-        except ConfigError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"cannot build {self.kind} with {sorted(named)}: {error}") from error
-
-
 class RunConfig(BaseModel):
     """A whole run. Unknown keys are refused.
 
@@ -186,13 +155,3 @@ def _optimizer_factory(component: Component) -> OptimizerFactory:
         return cast("Optimizer", component.build(parameters))
 
     return build
-
-
-def _built(value: Any) -> Any:
-    if isinstance(value, dict):
-        if "kind" in value:
-            return Component.model_validate(value).build()
-        return {key: _built(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_built(part) for part in value]
-    return value
