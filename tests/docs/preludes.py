@@ -32,6 +32,24 @@ os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_D
 boto3.client("s3").create_bucket(Bucket="bucket")
 model, val_loss = torch.nn.Linear(8, 1), 1.0
 """,
+    "docs/loggers.md": """
+import os
+
+import torch
+
+os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
+os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
+os.makedirs("runs")
+model = torch.nn.Linear(8, 1)
+
+
+def train_one_epoch(model):
+    torch.nn.init.normal_(model.weight)
+
+
+def evaluate(model):
+    return float(model.weight.square().mean())
+""",
     "docs/own-loop.md": """
 import torch
 
@@ -97,6 +115,9 @@ def train_on(batch):
         ],
     },
 }
+
+# {page: packages of its blocks of Python that the tests do without}
+NEEDS = {"docs/loggers.md": ("wandb", "mlflow")}
 
 # {page: {heading: the error that the block under it ends with}}
 ENDS_WITH = {"docs/own-loop.md": {"Signals": "PreemptedError"}}
