@@ -173,7 +173,7 @@ def test_ranks_with_different_hooks_are_refused(tmp_path):
     with start_ranks(differ, 2, tmp_path) as ranks:
         for outcome in ranks.collect():
             assert isinstance(outcome.exception, DesyncError)
-            assert "on_new_best: ['rank 0']" in str(outcome.exception)
+            assert "\n  rank 0: on_new_best=['rank 0']\n  rank 1: on_new_best=[]\n" in str(outcome.exception)
 
 
 @pytest.mark.parametrize("hooks", ["print", [print, 3], EveryRank("print"), {"a": print}], ids=str)

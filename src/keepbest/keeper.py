@@ -131,7 +131,7 @@ class BestKeeper:
         self._run.refuse_elsewhere()
         if self._phase != "new":
             return
-        resumes = f"{self._loaded} {self._settings.resume} {at}".encode()
+        resumes = f"loaded={self._loaded} at={at}".encode()
         step, from_ledger = self._opening, self._settings.resume == "ledger" or at is not None
         try:
             self._saver.look_at_weights(step)
@@ -348,7 +348,7 @@ class BestKeeper:
             self._settings.metric_reduction,
             failure=failure,
             note="" if revised is None else revised.to_text(),
-            state=f"{self.name} at {iteration} after {self._state}".encode(),
+            state=f"keeper={self.name} iteration={iteration} state=({self._state})".encode(),
             saving=self._is_rank_0_writing,
         )
         if iteration is None:

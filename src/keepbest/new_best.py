@@ -80,7 +80,7 @@ def check_hooks(hooks: object) -> tuple[Hook, ...]:
 
 def hooks_to_compare(hooks: Sequence[Hook]) -> str:
     """What must be equal on all ranks, in words. Functions themselves cannot be compared."""
-    return f"on_new_best: {['every rank' if isinstance(hook, EveryRank) else 'rank 0' for hook in hooks]}"
+    return f"on_new_best={['every rank' if isinstance(hook, EveryRank) else 'rank 0' for hook in hooks]}"
 
 
 class NewBests:

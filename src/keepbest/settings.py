@@ -218,10 +218,11 @@ class CheckedSettings:
 
     def to_compare(self) -> bytes:
         """What must be equal on all ranks: every setting, and what follows from them."""
-        found = f"higher is better: {self.policy.higher_is_better}, parts: {self.items.parts}"
-        states = f", training_state: {list(self.items.training_state)}" if self.items.training_state else ""
-        hooks = f", {hooks_to_compare(self.hooks)}" if self.hooks else ""
-        return f"{self.name}: {self.given}, {found}{states}{hooks}".encode()
+        found = f"is_higher_better={self.policy.higher_is_better} parts={self.items.parts}"
+        states = list(self.items.training_state)
+        return (
+            f"keeper={self.name} {self.given} {found} training_state={states} {hooks_to_compare(self.hooks)}".encode()
+        )
 
 
 def check_settings(

@@ -135,7 +135,9 @@ def test_callbacks(block, folder, monkeypatch):
             kept = runs.checkpoints(folder / "run")
             assert kept.keys() == names
             assert {file for each in kept.values() for file in each.files} == {f"{callback['model_names'][0]}.pt"}
-            assert any("best=loss.val.total/loss/test/total" in line for line in logged) == ("eval_callbacks" in callback)
+            assert any("best=loss.val.total/loss/test/total" in line for line in logged) == (
+                "eval_callbacks" in callback
+            )
             assert ("new best" in printed) == ("on_new_best" in callback)
 
 

@@ -46,6 +46,9 @@ class LoadedState:
     timeline: int | None
     state: BestState
 
+    def __str__(self) -> str:
+        return f"({self.keeper.name} of run {self.run_id}, timeline {self.timeline}: {self.state})"
+
     def to_json(self) -> dict[str, Any]:
         """JSON values only; `from_json` is the inverse."""
         state = {"run_id": self.run_id, "timeline": self.timeline, "state": self.state.to_json()}
