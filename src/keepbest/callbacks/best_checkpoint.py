@@ -21,7 +21,7 @@ from keepbest.errors import ConfigError
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import read_scalar
-from keepbest.run.reader import ledger_exists
+from keepbest.run.no_run import ledger_exists
 from keepbest.settings import CommonSettings
 
 if TYPE_CHECKING:

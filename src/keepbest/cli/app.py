@@ -165,7 +165,9 @@ def export_command(
     context: typer.Context,
     run: Run,
     ref: Annotated[str, typer.Argument(metavar="REF", help="Name of the checkpoint, as show prints it.")],
-    to: Annotated[Path, typer.Option(help="File that ends in .pt or .safetensors, or a folder for safetensors files.")],
+    to: Annotated[
+        Path, typer.Option(help="File that ends in .pt, .pth or .safetensors, or a folder for safetensors files.")
+    ],
     part: Annotated[
         Optional[str],  # noqa: UP045  # as above
         typer.Option(help="Submodel to export alone, with keys of its own."),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from keepbest.errors import LedgerError, RunExistsError
+from keepbest.errors import ConfigError, LedgerError, RunExistsError
 from keepbest.iteration import TrainingIteration
 from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
@@ -24,6 +24,7 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
+from keepbest.run.no_run import run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 
@@ -77,11 +78,16 @@ class RunFolder:
 
         Raises:
             RunExistsError: If another process owns the folder.
+            ConfigError: If it is inside of the folder of another run.
             LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
             OSError: Any refusal of the file system.
         """
         if self._is_claimed:
             return
+        if (run := run_around(self.path.parent)) is not None:
+            raise ConfigError(
+                f"{self.path.parent} is inside of a run; give the run itself, {run}, or another directory"
+            )
         check_frame(self.path.parent)
         self.files.make_folder(self.path / SNAPSHOTS)
         self._lock.acquire()
