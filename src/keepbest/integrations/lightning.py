@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,15 +12,18 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
 from typing_extensions import Unpack
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
+from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
+
+_logger = logging.getLogger(__name__)
 
 # What the newest checkpoint of Lightning names is kept under one tag: no hook says which of them are removed.
 _PIN = "lightning"
@@ -72,7 +76,7 @@ class BestCheckpoint(Callback):
         self.keeper: BestKeeper | None = None
         self._directory = None if directory is None else local_path(directory)
         self._id = checked.id
-        self._resume = checked.resume
+        self._resume, self._reduction = checked.resume, checked.metric_reduction
         self._saves_training_state = save_training_state
         self._make_keeper = partial(
             BestKeeper,
@@ -96,6 +100,14 @@ class BestCheckpoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from this state when training starts. **Rank-local**."""
         self._loaded = state_dict
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the sanity check has logged other metrics, and not this one. **Rank-local**.
+
+        Modules may log less in the sanity check than later, so this is no error.
+        """
+        if trainer.callback_metrics and trainer.is_global_zero and self.metric_key not in trainer.callback_metrics:
+            _logger.warning("%s", self._read(trainer.callback_metrics, "the sanity check").absent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the run folder, unless this is a `fast_dev_run`. **Collective**.
@@ -131,9 +143,13 @@ class BestCheckpoint(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
 
+        In a `fast_dev_run` it only has to be there.
+
         Raises:
             KeepBestError: On every rank, as `BestKeeper.observe`.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Ranks.connect().agree("look for the metric in a fast_dev_run", lambda: self._refuse_if_absent(trainer))
         self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,6 +202,11 @@ class BestCheckpoint(Callback):
     def _let_go(self) -> BestKeeper | None:
         keeper, self._open = self._open, None
         return keeper
+
+    def _refuse_if_absent(self, trainer: Trainer) -> None:
+        absent = self._read(trainer.callback_metrics, "validation").absent
+        if absent and (trainer.is_global_zero or self._reduction != "rank0"):
+            raise MissingMetricError(absent)
 
     def _read(self, metrics: Mapping[str, Any], interval: str) -> Reading:
         if self.metric_key not in metrics:

@@ -10,12 +10,13 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_callback import ExportableState
 from typing_extensions import Unpack
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook, check_hooks
+from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
@@ -73,7 +74,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
-        self._is_due = False
+        self._is_due = self._has_stepped = False
         self._reported: set[str] = set()
 
     def state(self) -> dict[str, Any]:
@@ -137,11 +138,11 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         begun = TrainingIteration(update=state.global_step)
         keeper.start(at=begun if self._settings.resume == "ledger" else None)
         self.keeper = self._open = keeper
-        self._is_due, self._reported = False, set()
+        self._is_due, self._reported, self._has_stepped = False, set(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From now on an evaluation observes something new. **Collective** where a checkpoint follows, as `flush`."""
-        self._is_due = True
+        self._is_due = self._has_stepped = True
         self._prepare_checkpoint(control.should_save)
 
     def on_epoch_end(
@@ -153,11 +154,19 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Observe the metric, if this is the first evaluation since the last step that reports it. **Collective**.
 
+        In an evaluation before the first step, as of `eval_on_start`, it only has to be there.
+
         Raises:
             KeepBestError: On every rank, as `BestKeeper.observe`.
         """
         metrics: Mapping[str, Any] = kwargs["metrics"]
-        if self._open is None or not self._is_due:
+        if self._open is None:
+            return
+        if not self._has_stepped and _ONLY_EVALUATION in metrics:
+            is_needed = state.is_world_process_zero or self._settings.metric_reduction != "rank0"
+            reading = _read(self._open.metric_key, metrics) if is_needed else Reading()
+            Ranks.connect().agree("look for the metric before training", lambda: _refuse_if_absent(reading))
+        if not self._is_due:
             return
         if self._open.metric_key not in metrics and _ONLY_EVALUATION not in metrics:
             # One of several data sets, which are evaluated one by one, or what somebody evaluates beside the training.
@@ -279,6 +288,11 @@ def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
             absent=f"{metric_key!r} was not reported by the evaluation; reported: {', '.join(sorted(metrics))}"
         )
     return read_value(metrics[metric_key])
+
+
+def _refuse_if_absent(reading: Reading) -> None:
+    if reading.absent:
+        raise MissingMetricError(reading.absent)
 
 
 def _training_state(*, optimizer: Any, lr_scheduler: Any, **_: Any) -> dict[str, Any]:
