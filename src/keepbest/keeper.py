@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -26,7 +26,7 @@ from keepbest.ranks import Ranks
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
-from keepbest.run.takeover import LoadedState, Owner
+from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, Owner
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings_dict import KeeperSettingsDict
@@ -56,6 +56,8 @@ class BestKeeper:
         ConfigError: On every rank, if a setting is unknown or wrong on one of them.
         DesyncError: On every rank, if their settings differ.
     """
+
+    _existing: ClassVar[Existing] = OWN_LOOP  # an adapter has words of its own
 
     def __init__(
         self,
@@ -137,7 +139,8 @@ class BestKeeper:
             self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
-            begin = partial(self._saver.begin, self.metric_key, self._loaded, from_ledger=from_ledger, at=at)
+            existing = self._existing._replace(sets_aside=self._settings.existing == "set_aside")
+            begin = partial(self._saver.begin, self.metric_key, self._loaded, existing, from_ledger=from_ledger, at=at)
             facts = self._ranks.broadcast(step, begin, remedy=DISK_REMEDY, saving=True)
         except BaseException:
             self._leave()
@@ -284,10 +287,7 @@ class BestKeeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
+        (self.close if kind is None else self.abandon)()
 
     @property
     def state(self) -> BestState:

@@ -169,6 +169,21 @@ class KeeperSettings(CommonSettings):
         "was loaded.",
     )
 
+    existing: Literal["refuse", "set_aside"] = Field(
+        default="refuse",
+        description="What happens to a run in the folder that is not resumed: an error, or `set_aside` moves it to a "
+        "free directory beside this one, such as `runs/a.1`.",
+    )
+
+    @model_validator(mode="after")
+    def _check_existing(self) -> Self:
+        if self.resume == "ledger" and self.existing == "set_aside":
+            raise ConfigError(
+                "resume='ledger' resumes whatever the folder holds, so existing='set_aside' would never happen: give "
+                "one of the two"
+            )
+        return self
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """The settings in `settings`, checked; all others have their defaults. **Rank-local**.

@@ -146,7 +146,8 @@ class Contract:
         failed = self.face.train(tmp_path, VALUES, fails_at=4, save_every=2, tolerances=[5])
         before = ledger(tmp_path)
         assert set(refs(tmp_path)) == {self.face.ref}
-        with pytest.raises(RunExistsError, match="resume it"):
+        ways = rf"resume it \({self.face.resumed_by}.*\), set it aside \(existing='set_aside'"
+        with pytest.raises(RunExistsError, match=ways):
             self.face.train(tmp_path, VALUES, save_every=None)
         assert ledger(tmp_path) == before
         self.face.train(tmp_path, VALUES, resume_from=failed.checkpoint, tolerances=[5])
@@ -154,6 +155,16 @@ class Contract:
             (self.face.iteration(step), value) for step, value in enumerate(VALUES, start=1)
         ]
         assert set(refs(tmp_path)) == {self.face.ref, f"{self.face.ref}.tolerance=5"}  # closed
+
+    def test_run_that_is_there_can_be_set_aside(self, tmp_path):
+        root = tmp_path / "run"
+        self.face.train(root, VALUES, save_every=None)
+        self.face.train(root, [9.0, 8.0], save_every=None, existing="set_aside")
+        aside = tmp_path / "run.1"
+        assert (refs(root), refs(aside)) == (
+            {self.face.ref: self.face.iteration(2)},
+            {self.face.ref: self.face.iteration(6)},
+        )
 
     def test_given_directory_replaces_that_of_the_framework(self, tmp_path):
         self.face.train(tmp_path / "own", VALUES[:2], directory=tmp_path / "given")

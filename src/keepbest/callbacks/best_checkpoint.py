@@ -22,6 +22,7 @@ from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import read_scalar
 from keepbest.run.no_run import ledger_exists
+from keepbest.run.takeover import Existing
 from keepbest.settings import CommonSettings
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ _logger = logging.getLogger(__name__)
 class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
     """Config of `BestCheckpointCallback`. The interval is that of the callback that logs the metric.
 
-    It has the settings of `CommonSettings` too, which docs/settings.md describes: all but `resume`, since the trainer
-    says when a run is resumed.
+    It has the settings of `CommonSettings` too, which docs/settings.md describes: all but `resume` and `existing`,
+    since the trainer says when a run is resumed.
 
     Attributes:
         metric_key: Key of the monitored metric in the log.
@@ -54,6 +55,10 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
     )
     save_training_state: Annotated[bool, Field(strict=True)] = False
     on_new_best: Annotated[tuple[Component, ...], Field(strict=False)] = ()
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(resume="trainer.resume=auto", set_aside="trainer.existing=set_aside")
 
 
 class BestCheckpointCallback(PeriodicCallback):
@@ -85,7 +90,7 @@ class BestCheckpointCallback(PeriodicCallback):
         self.keeps_training_state = config.save_training_state
         if config.save_training_state:
             self._refuse_what_cannot_continue()
-        self.keeper = BestKeeper(
+        self.keeper: BestKeeper = _Keeper(
             self.model,
             directory=self.directory,
             metric_key=config.metric_key,

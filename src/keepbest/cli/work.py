@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.cli.console import say
-from keepbest.cli.run_file import CONFIG_FILE, RunFile, parse_settings
+from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.cli.table import print_checkpoints
 from keepbest.load import load
 from keepbest.modules.parts import Part, select_parts
@@ -16,6 +16,7 @@ from keepbest.ranks import Ranks
 from keepbest.run.inside import check_own
 from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import find_ref, only_best, read_history
+from keepbest.training.config import CONFIG_FILE
 from keepbest.training.trainer import build_trainer
 
 

@@ -17,6 +17,7 @@ from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest saved state names is kept under one tag: nothing says which of them are removed.
@@ -46,6 +47,11 @@ class AcceleratedKeeper(BestKeeper):
         ConfigError: On every rank, if a setting is unknown or wrong, or DeepSpeed or Megatron-LM has the weights.
         DesyncError: On every rank, if their settings differ.
     """
+
+    _existing = Existing(
+        resume="accelerator.load_state(...) before the keeper starts, or resume='ledger'",
+        set_aside="existing='set_aside'",
+    )
 
     def __init__(
         self,

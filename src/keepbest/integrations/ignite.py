@@ -18,11 +18,19 @@ from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of Ignite names is kept under one tag: no event says which of them are removed.
 _PIN = "ignite"
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="Checkpoint.load_objects with this handler in to_load, or resume='ledger' of BestCheckpoint",
+        set_aside="existing='set_aside' of BestCheckpoint",
+    )
 
 
 class BestCheckpoint:
@@ -67,7 +75,7 @@ class BestCheckpoint:
         self.keeper: BestKeeper | None = None
         self._resume = checked.resume
         self._make_keeper = partial(
-            BestKeeper,
+            _Keeper,
             model,
             directory=local_path(directory),
             metric_key=metric_key,

@@ -20,6 +20,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -29,6 +30,13 @@ _logger = logging.getLogger(__name__)
 _PIN = "lightning"
 # Lightning has it since 2.6.
 _WEIGHT_AVERAGING: type | tuple[()] = getattr(callbacks, "WeightAveraging", ())
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="fit(ckpt_path=...), or resume='ledger' of BestCheckpoint",
+        set_aside="existing='set_aside' of BestCheckpoint",
+    )
 
 
 class BestCheckpoint(Callback):
@@ -79,7 +87,7 @@ class BestCheckpoint(Callback):
         self._resume, self._reduction = checked.resume, checked.metric_reduction
         self._saves_training_state = save_training_state
         self._make_keeper = partial(
-            BestKeeper,
+            _Keeper,
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             on_new_best=on_new_best,

@@ -18,6 +18,7 @@ from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook, check_hooks
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -26,6 +27,13 @@ _PIN = "transformers"
 _PREFIX = "eval_"
 # Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
 _ONLY_EVALUATION = "eval_runtime"
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="train(resume_from_checkpoint=True), or resume='ledger' of BestCheckpoint",
+        set_aside="existing='set_aside' of BestCheckpoint",
+    )
 
 
 class BestCheckpoint(TrainerCallback, ExportableState):
@@ -123,7 +131,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
         settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
-        keeper = BestKeeper(
+        keeper = _Keeper(
             kwargs["model"],
             directory=self._directory or str(args.output_dir),
             metric_key=key,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from keepbest.errors import ConfigError, LedgerError, RunExistsError
 from keepbest.iteration import TrainingIteration
+from keepbest.run.aside import move_aside
 from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
@@ -67,6 +68,7 @@ class RunFolder:
         self._is_interrupted = False
         self._is_followed = False
         self._is_claimed = False
+        self._new_lock = lock
         self._lock = lock(self.path / LOCK)
         self._ledger: LedgerFile | None = None
         self._held: list[str] = []  # once for each that needs it
@@ -93,6 +95,39 @@ class RunFolder:
         self._lock.acquire()
         self._read()
         self._is_claimed = True
+
+    def set_aside(self, *beside: str) -> None:
+        """Move the run to a free directory beside its own, and begin anew here, before `open`. A warning says where.
+
+        Args:
+            *beside: Names of what else belongs to the run in its directory.
+
+        Raises:
+            RunExistsError: If the remote copy holds a run, or another process begins one here at this moment.
+            OSError: Any refusal of the file system, or of the remote storage.
+        """
+        if self.copy is not None and self.copy.holds_run():
+            raise RunExistsError(
+                f"{self.copy.url} holds a run, and what is there is not set aside: give the new run another remote"
+            )
+        self.snapshots.finish_removal()
+        old, self._is_claimed = self._lock, False
+        try:
+            to = move_aside(self.path.parent, (*beside, CHECKPOINTS), self.files)
+            _logger.warning("%s: run %s was set aside, and is in %s", self.path.parent, self.history.run_id, to)
+            self.files.make_folder(self.path / SNAPSHOTS)
+            self._lock = self._new_lock(self.path / LOCK)
+            self._lock.acquire()
+        finally:
+            old.release()  # not earlier, so that who waits for it finds the new one held
+        self.snapshots = SnapshotFolder(self.files, self.path / SNAPSHOTS)
+        self._read()
+        self._is_claimed = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is recorded here by now."""
+        return self._ledger is not None
 
     def check_is_whole(self) -> None:
         """Check that the ledger is the one that the folder was written with. Raises `LedgerError`."""

@@ -16,7 +16,7 @@ from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinne
 from keepbest.run.folder import RunFolder
 from keepbest.run.history import KeeperHistory, Timeline
 from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_moves
-from keepbest.run.takeover import LoadedState, check_takeover
+from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, check_takeover
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,12 @@ class KeeperRecord:
         self._is_ahead = False  # of those who decide: they do not know yet of a best that was lost
 
     def begin(
-        self, *, loaded: LoadedState | None = None, from_ledger: bool = False, at: TrainingIteration | None = None
+        self,
+        *,
+        loaded: LoadedState | None = None,
+        from_ledger: bool = False,
+        at: TrainingIteration | None = None,
+        existing: Existing = OWN_LOOP,
     ) -> BestState:
         """Start or resume the keeper, and bring the folder into the state that the ledger records.
 
@@ -77,6 +82,7 @@ class KeeperRecord:
             loaded: State to resume from. The ledger up to its last iteration wins over it.
             from_ledger: Whether to resume from the ledger alone.
             at: Iteration to resume at, with `from_ledger`; `None` is the end of the ledger.
+            existing: What happens to a run that is there and is not resumed.
 
         Raises:
             RunExistsError: If the folder holds a run that is not resumed, or another one than that of `loaded`.
@@ -87,7 +93,10 @@ class KeeperRecord:
         """
         folder, keeper, policy = self.folder, self.keeper, self._policy
         resumes = loaded is not None or from_ledger
-        check = partial(check_takeover, keeper=keeper, policy=policy, loaded=loaded)
+        check = partial(check_takeover, keeper=keeper, policy=policy, loaded=loaded, existing=existing)
+        # Not where another keeper of this process has resumed it.
+        if existing.sets_aside and folder.is_resumed and not resumes and not folder.is_open:
+            folder.set_aside()
         check(folder.path, folder.history, resumes=resumes or not folder.is_resumed)
         is_first_to_follow = folder.bring_up_to_copy(partial(check, resumes=resumes))
         folder.check_is_whole()

@@ -19,7 +19,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
-from keepbest.run.takeover import LoadedState
+from keepbest.run.takeover import Existing, LoadedState
 from keepbest.saving.job import PendingSnapshot, SaveJob
 from keepbest.saving.losses import Losses
 from keepbest.saving.open_run import OpenRun
@@ -114,7 +114,13 @@ class Saver:
         self._staging.prepare(self._way.rooms(self._inventory))
 
     def begin(
-        self, metric_key: str, loaded: LoadedState | None, *, from_ledger: bool, at: TrainingIteration | None
+        self,
+        metric_key: str,
+        loaded: LoadedState | None,
+        existing: Existing,
+        *,
+        from_ledger: bool,
+        at: TrainingIteration | None,
     ) -> dict[str, Any]:
         """Start or resume the keeper in the run folder, and write there from now on. **Rank-local**, on rank 0.
 
@@ -124,7 +130,7 @@ class Saver:
             What every rank has to know, as JSON values.
         """
         self._record = record = KeeperRecord(self._run.open_folder(), self._name, metric_key, self._policy)
-        state = record.begin(loaded=loaded, from_ledger=from_ledger, at=at)
+        state = record.begin(loaded=loaded, from_ledger=from_ledger, at=at, existing=existing)
         run, timeline = record.folder.run_id, record.history.present.number
         return {"run": run, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
 

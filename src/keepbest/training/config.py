@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch.optim import Optimizer
@@ -19,6 +19,9 @@ from keepbest.random_state import seed_random_state
 from keepbest.remote.storage import local_path
 from keepbest.training.strategy import OptimizerFactory, Precision, StrategyName
 from keepbest.training.trackers import TrackerName
+
+CONFIG_FILE = "config.yaml"
+"""Name of the config in the directory of a run."""
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
@@ -43,6 +46,9 @@ class TrainerConfig(BaseModel):
         callbacks: Configs of the callbacks, in the order in which they are called.
         resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any.
             "best" is the best of the callback with `save_training_state`.
+        existing: What happens to a run in the directory where `resume` is not given: "refuse" leaves it as it is, which
+            is an error, and "set_aside" moves it to a free directory beside this one, with its config and what was
+            logged.
         rank_timeout: Seconds that ranks wait for each other where they agree on something.
         save_timeout: Seconds that ranks wait for a rank that writes, or is busy with an update.
     """
@@ -61,6 +67,7 @@ class TrainerConfig(BaseModel):
     tracker: TrackerName = "jsonl"
     callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] = []
     resume: str | None = None
+    existing: Literal["refuse", "set_aside"] = "refuse"
     rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
     save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
 
