@@ -21,6 +21,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 
 PUBLIC_NAMES = [
     "BestKeeper",
+    "EveryRank",
     "KeepBestError",
     "LoadedSnapshot",
     "MetricPropertyProvider",
@@ -37,6 +38,7 @@ PUBLIC_NAMES = [
 # What docs/reference.md documents: a name that goes, or comes, is seen here.
 DOCUMENTED_NAMES = [
     "BestKeeper",
+    "EveryRank",
     "abandon",
     "Outcome",
     "TrainingIteration",
@@ -102,6 +104,7 @@ PATH = [
     "settings",
     "settings_dict",
     "validation",
+    "new_best",
     "saving",
     "capture",
     "remote",

@@ -106,7 +106,7 @@ def test_direction_is_logged_once_when_a_keeper_starts(settings, told, tmp_path,
     caplog.set_level(logging.INFO, logger="keepbest")
     with Run(tmp_path, **settings).keeper as keeper:
         keeper.observe(1.0, update(1))
-        assert [record.getMessage() for record in caplog.records] == [told]
+        assert [record.getMessage() for record in caplog.records if record.name == "keepbest.keeper"] == [told]
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ def test_typed_dict_has_the_names_and_types_of_the_model():
 
 def test_callback_has_every_setting_but_that_of_the_resume():
     fields = BestCheckpointCallbackConfig.model_fields
-    assert KeeperSettings.model_fields.keys() - fields.keys() == {"resume"}
-    assert all(fields[name].description for name in KeeperSettings.model_fields if name != "resume")
+    of_the_trainer = KeeperSettings.model_fields.keys() - fields.keys()
+    assert of_the_trainer == {"resume", "existing"}
+    assert all(fields[name].description for name in KeeperSettings.model_fields if name not in of_the_trainer)
 
 
 def test_page_of_the_settings_is_up_to_date():

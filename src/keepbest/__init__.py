@@ -8,12 +8,14 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.load import LoadedSnapshot, load
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import EveryRank
 from keepbest.random_state import RandomState
 from keepbest.reading.run import open_run
 from keepbest.saving.open_run import abandon
 
 __all__ = [
     "BestKeeper",
+    "EveryRank",
     "KeepBestError",
     "LoadedSnapshot",
     "MetricPropertyProvider",

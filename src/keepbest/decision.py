@@ -46,6 +46,11 @@ class Policy:
         if type(self.top_k) is not int or self.top_k < 1:
             raise ConfigError(f"keep_top_k must be an integer >= 1, got {self.top_k!r}")
 
+    @property
+    def worst(self) -> float:
+        """The worst infinity."""
+        return -math.inf if self.higher_is_better else math.inf
+
     def ranked(self, bests: Iterable[Best]) -> tuple[Best, ...]:
         """Return the `top_k` best of `bests`, the best first; empty if only the best is kept."""
         top: list[Best] = []

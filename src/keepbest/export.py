@@ -25,6 +25,8 @@ from keepbest.run.reader import FoundSnapshot, find_ref, read_history
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
 _FOLDER_FILE = "model"
+_TORCH_ENDINGS = (torch_file.FORMAT.ending, ".pth")
+_OTHER_ENDINGS = (".bin", ".ckpt", ".h5", ".npz", ".onnx", ".pickle", ".pkl", ".tar", ".zip")
 _files = Files()
 
 
@@ -58,8 +60,8 @@ def export(
     Args:
         run: Directory of the run, or the URL of its remote copy.
         ref: Name of the ref, for example `best_model.loss.val.total`.
-        to: File that ends in `.pt` or `.safetensors`. Any other path is a folder of safetensors files with an index, as
-            `from_pretrained` reads them.
+        to: File that ends in `.pt`, `.pth` or `.safetensors`. Any other path is a folder of safetensors files with an
+            index, as `from_pretrained` reads them.
         part: Name of one part of the model; `None` exports all of them.
         only: Dotted path in the whole model, or several, of what is exported: a submodule or a weight. `None` is
             everything. Keys are the same as without it.
@@ -69,8 +71,8 @@ def export(
         The files that were written.
 
     Raises:
-        ConfigError: If something is there already, there is no such part or path, or a package that is needed is
-            missing.
+        ConfigError: If something is there already, `to` ends like a file of another kind, there is no such part or
+            path, or a package that is needed is missing.
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
@@ -90,7 +92,12 @@ def exported_files(manifest: Manifest, *, part: str | None, selection: Selection
 
 def check_target(to: Path) -> None:
     """Check that something can be written to `to`. Raises `ConfigError`."""
-    if to.suffix in (torch_file.FORMAT.ending, safetensors_file.FORMAT.ending) and to.exists():
+    if to.suffix in _OTHER_ENDINGS:
+        raise ConfigError(
+            f"{to} ends in {to.suffix}, which is no kind of file that is written here: choose .pt or .pth for "
+            "torch.load, .safetensors, or a folder without such an ending"
+        )
+    if (to.suffix in (*_TORCH_ENDINGS, safetensors_file.FORMAT.ending) and to.exists()) or to.is_file():
         raise ConfigError(f"{to} exists; nothing is overwritten")
 
 
@@ -103,7 +110,7 @@ def verified_contents(found: FoundSnapshot, part: str | None, selection: Selecti
 
 def write_contents(to: Path, contents: Contents, largest_file: int = _LARGEST_FILE) -> list[Path]:
     """Write to a file or folder, as `export` does. Returns the files that were written. Raises as `export`."""
-    if to.suffix == torch_file.FORMAT.ending:
+    if to.suffix in _TORCH_ENDINGS:
         return [_write_torch(to, contents)]
     if contents.others:
         names = ", ".join(sorted(contents.others))

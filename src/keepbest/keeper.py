@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -22,12 +21,13 @@ from keepbest.iteration import TrainingIteration
 from keepbest.load import LoadedSnapshot, load_into
 from keepbest.metric import Reading, agree_on_metric, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook, NewBests
 from keepbest.ranks import Ranks
 from keepbest.reading.page import fragment_of
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
-from keepbest.run.takeover import LoadedState, Owner
+from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, Owner
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings_dict import KeeperSettingsDict
@@ -49,12 +49,16 @@ class BestKeeper:
         metric_property_provider: What knows the direction of metrics by their names.
         process_group: Group of the ranks that keep the run together. `None` is the default group, or one process.
         training_state: Optimizers and what else is kept with each best to continue from it, by name (docs/own-loop.md).
+        on_new_best: Function, or several, that rank 0 calls with the outcome and the path of each new best when it is
+            on the disk; in `EveryRank`, every rank does (docs/own-loop.md).
         **settings: The settings of `KeeperSettings`, the same on every rank; docs/settings.md has a table of them.
 
     Raises:
         ConfigError: On every rank, if a setting is unknown or wrong on one of them.
         DesyncError: On every rank, if their settings differ.
     """
+
+    _existing: ClassVar[Existing] = OWN_LOOP  # an adapter has words of its own
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class BestKeeper:
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
         training_state: Mapping[str, Any] | None = None,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         # pydantic takes longer to import than all of keepbest, and who only loads does not need it.
@@ -81,6 +86,7 @@ class BestKeeper:
                 metric_key=metric_key,
                 metric_property_provider=metric_property_provider,
                 training_state=training_state,
+                on_new_best=on_new_best,
             ),
             state=lambda checked: checked.to_compare(),
         )
@@ -90,6 +96,7 @@ class BestKeeper:
         self._owner = Owner(self.name, metric_key, self.policy.higher_is_better)
         self._direction_from = "the name" if given.higher_is_better is None else "higher_is_better"
         self._run = OpenRun(self.directory).share()
+        self._new_bests = NewBests(self.name, checked.hooks, self._run, self._ranks)
         self._saver = Saver(
             self.name,
             self.policy,
@@ -101,8 +108,7 @@ class BestKeeper:
             device_share=given.staging_device_share,
             tolerates=given.on_save_error == "warn",
         )
-        self._run_id: str | None = None
-        self._timeline: int | None = None
+        self._origin: tuple[str | None, int | None] = (None, None)  # the run, and the timeline of this keeper in it
         self._loaded: LoadedState | None = None
         self._state = BestState()
         self._is_rank_0_writing = False  # while the others continue
@@ -128,17 +134,19 @@ class BestKeeper:
         self._run.refuse_elsewhere()
         if self._phase != "new":
             return
-        resumes = f"{self._loaded} {self._settings.resume} {at}".encode()
-        step = self._opening
+        resumes = f"loaded={self._loaded} at={at}".encode()
+        step, from_ledger = self._opening, self._settings.resume == "ledger" or at is not None
         try:
             self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
-            facts = self._ranks.broadcast(step, lambda: self._begin(at), remedy=DISK_REMEDY, saving=True)
+            existing = self._existing._replace(sets_aside=self._settings.existing == "set_aside")
+            begin = partial(self._saver.begin, self.metric_key, self._loaded, existing, from_ledger=from_ledger, at=at)
+            facts = self._ranks.broadcast(step, begin, remedy=DISK_REMEDY, saving=True)
         except BaseException:
             self._leave()
             raise
-        self._run_id, self._timeline = facts["run"], facts["timeline"]
+        self._origin = facts["run"], facts["timeline"]
         self._state = BestState.from_json(facts["state"])
         self._saver.best_snapshot = facts["best"]
         self._phase = "started"
@@ -180,14 +188,12 @@ class BestKeeper:
             RanksError: If the ranks could not agree (see `Ranks.exchange`).
         """
         parts = {"epoch": epoch, "update": update, "sample": sample, "batch": batch}
-        return self._observe(
-            lambda: read_value(value, weight, metric_key=self.metric_key),
-            lambda: TrainingIteration.of(iteration, parts),
-        )
+        read = partial(read_value, value, weight, metric_key=self.metric_key)
+        return self._observe(read, partial(TrainingIteration.of, iteration, parts))
 
     def observe_reading(self, read: Callable[[], Reading], iteration: TrainingIteration) -> Outcome:
         """As `observe`, with a function that reads the value of this rank. What it raises is raised on every rank."""
-        return self._observe(read, lambda: TrainingIteration.of(iteration, {}))
+        return self._observe(read, partial(TrainingIteration.of, iteration, {}))
 
     def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
         self.start()
@@ -206,11 +212,12 @@ class BestKeeper:
         outcome = (self._save if decision.is_saved else self._record)(observation, state, decision)
         self._saver.is_in_doubt = False
         self._is_rank_0_writing |= bool(outcome.newly_exceeded)
+        self._new_bests.call_hooks()
         return outcome
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` resumes from; the same on every rank. **Rank-local**."""
-        return LoadedState(self._owner, self._run_id, self._timeline, self._state).to_json()
+        return LoadedState(self._owner, *self._origin, self._state).to_json()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from a state that `state_dict` returned. **Rank-local**: call it on every rank, before `start`.
@@ -223,8 +230,8 @@ class BestKeeper:
             raise ConfigError("load_state_dict comes too late: load the state before start(), `with` or observe()")
         loaded = LoadedState.from_json(state_dict)
         loaded.check_belongs_to(self._owner)
-        self._loaded = loaded
-        self._run_id, self._timeline, self._state = loaded.run_id, loaded.timeline, loaded.state
+        self._loaded, self._state = loaded, loaded.state
+        self._origin = loaded.run_id, loaded.timeline
 
     def flush(self, *, pin: str | None = None) -> None:
         """Make everything observed so far durable. **Collective**.
@@ -239,6 +246,7 @@ class BestKeeper:
         self.start()
         self._refuse_if_closed()
         self._settle(f"flush {self.name}", lambda record: record.flush(self._state, pin=pin))
+        self._new_bests.call_hooks()
 
     def release(self, pin: str) -> None:
         """Release what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
@@ -259,6 +267,7 @@ class BestKeeper:
         try:
             self._settle(f"close {self.name}", lambda record: record.end(self._state))
             self._saver.arrive(f"bring {self.name} to {self._settings.remote}")
+            self._new_bests.call_hooks()
         finally:
             self._leave()
         self._saver.warn_if_nothing_is_kept(self._state)
@@ -272,13 +281,8 @@ class BestKeeper:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abandon()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        (self.close if kind is None else self.abandon)()
 
     _repr_html_ = fragment_of  # what a notebook shows of it
 
@@ -290,8 +294,7 @@ class BestKeeper:
     @property
     def best_metric_value(self) -> float:
         """The best value of the timeline; the worst infinity before there is one. **Rank-local**."""
-        worst = -math.inf if self.policy.higher_is_better else math.inf
-        return worst if self._state.best is None else self._state.best.value
+        return self.policy.worst if self._state.best is None else self._state.best.value
 
     @property
     def best_path(self) -> Path | None:
@@ -312,14 +315,6 @@ class BestKeeper:
             self.flush()
         return load_into(self._model, self.directory, self.name, ranks=self._ranks, step=f"restore {self.name}")
 
-    def _begin(self, at: TrainingIteration | None) -> dict[str, Any]:
-        record = KeeperRecord(self._run.open_folder(), self.name, self.metric_key, self.policy)
-        from_ledger = self._settings.resume == "ledger" or at is not None
-        self._saver.start(record)
-        state = record.begin(loaded=self._loaded, from_ledger=from_ledger, at=at)
-        run, timeline = record.folder.run_id, record.history.present.number
-        return {"run": run, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
-
     def _join(self, at: TrainingIteration | None) -> None:
         if at is not None:
             TrainingIteration.of(at, {})
@@ -329,6 +324,7 @@ class BestKeeper:
     def _leave(self) -> None:
         self._saver.stop()
         self._run.leave(self.name, self)
+        self._new_bests.drop()
 
     def _agree(
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]
@@ -348,13 +344,13 @@ class BestKeeper:
             read,
             self._settings.metric_reduction,
             failure=failure,
-            note="" if revised is None else json.dumps(revised.to_json()),
-            state=f"{self.name} at {iteration} after {self._state}".encode(),
+            note="" if revised is None else revised.to_text(),
+            state=f"keeper={self.name} iteration={iteration} state=({self._state})".encode(),
             saving=self._is_rank_0_writing,
         )
         if iteration is None:
             raise RuntimeError("a rank without an iteration raises in the exchange")
-        revision = Revision.from_json(json.loads(news)) if news else None
+        revision = Revision.from_text(news) if news else None
         self._adopt(revision)
         return Observation(iteration, value), revision
 
@@ -362,14 +358,18 @@ class BestKeeper:
         """Adopt what rank 0 has recorded: without bests that were lost, with an observation that was interrupted."""
         if revision is not None:
             self._state = revision.state
+            self._new_bests.expect()  # it may say of one that is older
             self._saver.all_know(revision)
 
     def _save(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         iteration, value = observation.iteration, observation.value
         exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
         step = f"save {'the new' if decision.is_new_best else 'one of the'} best of {self.metric_key} at {iteration}"
+        on_commit = partial(self._new_bests.commit, observation, self._state.best, decision.enters_top)
+        if decision.is_new_best:
+            self._new_bests.expect()
         try:
-            self._saver.save(Kept(observation, decision.is_new_best, exceeded), step)
+            self._saver.save(Kept(observation, decision.is_new_best, exceeded), step, on_commit)
         except StorageError as error:
             if self._settings.on_save_error == "raise":
                 raise
@@ -382,8 +382,8 @@ class BestKeeper:
     def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
         self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
         self._state = state
-        failed = not observation.durable
-        return Outcome(observation.iteration, observation.value, False, decision.newly_exceeded, save_failed=failed)
+        iteration, value, failed = observation.iteration, observation.value, not observation.durable
+        return Outcome(iteration, value, False, decision.newly_exceeded, save_failed=failed)
 
     def _settle(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
         """Wait for what is being written, and let rank 0 write something that all must know to be there."""

@@ -16,7 +16,7 @@ from keepbest.capture.feed import Stored
 from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import check_states
 from keepbest.capture.ways import find_way
-from keepbest.errors import SnapshotError
+from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
@@ -25,7 +25,7 @@ from keepbest.remote.download import local_copy, snapshot_of
 from keepbest.remote.storage import place_of
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.manifest import Manifest
-from keepbest.run.reader import FoundSnapshot, find_ref, read_history
+from keepbest.run.reader import FoundSnapshot, find_ref, only_best, read_history
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class LoadedSnapshot:
 
 def load(
     run: str | Path,
-    ref: str,
-    model: nn.Module,
+    ref: str | None = None,
+    model: nn.Module | None = None,
     *,
     only: str | Sequence[str] | None = None,
     training_state: Mapping[str, Any] | None = None,
@@ -86,6 +86,7 @@ def load(
     Args:
         run: Directory of the run, or the URL of its remote copy.
         ref: Name of the ref, for example `best_model.loss.val.total` or `best_model.loss.val.total.tolerance=5`.
+            `None`, as in `load(run, model=model)`, is the best of a run that monitors one metric.
         model: Model that receives the parts that were saved.
         only: Dotted path, or several, of what is loaded: a submodule or a weight of the model. `None` is everything.
             Files of other parts are not read, and not downloaded.
@@ -101,20 +102,20 @@ def load(
             that loses numbers, or the model is on the meta device; or it lacks a training state, or has it with other
             parameters or groups. The model, and what `training_state` has, are then as they were.
         LedgerError: On every rank, if the ledger is damaged or of another version.
-        ConfigError: On every rank, if the URL cannot be opened here, the snapshot has nothing that `only` names, or an
-            optimizer has parameters that are not in the model.
+        ConfigError: On every rank, if the URL cannot be opened here, the snapshot has nothing that `only` names, an
+            optimizer has parameters that are not in the model, or no `ref` is given and there is not one best.
         RankFailedError: On every rank, if a `load_state_dict` raises, of the model or of what `training_state` has.
             Parts may be loaded then.
     """
     ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
-    step = f"read {ref} of {run}"
+    step = f"read {ref or 'the best'} of {run}"
     return load_into(model, run, ref, ranks=ranks, step=step, only=only, training_state=training_state)
 
 
 def load_into(
-    model: nn.Module,
+    model: nn.Module | None,
     run: str | Path,
-    ref: str,
+    ref: str | None,
     *,
     ranks: Ranks,
     step: str,
@@ -122,9 +123,9 @@ def load_into(
     training_state: Mapping[str, Any] | None = None,
 ) -> LoadedSnapshot:
     """As `load`, for ranks that are connected already. **Collective**; `step` is the same on every rank."""
-    selection, place, states = ranks.agree(
+    selection, place, states, target = ranks.agree(
         step,
-        lambda: (Selection.of(only), place_of(run), check_states(training_state, [])),
+        lambda: (Selection.of(only), place_of(run), check_states(training_state, []), _check_model(model, ref)),
         state=lambda found: f"{found[0]} {list(found[2])}".encode(),
     )
 
@@ -140,10 +141,12 @@ def load_into(
             # Where every rank reads, each brings a copy to its own host, below.
             copy = local_copy(place, snapshot_of(ref), files=lambda each: () if _is_spread(each) else files(each))
             directory = stack.enter_context(copy)
-            found = find_ref(directory, read_history(directory), ref)
-            return [found.folder.name, found.manifest.to_bytes().decode()]
+            history = read_history(directory)
+            name = only_best(place, history) if ref is None else ref
+            found = find_ref(directory, history, name)
+            return [found.folder.name, found.manifest.to_bytes().decode(), name]
 
-        name, text = ranks.broadcast(step, find, saving=True)
+        name, text, ref = ranks.broadcast(step, find, saving=True)
         manifest = Manifest.from_bytes(text.encode())
         way = find_way(find_format(manifest.format).capture)
         if way.is_spread:
@@ -152,8 +155,8 @@ def load_into(
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
         _refuse_absent(states, manifest.training_state, ref)
         stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), selection, states)
-        with whole_parameters(model, writes=True):
-            restored = way.restore(model, stored, ranks, step)
+        with whole_parameters(target, writes=True):
+            restored = way.restore(target, stored, ranks, step)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,
@@ -166,6 +169,13 @@ def load_into(
         training_state=tuple(states),
         unused_training_state=tuple(name for name in manifest.training_state if name not in states),
     )
+
+
+def _check_model(model: object, ref: object) -> nn.Module:
+    if isinstance(model, nn.Module) and isinstance(ref, str | None):
+        return model
+    given = f"load(run, {type(ref).__name__}, {type(model).__name__})"
+    raise ConfigError(f"expected load(run, ref, model), or load(run, model=model) for the only best, found {given}")
 
 
 def _refuse_absent(wanted: Iterable[str], present: Sequence[str], ref: str) -> None:

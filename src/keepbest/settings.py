@@ -20,6 +20,7 @@ from keepbest.errors import ConfigError
 from keepbest.formats.registry import FormatName, check_format
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import select_parts
+from keepbest.new_best import Hook, check_hooks, hooks_to_compare
 from keepbest.reduction import MetricReduction
 from keepbest.remote.storage import check_remote, local_path
 from keepbest.run.names import best_ref
@@ -168,6 +169,21 @@ class KeeperSettings(CommonSettings):
         "was loaded.",
     )
 
+    existing: Literal["refuse", "set_aside"] = Field(
+        default="refuse",
+        description="What happens to a run in the folder that is not resumed: an error, or `set_aside` moves it to a "
+        "free directory beside this one, such as `runs/a.1`.",
+    )
+
+    @model_validator(mode="after")
+    def _check_existing(self) -> Self:
+        if self.resume == "ledger" and self.existing == "set_aside":
+            raise ConfigError(
+                "resume='ledger' resumes whatever the folder holds, so existing='set_aside' would never happen: give "
+                "one of the two"
+            )
+        return self
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """The settings in `settings`, checked; all others have their defaults. **Rank-local**.
@@ -205,6 +221,7 @@ class CheckedSettings:
         name: Name of the keeper, which is that of its ref on the best.
         policy: Policy by which it decides.
         items: What is saved.
+        hooks: Functions that are called on each new best.
     """
 
     given: KeeperSettings
@@ -212,12 +229,15 @@ class CheckedSettings:
     name: str
     policy: Policy
     items: Items
+    hooks: tuple[Hook, ...]
 
     def to_compare(self) -> bytes:
         """What must be equal on all ranks: every setting, and what follows from them."""
-        found = f"higher is better: {self.policy.higher_is_better}, parts: {self.items.parts}"
-        states = f", training_state: {list(self.items.training_state)}" if self.items.training_state else ""
-        return f"{self.name}: {self.given}, {found}{states}".encode()
+        found = f"is_higher_better={self.policy.higher_is_better} parts={self.items.parts}"
+        states = list(self.items.training_state)
+        return (
+            f"keeper={self.name} {self.given} {found} training_state={states} {hooks_to_compare(self.hooks)}".encode()
+        )
 
 
 def check_settings(
@@ -228,6 +248,7 @@ def check_settings(
     metric_key: str,
     metric_property_provider: MetricPropertyProvider | None,
     training_state: object,
+    on_new_best: object,
 ) -> CheckedSettings:
     """The arguments of `BestKeeper`, which describes them, checked. **Rank-local**.
 
@@ -250,4 +271,5 @@ def check_settings(
         name=best_ref(metric_key, given.id),
         policy=Policy(higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k),
         items=Items(model, parts, given.save_frozen_weights, states),
+        hooks=check_hooks(on_new_best),
     )

@@ -29,3 +29,4 @@ class KeeperSettingsDict(TypedDict, total=False):
     rank_timeout: float
     save_timeout: float
     resume: Literal["ledger"] | None
+    existing: Literal["refuse", "set_aside"]

@@ -43,6 +43,24 @@ with BestKeeper(model, directory="runs/a", metric_key="loss/val/total", toleranc
         torch.nn.init.constant_(model.weight, epoch)
         keeper.observe(value, epoch=epoch)
 """,
+    "docs/loggers.md": """
+import os
+
+import torch
+
+os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
+os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
+os.makedirs("runs")
+model = torch.nn.Linear(8, 1)
+
+
+def train_one_epoch(model):
+    torch.nn.init.normal_(model.weight)
+
+
+def evaluate(model):
+    return float(model.weight.square().mean())
+""",
     "docs/own-loop.md": """
 import torch
 
@@ -108,6 +126,9 @@ def train_on(batch):
         ],
     },
 }
+
+# {page: packages of its blocks of Python that the tests do without}
+NEEDS = {"docs/loggers.md": ("wandb", "mlflow")}
 
 # {page: {heading: the error that the block under it ends with}}
 ENDS_WITH = {"docs/own-loop.md": {"Signals": "PreemptedError"}}

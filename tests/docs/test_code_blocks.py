@@ -23,7 +23,7 @@ from keepbest.run.manifest import Manifest
 from tests.docs import commands, transcripts
 from tests.docs.blocks import ALL, PAGES, ROOT, Block
 from tests.docs.commands import command_lines
-from tests.docs.preludes import BEFORE_A_BLOCK, BEFORE_THE_PAGE, ENDS_WITH
+from tests.docs.preludes import BEFORE_A_BLOCK, BEFORE_THE_PAGE, ENDS_WITH, NEEDS
 from tests.docs.rules import RULES, rules_of
 from tests.docs.run_python import run_steps
 from tests.docs.source_names import missing_names
@@ -81,6 +81,8 @@ def test_preludes_are_for_blocks_that_are_there():
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python(page, folder):
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package, reason=f"{page} needs {package}: pip install 'keepbest[{package}]'")
     steps = [{"file": "prelude", "line": 1, "text": BEFORE_THE_PAGE.get(page, ""), "ends_with": None}]
     preludes = {heading: iter(codes) for heading, codes in BEFORE_A_BLOCK.get(page, {}).items()}
     for block in claimed("python", page):
@@ -127,7 +129,7 @@ def test_callbacks(block, folder, monkeypatch):
         content = runs.describe_run(folder / "run", epochs=4)
         content["data"]["test"] = {"kind": "tests.kit.toys.Waves", "length": 9, "phase": 1.0}
         content["trainer"]["callbacks"] = [runs.evaluation(every_n_updates=None, every_n_epochs=1), *shown]
-    commands.run_here(["train", str(runs.write_config(folder / "run.yaml", content))])
+    printed = commands.run_here(["train", str(runs.write_config(folder / "run.yaml", content))])
 
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     for callback in shown:
@@ -139,7 +141,10 @@ def test_callbacks(block, folder, monkeypatch):
             kept = runs.checkpoints(folder / "run")
             assert kept.keys() == names
             assert {file for each in kept.values() for file in each.files} == {f"{callback['model_names'][0]}.pt"}
-            assert any("best=loss.val.total/loss/test/total" in line for line in logged)
+            assert any("best=loss.val.total/loss/test/total" in line for line in logged) == (
+                "eval_callbacks" in callback
+            )
+            assert ("new best" in printed) == ("on_new_best" in callback)
 
 
 @blocks_of("noether")

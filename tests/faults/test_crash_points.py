@@ -85,7 +85,7 @@ def pending(record: KeeperRecord, kept: Kept, selection: str, file_format: str) 
 def save(record: KeeperRecord, kept: Kept, snapshot: PendingSnapshot, *, is_first: bool = True) -> None:
     if is_first:
         snapshot.meet(lambda: None)
-    SaveJob(kept, snapshot, record, is_first=is_first).run()
+    SaveJob(kept, snapshot, record, is_first=is_first, on_commit=lambda _: None).run()
 
 
 def observe(

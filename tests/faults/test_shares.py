@@ -105,7 +105,7 @@ class Ranks:
         for snapshot in (mine, others):
             snapshot.meet(lambda: None)
         try:
-            SaveJob(kept, mine, self.record, is_first=True).run()
+            SaveJob(kept, mine, self.record, is_first=True, on_commit=lambda _: None).run()
         except Exception:  # whichever it was, as `Saver` does
             self.record.lose(kept.observation)
             self.state = self.record.revision(POLICY).state

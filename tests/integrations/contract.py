@@ -25,8 +25,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from keepbest import load
+from keepbest import EveryRank, load
 from keepbest.errors import ConfigError, MissingMetricError, RunExistsError
 from tests.integrations.faces.face import VALUES, Face
 from tests.kit.pool import run_ranks, start_ranks
@@ -63,6 +64,28 @@ def train_with_and_without_interruption(face: Face, root: Path, ends_at=(), fail
     for step in fails_at:
         checkpoint = face.train(root, VALUES, resume_from=checkpoint, fails_at=step, **arguments).checkpoint
     return whole.states, face.train(root, VALUES, resume_from=checkpoint, **arguments).states
+
+
+class Note:
+    """A hook that writes what it is called with, if the snapshot is there, to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self, outcome, path: Path) -> None:
+        assert (path / "snapshot.json").is_file()
+        with self.file.open("a") as file:
+            file.write(f"{dist.get_rank()} {outcome.iteration} {outcome.value}\n")
+
+
+def notes(file: Path) -> list[tuple[str, str, float]]:
+    lines = [line.split() for line in file.read_text().splitlines()]
+    return [(rank, iteration, float(value)) for rank, iteration, value in lines]
+
+
+def train_with_hooks(face: Face, root: Path) -> None:
+    hooks = [Note(root / "rank-0"), EveryRank(Note(root / "every-rank"))]
+    face.train(root / "run", VALUES, save_every=None, on_new_best=hooks)
 
 
 def assert_continues(root: Path, model, optimizer, others=(), *, like):
@@ -123,7 +146,8 @@ class Contract:
         failed = self.face.train(tmp_path, VALUES, fails_at=4, save_every=2, tolerances=[5])
         before = ledger(tmp_path)
         assert set(refs(tmp_path)) == {self.face.ref}
-        with pytest.raises(RunExistsError, match="resume it"):
+        ways = rf"resume it \({self.face.resumed_by}.*\), set it aside \(existing='set_aside'"
+        with pytest.raises(RunExistsError, match=ways):
             self.face.train(tmp_path, VALUES, save_every=None)
         assert ledger(tmp_path) == before
         self.face.train(tmp_path, VALUES, resume_from=failed.checkpoint, tolerances=[5])
@@ -131,6 +155,16 @@ class Contract:
             (self.face.iteration(step), value) for step, value in enumerate(VALUES, start=1)
         ]
         assert set(refs(tmp_path)) == {self.face.ref, f"{self.face.ref}.tolerance=5"}  # closed
+
+    def test_run_that_is_there_can_be_set_aside(self, tmp_path):
+        root = tmp_path / "run"
+        self.face.train(root, VALUES, save_every=None)
+        self.face.train(root, [9.0, 8.0], save_every=None, existing="set_aside")
+        aside = tmp_path / "run.1"
+        assert (refs(root), refs(aside)) == (
+            {self.face.ref: self.face.iteration(2)},
+            {self.face.ref: self.face.iteration(6)},
+        )
 
     def test_given_directory_replaces_that_of_the_framework(self, tmp_path):
         self.face.train(tmp_path / "own", VALUES[:2], directory=tmp_path / "given")
@@ -140,6 +174,12 @@ class Contract:
     def test_given_direction_wins(self, tmp_path):
         self.face.train(tmp_path, VALUES, save_every=None, higher_is_better=True)
         assert refs(tmp_path) == {self.face.ref: self.face.iteration(7)}
+
+    def test_hooks_are_called_on_each_new_best(self, tmp_path):
+        run_ranks(train_with_hooks, 2, self.face, tmp_path)
+        bests = [(self.face.iteration(step), VALUES[step - 1]) for step in (1, 2, 6)]
+        assert notes(tmp_path / "rank-0") == [("0", *best) for best in bests]
+        assert sorted(notes(tmp_path / "every-rank")) == [(rank, *best) for rank in "01" for best in bests]
 
     def test_metric_of_unknown_direction_is_refused_before_training(self, tmp_path):
         with pytest.raises(ConfigError, match=r"whether a higher '(eval_)?runtime' is better"):

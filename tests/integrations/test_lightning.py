@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 
-from keepbest.errors import ConfigError, MetricMismatchError
+from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError
 from keepbest.integrations.lightning import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues, train_with_and_without_interruption
 from tests.integrations.faces.face import VALUES, failing
@@ -56,6 +57,28 @@ def test_validations_outside_the_training_are_not_observed(tmp_path):
     assert observed(tmp_path / "best") == ["E1_U2_B2", "E2_U4_B4"]
     fit(tmp_path / "dev", VALUES, [BestCheckpoint(METRIC)], fast_dev_run=True)
     assert not (tmp_path / "dev").exists()
+
+
+def run_dry(directory, **settings):
+    best = BestCheckpoint("loss/vall", directory=directory / "best", **settings)
+    with pytest.raises(
+        MissingMetricError, match=r"'loss/vall' was not logged by the end of validation; logged: loss/val"
+    ):
+        fit(directory, VALUES, [best], fast_dev_run=True)
+
+
+def test_wrong_metric_is_found_by_a_dry_run_on_every_rank(tmp_path):
+    run_ranks(run_dry, 2, tmp_path)
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize(("metric", "warnings"), [("loss/vall", 1), (METRIC, 0)])
+def test_wrong_metric_is_reported_by_the_sanity_check(metric, warnings, tmp_path, caplog):
+    best = BestCheckpoint(metric, directory=tmp_path, metric_reduction="rank0")
+    with pytest.raises(MissingMetricError) if warnings else nullcontext():
+        fit(tmp_path, VALUES[:1], [best], num_sanity_val_steps=1)
+    messages = [record.getMessage() for record in caplog.records if record.name == "keepbest.integrations.lightning"]
+    assert messages == ["'loss/vall' was not logged by the end of the sanity check; logged: loss/val"] * warnings
 
 
 def test_checkpoint_of_an_exception_is_pinned_and_resumed(tmp_path):

@@ -141,6 +141,26 @@ def test_one_evaluation_of_the_training_per_step_is_observed(tmp_path):
     assert FACE.observed(tmp_path) == [("U2", 3.0), ("U4", 6.0), ("U6", 2.0), ("U8", 2.5)]
 
 
+def start_with_a_wrong_metric(directory):
+    best = BestCheckpoint("scor", higher_is_better=False)
+    trainer = make_trainer(directory, callbacks=[best], eval_on_start=True)
+    with pytest.raises(MissingMetricError, match=r"'eval_scor' was not reported by the evaluation; .* eval_score"):
+        trainer.train()
+    best.keeper.abandon()
+    return trainer.state.global_step
+
+
+def test_wrong_metric_is_found_by_the_evaluation_before_training(tmp_path):
+    assert run_ranks(start_with_a_wrong_metric, 2, tmp_path) == [0, 0]
+
+
+def test_functions_on_a_new_best_would_be_lost_with_restored_callbacks(tmp_path):
+    with pytest.raises(ConfigError, match="on_new_best"):
+        make_trainer(
+            tmp_path, callbacks=[BestCheckpoint(on_new_best=print)], restore_callback_states_from_checkpoint=True
+        )
+
+
 def test_data_set_with_the_metric_is_observed_among_several(tmp_path):
     make_trainer(
         tmp_path / "run",

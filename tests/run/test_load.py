@@ -99,7 +99,7 @@ def _sign(run, path):
 def test_unknown_ref_lists_those_that_exist(run, tmp_path):
     with pytest.raises(SnapshotError, match=r"has no ref 'best'; there are: best_model.loss"):
         load(run.keeper.directory, "best", run.model)
-    with pytest.raises(SnapshotError, match="missing or empty"):
+    with pytest.raises(SnapshotError, match="there is nothing"):
         load(tmp_path / "nowhere", BEST, run.model)
     assert not (tmp_path / "nowhere").exists()
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from keepbest.callbacks.assemble import assemble_callbacks
 from keepbest.callbacks.base import CallbackBase
+from keepbest.callbacks.component import Component
 from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.callbacks.data_iterator import PeriodicDataIteratorCallback
 from keepbest.callbacks.periodic import PeriodicCallback
@@ -20,7 +21,8 @@ from keepbest.errors import ConfigError
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import read_scalar
-from keepbest.run.reader import ledger_exists
+from keepbest.run.no_run import ledger_exists
+from keepbest.run.takeover import Existing
 from keepbest.settings import CommonSettings
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ _logger = logging.getLogger(__name__)
 class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
     """Config of `BestCheckpointCallback`. The interval is that of the callback that logs the metric.
 
-    It has the settings of `CommonSettings` too, which docs/settings.md describes: all but `resume`, since the trainer
-    says when a run is resumed.
+    It has the settings of `CommonSettings` too, which docs/settings.md describes: all but `resume` and `existing`,
+    since the trainer says when a run is resumed.
 
     Attributes:
         metric_key: Key of the monitored metric in the log.
@@ -41,6 +43,9 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
             their keys start with `best=<metric key, with dots for slashes>/`.
         save_training_state: Whether optimizers, the place in the data and random states are kept with each best, so
             that `trainer.resume=best` continues from it.
+        on_new_best: Functions that rank 0 calls with the outcome and the path of each new best when it is on the disk,
+            each as the `kind` that makes it and its arguments. With `kind: keepbest.EveryRank` and the function as
+            `hook`, every rank calls it.
     """
 
     name: Literal["BestCheckpointCallback"] = "BestCheckpointCallback"
@@ -49,6 +54,11 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
         None
     )
     save_training_state: Annotated[bool, Field(strict=True)] = False
+    on_new_best: Annotated[tuple[Component, ...], Field(strict=False)] = ()
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(resume="trainer.resume=auto", set_aside="trainer.existing=set_aside")
 
 
 class BestCheckpointCallback(PeriodicCallback):
@@ -80,13 +90,14 @@ class BestCheckpointCallback(PeriodicCallback):
         self.keeps_training_state = config.save_training_state
         if config.save_training_state:
             self._refuse_what_cannot_continue()
-        self.keeper = BestKeeper(
+        self.keeper: BestKeeper = _Keeper(
             self.model,
             directory=self.directory,
             metric_key=config.metric_key,
             metric_property_provider=self.metric_property_provider,
             process_group=self.ranks.process_group,
             training_state=trainer_state(self.trainer, self.ranks) if config.save_training_state else None,
+            on_new_best=self.ranks.agree("build on_new_best", lambda: [hook.build() for hook in config.on_new_best]),
             **config.keeper_arguments(),
         )
         self.higher_is_better = self.keeper.policy.higher_is_better

@@ -16,10 +16,8 @@ from typing_extensions import Self
 from keepbest.callbacks.config import known_settings
 from keepbest.errors import ConfigError
 from keepbest.run.inside import check_own
-from keepbest.training.config import RunConfig, TrainerConfig
+from keepbest.training.config import CONFIG_FILE, RunConfig, TrainerConfig
 from keepbest.validation import Place, describe
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.cli.console import say
-from keepbest.cli.run_file import CONFIG_FILE, RunFile, parse_settings
+from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.cli.table import print_checkpoints
-from keepbest.errors import ConfigError
 from keepbest.load import load
 from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
 from keepbest.run.inside import check_own
-from keepbest.run.reader import find_ref, ledger_exists, read_history
+from keepbest.run.no_run import ledger_exists
+from keepbest.run.reader import find_ref, only_best, read_history
+from keepbest.training.config import CONFIG_FILE
 from keepbest.training.trainer import build_trainer
 
 
@@ -65,6 +66,14 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, conf
             here["trainer.strategy"] = "single"
         return {**here, **parse_settings(arguments), "directory": str(directory)}
 
+    def find() -> str:
+        history = read_history(directory)
+        name = ref or only_best(directory, history)
+        find_ref(directory, history, name)
+        return name
+
+    # A wrong path is found here, before a config is looked for that is not there either.
+    name = ranks.broadcast("look into the run", find, saving=True)
     path = directory / CONFIG_FILE if config is None else config
     if config is None:
         ranks.agree(f"read the config {path}", lambda: check_own(path))
@@ -72,7 +81,6 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, conf
     if ranks.is_main:
         whose = "which came with the run" if config is None else "which you chose"
         say(f"this runs the classes that {path.absolute()} names, {whose}")
-    name = ranks.broadcast("look into the run", lambda: ref or _only_best(directory), saving=True)
     trainer = build_trainer(run.config)
     loaded = load(directory, name, trainer.model)
     metrics = trainer.eval(update=loaded.iteration.update or 0)
@@ -92,15 +100,6 @@ def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> R
         lambda: RunFile.read(path, settings()),
         state=lambda run: json.dumps(run.content, sort_keys=True, default=str).encode(),
     )
-
-
-def _only_best(directory: Path) -> str:
-    history = read_history(directory)
-    bests = [name for name in history.keepers if name in history.refs]
-    if len(bests) != 1:
-        known = ", ".join(sorted(history.refs)) or "none yet"
-        raise ConfigError(f"{directory} has {len(bests)} best checkpoints; choose one with --ref: {known}")
-    return bests[0]
 
 
 def _not_loaded(parts: Sequence[Part], loaded: Sequence[str], left_out: Mapping[str, Sequence[str]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from typing_extensions import Unpack
 from keepbest.errors import ConfigError
 from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest saved state names is kept under one tag: nothing says which of them are removed.
@@ -37,12 +39,18 @@ class AcceleratedKeeper(BestKeeper):
         metric_property_provider: As in `BestKeeper`.
         process_group: As in `BestKeeper`.
         training_state: As in `BestKeeper`: optimizers, schedulers and the like, as `accelerator.prepare` returned them.
+        on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
 
     Raises:
         ConfigError: On every rank, if a setting is unknown or wrong, or Megatron-LM has the weights.
         DesyncError: On every rank, if their settings differ.
     """
+
+    _existing = Existing(
+        resume="accelerator.load_state(...) before the keeper starts, or resume='ledger'",
+        set_aside="existing='set_aside'",
+    )
 
     def __init__(
         self,
@@ -54,6 +62,7 @@ class AcceleratedKeeper(BestKeeper):
         metric_property_provider: MetricPropertyProvider | None = None,
         process_group: dist.ProcessGroup | None = None,
         training_state: Mapping[str, Any] | None = None,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         if accelerator.distributed_type == DistributedType.MEGATRON_LM:
@@ -74,6 +83,7 @@ class AcceleratedKeeper(BestKeeper):
             metric_property_provider=metric_property_provider,
             process_group=process_group,
             training_state=training_state,
+            on_new_best=on_new_best,
             **settings,
         )
         accelerator.register_for_checkpointing(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +16,21 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
 # What the newest checkpoint of Ignite names is kept under one tag: no event says which of them are removed.
 _PIN = "ignite"
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="Checkpoint.load_objects with this handler in to_load, or resume='ledger' of BestCheckpoint",
+        set_aside="existing='set_aside' of BestCheckpoint",
+    )
 
 
 class BestCheckpoint:
@@ -40,6 +49,7 @@ class BestCheckpoint:
             Ignite's `Checkpoint` takes it: a higher one is better, unless `higher_is_better` says otherwise.
         metric_property_provider: As in `BestKeeper`.
         training_state: As in `BestKeeper`: optimizers, schedulers and the like.
+        on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if no state was loaded: at the iteration that
             training starts from, which may be the first.
@@ -60,6 +70,7 @@ class BestCheckpoint:
         score_function: Callable[[Engine], Any] | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         training_state: Mapping[str, Any] | None = None,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
@@ -71,12 +82,13 @@ class BestCheckpoint:
             _refuse_if_lower_is_better(metric_key, metric_property_provider)
             arguments["higher_is_better"] = True
         self._make_keeper = partial(
-            BestKeeper,
+            _Keeper,
             model,
             directory=local_path(directory),
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             training_state=training_state,
+            on_new_best=on_new_best,
             **arguments,
         )
         self._score_function = score_function

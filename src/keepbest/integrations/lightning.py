@@ -5,6 +5,7 @@ For trainers of `pytorch_lightning` and for those of `lightning.pytorch`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.integrations.lightning_export import export_checkpoint, show_to
 from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
@@ -20,16 +21,27 @@ from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
+_logger = logging.getLogger(__name__)
+
 # What the newest checkpoint of Lightning names is kept under one tag: no hook says which of them are removed.
 _PIN = "lightning"
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="fit(ckpt_path=...), or resume='ledger' of BestCheckpoint",
+        set_aside="existing='set_aside' of BestCheckpoint",
+    )
 
 
 class BestCheckpoint(Callback):
@@ -53,6 +65,7 @@ class BestCheckpoint(Callback):
         metric_property_provider: As in `BestKeeper`.
         save_training_state: Whether optimizers and schedulers are kept with each best: as the training states
             `optimizer` and `scheduler`, or `optimizer.0` and so on where there are several.
+        on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if Lightning has no checkpoint to resume from, or
             one without this callback: at the iteration that training starts from, which may be the first.
@@ -72,6 +85,7 @@ class BestCheckpoint(Callback):
         every_n_train_steps: int | None = None,
         metric_property_provider: MetricPropertyProvider | None = None,
         save_training_state: bool = False,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings)
@@ -82,12 +96,13 @@ class BestCheckpoint(Callback):
         self.keeper: BestKeeper | None = None
         self._directory = None if directory is None else local_path(directory)
         self._id = checked.id
-        self._resume = checked.resume
+        self._resume, self._reduction = checked.resume, checked.metric_reduction
         self._saves_training_state = save_training_state
         self._make_keeper = partial(
-            BestKeeper,
+            _Keeper,
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
+            on_new_best=on_new_best,
             **checked.keeper_arguments(),
         )
         self._loaded: dict[str, Any] = {}
@@ -136,6 +151,14 @@ class BestCheckpoint(Callback):
             # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
             Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the sanity check has logged other metrics, and not this one. **Rank-local**.
+
+        Modules may log less in the sanity check than later, so this is no error.
+        """
+        if trainer.callback_metrics and trainer.is_global_zero and self.metric_key not in trainer.callback_metrics:
+            _logger.warning("%s", self._read(trainer.callback_metrics, "the sanity check").absent)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the run folder, unless this is a `fast_dev_run`. **Collective**.
 
@@ -178,9 +201,13 @@ class BestCheckpoint(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
 
+        In a `fast_dev_run` it only has to be there.
+
         Raises:
             KeepBestError: On every rank, as `BestKeeper.observe`.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Ranks.connect().agree("look for the metric in a fast_dev_run", lambda: self._refuse_if_absent(trainer))
         if self._every is None:
             self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
 
@@ -266,6 +293,11 @@ class BestCheckpoint(Callback):
     def _let_go(self) -> BestKeeper | None:
         keeper, self._open = self._open, None
         return keeper
+
+    def _refuse_if_absent(self, trainer: Trainer) -> None:
+        absent = self._read(trainer.callback_metrics, "validation").absent
+        if absent and (trainer.is_global_zero or self._reduction != "rank0"):
+            raise MissingMetricError(absent)
 
     def _read(self, metrics: Mapping[str, Any], interval: str) -> Reading:
         if self.metric_key not in metrics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_callback import ExportableState
 from typing_extensions import Unpack
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook, check_hooks
+from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
@@ -24,6 +27,13 @@ _PIN = "transformers"
 _PREFIX = "eval_"
 # Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
 _ONLY_EVALUATION = "eval_runtime"
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="train(resume_from_checkpoint=True), or resume='ledger' of BestCheckpoint",
+        set_aside="existing='set_aside' of BestCheckpoint",
+    )
 
 
 class BestCheckpoint(TrainerCallback, ExportableState):
@@ -42,6 +52,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             checkpoints: by `hp_name`, or `run-0` and so on in the order in which this process starts them.
         save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
             states `optimizer` and `scheduler`.
+        on_new_best: As in `BestKeeper`. The Trainer cannot keep functions in its checkpoints, so it goes without
+            `restore_callback_states_from_checkpoint`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md. Without
             `higher_is_better` the direction is `greater_is_better` of the training arguments if the metric is their
             `metric_for_best_model`, or else what the name of the metric says. `resume="ledger"` resumes a folder that
@@ -61,6 +73,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         *,
         directory: str | Path | None = None,
         save_training_state: bool = False,
+        on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         self.keeper: BestKeeper | None = None
@@ -69,8 +82,9 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._directory = None if directory is None else local_path(directory)
         self._settings = KeeperSettings.of(settings)
         self._saves_training_state = save_training_state
+        self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
-        self._is_due = False
+        self._is_due = self._has_stepped = False
         self._reported: set[str] = set()
         self._trials = 0
         self._attempt: tuple[Any, int] = None, 0
@@ -87,6 +101,18 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             },
             "attributes": {"resumed_state": None if self._open is None else self._open.state_dict()},
         }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """**Rank-local**.
+
+        Raises:
+            ConfigError: If the Trainer would make this callback anew, without its `on_new_best`.
+        """
+        if self._hooks and args.restore_callback_states_from_checkpoint:
+            raise ConfigError(
+                "with restore_callback_states_from_checkpoint the Trainer makes its callbacks anew from a checkpoint, "
+                "which cannot hold the functions of on_new_best: leave one of the two out"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,11 +144,12 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             directory /= trial
             # A search that starts again has other trials.
             settings |= {"resume": None, "remote": settings["remote"] and f"{settings['remote']}/{trial}"}
-        keeper = BestKeeper(
+        keeper = _Keeper(
             kwargs["model"],
             directory=directory,
             metric_key=key,
             training_state=_training_state(**kwargs) if self._saves_training_state else None,
+            on_new_best=self._hooks,
             **settings,
         )
         loaded = self._take_out(state, key)
@@ -133,11 +160,11 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         keeper.start(at=begun if settings["resume"] == "ledger" or starts_over else None)
         self.keeper = self._open = keeper
         self._attempt = _attempt_of(state)
-        self._is_due, self._reported = False, set()
+        self._is_due, self._reported, self._has_stepped = False, set(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From now on an evaluation observes something new. **Collective** where a checkpoint follows, as `flush`."""
-        self._is_due = True
+        self._is_due = self._has_stepped = True
         self._prepare_checkpoint(control.should_save)
 
     def on_epoch_end(
@@ -149,11 +176,19 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Observe the metric, if this is the first evaluation since the last step that reports it. **Collective**.
 
+        In an evaluation before the first step, as of `eval_on_start`, it only has to be there.
+
         Raises:
             KeepBestError: On every rank, as `BestKeeper.observe`.
         """
         metrics: Mapping[str, Any] = kwargs["metrics"]
-        if self._open is None or not self._is_due:
+        if self._open is None:
+            return
+        if not self._has_stepped and _ONLY_EVALUATION in metrics:
+            is_needed = state.is_world_process_zero or self._settings.metric_reduction != "rank0"
+            reading = _read(self._open.metric_key, metrics) if is_needed else Reading()
+            Ranks.connect().agree("look for the metric before training", lambda: _refuse_if_absent(reading))
+        if not self._is_due:
             return
         if self._open.metric_key not in metrics and _ONLY_EVALUATION not in metrics:
             # One of several data sets, which are evaluated one by one, or what somebody evaluates beside the training.
@@ -281,6 +316,11 @@ def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
             absent=f"{metric_key!r} was not reported by the evaluation; reported: {', '.join(sorted(metrics))}"
         )
     return read_value(metrics[metric_key])
+
+
+def _refuse_if_absent(reading: Reading) -> None:
+    if reading.absent:
+        raise MissingMetricError(reading.absent)
 
 
 def _training_state(*, optimizer: Any, lr_scheduler: Any, **_: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class InFlight:
     Attributes:
         buffers: Memory that it works on.
         number: Number of the exchange among those of the group.
+        step: What the ranks do, in words.
         started: Moment of its start, in seconds of the monotonic clock.
         works: Handles from torch, in the order in which they are waited for.
         is_under_way: Whether this rank has done all for it but wait.
@@ -28,6 +29,7 @@ class InFlight:
 
     buffers: Buffers
     number: int
+    step: str = ""
     started: float = field(default_factory=time.monotonic)
     works: list[dist.Work] = field(default_factory=list)
     is_under_way: bool = False

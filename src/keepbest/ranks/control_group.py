@@ -18,6 +18,7 @@ from keepbest.ranks.buffers import Buffers
 from keepbest.ranks.carrier import Alone, Carrier, InFlight
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.ring import Ring
+from keepbest.ranks.watch import Watch
 
 _WATCH_TAG = 1  # of messages that nobody sends; exchanges have 0
 
@@ -48,6 +49,7 @@ class ControlGroup:
     _store: Store | None = None
     _buffers: Buffers | None = None
     _patient: dist.ProcessGroup | None = None
+    _watch: Watch = field(default_factory=lambda: Watch(0, 1, Alone()))
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | None, timeout: timedelta) -> ControlGroup:
@@ -74,6 +76,8 @@ class ControlGroup:
                 control.group, gloo = control._new_group("control", timeout)
                 control._gloo, rank = gloo, control.rank
                 control._carrier = Direct(gloo, rank) if len(members) == 2 else Ring(control.group, rank)
+                control._watch = Watch(rank, len(members), control._carrier)
+                control._watch.begin()
             _control_groups[parent] = control
         return control
 
@@ -121,7 +125,7 @@ class ControlGroup:
         """
         self.refuse_if_poisoned()
         self.round += 1
-        flight = InFlight(buffers, self.round)
+        flight = InFlight(buffers, self.round, step)
         try:
             self._carrier.start(flight, timeout)
         except RuntimeError as error:
@@ -139,12 +143,15 @@ class ControlGroup:
             RankTimeoutError: If a rank does not arrive in time.
             RankLostError: If a rank is gone.
         """
+        self._watch.present = flight
         try:
             self._carrier.wait(flight, timeout)
         except RuntimeError as error:
             if time.monotonic() - flight.started >= timeout.total_seconds():
                 raise self._timed_out(flight, step, timeout) from error
             raise self._lost(step, error) from error
+        finally:
+            self._watch.present = None
 
     def refuse_if_poisoned(self) -> None:
         """Raise `PoisonedError` if no collective may run any more, or none in this process."""

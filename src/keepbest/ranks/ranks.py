@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError
 from keepbest.ranks.control_group import ControlGroup
+from keepbest.ranks.difference import SEPARATOR, describe_difference
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
 from keepbest.ranks.flag import SharedFlag
 from keepbest.ranks.frame import Frame, Number, digest_place
@@ -28,7 +29,6 @@ T = TypeVar("T")
 
 _PLACE_WIDTH = 16384  # bytes of a step and its state that ranks in different places show each other
 _PATIENCE_FOR_NOTES = 0.9  # of save_timeout, so that who waits for rank 0 meanwhile learns how it ends
-_SHOWN_WIDTH = 600  # characters of these that the message shows
 
 
 class Ranks:
@@ -305,32 +305,14 @@ class Ranks:
         raise error from mine
 
     def _raise_desync(self, step: str, state: bytes, saving: bool) -> NoReturn:
-        mine = f"{step} {state.decode(errors='replace')}".strip().encode(errors="replace")
+        mine = f"{step}{SEPARATOR}{state.decode(errors='replace')}".encode(errors="replace")
         padded = mine[:_PLACE_WIDTH].ljust(_PLACE_WIDTH, b"\0")
         texts = [text.rstrip(b"\0").decode(errors="replace") for text in self._all_gather(padded, step, saving=saving)]
         self.poison("the ranks are not in the same step")
-        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(_around_the_difference(texts)))
         raise DesyncError(
-            f"the ranks are not in the same place:\n{lines}\n"
+            f"{describe_difference(texts)}\n"
             "Call the keeper on every rank, in the same order, with the same settings and iterations."
         )
 
     def _all_gather(self, mine: bytes, step: str, *, saving: bool) -> list[bytes]:
         return self._control.all_gather(mine, step, self._save_timeout if saving else self._rank_timeout)
-
-
-def _around_the_difference(texts: list[str]) -> list[str]:
-    """Cut long texts down to what is around the first place where they differ."""
-    shortest = min(map(len, texts))
-    same = next((place for place in range(shortest) if len({text[place] for text in texts}) > 1), shortest)
-    if max(map(len, texts)) <= _SHOWN_WIDTH:
-        return texts
-    start = max(0, same - _SHOWN_WIDTH // 4)
-    # Words are not cut, so that the name of a setting stays whole.
-    start = 0 if start == 0 else texts[0].find(" ", start, same) + 1 or start
-    shown = [text[start : start + _SHOWN_WIDTH] for text in texts]
-    before, after = "... " if start else "", " ..."
-    return [
-        f"{before}{part}{after if len(text) > start + _SHOWN_WIDTH else ''}"
-        for part, text in zip(shown, texts, strict=True)
-    ]

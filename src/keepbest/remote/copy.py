@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keepbest.errors import ConfigError
-from keepbest.remote.download import bring_up_to, raising_unreadable
+from keepbest.remote.download import bring_up_to, raising_unreadable, read_remote_ledger
 from keepbest.remote.mirror import Mirror
 from keepbest.remote.storage import Remote, snapshot_in
 from keepbest.run.files import Files
@@ -33,6 +33,9 @@ class FollowingCopy:
         self._clock = clock
         self._patience = patience
         self._mirror: Mirror | None = None
+
+    def holds_run(self) -> bool:
+        return bool(read_remote_ledger(self._remote))
 
     def bring_up(
         self, folder: Path, files: Files, ledger_bytes: int, check: Callable[[str | Path, History], None]

@@ -15,7 +15,7 @@ from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPORARY
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest
-from keepbest.run.reader import FoundSnapshot, read_history, read_manifest
+from keepbest.run.reader import FoundSnapshot, bests_of, read_history, read_manifest
 
 TRIES = 5
 _LOCAL_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -26,9 +26,14 @@ def no_snapshot(_: History) -> Collection[str]:
     return ()
 
 
-def snapshot_of(ref: str) -> Callable[[History], Collection[str]]:
-    """For `local_copy`: what `ref` names, if there is such a ref."""
-    return lambda history: {history.refs[ref]} if ref in history.refs else ()
+def snapshot_of(ref: str | None) -> Callable[[History], Collection[str]]:
+    """For `local_copy`: what `ref` names, if there is such a ref; for `None`, the only best."""
+
+    def wanted(history: History) -> Collection[str]:
+        names = [ref] if ref is not None else bests_of(history)
+        return {history.refs[name] for name in names if name in history.refs} if len(names) == 1 else ()
+
+    return wanted
 
 
 def every_file(manifest: Manifest) -> Collection[str]:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from keepbest.errors import LedgerError, RunExistsError
+from keepbest.errors import ConfigError, LedgerError, RunExistsError
 from keepbest.iteration import TrainingIteration
+from keepbest.run.aside import move_aside
 from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
@@ -24,6 +25,7 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
+from keepbest.run.no_run import run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 
@@ -66,8 +68,10 @@ class RunFolder:
         self._is_interrupted = False
         self._is_followed = False
         self._is_claimed = False
+        self._new_lock = lock
         self._lock = lock(self.path / LOCK)
         self._ledger: LedgerFile | None = None
+        self._held: list[str] = []  # once for each that needs it
         self.history = History()
         self.is_resumed = False
 
@@ -76,16 +80,54 @@ class RunFolder:
 
         Raises:
             RunExistsError: If another process owns the folder.
+            ConfigError: If it is inside of the folder of another run.
             LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
             OSError: Any refusal of the file system.
         """
         if self._is_claimed:
             return
+        if (run := run_around(self.path.parent)) is not None:
+            raise ConfigError(
+                f"{self.path.parent} is inside of a run; give the run itself, {run}, or another directory"
+            )
         check_frame(self.path.parent)
         self.files.make_folder(self.path / SNAPSHOTS)
         self._lock.acquire()
         self._read()
         self._is_claimed = True
+
+    def set_aside(self, *beside: str) -> None:
+        """Move the run to a free directory beside its own, and begin anew here, before `open`. A warning says where.
+
+        Args:
+            *beside: Names of what else belongs to the run in its directory.
+
+        Raises:
+            RunExistsError: If the remote copy holds a run, or another process begins one here at this moment.
+            OSError: Any refusal of the file system, or of the remote storage.
+        """
+        if self.copy is not None and self.copy.holds_run():
+            raise RunExistsError(
+                f"{self.copy.url} holds a run, and what is there is not set aside: give the new run another remote"
+            )
+        self.snapshots.finish_removal()
+        old, self._is_claimed = self._lock, False
+        try:
+            to = move_aside(self.path.parent, (*beside, CHECKPOINTS), self.files)
+            _logger.warning("%s: run %s was set aside, and is in %s", self.path.parent, self.history.run_id, to)
+            self.files.make_folder(self.path / SNAPSHOTS)
+            self._lock = self._new_lock(self.path / LOCK)
+            self._lock.acquire()
+        finally:
+            old.release()  # not earlier, so that who waits for it finds the new one held
+        self.snapshots = SnapshotFolder(self.files, self.path / SNAPSHOTS)
+        self._read()
+        self._is_claimed = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is recorded here by now."""
+        return self._ledger is not None
 
     def check_is_whole(self) -> None:
         """Check that the ledger is the one that the folder was written with. Raises `LedgerError`."""
@@ -178,10 +220,17 @@ class RunFolder:
         """
         self.append(event, durable=True, withdraw=withdraw)
         self._links.show(self.history.refs)
-        try:
-            self._collect()
-        except OSError as error:
-            _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
+        self._collect_or_warn()
+
+    def hold(self, snapshot: str) -> None:
+        """Keep a snapshot, even if nothing names it any more, until `let_go`."""
+        self._held.append(snapshot)
+
+    def let_go(self, snapshot: str) -> None:
+        """End a `hold`, and remove the snapshot if nothing names it any more."""
+        self._held.remove(snapshot)
+        if snapshot not in self.history.kept():
+            self._collect_or_warn()
 
     def catch_up(self) -> None:
         """Bring what is known up to the ledger, where an interruption came between the two.
@@ -271,9 +320,15 @@ class RunFolder:
         self.history = History.of(events)
         self.is_resumed = not self.history.is_empty
 
+    def _collect_or_warn(self) -> None:
+        try:
+            self._collect()
+        except OSError as error:
+            _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
+
     def _collect(self) -> None:
-        """Remove snapshots that nothing names; those that the remote copy still needs stay."""
-        kept = self.history.kept()
+        """Remove snapshots that nothing names; those that are held or that the remote copy still needs stay."""
+        kept = self.history.kept() | set(self._held)
         if self.copy is not None and self._is_followed and self._ledger is not None:
             self.copy.follow(self._committed(self._ledger.size))
             kept |= self.copy.held()

@@ -40,6 +40,9 @@ class Follower(Protocol):
     def failure(self) -> OSError | None:
         """Why the copy lags behind, if it does."""
 
+    def holds_run(self) -> bool:
+        """Whether there is a run in the copy. Raises `SnapshotError` if it cannot be read."""
+
     def bring_up(
         self, folder: Path, files: Files, ledger_bytes: int, check: Callable[[str | Path, History], None]
     ) -> bool:

@@ -94,7 +94,11 @@ class RunLock:
         except BaseException:
             self.release()
             raise
-        self._write_owner()
+        if self._is_in_place():
+            self._write_owner()
+        else:  # its folder was moved while it was waited for, with the run that was set aside
+            self.release()
+            self.acquire()
 
     def release(self) -> None:
         """Release the folder. A second call does nothing."""
@@ -139,6 +143,12 @@ class RunLock:
                 _logger.warning("%s: waiting for another process (%s) to end", self._path.parent, owner or "unknown")
                 is_announced = True
             time.sleep(_POLL_SECONDS)  # a lock that is waited for could not be given up after the patience
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def _write_owner(self, **notes: Any) -> None:
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **notes}).encode()

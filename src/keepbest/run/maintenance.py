@@ -1,4 +1,4 @@
-"""Repairs a run folder that no process works on. **Rank-local**."""
+"""Repairs a run folder that no process works on, or moves it out of the way. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
+from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import read_history
 
 
@@ -26,5 +27,28 @@ def repair(directory: Path) -> None:
     try:
         folder.claim()
         folder.repair()
+    finally:
+        folder.close()
+
+
+def set_aside(directory: Path, *beside: str) -> None:
+    """Move the run in `directory`, if there is one, to a free directory beside it, for another run. **Rank-local**.
+
+    Args:
+        directory: Directory of the run.
+        *beside: Names of what else belongs to the run there.
+
+    Raises:
+        LedgerError: If the ledger is damaged.
+        RunExistsError: If a live process owns the folder.
+        OSError: Any refusal of the file system.
+    """
+    if not ledger_exists(directory):
+        return
+    folder = RunFolder(directory, Files())
+    try:
+        folder.claim()
+        if folder.is_resumed:
+            folder.set_aside(*beside)
     finally:
         folder.close()

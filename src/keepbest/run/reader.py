@@ -6,7 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
-from keepbest.errors import SnapshotError
+from keepbest.errors import ConfigError, SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.events import Event
 from keepbest.run.history import History
@@ -14,6 +14,7 @@ from keepbest.run.inside import check_frame, open_file
 from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest, manifest_digest
+from keepbest.run.no_run import why_no_run
 
 
 class FoundSnapshot(NamedTuple):
@@ -33,11 +34,6 @@ class FoundSnapshot(NamedTuple):
             check_file(self.folder / name, self.manifest.files[name].digest)
 
 
-def ledger_exists(directory: Path) -> bool:
-    """Whether there is a ledger in `directory`."""
-    return (directory / CHECKPOINTS / LEDGER).is_file()
-
-
 def read_history(directory: Path) -> History:
     """What the ledger of the run in `directory` records. Raises as `read_events`."""
     return History.of(read_events(directory))
@@ -47,15 +43,31 @@ def read_events(directory: Path) -> list[Event]:
     """The events in the ledger of the run in `directory`.
 
     Raises:
-        SnapshotError: If there is no ledger.
+        SnapshotError: If there is no ledger. The message says what to give instead, where that can be seen.
         LedgerError: If it is damaged or of another version, or the folder is made of links.
     """
-    check_frame(directory)
-    path = directory / CHECKPOINTS / LEDGER
-    events, _ = read_ledger(path)
+    try:
+        check_frame(directory)
+        events, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
+    except NotADirectoryError:
+        events = []
     if not events:
-        raise SnapshotError(f"{path} is missing or empty: {directory} is not the directory of a run with checkpoints")
+        raise SnapshotError(why_no_run(directory))
     return events
+
+
+def only_best(run: str | Path, history: History) -> str:
+    """The ref on the best of `run`, which monitors one metric. Raises `ConfigError` if it has none yet, or several."""
+    bests = bests_of(history)
+    if len(bests) != 1:
+        known = ", ".join(sorted(history.refs)) or "none yet"
+        raise ConfigError(f"{run} has {len(bests)} best checkpoints; say which ref is meant: {known}")
+    return bests[0]
+
+
+def bests_of(history: History) -> list[str]:
+    """The refs on the best of each metric that is kept."""
+    return [name for name in history.keepers if name in history.refs]
 
 
 def find_ref(directory: Path, history: History, ref: str) -> FoundSnapshot:

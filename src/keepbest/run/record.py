@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinne
 from keepbest.run.folder import RunFolder
 from keepbest.run.history import KeeperHistory, Timeline
 from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_moves
-from keepbest.run.takeover import LoadedState, check_takeover
+from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, check_takeover
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,15 @@ class Revision(NamedTuple):
         """The inverse of `to_json`."""
         return cls(BestState.from_json(revision[0]), revision[1])
 
+    def to_text(self) -> str:
+        """As text; `from_text` is the inverse."""
+        return json.dumps(self.to_json())
+
+    @classmethod
+    def from_text(cls, text: str) -> Revision:
+        """The inverse of `to_text`."""
+        return cls.from_json(json.loads(text))
+
 
 class KeeperRecord:
     """The record of one keeper. **Rank-local**: rank 0 alone has one.
@@ -59,7 +69,12 @@ class KeeperRecord:
         self._is_ahead = False  # of those who decide: they do not know yet of a best that was lost
 
     def begin(
-        self, *, loaded: LoadedState | None = None, from_ledger: bool = False, at: TrainingIteration | None = None
+        self,
+        *,
+        loaded: LoadedState | None = None,
+        from_ledger: bool = False,
+        at: TrainingIteration | None = None,
+        existing: Existing = OWN_LOOP,
     ) -> BestState:
         """Start or resume the keeper, and bring the folder into the state that the ledger records.
 
@@ -67,6 +82,7 @@ class KeeperRecord:
             loaded: State to resume from. The ledger up to its last iteration wins over it.
             from_ledger: Whether to resume from the ledger alone.
             at: Iteration to resume at, with `from_ledger`; `None` is the end of the ledger.
+            existing: What happens to a run that is there and is not resumed.
 
         Raises:
             RunExistsError: If the folder holds a run that is not resumed, or another one than that of `loaded`.
@@ -77,7 +93,10 @@ class KeeperRecord:
         """
         folder, keeper, policy = self.folder, self.keeper, self._policy
         resumes = loaded is not None or from_ledger
-        check = partial(check_takeover, keeper=keeper, policy=policy, loaded=loaded)
+        check = partial(check_takeover, keeper=keeper, policy=policy, loaded=loaded, existing=existing)
+        # Not where another keeper of this process has resumed it.
+        if existing.sets_aside and folder.is_resumed and not resumes and not folder.is_open:
+            folder.set_aside()
         check(folder.path, folder.history, resumes=resumes or not folder.is_resumed)
         is_first_to_follow = folder.bring_up_to_copy(partial(check, resumes=resumes))
         folder.check_is_whole()
@@ -188,13 +207,16 @@ class KeeperRecord:
         self._is_ahead = True
         self.observe(replace(observation, durable=False), {})
 
-    def keep(self, kept: Kept, snapshot: str, manifest: str) -> None:
+    def keep(self, kept: Kept, snapshot: str, manifest: str) -> bool:
         """Commit a new timeline best, or one of the top k, whose weights are durable, and move the refs.
 
         Args:
             kept: Observation, and what follows from it.
             snapshot: Name of the snapshot that holds the weights.
             manifest: Digest of its manifest.
+
+        Returns:
+            Whether it was recorded as a new best. After a save that failed this may be news to those who decided.
 
         Raises:
             OSError: Any refusal of the file system. Nothing was recorded then, unless the ledger `is_torn`.
@@ -205,6 +227,7 @@ class KeeperRecord:
         iteration, value = kept.observation.iteration, kept.observation.value
         event = Observed(self.keeper, iteration, value, snapshot, manifest, is_best=kept.is_new_best, refs=refs)
         self.folder.commit(event, withdraw=True)
+        return kept.is_new_best
 
     def supersede(self, observation: Observation) -> None:
         """Record a new timeline best whose weights nobody needs any more, since a better one follows.

@@ -46,6 +46,9 @@ class LoadedState:
     timeline: int | None
     state: BestState
 
+    def __str__(self) -> str:
+        return f"({self.keeper.name} of run {self.run_id}, timeline {self.timeline}: {self.state})"
+
     def to_json(self) -> dict[str, Any]:
         """JSON values only; `from_json` is the inverse."""
         state = {"run_id": self.run_id, "timeline": self.timeline, "state": self.state.to_json()}
@@ -73,8 +76,32 @@ class LoadedState:
             )
 
 
+class Existing(NamedTuple):
+    """What happens to a run that is there and is not resumed, in the words of the face that a user came through.
+
+    Attributes:
+        sets_aside: Whether it is moved to a directory beside its own; else it is an error.
+        resume: How it would be resumed.
+        set_aside: How it would be set aside.
+    """
+
+    sets_aside: bool = False
+    resume: str = "load_state_dict(), or resume='ledger'"
+    set_aside: str = "existing='set_aside'"
+
+
+OWN_LOOP = Existing()
+
+
 def check_takeover(
-    place: str | Path, history: History, *, keeper: str, policy: Policy, loaded: LoadedState | None, resumes: bool
+    place: str | Path,
+    history: History,
+    *,
+    keeper: str,
+    policy: Policy,
+    loaded: LoadedState | None,
+    resumes: bool,
+    existing: Existing = OWN_LOOP,
 ) -> None:
     """Check that `keeper` can continue the run in `place`, which is a folder or the URL of a copy.
 
@@ -83,11 +110,10 @@ def check_takeover(
         RunExistsError: If `keeper` does not resume, or resumes another run.
     """
     if not resumes:
-        other = "directory" if isinstance(place, Path) else "remote"
-        raise RunExistsError(
-            f"{place} holds run {history.run_id}; resume it (load_state_dict(), or resume='ledger'), or choose another "
-            f"{other}"
-        )
+        others = f"set it aside ({existing.set_aside}), or choose another directory"
+        if not isinstance(place, Path):
+            others = "or choose another remote"
+        raise RunExistsError(f"{place} holds run {history.run_id}; resume it ({existing.resume}), {others}")
     twins = [name for name in history.keepers if name != keeper and name.casefold() == keeper.casefold()]
     if twins:
         raise ConfigError(f"{keeper!r} differs from {twins[0]!r} only in upper and lower case; give it another id")

@@ -218,16 +218,26 @@ class SaveJob:
         snapshot: Snapshot of the weights.
         record: Record of the keeper.
         is_first: Whether this keeper took the snapshot, rather than another one at the same iteration.
+        on_commit: Function that is called with the name of the snapshot once it is committed as a new best.
 
     Attributes:
         is_skipped: Whether the snapshot was given up, which is recorded also where the disk refuses it.
     """
 
-    def __init__(self, kept: Kept, snapshot: PendingSnapshot, record: KeeperRecord, *, is_first: bool) -> None:
+    def __init__(
+        self,
+        kept: Kept,
+        snapshot: PendingSnapshot,
+        record: KeeperRecord,
+        *,
+        is_first: bool,
+        on_commit: Callable[[str], None],
+    ) -> None:
         self._kept = kept
         self._snapshot = snapshot
         self._record = record
         self._is_first = is_first
+        self._on_commit = on_commit
         self.is_skipped = False
         if not is_first:
             snapshot.need()
@@ -245,12 +255,14 @@ class SaveJob:
             return
         written = self._snapshot.write()
         try:
-            self._record.keep(self._kept, written.name, written.manifest)
+            is_new_best = self._record.keep(self._kept, written.name, written.manifest)
         except OSError:
             # A line that could not be taken back may be read as committed, and then needs its snapshot.
             if not self._record.folder.is_torn:
                 self._snapshot.drop_unless_needed()
             raise
+        if is_new_best:
+            self._on_commit(written.name)
 
 
 def _of_rank_0(record: Record | None) -> Record:

@@ -20,6 +20,7 @@ from keepbest.modules.zero import whole_parameters
 from keepbest.ranks import Number, Ranks
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
+from keepbest.run.takeover import Existing, LoadedState
 from keepbest.saving.job import PendingSnapshot, SaveJob
 from keepbest.saving.losses import Losses
 from keepbest.saving.open_run import OpenRun
@@ -114,9 +115,26 @@ class Saver:
             self._run.write_in_the_background(self._ranks.leave)
         self._staging.prepare(self._way.rooms(self._inventory))
 
-    def start(self, record: KeeperRecord) -> None:
-        """Write into this record from now on. **Rank-local**, on rank 0."""
-        self._record = record
+    def begin(
+        self,
+        metric_key: str,
+        loaded: LoadedState | None,
+        existing: Existing,
+        *,
+        from_ledger: bool,
+        at: TrainingIteration | None,
+    ) -> dict[str, Any]:
+        """Start or resume the keeper in the run folder, and write there from now on. **Rank-local**, on rank 0.
+
+        Args and errors as `KeeperRecord.begin`.
+
+        Returns:
+            What every rank has to know, as JSON values.
+        """
+        self._record = record = KeeperRecord(self._run.open_folder(), self._name, metric_key, self._policy)
+        state = record.begin(loaded=loaded, from_ledger=from_ledger, at=at, existing=existing)
+        run, timeline = record.folder.run_id, record.history.present.number
+        return {"run": run, "timeline": timeline, "state": state.to_json(), "best": record.best_snapshot}
 
     def stop(self) -> None:
         """Free what is staged, as soon as it is written. **Rank-local**."""
@@ -129,27 +147,31 @@ class Saver:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
         self._submit(lambda record: record.observe(observation, exceeded), names_bests=bool(exceeded))
 
-    def save(self, kept: Kept, step: str) -> None:
+    def save(self, kept: Kept, step: str, on_commit: Callable[[str], None]) -> None:
         """Save the weights of a new best, or of one of the top k. **Collective**.
 
         Args:
             kept: Observation whose weights are saved, and what follows from it.
             step: What is being done, in words.
+            on_commit: Function that rank 0 calls with the name of the snapshot once it is committed as a new best, on
+                any thread.
 
         Raises:
             StorageError: On every rank, if they cannot be written. In the background the next exchange raises it.
             KeepBestError: As the capture of the format.
         """
         with whole_parameters(self._inventory.items.model):
-            self._save(kept, step)
+            self._save(kept, step, on_commit)
 
-    def _save(self, kept: Kept, step: str) -> None:
+    def _save(self, kept: Kept, step: str, on_commit: Callable[[str], None]) -> None:
         iteration, items = kept.observation.iteration, self._inventory.items
         states = tuple((each, id(thing)) for each, thing in items.training_state.items())
         content = (id(items.model), items.parts, items.save_frozen_weights, self._format.name, states)
         shared = self._unchanged_snapshot(iteration, content, step)
         snapshot = self._capture(kept, step) if shared is None else shared
-        job = None if self._record is None else SaveJob(kept, snapshot, self._record, is_first=shared is None)
+        job = None
+        if self._record is not None:
+            job = SaveJob(kept, snapshot, self._record, is_first=shared is None, on_commit=on_commit)
         if not self._in_background:
             self.best_snapshot = self._on_main(step, lambda record: self._run_now(job, record))
         elif job is not None:

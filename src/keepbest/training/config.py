@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
 
-from keepbest.callbacks.config import CallBackBaseConfig, Discriminated, import_path
+from keepbest.callbacks.component import Component
+from keepbest.callbacks.config import CallBackBaseConfig, Discriminated
 from keepbest.data.container import DataContainer
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
@@ -19,6 +20,9 @@ from keepbest.random_state import seed_random_state
 from keepbest.remote.storage import local_path
 from keepbest.training.strategy import OptimizerFactory, Precision, ScheduleFactory, StrategyName
 from keepbest.training.trackers import TrackerName
+
+CONFIG_FILE = "config.yaml"
+"""Name of the config in the directory of a run."""
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
@@ -45,6 +49,9 @@ class TrainerConfig(BaseModel):
         callbacks: Configs of the callbacks, in the order in which they are called.
         resume: Resume checkpoint to resume from; "auto" is the newest complete one of this run, if there is any.
             "best" is the best of the callback with `save_training_state`.
+        existing: What happens to a run in the directory where `resume` is not given: "refuse" leaves it as it is, which
+            is an error, and "set_aside" moves it to a free directory beside this one, with its config and what was
+            logged.
         rank_timeout: Seconds that ranks wait for each other where they agree on something.
         save_timeout: Seconds that ranks wait for a rank that writes, or is busy with an update.
     """
@@ -64,6 +71,7 @@ class TrainerConfig(BaseModel):
     tracker: TrackerName = "jsonl"
     callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] = []
     resume: str | None = None
+    existing: Literal["refuse", "set_aside"] = "refuse"
     rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
     save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
 
@@ -92,38 +100,6 @@ class TrainerConfig(BaseModel):
                 f"{self.accumulation_steps} accumulation steps = {parts}"
             )
         return self.effective_batch_size // parts
-
-
-class Component(BaseModel):
-    """Something that is built by a call of what `kind` names, with the other keys as keyword arguments.
-
-    Mappings with a `kind` among the arguments are built first, at any depth.
-
-    Attributes:
-        kind: Dotted path of a class or function.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    kind: str
-
-    def build(self, *arguments: Any) -> Any:
-        """Call what `kind` names. **Rank-local**.
-
-        Args:
-            *arguments: Positional arguments, before the keys of this config.
-
-        Raises:
-            ConfigError: If there is nothing at `kind`, or it does not take these arguments.
-        """
-        factory = import_path(self.kind, known=[])
-        named = {name: _built(value) for name, value in (self.model_extra or {}).items()}
-        try:
-            return factory(*arguments, **named)
-        except ConfigError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"cannot build {self.kind} with {sorted(named)}: {error}") from error
 
 
 class RunConfig(BaseModel):
@@ -198,13 +174,3 @@ def _optimizer_factory(component: Component) -> OptimizerFactory:
         return cast("Optimizer", component.build(parameters))
 
     return build
-
-
-def _built(value: Any) -> Any:
-    if isinstance(value, dict):
-        if "kind" in value:
-            return Component.model_validate(value).build()
-        return {key: _built(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_built(part) for part in value]
-    return value

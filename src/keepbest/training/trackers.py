@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 TrackerName = Literal["none", "jsonl", "tensorboard"]
+_JSON_LINES, _TENSORBOARD = "metrics.jsonl", "tensorboard"
+TRACKER_FILES = (_JSON_LINES, _TENSORBOARD)
+"""Names of what trackers write in the directory of a run."""
 
 
 class Tracker(Protocol):
@@ -129,5 +132,5 @@ def build_tracker(name: TrackerName, directory: Path, *, is_main: bool) -> Track
     if not is_main or name == "none":
         return NoTracker()
     if name == "jsonl":
-        return JsonLinesTracker(directory / "metrics.jsonl")
-    return TensorBoardTracker(directory / "tensorboard")
+        return JsonLinesTracker(directory / _JSON_LINES)
+    return TensorBoardTracker(directory / _TENSORBOARD)

@@ -27,8 +27,9 @@ from keepbest.models import Model
 from keepbest.random_state import restore_random_state, seed_random_state
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
+from keepbest.run.maintenance import set_aside
 from keepbest.training.average import build_average
-from keepbest.training.config import RunConfig, TrainerConfig
+from keepbest.training.config import CONFIG_FILE, RunConfig, TrainerConfig
 from keepbest.training.counter import UpdateCounter
 from keepbest.training.epoch import OnlineLosses, line_of_epoch, log_epoch
 from keepbest.training.hooks import Hooks
@@ -43,7 +44,7 @@ from keepbest.training.strategy import (
     place,
     training_device,
 )
-from keepbest.training.trackers import Tracker, build_tracker
+from keepbest.training.trackers import TRACKER_FILES, Tracker, build_tracker
 from keepbest.training.update_step import UpdateStep
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,8 @@ class Trainer:
             KeepBestError: What a callback raises.
         """
         with Preemption(self.ranks) as preemption, closing(self.tracker):
+            if self.config.existing == "set_aside" and self.resume is None:
+                self.ranks.broadcast("set aside the run that is there", self._set_aside, saving=True)
             random_state = self._load_resume_checkpoint()
             self.tracker.resume_from(self.update_counter.iteration)
             self._hooks.before_training()
@@ -226,6 +229,9 @@ class Trainer:
     def is_done(self) -> bool:
         """Whether training ends after the callbacks of this update."""
         return self.update_counter.is_finished or self._stop_reason is not None
+
+    def _set_aside(self) -> None:
+        set_aside(self.directory, CONFIG_FILE, *TRACKER_FILES)
 
     def _load_resume_checkpoint(self) -> dict[str, Any] | None:
         if self.resume is None:

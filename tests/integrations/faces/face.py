@@ -62,6 +62,7 @@ class Face(ABC):
     strategies: tuple[str, ...]  # of "alone", "ddp", "fsdp1", "fsdp2": those in which it trains
     updates: int | None = None  # in a step, where a step is an epoch
     resumes: ClassVar[dict[str, dict]] = {}  # resumes that only this framework has, as in `contract.RESUMES`
+    resumed_by: str  # what is said of a run that is there; a pattern
     missing: str  # what is said of a metric "accuracy" that was not computed; a pattern
 
     @abstractmethod

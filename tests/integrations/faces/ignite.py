@@ -108,6 +108,7 @@ class Ignite(face.Face):
 
     ref = "best_model.loss"
     strategies = ("alone", "ddp", "fsdp2")
+    resumed_by = r"Checkpoint.load_objects with this handler in to_load"
     updates = UPDATES
     missing = "'accuracy' is not among the metrics of the evaluator; there are: loss"
 

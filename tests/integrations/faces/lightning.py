@@ -121,6 +121,7 @@ class Lightning(face.Face):
 
     ref = "best_model.loss.val"
     strategies = ("alone", "ddp", "fsdp1", "fsdp2")
+    resumed_by = r"fit\(ckpt_path=...\), or resume='ledger' of BestCheckpoint"
     missing = "'accuracy' was not logged by the end of validation; logged: loss/val"
     updates = 2
     resumes: ClassVar = {

@@ -93,6 +93,7 @@ class Transformers(face.Face):
 
     ref = "best_model.eval_score"
     strategies = ("alone", "ddp", "fsdp1", "fsdp2")
+    resumed_by = r"train\(resume_from_checkpoint=True\), or resume='ledger' of BestCheckpoint"
     missing = "'eval_accuracy' was not reported by the evaluation; reported: epoch, eval_loss.*, eval_score"
     resumes: ClassVar = {
         "best-only": {"fails_at": [5], "framework": {"save_strategy": "best", "eval_on_start": True}},

@@ -1,0 +1,39 @@
+"""Moves a run out of the way, so that another one can begin in its directory. **Rank-local**."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from keepbest.run.files import Files
+
+
+def move_aside(directory: Path, names: Sequence[str], files: Files) -> Path:
+    """Move what `directory` has under `names` to a free directory beside it, such as `runs/a.1` beside `runs/a`.
+
+    Each is moved in one step, in their order, and to the disk before this returns. Nothing else is moved, since the
+    directory may also be that of a framework.
+
+    Returns:
+        The directory that has it now.
+
+    Raises:
+        OSError: Any refusal of the file system. What was moved by then is in the directory beside.
+    """
+    here = directory.resolve()  # the place beside a link may be on another disk
+    beside = (here.with_name(f"{here.name}.{number}") for number in itertools.count(1))
+    to = next(path for path in beside if _is_free(path))
+    files.make_folder(to)
+    for name in names:
+        if os.path.lexists(here / name):
+            files.rename(here / name, to / name)
+    files.sync_folder(to)
+    files.sync_folder(here)
+    return to
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there, or only what a crash has left before anything was moved."""
+    return not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))

@@ -1,0 +1,37 @@
+"""What somebody meant who gave a place that is no run, and what to give instead. **Rank-local**."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keepbest.run.layout import CHECKPOINTS, LEDGER
+
+_SHOWN = 5  # of the runs in a folder
+
+
+def ledger_exists(directory: Path) -> bool:
+    """Whether there is a ledger in `directory`."""
+    return (directory / CHECKPOINTS / LEDGER).is_file()
+
+
+def run_around(place: Path) -> Path | None:
+    """The directory of the run in whose folder of checkpoints `place` is, or which it is; `None` if there is none."""
+    around = (folder.parent for folder in (place, *place.parents) if folder.name == CHECKPOINTS)
+    return next((run for run in around if ledger_exists(run)), None)
+
+
+def why_no_run(directory: Path) -> str:
+    """Say what `directory` is instead of a run, and what to give in its place."""
+    no_run = f"{directory} is not the directory of a run with checkpoints"
+    if (run := run_around(directory)) is not None:
+        return f"{no_run}: it is inside of one; give the run itself: {run}"
+    if not directory.exists():
+        return f"{no_run}: there is nothing"
+    if not directory.is_dir():
+        return f"{no_run}: it is a file"
+    inner = sorted(path for path in directory.iterdir() if ledger_exists(path))
+    if inner:
+        names = ", ".join(path.name for path in inner[:_SHOWN])
+        more = ", ..." if len(inner) > _SHOWN else ""
+        return f"{no_run}: it holds {len(inner)}: {names}{more}; give one of them, such as {inner[0]}"
+    return f"{no_run}: {directory / CHECKPOINTS / LEDGER} is missing or empty"
