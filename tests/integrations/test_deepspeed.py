@@ -113,7 +113,7 @@ def test_best_of_an_engine_is_what_deepspeed_gathers(stage, settings, tmp_path):
 
 
 def fail_to_save(root):
-    """A disk is full at the second best, and a file is damaged when it is loaded. Returns whether training went on."""
+    """A disk is full at the second best, and a file is damaged when it is loaded. Returns what was seen then."""
     deepspeed = start()
     settings = {"zero_optimization": {"stage": 3, **ZERO}, "zero_allow_untested_optimizer": True}
     optimizer = {"type": "SGD", "params": {"lr": 0.1}}

@@ -217,7 +217,7 @@ def test_nan_counts_as_an_interval_and_ends_no_training(check_finite, tmp_path):
     assert found == {"": 3.0, ".tolerance=0": 5.0, ".tolerance=1": 4.0}
     stopper = EarlyStopping(METRIC, patience=2, check_finite=check_finite)
     trainer = fit(tmp_path / "stopped", values, [only := Peer(tmp_path, 1), stopper])
-    # With it Lightning stops at the first NaN, whatever the patience; without it, as the tolerance says.
+    # With it Lightning stops at the first NaN, with any patience. Without it, it stops as the tolerance says.
     assert trainer.current_epoch == (2 if check_finite else 5)
     assert only.best_model_score.item() == (5.0 if check_finite else 4.0)
 
