@@ -176,7 +176,9 @@ def test_ranks_with_different_hooks_are_refused(tmp_path):
             assert "\n  rank 0: on_new_best=['rank 0']\n  rank 1: on_new_best=[]\n" in str(outcome.exception)
 
 
-@pytest.mark.parametrize("hooks", ["print", [print, 3], EveryRank("print"), {"a": print}], ids=["text", "list", "wrapped", "dict"])
+@pytest.mark.parametrize(
+    "hooks", ["print", [print, 3], EveryRank("print"), {"a": print}], ids=["text", "list", "wrapped", "dict"]
+)
 def test_what_is_no_hook_is_refused(hooks, tmp_path):
     with pytest.raises(ConfigError, match="a function of an outcome and a path"):
         Run(tmp_path, on_new_best=hooks)

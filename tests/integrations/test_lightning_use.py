@@ -16,7 +16,7 @@ from keepbest.errors import ConfigError, StorageError
 from keepbest.integrations.lightning import BestCheckpoint
 from keepbest.integrations.lightning_export import export_checkpoint
 from keepbest.run.files import Files
-from tests.integrations.faces.face import VALUES, weights_of
+from tests.integrations.faces.face import VALUES, failing, weights_of
 from tests.integrations.faces.lightning import METRIC, Lightning, Model, Peer, fit
 from tests.kit.pool import run_ranks
 from tests.kit.runs import ledger, refs
@@ -62,6 +62,22 @@ def observations(directory):
 def test_validations_are_not_observed_beside_updates(tmp_path):
     fit(tmp_path, VALUES[:4], [BestCheckpoint("loss/train", every_n_train_steps=3)], model=LogsSteps)
     assert [line["iteration"] for line in observations(tmp_path)] == ["E2_U3_B3", "E3_U6_B6"]
+
+
+def test_run_resumed_between_updates_observes_the_same(tmp_path):
+    def train(name, fails_at=None, ckpt_path=None):
+        adapter = BestCheckpoint("loss/train", every_n_train_steps=1, tolerances=[0, 1])
+        saves = ModelCheckpoint(tmp_path / name / "saved", "any", every_n_train_steps=1, save_last=True)
+        with failing(fails_at):
+            resumed = {"fails_at": fails_at, "ckpt_path": ckpt_path}
+            fit(tmp_path / name, VALUES, [adapter, saves], max_epochs=4, model=LogsSteps, **resumed)
+        return adapter.keeper.state
+
+    whole = train("whole")
+    train("parts", fails_at=3)
+    assert train("parts", ckpt_path=tmp_path / "parts" / "saved" / "last.ckpt") == whole
+    ref = "best_model.loss.train"
+    assert FACE.observed(tmp_path / "parts", ref) == FACE.observed(tmp_path / "whole", ref)
 
 
 @pytest.mark.parametrize(("every", "message"), [(5, "before update 5.*it makes 4 updates"), (0, "must be at least 1")])
@@ -201,7 +217,7 @@ def test_nan_counts_as_an_interval_and_ends_no_training(check_finite, tmp_path):
     assert found == {"": 3.0, ".tolerance=0": 5.0, ".tolerance=1": 4.0}
     stopper = EarlyStopping(METRIC, patience=2, check_finite=check_finite)
     trainer = fit(tmp_path / "stopped", values, [only := Peer(tmp_path, 1), stopper])
-    # With it Lightning stops at the first NaN, whatever the patience; without it, as the tolerance says.
+    # With it Lightning stops at the first NaN, with any patience. Without it, it stops as the tolerance says.
     assert trainer.current_epoch == (2 if check_finite else 5)
     assert only.best_model_score.item() == (5.0 if check_finite else 4.0)
 

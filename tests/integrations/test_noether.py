@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 pytest.importorskip("noether", reason="noether is not installed: it needs Python 3.12 and its own torch")
@@ -74,3 +76,19 @@ def test_evaluation_alone_observes_nothing(tmp_path):
     [ours] = [each for each in trainer.callbacks if isinstance(each, BestCheckpointCallback)]
     ours.at_eval(trainer.update_counter)
     assert len(FACE.observed(tmp_path / "run")) == 2
+
+
+class Note:
+    """A hook that remembers its calls."""
+
+    calls: ClassVar[list[tuple[float, str]]] = []
+
+    def __call__(self, outcome, path):
+        self.calls.append((outcome.value, path.name))
+
+
+def test_functions_are_called_on_each_new_best(tmp_path):
+    Note.calls.clear()
+    hook = {"kind": f"{Note.__module__}.{Note.__qualname__}"}
+    train(tmp_path, [3.0, 4.0, 2.0], [{**PLAIN, "on_new_best": [hook]}])
+    assert Note.calls == [(3.0, FACE.iteration(1)), (2.0, FACE.iteration(3))]

@@ -154,9 +154,12 @@ class BestCheckpoint(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the sanity check has logged other metrics, and not this one. **Rank-local**.
 
-        Modules may log less in the sanity check than later, so this is no error.
+        Modules may log less in the sanity check than later, so this is no error. With `every_n_train_steps` the metric
+        is one of training.
         """
-        if trainer.callback_metrics and trainer.is_global_zero and self.metric_key not in trainer.callback_metrics:
+        if self._every is not None or not trainer.is_global_zero or not trainer.callback_metrics:
+            return
+        if self.metric_key not in trainer.callback_metrics:
             _logger.warning("%s", self._read(trainer.callback_metrics, "the sanity check").absent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from noether.core.callbacks import PeriodicCallback
 from noether.core.models import Model
 from noether.core.providers.metric_property import Ordinality
 from noether.core.schemas.callbacks import CallBackBaseConfig
+from pydantic import Field
 
+from keepbest.callbacks.component import Component
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.new_best import Hook
+from keepbest.ranks import Ranks
 from keepbest.settings import KeeperSettings
 
 if TYPE_CHECKING:
@@ -38,11 +42,14 @@ class BestCheckpointCallbackConfig(KeeperSettings, CallBackBaseConfig):  # type:
         metric_key: Key of the metric in the log.
         directory: Directory of the run. `None` is the output folder of noether's run, in which noether has a folder
             `checkpoints` too.
+        on_new_best: Functions that rank 0 calls with the outcome and the path of each new best when it is on the disk,
+            or that every rank calls; each is built from its `kind` and the other keys.
     """
 
     name: Literal["BestCheckpointCallback"] = "BestCheckpointCallback"
     metric_key: str
     directory: str | None = None
+    on_new_best: Annotated[tuple[Component, ...], Field(strict=False)] = ()
 
 
 class BestCheckpointCallback(PeriodicCallback):  # type: ignore[misc]  # it is not installed
@@ -98,6 +105,7 @@ class BestCheckpointCallback(PeriodicCallback):  # type: ignore[misc]  # it is n
             directory=self._directory(),
             metric_key=self.metric_key,
             metric_property_provider=_Directions(self.metric_property_provider),
+            on_new_best=Ranks.connect().agree("build on_new_best", self._build_hooks),
             **settings,
         )
         if self._loaded is not None:
@@ -117,6 +125,9 @@ class BestCheckpointCallback(PeriodicCallback):  # type: ignore[misc]  # it is n
         self._is_open = False
         if self.keeper is not None:
             self.keeper.close()
+
+    def _build_hooks(self) -> list[Hook]:
+        return [hook.build() for hook in self._config.on_new_best]
 
     def _directory(self) -> Path | str:
         if self._config.directory is not None:

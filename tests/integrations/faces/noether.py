@@ -195,7 +195,7 @@ class Noether(face.Face):
     def construct(self, root, **settings):
         try:
             return BestCheckpointCallbackConfig.model_validate(self.entry(root, **settings))
-        except ValidationError as error:  # so noether reports whatever is wrong in a YAML file
+        except ValidationError as error:  # so noether reports what is wrong in a YAML file
             raise ConfigError(str(error)) from None
 
     def run(self, training, keepers):
