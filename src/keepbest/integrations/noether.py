@@ -24,6 +24,7 @@ from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
+from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 
 # What the newest checkpoint of noether names is kept under one tag: no hook says which of them are removed.
 _PIN = "noether"
+
+
+class _Keeper(BestKeeper):
+    _existing = Existing(
+        resume="resume_run_id, or resume: ledger of the BestCheckpointCallback",
+        set_aside="existing='set_aside' of the BestCheckpointCallback",
+    )
 
 
 class BestCheckpointCallbackConfig(KeeperSettings, CallBackBaseConfig):  # type: ignore[misc]  # it is not installed
@@ -100,7 +108,7 @@ class BestCheckpointCallback(PeriodicCallback):  # type: ignore[misc]  # it is n
         """
         settings = self._config.keeper_arguments()
         settings["model_names"] = _paths_of(self.model, self._config.model_names)
-        self.keeper = BestKeeper(
+        self.keeper = _Keeper(
             self.model,
             directory=self._directory(),
             metric_key=self.metric_key,

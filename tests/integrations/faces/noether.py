@@ -175,10 +175,18 @@ def own_best(root):
     return weights_in(root / "run" / "checkpoints", f"best_model.{METRIC.replace('/', '.')}")
 
 
+HOOKS = []
+
+
+def take_hook(number):
+    return HOOKS[number]
+
+
 class Noether(face.Face):
     ref = "best_model.loss.val.total"
     strategies = ("alone", "ddp")
     updates = UPDATES
+    resumed_by = "resume_run_id, or resume: ledger"
     missing = "'accuracy' was not logged; logged: epoch, loss/val/total, sample, update"
 
     def model(self):
@@ -190,6 +198,10 @@ class Noether(face.Face):
     def entry(self, root, **settings):
         """Of a YAML file."""
         settings = {"directory": str(settings.pop("directory", root)), **settings}
+        if "on_new_best" in settings:  # a YAML file names what makes them
+            HOOKS[:] = settings["on_new_best"]
+            made = {"kind": f"{take_hook.__module__}.take_hook"}
+            settings["on_new_best"] = [{**made, "number": number} for number in range(len(HOOKS))]
         return {"kind": OURS, "every_n_epochs": 1, "metric_key": METRIC, **settings}
 
     def construct(self, root, **settings):
