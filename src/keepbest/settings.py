@@ -179,7 +179,7 @@ class KeeperSettings(CommonSettings):
     def _check_existing(self) -> Self:
         if self.resume == "ledger" and self.existing == "set_aside":
             raise ConfigError(
-                "resume='ledger' resumes whatever the folder holds, so existing='set_aside' would never happen: give "
+                "resume='ledger' resumes what the folder holds, so existing='set_aside' would never happen: give "
                 "one of the two"
             )
         return self
