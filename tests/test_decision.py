@@ -21,6 +21,7 @@ POLICIES = st.builds(
     st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     st.lists(st.integers(0, 6), unique=True, max_size=4).map(tuple),
     st.integers(1, 4),
+    st.none() | st.none() | st.sampled_from([0.0, 1.0]),
 )
 
 
@@ -36,7 +37,7 @@ def improvements(policy, values):
     """Where the values improve, from section 3: strictly, by more than min_delta, finite, and saved."""
     found = []
     for number, (value, durable) in enumerate(values):
-        best = values[found[-1]][0] if found else None
+        best = values[found[-1]][0] if found else policy.baseline
         if not math.isfinite(value) or not durable:
             continue
         if best is None or (value - best if policy.higher_is_better else best - value) > policy.min_delta:
@@ -61,8 +62,13 @@ def oracle(policy, values):
 
 def top(policy, values):
     """Where the best values are: finite and saved, the better first, and of equal ones the older."""
-    counted = [number for number, (value, durable) in enumerate(values) if durable and math.isfinite(value)]
     sign = -1 if policy.higher_is_better else 1
+    limit = math.inf if policy.baseline is None else sign * policy.baseline
+    counted = [
+        number
+        for number, (value, durable) in enumerate(values)
+        if durable and math.isfinite(value) and sign * value < limit
+    ]
     best = sorted(counted, key=lambda number: (sign * values[number][0], number))[: policy.top_k]
     return best if policy.top_k > 1 else []
 
@@ -109,7 +115,8 @@ def test_failed_save_counts_like_no_improvement(policy, values):
 
 @given(POLICIES, TIMELINES)
 def test_lower_is_better_is_the_mirror_of_higher_is_better(policy, values):
-    mirrored = Policy(not policy.higher_is_better, policy.min_delta, policy.tolerances)
+    baseline = None if policy.baseline is None else -policy.baseline
+    mirrored = Policy(not policy.higher_is_better, policy.min_delta, policy.tolerances, baseline=baseline)
     negated = [(-value, durable) for value, durable in values]
     one, other = fold(policy, timeline(values)), fold(mirrored, timeline(negated))
     assert (one.tolerance_counter, one.exceeded.keys()) == (other.tolerance_counter, other.exceeded.keys())

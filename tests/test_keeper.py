@@ -49,7 +49,7 @@ def test_refs_and_ledger_tell_the_whole_history(world_size, init, tmp_path):
     assert snapshots(tmp_path) == {"U2", "U5"}
     assert {path.name for path in folder.iterdir()} == {*refs(tmp_path), "snapshots", "ledger.jsonl", "lock"}
     lines = ledger(tmp_path)
-    assert (lines[0]["event"], lines[0]["version"]) == ("run", 5)
+    assert (lines[0]["event"], lines[0]["version"]) == ("run", 6)
     seen = [(line["iteration"], line["value"], line.get("refs")) for line in lines if line["event"] == "observation"]
     assert seen == [
         ("U1", 3.0, {BEST: "U1"}), ("U2", 2.0, {BEST: "U2"}), ("U3", 2.5, {f"{BEST}.tolerance=0": "U2"}),

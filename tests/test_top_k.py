@@ -11,7 +11,7 @@ from keepbest.errors import ConfigError
 from keepbest.reading.run import open_run
 from keepbest.run.verify import verify
 from tests.kit.pool import run_ranks
-from tests.kit.runs import refs, set_weights, snapshots, update
+from tests.kit.runs import Run, refs, set_weights, snapshots, update
 
 BEST = "best_model.loss"
 VALUES = [5.0, 3.0, 4.0, 6.0, 3.0, 3.5]  # the fifth ties with the second, and is younger
@@ -106,3 +106,19 @@ def test_values_that_are_no_numbers_are_never_among_the_best(tmp_path):
 def test_k_is_a_number_of_at_least_one(k, tmp_path):
     with pytest.raises(ConfigError, match=r"keep_top_k must be (greater than 0|a valid integer), found"):
         BestKeeper(torch.nn.Linear(1, 1), directory=tmp_path, metric_key="loss", keep_top_k=k)
+
+
+def test_only_what_beats_the_baseline_is_kept(tmp_path):
+    run = Run(tmp_path, baseline=3.0, min_delta=0.5, keep_top_k=2, tolerances=[0])
+    with run.keeper:
+        first = run.observe(3.1, 2.9, 2.4, 2.3)
+    assert [(each.is_new_best, each.enters_top) for each in first] == [
+        (False, False),
+        (False, True),
+        (True, True),
+        (False, True),
+    ]
+    assert first[0].newly_exceeded == (0,)
+    assert {ref: name for ref, name in refs(tmp_path).items() if ref == BEST} == {BEST: "U3"}
+    with Run(tmp_path, baseline=3.0, min_delta=0.5, resume="ledger").keeper as keeper:
+        assert keeper.best_metric_value == 2.4

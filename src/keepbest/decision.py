@@ -23,18 +23,22 @@ class Policy:
         min_delta: Threshold of improvement. A new best must beat the old one by more than this, in units of the metric.
         tolerances: Unique integers >= 0, in intervals, ascending.
         top_k: Number of best values of a timeline that are kept. 1 is the best alone.
+        baseline: Value that the first best must beat as any other best must beat the one before; `None` for any.
 
     Raises:
         ConfigError: If `min_delta` is negative or not finite, a tolerance is negative, given twice or not an integer,
-            or `top_k` is not an integer >= 1.
+            `top_k` is not an integer >= 1, or `baseline` is not finite.
     """
 
     higher_is_better: bool
     min_delta: float = 0.0
     tolerances: tuple[int, ...] = ()
     top_k: int = 1
+    baseline: float | None = None
 
     def __post_init__(self) -> None:
+        if self.baseline is not None and not math.isfinite(self.baseline):
+            raise ConfigError(f"baseline must be a finite number, got {self.baseline!r}")
         if not 0.0 <= self.min_delta < math.inf:
             raise ConfigError(f"min_delta must be a finite number >= 0, got {self.min_delta!r}")
         for tolerance in self.tolerances:
@@ -64,7 +68,7 @@ class Policy:
 
         Of equal values the older one ranks higher. `min_delta` does not count.
         """
-        if self.top_k == 1 or not math.isfinite(value):
+        if self.top_k == 1 or not self.is_better(value, self.baseline, min_delta=0.0):
             return None
         place = next((i for i, best in enumerate(top) if self.is_better(value, best.value, min_delta=0.0)), len(top))
         return place if place < self.top_k else None
@@ -72,11 +76,11 @@ class Policy:
     def is_better(self, value: float, best: float | None, *, min_delta: float | None = None) -> bool:
         """Whether `value` beats `best` strictly, by more than `min_delta` (by default the policy's).
 
-        NaN and infinities are never better. Any finite value beats `None`.
+        NaN and infinities are never better. `None` stands for the baseline. Any finite value beats none.
         """
         if not math.isfinite(value):
             return False
-        if best is None:
+        if (best := self.baseline if best is None else best) is None:
             return True
         gain = value - best if self.higher_is_better else best - value
         return gain > (self.min_delta if min_delta is None else min_delta)
@@ -118,7 +122,7 @@ class BestState:
     """Everything that decisions remember between intervals.
 
     Attributes:
-        best: Best of the timeline; `None` before the first finite value.
+        best: Best of the timeline; `None` before the first finite value that beats the baseline.
         tolerance_counter: Number of intervals since the last improvement.
         exceeded: For each tolerance that was exceeded, the best at that moment; `None` if there was none yet.
         last_iteration: Iteration of the newest observation; `None` before the first.

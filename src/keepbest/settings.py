@@ -104,6 +104,12 @@ class CommonSettings(BaseModel):
         allow_inf_nan=False,
         description="Difference to the old best, in units of the metric, that a new best must exceed.",
     )
+    baseline: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Value that is known from elsewhere, which the first best must beat too, by more than `min_delta`. "
+        "`None` takes any.",
+    )
     keep_top_k: int = Field(
         default=1,
         gt=0,
@@ -269,7 +275,9 @@ def check_settings(
         given=given,
         directory=local_path(directory),
         name=best_ref(metric_key, given.id),
-        policy=Policy(higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k),
+        policy=Policy(
+            higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k, given.baseline
+        ),
         items=Items(model, parts, given.save_frozen_weights, states),
         hooks=check_hooks(on_new_best),
     )

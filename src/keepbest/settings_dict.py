@@ -17,6 +17,7 @@ class KeeperSettingsDict(TypedDict, total=False):
     save_frozen_weights: bool
     higher_is_better: bool | None
     min_delta: float
+    baseline: float | None
     keep_top_k: int
     metric_reduction: MetricReduction
     on_nonfinite: Literal["ignore", "raise"]

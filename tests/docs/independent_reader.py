@@ -20,8 +20,8 @@ def read_events(path: Path) -> list[dict]:
         if b"\0" not in line and is_waited_for(json.loads(line)):
             raise ValueError("the ledger is damaged")
     events = [json.loads(line) for line in lines[:whole]]
-    if events[0]["event"] != "run" or events[0]["version"] != 5:
-        raise ValueError("not a ledger of version 5")
+    if events[0]["event"] != "run" or events[0]["version"] != 6:
+        raise ValueError("not a ledger of version 6")
     for line, event in zip(lines, events, strict=False):
         if zlib.crc32(line[: line.rindex(b',"crc":')]) != int(event["crc"], 16):
             raise ValueError("the ledger is damaged")
@@ -46,11 +46,13 @@ def step(state: dict, policy: dict, seen: dict) -> None:
     value, sign = float(seen["value"]), 1 if policy["higher_is_better"] else -1
     is_saved = math.isfinite(value) and ("snapshot" in seen or "counts" in seen)
     best = {"value": value, "iteration": seen["iteration"]}
-    if policy["top_k"] > 1 and is_saved:
+    known = policy["baseline"]
+    if policy["top_k"] > 1 and is_saved and (known is None or sign * (value - known) > 0):
         beaten = (place for place, other in enumerate(state["top"]) if sign * (value - other["value"]) > 0)
         state["top"].insert(next(beaten, len(state["top"])), best)
         del state["top"][policy["top_k"] :]
-    if is_saved and (state["best"] is None or sign * (value - state["best"]["value"]) > policy["min_delta"]):
+    before = known if state["best"] is None else state["best"]["value"]
+    if is_saved and (before is None or sign * (value - before) > policy["min_delta"]):
         state |= {"best": best, "tolerance_counter": 0}
     else:
         state["tolerance_counter"] += 1

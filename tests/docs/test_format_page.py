@@ -49,7 +49,7 @@ AT = TrainingIteration(epoch=1)
 BEST = Best(1.0, AT)
 MOVES = {"best_model.a": "E1"}
 FULL_EVENTS = [
-    RunBegan("a", version=6),
+    RunBegan("a", version=7),
     SessionBegan(1),
     KeeperBegan("best_model.a", "a", Policy(True), 0, AT, BestState(BEST, 1, {2: BEST}, AT, (BEST,)), MOVES, ("E1",)),
     Observed("best_model.a", AT, 1.0, "E1", "00", is_best=False, superseded=True, lost=True, refs=MOVES),
@@ -109,7 +109,7 @@ def test_page_names_every_key_of_a_manifest():
 
 
 SETTINGS = {
-    "loss": {"tolerances": [0, 1, 3], "keep_top_k": 2, "min_delta": 0.1},
+    "loss": {"tolerances": [0, 1, 3], "keep_top_k": 2, "min_delta": 0.1, "baseline": 4.96},
     "accuracy/val": {"tolerances": [1], "async_save": True, "id": "b/c", "format": "safetensors"},
     "speed": {"higher_is_better": True, "async_save": True, "tolerances": [1]},
 }

@@ -169,7 +169,7 @@ ATTACK = '<script>alert("a")</script>'
 
 def test_notebook_shows_a_run_and_a_keeper_and_runs_nothing(tmp_path):
     run = Run(tmp_path / ATTACK, metric_key=f"loss{ATTACK}", tolerances=[1])
-    assert "is missing or empty" in run.keeper._repr_html_()
+    assert "there is nothing" in run.keeper._repr_html_()
     with run.keeper:
         assert "nothing observed yet" in run.keeper._repr_html_()
         run.observe(3.0, 2.0)

@@ -56,7 +56,7 @@ def test_another_version_is_refused(run):
     lines = path_of(run).read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "version": 2})
     path_of(run).write_text("\n".join([*lines, ""]))
-    with pytest.raises(LedgerError, match=r'expected a ledger of version 5, found .*"version": 2'):
+    with pytest.raises(LedgerError, match=r'expected a ledger of version 6, found .*"version": 2'):
         Run(run.keeper.directory, resume="ledger").keeper.start()
 
 

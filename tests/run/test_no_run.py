@@ -56,6 +56,8 @@ def places(tmp_path_factory) -> Path:
 def test_every_command_says_what_to_give_instead(command, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place, (path, remedy) in PLACES.items():
+        if (command, place) == ("show", "a folder of runs"):
+            continue  # which it ranks
         ended = runs.keepbest(*(str(places / path) if word == "RUN" else word for word in COMMANDS[command]))
         assert (ended.exit_code, type(ended.exception)) == (1, SystemExit), place
         [line] = ended.stderr.splitlines()

@@ -15,7 +15,7 @@ from keepbest.decision import BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
 from keepbest.run.names import REF_PREFIX, RESUME_PREFIX, is_safe
 
-VERSION = 5
+VERSION = 6
 """Of the ledger and the manifests; another version is refused."""
 
 Json = dict[str, Any]
@@ -371,11 +371,12 @@ def _policy_to_json(policy: Policy) -> Json:
         "min_delta": policy.min_delta,
         "tolerances": list(policy.tolerances),
         "top_k": policy.top_k,
+        "baseline": policy.baseline,
     }
 
 
 def _policy_from_json(policy: Mapping[str, Any]) -> Policy:
-    return Policy(policy["higher_is_better"], policy["min_delta"], tuple(policy["tolerances"]), policy["top_k"])
+    return Policy(**{**policy, "tolerances": tuple(policy["tolerances"])})
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], Event]] = {
