@@ -9,6 +9,7 @@ from benchmarks.measure import ROOT
 
 PROGRAMS = (
     "stall",
+    "many",
     "durable",
     "heartbeat",
     "gather",

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -118,13 +119,15 @@ class Keepbest(Action):
 class ColdKeepbest(Keepbest):
     """Observes the first best of a new run each time."""
 
-    def __init__(self, model: nn.Module, folder: Path, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, folder: Path, *, seconds: float, **settings: Any) -> None:
         super().__init__(model, folder / "cold", **settings)
         self._runs = itertools.count(1)
+        self._seconds = seconds
 
     def prepare(self) -> None:
         super().end()
         self.keeper = self._opened(next(self._runs))
+        time.sleep(self._seconds)  # the training before it, in which a thread finds the memory
 
 
 class TorchSave(Action):

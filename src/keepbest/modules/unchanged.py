@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _METHODS = {
     )
 }
 _TABLES = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+_GET_PARTS = operator.itemgetter(*_TABLES, *_HOOKS, "_non_persistent_buffers_set")
 
 
 class Structure:
@@ -42,11 +44,18 @@ class Structure:
     def __init__(self, model: nn.Module, values: Iterable[torch.Tensor]) -> None:
         self._modules = _modules_of(model)
         self._types = list(map(type, self._modules))
-        self._tables = _tables(self._modules)
+        self._kinds_of_modules = set(self._types)
+        owns = list(map(vars, self._modules))
+        self._parts = list(_parts_of(owns))
+        self._tables = list(_tables(owns))
         self._sizes = list(map(len, self._tables))
-        self._names = list(chain.from_iterable(self._tables))
-        self._members = list(_members(self._tables))
-        self._passing = list(map(set, _passing(self._modules)))
+        self._filled = [table for table in self._tables if table]
+        self._names = list(chain.from_iterable(self._filled))
+        self._members = list(_members(self._filled))
+        self._hooks = [own[name] for own in owns for name in _HOOKS]
+        # Where a module has no buffer, it does not matter which ones would not be in the state dict.
+        self._passing_now = [own["_non_persistent_buffers_set"] for own in owns if own["_buffers"]]
+        self._passing = list(map(set, self._passing_now))
         self._values = list(values)
         self._kinds = list(map(_kind_of, self._values))
         self._addresses = list(map(torch.Tensor.data_ptr, self._values))
@@ -57,22 +66,27 @@ class Structure:
     def is_known(model: nn.Module, values: Iterable[object]) -> bool:
         """Whether nothing but torch decides what the state dict of a model has, and all of it is plain tensors."""
         modules = _modules_of(model)
+        owns = list(map(vars, modules))
         # Those of TorchScript are made anew each time that they are asked for.
-        has_tables = all(type(table) in (dict, OrderedDict) for table in _tables(modules))
-        return has_tables and _is_of_torch(modules) and all(map(_is_plain_tensor, values))
+        has_tables = all(type(table) in (dict, OrderedDict) for table in _tables(owns))
+        has_hooks = any(own[name] for own in owns for name in _HOOKS)
+        is_of_torch = has_tables and not has_hooks and _is_of_torch(set(map(type, modules)), owns)
+        return is_of_torch and all(map(_is_plain_tensor, values))
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
-        # Nothing that has thousands of tuples at once, since the collector of garbage would look through all objects.
-        tables = _tables(self._modules)
+        # Each line goes through all modules or tensors in C. None has thousands of tuples at once, since the collector
+        # of garbage would look through all objects then. What is compared first makes sure of what comes after it.
+        owns = list(map(vars, self._modules))
         return (
             _same(map(type, self._modules), self._types)
-            and _same(tables, self._tables)
-            and list(map(len, tables)) == self._sizes  # else what moves from one to the next would not be seen
-            and _same(_members(tables), self._members)
-            and list(chain.from_iterable(tables)) == self._names
-            and _is_of_torch(self._modules)
-            and _passing(self._modules) == self._passing
+            and _same(_parts_of(owns), self._parts)
+            and list(map(len, self._tables)) == self._sizes  # else what moves from one to the next would not be seen
+            and _same(_members(self._filled), self._members)
+            and list(chain.from_iterable(self._filled)) == self._names
+            and not any(self._hooks)
+            and _is_of_torch(self._kinds_of_modules, owns)
+            and self._passing_now == self._passing
             and all(map(operator.eq, map(_kind_of, self._values), self._kinds))  # else they may have no place
             and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
             and all(map(operator.eq, map(torch.Tensor.stride, self._values), self._strides))
@@ -103,18 +117,17 @@ def _is_plain_tensor(value: object) -> bool:
     return not (value.is_nested or value.is_quantized or value.is_meta or value.is_complex() or value.is_neg())
 
 
-def _tables(modules: Sequence[nn.Module]) -> list[Any]:
+def _tables(owns: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     """Where torch keeps what is in modules; replaced as a whole by some, such as `torch.nn.utils.parametrize`."""
-    return [own.get(name) for own in map(vars, modules) for name in _TABLES]
+    return (own.get(name) for own in owns for name in _TABLES)
 
 
-def _members(tables: Iterable[dict[str, Any]]) -> Iterable[object]:
+def _parts_of(owns: Iterable[Mapping[str, Any]]) -> Iterator[object]:
+    return chain.from_iterable(map(_GET_PARTS, owns))
+
+
+def _members(tables: Iterable[dict[str, Any]]) -> Iterator[object]:
     return chain.from_iterable(map(dict.values, tables))
-
-
-def _passing(modules: Iterable[nn.Module]) -> list[set[str]]:
-    """Names of the buffers that are in no state dict."""
-    return [vars(module)["_non_persistent_buffers_set"] for module in modules]
 
 
 _kind_of = operator.attrgetter("__class__", "layout", "is_nested", "dtype", "device", "requires_grad", "shape")
@@ -125,10 +138,8 @@ def _same(now: Iterable[object], then: Sequence[object]) -> bool:
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
-def _is_of_torch(modules: Iterable[nn.Module]) -> bool:
-    """Whether there are no hooks on state dicts, and no class or module has a `state_dict` of its own."""
-    kinds = set(map(type, modules))
+def _is_of_torch(kinds: Iterable[type], owns: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no class or module has a `state_dict` of its own."""
     return all(getattr(kind, name) is method for kind in kinds for name, method in _METHODS.items()) and not any(
-        own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or "state_dict" in own or "_save_to_state_dict" in own
-        for own in map(vars, modules)
+        any(map(operator.contains, owns, repeat(name))) for name in ("state_dict", "_save_to_state_dict")
     )
