@@ -76,7 +76,7 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def _walk(directory: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
-    for path in directory.iterdir():
+    for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or not path.is_dir() or (real := path.resolve()) in seen:
             continue
         seen.add(real)
@@ -85,7 +85,9 @@ def _walk(directory: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
                 yield path
             elif depth > 1:
                 yield from _walk(path, depth - 1, seen)
-        except PermissionError:  # whoever opens it as a run will report it
+        except FileNotFoundError:  # somebody has just removed it
+            continue
+        except OSError:  # whoever opens it as a run will report it
             yield path
 
 
