@@ -96,6 +96,12 @@ def test_command_averages_the_places_that_it_names(tmp_path):
     assert not (tmp_path / "no.pt").exists()
 
 
+@pytest.mark.parametrize("top", [0, [], [1, 1], 1.5, "12", [1.0]])
+def test_top_that_is_no_places_is_refused(top, tmp_path):
+    with pytest.raises(ConfigError, match="top must be a number of bests, or different places"):
+        average(tmp_path, tmp_path / "mean.pt", top=top)
+
+
 def test_fewer_bests_than_asked_for_are_refused(tmp_path):
     keep(tmp_path / "run", [2.0, 1.0])
     with pytest.raises(ConfigError, match=r"expected 3 bests of best_model\.loss, .* it keeps 2 \(keep_top_k is 4\)"):

@@ -55,9 +55,7 @@ def average(
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     selection, path = Selection.of(only), local_path(to)
-    places = list(range(1, top + 1)) if isinstance(top, int) else list(top)
-    if not places or min(places) < 1 or len(set(places)) < len(places):
-        raise ConfigError(f"top must be a number of bests, or different places from 1, got {top!r}")
+    places = _places(top)
 
     def snapshots(history: History) -> set[str]:
         return {history.refs[ref] for ref in _refs(history, keeper, places)}
@@ -69,6 +67,15 @@ def average(
         check_target(path)
         contents = [verified_contents(find_ref(directory, history, ref), part, selection) for ref in refs]
         return write_contents(path, _averaged(refs, contents))
+
+
+def _places(top: object) -> list[int]:
+    """The places, from 1, that a user asked for. Raises `ConfigError`."""
+    asked = range(1, top + 1) if isinstance(top, int) else top if isinstance(top, Sequence) else ()
+    places = [place for place in asked if type(place) is int and place > 0]
+    if not places or len(set(places)) < len(asked):
+        raise ConfigError(f"top must be a number of bests, or different places from 1, got {top!r}")
+    return places
 
 
 def _refs(history: History, keeper: str | None, places: Sequence[int]) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
+from keepbest.reading.sweep import find_runs
 from tests.kit import cli_runs as runs
 from tests.kit.runs import Run
 
@@ -74,3 +76,18 @@ def test_run_that_trains_is_in_use_and_an_interrupted_one_open(tmp_path):
 def test_folder_without_runs_is_an_error(tmp_path):
     ended = runs.keepbest("show", tmp_path)
     assert (ended.exit_code, "is not the directory of a run" in ended.stderr) == (1, True)
+
+
+def test_folder_that_is_removed_meanwhile_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    (run := tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (run / "ledger.jsonl").touch()
+    listed = Path.iterdir
+
+    def list_after_removal(path):
+        if path.name == "gone":
+            path.rmdir()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", list_after_removal)  # nothing else comes between two looks at a folder
+    assert find_runs(tmp_path) == [tmp_path / "run"]

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import StepLR
+import torch.distributed as dist
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.errors import ConfigError
+from keepbest.ranks import Ranks
 from keepbest.training.config import RunConfig
+from keepbest.training.epoch import OnlineLosses
 from tests.kit import toys
 from tests.kit.pool import run_ranks
 
@@ -143,3 +147,20 @@ def test_callback_that_fails_keeps_no_other_from_its_last_hook(updates, hook, tm
         trainer.train()
     assert Fragile.called[-2:] == [(hook, True), (hook, False)]
     assert (updates == 1) or "in after_exception" in caplog.text
+
+
+def infinite_on_both(sign):
+    losses = OnlineLosses()
+    losses.add({"total": torch.tensor([sign[dist.get_rank()] * math.inf])})
+    return losses.take_means(Ranks.connect())["total"]
+
+
+def test_infinite_losses_of_both_signs_do_not_end_training():
+    assert all(map(math.isnan, run_ranks(infinite_on_both, 2, (1, -1))))
+    assert run_ranks(infinite_on_both, 2, (1, 1)) == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("schedule", [ReduceLROnPlateau, lambda _: None])
+def test_schedule_that_cannot_take_a_step_is_refused(schedule, tmp_path):
+    with pytest.raises(ConfigError, match="expected an LRScheduler of torch"):
+        toys.make_trainer(tmp_path, schedule=schedule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepbest.errors import KeepBestError
@@ -53,7 +53,7 @@ def rank_runs(directory: Path) -> list[RankedRun]:
     Raises:
         OSError: If `directory` cannot be read.
     """
-    groups: dict[tuple[str, bool], list[tuple[KeeperSummary, str, Run]]] = {}
+    groups: dict[tuple[str, bool], list[RankedRun]] = {}
     others: list[RankedRun] = []
     for path in find_runs(directory):
         name = path.relative_to(directory).as_posix()
@@ -65,7 +65,7 @@ def rank_runs(directory: Path) -> list[RankedRun]:
         if not run.keepers:
             others.append(RankedRun(name))
         for keeper in run.keepers.values():
-            groups.setdefault((keeper.name, keeper.higher_is_better), []).append((keeper, name, run))
+            groups.setdefault((keeper.name, keeper.higher_is_better), []).append(_unranked(name, run, keeper))
     ranked = [row for key in sorted(groups) for row in _ranked(groups[key])]
     return [*ranked, *others]
 
@@ -76,7 +76,7 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def _walk(directory: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
-    for path in directory.iterdir():
+    for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or not path.is_dir() or (real := path.resolve()) in seen:
             continue
         seen.add(real)
@@ -85,27 +85,32 @@ def _walk(directory: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
                 yield path
             elif depth > 1:
                 yield from _walk(path, depth - 1, seen)
-        except PermissionError:  # whoever opens it as a run will report it
+        except FileNotFoundError:  # somebody has just removed it
+            continue
+        except OSError:  # whoever opens it as a run will report it
             yield path
 
 
-def _ranked(group: list[tuple[KeeperSummary, str, Run]]) -> Iterator[RankedRun]:
-    def order(each: tuple[KeeperSummary, str, Run]) -> tuple[bool, float]:
-        keeper, _, _ = each
-        best = keeper.best
-        return best is None, 0.0 if best is None else -best if keeper.higher_is_better else best
+def _unranked(name: str, run: Run, keeper: KeeperSummary) -> RankedRun:
+    """What is kept of a run, whose history may be long, until all of them are read."""
+    kept = run.refs.get(keeper.name)
+    return RankedRun(
+        run=name,
+        keeper=keeper.name,
+        metric_key=keeper.metric_key,
+        higher_is_better=keeper.higher_is_better,
+        value=keeper.best,
+        iteration=None if kept is None else kept.iteration,
+        observations=keeper.observations,
+        intervals_since_best=keeper.intervals_since_best,
+        state="in use" if run.activity is not None else "ended" if keeper.has_ended else "open",
+    )
 
-    for place, (keeper, name, run) in enumerate(sorted(group, key=order), start=1):
-        kept = run.refs.get(keeper.name)
-        yield RankedRun(
-            run=name,
-            keeper=keeper.name,
-            metric_key=keeper.metric_key,
-            higher_is_better=keeper.higher_is_better,
-            place=None if keeper.best is None else place,
-            value=keeper.best,
-            iteration=None if kept is None else kept.iteration,
-            observations=keeper.observations,
-            intervals_since_best=keeper.intervals_since_best,
-            state="in use" if run.activity is not None else "ended" if keeper.has_ended else "open",
-        )
+
+def _ranked(group: list[RankedRun]) -> Iterator[RankedRun]:
+    def order(each: RankedRun) -> tuple[bool, float]:
+        best = each.value
+        return best is None, 0.0 if best is None else -best if each.higher_is_better else best
+
+    for place, each in enumerate(sorted(group, key=order), start=1):
+        yield each if each.value is None else replace(each, place=place)

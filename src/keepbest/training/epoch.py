@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,7 +44,8 @@ class OnlineLosses:
         found = ranks.gather_json("add up the losses in training", lambda: mine)
         count = sum(each["count"] for each in found)
         names = dict.fromkeys(name for each in found for name in each["sums"])
-        return {name: math.fsum(each["sums"].get(name, 0.0) for each in found) / count for name in names}
+        # `math.fsum` would raise where ranks hold infinities of both signs.
+        return {name: sum(each["sums"].get(name, 0.0) for each in found) / count for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far. **Rank-local**."""

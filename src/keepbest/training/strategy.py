@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel, Model
@@ -157,6 +157,23 @@ def build_optimizers(
     if not trainable:
         raise ConfigError("there is nothing to train: no parameter requires grad")
     return {name: by_name[name](parameters) for name, parameters in trainable.items()}
+
+
+def build_schedules(optimizers: Mapping[str, Optimizer], factory: ScheduleFactory | None) -> dict[str, LRScheduler]:
+    """Make the schedule of each optimizer; none without a `factory`. **Rank-local**.
+
+    Raises:
+        ConfigError: If one is no schedule of torch's, or needs a metric at each step.
+    """
+    schedules = {} if factory is None else {name: factory(each) for name, each in optimizers.items()}
+    for name, schedule in schedules.items():
+        found: object = schedule  # a config may name anything
+        if not isinstance(found, LRScheduler) or isinstance(found, ReduceLROnPlateau):
+            raise ConfigError(
+                f"the schedule of {name} is a {type(found).__name__}, expected an LRScheduler of torch that takes a "
+                "step after each update, without a metric"
+            )
+    return schedules
 
 
 def clip_gradients(model: nn.Module, most: float) -> None:

@@ -40,6 +40,7 @@ from keepbest.training.strategy import (
     OptimizerFactory,
     ScheduleFactory,
     build_optimizers,
+    build_schedules,
     check_strategy,
     place,
     training_device,
@@ -121,7 +122,7 @@ class Trainer:
         )
         self.model = place(model, config.strategy, precision=config.precision, device=self.device)
         self.optimizers = build_optimizers(model, optimizers)
-        schedules = {} if schedule is None else {name: schedule(each) for name, each in self.optimizers.items()}
+        schedules = build_schedules(self.optimizers, schedule)
         self._losses = OnlineLosses()
         self.training_state = {
             "online_losses": PerRank(self._losses),
