@@ -164,3 +164,10 @@ def test_infinite_losses_of_both_signs_do_not_end_training():
 def test_schedule_that_cannot_take_a_step_is_refused(schedule, tmp_path):
     with pytest.raises(ConfigError, match="expected an LRScheduler of torch"):
         toys.make_trainer(tmp_path, schedule=schedule)
+
+
+@pytest.mark.parametrize(("before", "after"), [(HALVED, None), (None, HALVED)], ids=["removed", "added"])
+def test_resume_with_other_schedules_is_refused(before, after, tmp_path):
+    toys.make_trainer(tmp_path, schedule=before, updates=1, callbacks=[CHECKPOINTS]).train()
+    with pytest.raises(ConfigError, match="set schedule as it was, or start a new run"):
+        toys.make_trainer(tmp_path, schedule=after, updates=2, callbacks=[CHECKPOINTS], resume="auto").train()

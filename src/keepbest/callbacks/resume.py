@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from keepbest.callbacks.training_state import (
     TRAINER,
     HeldRandomState,
     TrainerProgress,
+    is_schedule,
     resume_state,
     trainer_state,
     whole_model,
@@ -96,6 +98,7 @@ def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
         SnapshotError: On every rank, if a file is damaged, or model or optimizers are not those that were saved.
     """
     _check_average(trainer, had_average=AVERAGE in found.training_state)
+    _check_schedules(trainer, found.training_state)
     wanted = resume_state(trainer, ranks) if CALLBACKS in found.training_state else trainer_state(trainer, ranks)
     progress, random = TrainerProgress(trainer.update_counter, ranks.world_size), HeldRandomState()
     states = {**wanted, TRAINER: progress, "random": PerRank(random)}
@@ -163,4 +166,13 @@ def _check_average(trainer: TrainerView, *, had_average: bool) -> None:
         raise ConfigError(
             f"the run to resume kept {had}average of its weights, this one keeps {has}average: its bests would not be "
             f"comparable; {'set' if had_average else 'remove'} trainer.ema_decay, or start a new run"
+        )
+
+
+def _check_schedules(trainer: TrainerView, saved: Sequence[str]) -> None:
+    had, has = ([name for name in names if is_schedule(name)] for names in (saved, trainer.training_state))
+    if set(had) != set(has):
+        raise ConfigError(
+            f"the run to resume had the schedules {had or 'none'}, this one has {has or 'none'}: the learning rate "
+            "would be that of neither; set schedule as it was, or start a new run"
         )

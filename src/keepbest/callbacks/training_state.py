@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
 
 TRAINER, CALLBACKS, AVERAGE = "trainer", "callbacks", "average"
+_SCHEDULE = "schedule."
 
 
 class TrainerProgress:
@@ -99,3 +100,13 @@ def whole_model(trainer: TrainerView) -> nn.Module:
     if trainer.average is None:
         return trainer.model
     return nn.ModuleDict({"model": trainer.model, AVERAGE: trainer.average.model})
+
+
+def schedule_state(submodel: str) -> str:
+    """Name of the training state that is the schedule of a submodel."""
+    return f"{_SCHEDULE}{submodel}"
+
+
+def is_schedule(state: str) -> bool:
+    """Whether a training state is a schedule."""
+    return state.startswith(_SCHEDULE)

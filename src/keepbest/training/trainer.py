@@ -17,7 +17,7 @@ from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.checkpoint import CheckpointCallback
 from keepbest.callbacks.resume import Found, find_to_resume, load_to_resume
 from keepbest.callbacks.trainer_view import TrainerView
-from keepbest.callbacks.training_state import trainer_state
+from keepbest.callbacks.training_state import schedule_state, trainer_state
 from keepbest.capture.per_rank import PerRank
 from keepbest.data.container import DataContainer
 from keepbest.data.interleaved import InterleavedSampler, build_loader, count_updates_per_epoch
@@ -126,7 +126,7 @@ class Trainer:
         self._losses = OnlineLosses()
         self.training_state = {
             "online_losses": PerRank(self._losses),
-            **{f"schedule.{name}": each for name, each in schedules.items()},
+            **{schedule_state(name): each for name, each in schedules.items()},
         }
         self.tracker: Tracker = build_tracker(config.tracker, self.directory, is_main=ranks.is_main)
         self.log_writer = LogWriter(self.tracker, self.update_counter, is_main=ranks.is_main)
