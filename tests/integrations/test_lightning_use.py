@@ -245,7 +245,7 @@ def test_trainer_of_the_other_package_takes_the_callback(tmp_path):
         configure_optimizers = Model.configure_optimizers
 
     best = BestCheckpoint(METRIC, directory=tmp_path)
-    trainer = lightning.Trainer(max_epochs=3, callbacks=[best], **QUIET)
+    trainer = lightning.Trainer(max_epochs=3, enable_checkpointing=False, callbacks=[best], **QUIET)
     batches = DataLoader(TensorDataset(torch.randn(4, 5)), batch_size=2)
     trainer.fit(module := Other(width=5), batches, batches)
     trainer.test(module, batches, ckpt_path="best", verbose=False)

@@ -28,7 +28,7 @@ class RankedRun:
         iteration: Training iteration of that.
         observations: Number of observations.
         intervals_since_best: Number of intervals since the last new best.
-        state: What goes on in it: "ended", "in use" by a process, or neither, "open".
+        state: What happens in it now: "ended", "in use" by a process, or neither, "open".
         error: Reason why the run cannot be read; `None` if it can.
     """
 
