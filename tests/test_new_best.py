@@ -93,6 +93,19 @@ def test_hook_may_use_the_keeper_on_every_rank(tmp_path):
     assert run_ranks(use_the_keeper_in_a_hook, 2, tmp_path) == [["U1", "U2", "U10", "U20"]] * 2
 
 
+def use_the_keeper_on_rank_0_alone(directory: Path):
+    run = Run(directory, on_new_best=lambda *_: run.keeper.flush())
+    with pytest.raises(KeepBestError) as caught:
+        run.observe(5.0)
+    run.keeper.abandon()
+    return str(caught.value.__cause__ or caught.value)
+
+
+def test_hook_of_rank_0_that_uses_the_keeper_is_said_on_both(tmp_path):
+    for message in run_ranks(use_the_keeper_on_rank_0_alone, 2, tmp_path):
+        assert f"rank 0: flush {REF}\n  rank 1: call on_new_best of {REF} at U1" in message
+
+
 def close_in_a_hook(directory: Path):
     calls, gate = Calls(), Gate("model.pt")
     with use(directory, files=SteppedFiles(before(gate))):
