@@ -71,6 +71,88 @@ def test_hook_in_the_background_waits_for_the_disk(tmp_path):
     assert verify(tmp_path) == []
 
 
+def use_the_keeper_in_a_hook(directory: Path):
+    calls, gate, observed_by_hook = Calls(), Gate("model.pt"), {1: 6.0, 2: 5.0}
+
+    def use_it(outcome, path) -> None:
+        run.keeper.flush()
+        if (value := observed_by_hook.get(outcome.iteration.update)) is not None:
+            run.observe(value, first=10 * outcome.iteration.update)
+
+    with use(directory, files=SteppedFiles(before(gate))):
+        run = Run(directory, async_save=True, keep_top_k=9, on_new_best=[EveryRank(use_it), EveryRank(calls)])
+        run.observe(9.0, 8.0)
+        gate.is_open.set()
+        run.keeper.flush()
+        run.keeper.flush()
+        run.keeper.close()
+    return [name for name, *_ in calls]
+
+
+def test_hook_may_use_the_keeper_on_every_rank(tmp_path):
+    assert run_ranks(use_the_keeper_in_a_hook, 2, tmp_path) == [["U1", "U2", "U10", "U20"]] * 2
+
+
+def use_the_keeper_on_rank_0_alone(directory: Path):
+    run = Run(directory, on_new_best=lambda *_: run.keeper.flush())
+    with pytest.raises(KeepBestError) as caught:
+        run.observe(5.0)
+    run.keeper.abandon()
+    return str(caught.value.__cause__ or caught.value)
+
+
+def test_hook_of_rank_0_that_uses_the_keeper_is_said_on_both(tmp_path):
+    for message in run_ranks(use_the_keeper_on_rank_0_alone, 2, tmp_path):
+        assert f"rank 0: flush {REF}\n  rank 1: call on_new_best of {REF} at U1" in message
+
+
+def close_in_a_hook(directory: Path):
+    calls, gate = Calls(), Gate("model.pt")
+    with use(directory, files=SteppedFiles(before(gate))):
+        hooks = [EveryRank(lambda *_: run.keeper.close()), EveryRank(calls)]
+        run = Run(directory, async_save=True, keep_top_k=9, on_new_best=hooks)
+        run.observe(9.0, 8.0)
+        gate.is_open.set()
+        run.keeper.flush()
+    return [name for name, *_ in calls]
+
+
+def test_hook_that_closes_the_keeper_is_the_last(tmp_path):
+    assert run_ranks(close_in_a_hook, 2, tmp_path) == [["U1"]] * 2
+
+
+@pytest.mark.parametrize("leave", ["abandon", "drop"])
+def test_best_that_no_hook_was_called_for_is_kept_no_longer(leave, tmp_path, caplog):
+    gate, calls = Gate("model.pt"), Calls()
+    with use(tmp_path, files=SteppedFiles(before(gate))):
+        other = Run(tmp_path, metric_key="acc", async_save=True)
+        run = Run(tmp_path, async_save=True, on_new_best=calls)
+        with other.keeper:
+            run.observe(5.0, 4.0, 3.0)
+            if leave == "abandon":
+                run.keeper.abandon()  # while the first one is being written
+            del run
+            gate.is_open.set()
+            other.observe(0.5, first=4)
+    assert calls == []
+    assert verify(tmp_path) == []
+    if leave == "abandon":
+        assert "on_new_best was not called for 5.0 at U1" in caplog.text
+
+
+def test_forked_process_says_nothing_of_hooks(tmp_path, caplog):
+    run = Run(tmp_path, async_save=True, on_new_best=Calls())
+    run.observe(5.0)
+    run.keeper._run.worker.drain()  # the seam: committed, and not looked for yet
+    if (child := os.fork()) == 0:
+        try:
+            run.keeper.abandon()
+        finally:
+            os._exit("was not called" in caplog.text)
+    assert os.waitpid(child, 0)[1] == 0
+    run.keeper.close()
+
+
 def lose_a_best(directory: Path):
     def refuse(operation: Operation) -> None:
         if operation.name == "create" and operation.path.parent.name == ".tmp-U2":

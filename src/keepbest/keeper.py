@@ -323,8 +323,8 @@ class BestKeeper:
 
     def _leave(self) -> None:
         self._saver.stop()
-        self._run.leave(self.name, self)
         self._new_bests.drop()
+        self._run.leave(self.name, self)
 
     def _agree(
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]

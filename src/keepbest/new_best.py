@@ -99,7 +99,7 @@ class NewBests:
     def __init__(self, name: str, hooks: Sequence[Hook], run: OpenRun, ranks: Ranks) -> None:
         self._name, self._hooks, self._run, self._ranks = name, hooks, run, ranks
         self._committed: deque[NewBest] = deque()  # on rank 0
-        self._is_expected = False  # on all ranks alike
+        self._is_expected = self._is_calling = self._is_left = False  # on all ranks alike
         self._saves_are_over: threading.Event | None = None
 
     def expect(self) -> None:
@@ -131,25 +131,38 @@ class NewBests:
             RankFailedError: On every rank, if a hook raises on one of them. It has the class of what was raised if that
                 is one of this library.
         """
-        if not self._is_expected:
+        if self._is_calling:  # a hook uses the keeper: what that brings comes after the hook
             return
+        self._is_calling, is_under_way = True, False
+        try:
+            while self._is_expected and not is_under_way:
+                is_under_way = self._call_on_committed()
+        finally:
+            self._is_calling = False
+
+    def drop(self) -> None:
+        """Call no hook any more: the run is about to be left as it is. **Rank-local**."""
+        if not self._run.is_elsewhere:
+            self._is_expected, self._is_left = False, True
+            # By who commits, after what is under way.
+            self._run.worker.submit(self._let_go_of_committed, lambda _: None)
+
+    def _call_on_committed(self) -> bool:
+        """Call the hooks on what is committed by now, and return whether more is under way. **Collective**."""
         step = f"look for new bests of {self._name} on the disk"
         is_under_way = not self._are_saves_over()  # before it is known what they have brought
         due = list(self._committed)
         mine = Number(float(is_under_way), None, json.dumps(due) if due else "")
         of_rank_0 = self._ranks.exchange(step, mine)[0]
-        for each in json.loads(of_rank_0.note) if of_rank_0.note else ():
-            self._call_on(NewBest(*each))
         self._is_expected = of_rank_0.value != 0.0
-
-    def drop(self) -> None:
-        """Call no hook any more: the run is left as it is. **Rank-local**."""
-        self._is_expected = False
-        while self._committed:
-            left = self._committed.popleft()
-            _logger.warning(
-                "%s: on_new_best was not called for %r at %s, since the run was left before", self._name, *left[1::-1]
-            )
+        try:
+            for each in json.loads(of_rank_0.note) if of_rank_0.note else ():
+                if not self._is_left:  # a hook may have closed the keeper
+                    self._call_on(NewBest(*each))
+        except BaseException:
+            self._is_expected = True  # those after it
+            raise
+        return of_rank_0.value != 0.0
 
     def _call_on(self, best: NewBest) -> None:
         iteration, path = best.iteration, snapshots_folder(self._run.directory) / best.snapshot
@@ -176,6 +189,15 @@ class NewBests:
             over = self._saves_are_over = threading.Event()
             self._run.worker.submit(over.set, lambda _: None)
         return self._saves_are_over.is_set()
+
+    def _let_go_of_committed(self) -> None:
+        while self._committed:
+            left = self._committed.popleft()
+            _logger.warning(
+                "%s: on_new_best was not called for %r at %s, since the run was left before", self._name, *left[1::-1]
+            )
+            if self._run.folder is not None:
+                self._run.folder.let_go(left.snapshot)
 
     def _let_go(self, snapshot: str) -> None:
         if self._run.folder is not None:

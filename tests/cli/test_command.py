@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 
 from keepbest.__main__ import main
+from keepbest.cli.app import app
 from tests.kit import cli_runs as runs
+from tests.kit.runs import Run, update
+from tests.kit.toys import Waves
 
 
 def test_config_names_classes_of_the_present_folder(tmp_path, monkeypatch):
@@ -31,3 +35,28 @@ def test_message_names_the_extra_that_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "keepbest.cli.app")
     with pytest.raises(SystemExit, match=r"'typer'; install it with: pip install 'keepbest\[cli\]'"):
         main()
+
+
+@pytest.mark.parametrize("command", [["show"], ["show", "--json"], ["verify"], ["launch-script"]], ids=" ".join)
+def test_command_ends_quietly_where_its_output_is_closed(command, tmp_path, monkeypatch, capfd):
+    with Run(tmp_path).keeper as keeper:
+        keeper.observe(1.0, update(1))
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `| head`
+    with os.fdopen(writer, "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as end:
+            app([*command, *([] if command == ["launch-script"] else [str(tmp_path)])])
+    assert (end.value.code, capfd.readouterr().err) == (1, "")
+
+
+def test_closed_pipe_of_the_users_code_is_shown(tmp_path, monkeypatch):
+    def send(*_: object) -> None:
+        raise BrokenPipeError(32, "the server of the data is gone")
+
+    monkeypatch.setattr(Waves, "__getitem__", send)
+    config = runs.write_config(tmp_path / "config.yaml", runs.describe_run(tmp_path / "run", epochs=1))
+    trained = runs.keepbest("train", config)
+    assert trained.exit_code == 1
+    assert "in send" in trained.stderr
+    assert "the server of the data is gone" in trained.stderr

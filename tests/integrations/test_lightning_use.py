@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -160,10 +162,26 @@ def test_trainer_tests_the_best_and_lightning_loads_it(world_size, tmp_path):
         load(tmp_path, FACE.ref, expected := make_sized([]))
         assert weights_of(module.state_dict()) == weights_of(expected.state_dict()) == tested
         assert (module.hparams.width, module.words) == (7, ["a", "b"])
-        assert shown == path == str(tmp_path / f"{FACE.ref}=E6_U12_B12.ckpt") != own
+        assert shown == path != own
+        assert re.fullmatch(rf"{re.escape(f'{tmp_path}/{FACE.ref}')}=E6_U12_B12\.[0-9a-f]{{8}}\.ckpt", path)
     checkpoint = torch.load(path, weights_only=True)
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (6, 12)
     assert not any(each.name.startswith(".") for each in tmp_path.iterdir())
+
+
+def make_shifted(values, *, by):
+    module = Model(values)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(by)
+    return module
+
+
+def test_best_is_not_that_of_a_run_that_was_set_aside(tmp_path):
+    for weight in (1.0, 2.0):
+        best = BestCheckpoint(METRIC, existing="set_aside")
+        module = fit(tmp_path / "run", VALUES[:1], [best], model=partial(make_shifted, by=weight)).lightning_module
+        assert FACE.weights_of_checkpoint(best.best_model_path) == weights_of(module.state_dict())
 
 
 def test_best_of_a_checkpoint_with_a_monitor_stays_the_best(tmp_path):

@@ -103,6 +103,9 @@ def test_mlflow_has_a_version_of_each_best_and_the_alias_on_the_best(mlflow_run,
     assert client.get_model_version_by_alias("best-loss", "best").version in (2, "2")
     folders = [mlflow.artifacts.download_artifacts(each) for each in ("models:/best-loss@best", "models:/best-loss/1")]
     assert [weight_in(Path(folder) / "model.pt") for folder in folders] == [2, 1]
+    with Run(tmp_path / "samples", on_new_best=BestArtifact("by-sample")).keeper as keeper:
+        keeper.observe(1.0, sample=64)
+    assert [metric.step for metric in client.get_metric_history(mlflow_run.info.run_id, "by-sample")] == [64]
 
 
 @pytest.mark.parametrize(("logger", "remedy"), [("wandb", "wandb.init"), ("mlflow", "mlflow.start_run")])

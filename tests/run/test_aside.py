@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from keepbest.errors import ConfigError, RunExistsError, StorageError
 from keepbest.run.lock import RunLock
 from keepbest.run.verify import verify
 from tests.kit import cli_runs as runs
-from tests.kit.files import Fault, SteppedFiles, before
+from tests.kit.files import Fault, Operation, SteppedFiles, before
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import Run, ledger, refs, saved_at, snapshots, update
 from tests.kit.seams import use
@@ -142,6 +143,19 @@ def test_refused_move_loses_nothing(operation, tmp_path):
             break
     # At last nothing was refused.
     assert (any(outcomes), outcomes[-1], len(outcomes) < 29) == (True, False, True)
+
+
+def test_place_beside_on_another_disk_is_an_error_with_what_to_do(tmp_path):
+    keep(tmp_path / "a", 5.0)
+
+    def refuse(operation: Operation) -> None:
+        if operation.name == "rename" and operation.path.parent.name == "a.1":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    message = r"cannot be moved to .*a\.1, beside it \(.*cross-device.*\); choose another directory"
+    with use(tmp_path / "a", files=SteppedFiles(before(refuse))), pytest.raises(StorageError, match=message):
+        Run(tmp_path / "a", existing="set_aside").keeper.start()
+    assert verify(tmp_path / "a") == []
 
 
 def test_remote_copy_of_the_run_is_not_replaced(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -306,9 +307,12 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
         raise typer.Exit(os.EX_TEMPFAIL) from error
     except (KeepBestError, NotImplementedError, ValidationError, OSError) as error:
         # In training an OSError that is none of ours comes from the user's code, which its traceback shows.
-        if debug or (timeout is not None and isinstance(error, OSError) and not isinstance(error, KeepBestError)):
+        is_of_user = timeout is not None and isinstance(error, OSError) and not isinstance(error, KeepBestError)
+        if is_of_user and isinstance(error, BrokenPipeError):
+            traceback.print_exc()  # typer takes it for the end of the output, and would say nothing
+        elif debug or is_of_user:
             raise
-        if process.rank == 0 or isinstance(error, _OWN_ERRORS):
+        elif process.rank == 0 or isinstance(error, _OWN_ERRORS):
             text = "\n".join(describe(error, lambda _: ())) if isinstance(error, ValidationError) else str(error)
             typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
 
 import typer
 from rich import box
@@ -14,9 +18,10 @@ from keepbest.printable import printable
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
-def say(line: str, *, err: bool = False) -> None:
-    """Print one line as text: markup and control characters in it have no effect."""
-    typer.echo(printable(line), err=err)
+def say(line: str, *, err: bool = False, keep: str = "") -> None:
+    """Print one line as text: markup, and control characters that are not in `keep`, have no effect in it."""
+    with _while_it_is_read(sys.stderr if err else sys.stdout):
+        typer.echo(printable(line, keep=keep), err=err)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str]) -> None:
@@ -34,7 +39,19 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str
     for row in rows:
         table.add_row(*map(printable, row))
     terminal = _console(None)
-    (terminal if terminal.is_terminal else _console(_WIDTH_WITHOUT_TERMINAL)).print(table)
+    with _while_it_is_read(sys.stdout):
+        (terminal if terminal.is_terminal else _console(_WIDTH_WITHOUT_TERMINAL)).print(table)
+
+
+@contextmanager
+def _while_it_is_read(output: TextIO) -> Iterator[None]:
+    """End the command where nobody reads on, as after `| head`: there is nobody to say so to."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        # What is left in the buffer would be an error again, when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        raise typer.Exit(1) from error
 
 
 def _console(width: int | None) -> Console:

@@ -11,8 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from keepbest.cli.console import print_table, say
 from keepbest.reading.activity import Activity
 from keepbest.reading.checkpoint import Checkpoint
@@ -98,7 +96,7 @@ def _run_row(each: RankedRun) -> tuple[str, ...]:
 
 def _print_objects(rows: Iterable[Any]) -> None:
     objects = [{key: _json(value) for key, value in dataclasses.asdict(row).items()} for row in rows]
-    typer.echo(json.dumps(objects, indent=1, allow_nan=False))
+    say(json.dumps(objects, indent=1, allow_nan=False), keep="\n")
 
 
 def _json(value: Any) -> Any:

@@ -267,8 +267,9 @@ class BestCheckpoint(Callback):
     def _checkpoint_of_best(self) -> Path | None:
         if self.keeper is None or self.keeper.best_path is None:
             return None
-        # The name of the snapshot is in it: another best is another file.
-        return self.keeper.directory / f"{self.keeper.name}={self.keeper.best_path.name}.ckpt"
+        # Another best is another file, and so is that of another run, since what was set aside has left its own here.
+        best = f"{self.keeper.best_path.name}.{str(self.keeper.state_dict()['run_id'])[:8]}"
+        return self.keeper.directory / f"{self.keeper.name}={best}.ckpt"
 
     def _name_best(self) -> str:
         """As `best_model_path`, but where other ranks would wait for rank 0, `setup` writes it."""

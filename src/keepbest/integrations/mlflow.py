@@ -38,9 +38,11 @@ class BestArtifact:
             ConfigError: If there is no run.
         """
         run_id, client, iteration = self._find_run(), mlflow.MlflowClient(), str(outcome.iteration)
+        now = outcome.iteration
+        step = next(each for each in (now.update, now.epoch, now.sample, now.batch) if each is not None)
         folder = f"{self._name}/{iteration}"
         client.log_artifacts(run_id, str(path), folder)
-        client.log_metric(run_id, self._name, outcome.value, step=outcome.iteration.update or outcome.iteration.epoch)
+        client.log_metric(run_id, self._name, outcome.value, step=step)
         try:
             client.create_registered_model(self._name)
         except MlflowException as error:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError
+from keepbest.errors import ConfigError, DesyncError, KeepBestError, PoisonedError, RankFailedError
 from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.difference import SEPARATOR, describe_difference
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
@@ -280,8 +280,12 @@ class Ranks:
         place = digest_place(step, state)
         mine = Frame(place, failure is not None, len(text.encode()), number.value, number.weight)
         sent = mine.pack()
+        try:
+            gathered = self._all_gather(sent, step, saving=saving)
+        except PoisonedError as error:
+            raise error from failure  # which says more: the collective that went wrong may have been one of the work
         # In a quiet interval all ranks often hold the same.
-        frames = [mine if raw == sent else Frame.unpack(raw) for raw in self._all_gather(sent, step, saving=saving)]
+        frames = [mine if raw == sent else Frame.unpack(raw) for raw in gathered]
         # A failure explains why places differ, so it comes first.
         if any(frame.failed for frame in frames):
             self._raise_failures(failure, self._texts(text, frames, saving=saving), frames)

@@ -25,10 +25,14 @@ def move_aside(directory: Path, names: Sequence[str], files: Files) -> Path:
     here = directory.resolve()  # the place beside a link may be on another disk
     beside = (here.with_name(f"{here.name}.{number}") for number in itertools.count(1))
     to = next(path for path in beside if _is_free(path))
-    files.make_folder(to)
-    for name in names:
-        if os.path.lexists(here / name):
-            files.rename(here / name, to / name)
+    try:
+        files.make_folder(to)
+        for name in names:
+            if os.path.lexists(here / name):
+                files.rename(here / name, to / name)
+    except OSError as error:  # as where the directory alone can be written, or is a disk of its own
+        refusal = f"the run in {here} cannot be moved to {to}, beside it ({error}); choose another directory"
+        raise OSError(error.errno, refusal) from error
     files.sync_folder(to)
     files.sync_folder(here)
     return to

@@ -229,7 +229,8 @@ class RunFolder:
     def let_go(self, snapshot: str) -> None:
         """End a `hold`, and remove the snapshot if nothing names it any more."""
         self._held.remove(snapshot)
-        if snapshot not in self.history.kept():
+        # The line that could not be taken back may name what is not known here.
+        if snapshot not in self.history.kept() and not self.is_torn:
             self._collect_or_warn()
 
     def catch_up(self) -> None:
@@ -305,6 +306,8 @@ class RunFolder:
                 raise
 
     def _close_ledger(self) -> None:
+        for snapshot in list(self._held):  # by a keeper that was dropped without an end
+            self.let_go(snapshot)
         try:
             try:
                 self._stop_following()
@@ -328,6 +331,7 @@ class RunFolder:
 
     def _collect(self) -> None:
         """Remove snapshots that nothing names; those that are held or that the remote copy still needs stay."""
+        self.catch_up()
         kept = self.history.kept() | set(self._held)
         if self.copy is not None and self._is_followed and self._ledger is not None:
             self.copy.follow(self._committed(self._ledger.size))
