@@ -79,9 +79,12 @@ def test_each_epoch_is_a_line_of_the_log(tmp_path, caplog):
     toys.make_trainer(tmp_path, callbacks=[evaluation]).train()
     lines = [line for line in caplog.messages if line.startswith("epoch ")]
     assert [line.partition(":")[0] for line in lines] == ["epoch 1", "epoch 2", "epoch 3"]
-    assert "loss/online/total 0." in lines[0]
+    keys = [[value.split()[0] for value in line.partition(": ")[2].split(", ")] for line in lines]
+    online = ["loss/online/total", "learning_rate/encoder", "learning_rate/decoder"]
+    assert keys[0] == [*online, "loss/online/error", "loss/online/size"]
+    assert keys[1] == ["loss/val/error", "loss/val/size", "loss/val/total", *online[:2], "and"]
     assert "learning_rate/encoder 0.05" in lines[0]
-    assert lines[1].endswith("and 2 more")
+    assert lines[1].endswith("and 3 more")
 
 
 def test_groups_have_a_learning_rate_each(tmp_path):

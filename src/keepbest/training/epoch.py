@@ -13,7 +13,8 @@ from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Ranks
 from keepbest.training.log_writer import ScalarWriter
 
-_MOST_SHOWN = 6  # values in the line of an epoch
+_ONLINE, _LEARNING_RATE = "loss/online/", "learning_rate/"
+_MOST_SHOWN = 5  # values in the line of an epoch
 
 
 class OnlineLosses:
@@ -66,17 +67,24 @@ def log_epoch(losses: OnlineLosses, optimizers: Mapping[str, Optimizer], writer:
         KeepBestError: As `OnlineLosses.take_means`.
     """
     for name, mean in losses.take_means(ranks).items():
-        writer.add_scalar(f"loss/online/{name}", mean)
+        writer.add_scalar(f"{_ONLINE}{name}", mean)
     for name, optimizer in optimizers.items():
         for suffix, rate in _learning_rates(optimizer):
-            writer.add_scalar(f"learning_rate/{name}{suffix}", rate)
+            writer.add_scalar(f"{_LEARNING_RATE}{name}{suffix}", rate)
 
 
 def line_of_epoch(iteration: TrainingIteration, writer: ScalarWriter) -> str:
-    """What was logged at the end of an epoch, in a line. **Rank-local**."""
-    found = [f"{key} {scalar.value:.6g}" for key, scalar in writer.log_cache.items() if scalar.iteration == iteration]
+    """What was logged at the end of an epoch, in a line: first what callbacks logged. **Rank-local**."""
+    logged = {key: scalar.value for key, scalar in writer.log_cache.items() if scalar.iteration == iteration}
+    found = [f"{key} {logged[key]:.4g}" for key in sorted(logged, key=_place_in_line)]
     more = [f"and {len(found) - _MOST_SHOWN} more"] if len(found) > _MOST_SHOWN else []
     return f"epoch {iteration.epoch}: {', '.join([*found[:_MOST_SHOWN], *more])}"
+
+
+def _place_in_line(key: str) -> int:
+    if key.startswith(_ONLINE):
+        return 1 if key == f"{_ONLINE}total" else 3
+    return 2 if key.startswith(_LEARNING_RATE) else 0
 
 
 def _learning_rates(optimizer: Optimizer) -> Iterator[tuple[str, float | Tensor]]:
