@@ -93,7 +93,7 @@ def test_model_must_be_a_module(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "said"),
     [
         ({}, f"'{BEST}' (metric 'loss', lower is better) started, direction taken from the name"),
         (
@@ -102,15 +102,15 @@ def test_model_must_be_a_module(tmp_path):
         ),
     ],
 )
-def test_direction_is_logged_once_when_a_keeper_starts(settings, told, tmp_path, caplog):
+def test_direction_is_logged_once_when_a_keeper_starts(settings, said, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="keepbest")
     with Run(tmp_path, **settings).keeper as keeper:
         keeper.observe(1.0, update(1))
-        assert [record.getMessage() for record in caplog.records if record.name == "keepbest.keeper"] == [told]
+        assert [record.getMessage() for record in caplog.records if record.name == "keepbest.keeper"] == [said]
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "said"),
     [
         ([], "nothing was observed"),
         ([math.nan, math.inf], "no finite value was observed and saved up to U2"),
@@ -118,13 +118,13 @@ def test_direction_is_logged_once_when_a_keeper_starts(settings, told, tmp_path,
     ],
     ids=str,
 )
-def test_run_that_ends_with_nothing_kept_says_so(values, told, tmp_path, caplog):
+def test_run_that_ends_with_nothing_kept_says_so(values, said, tmp_path, caplog):
     run = Run(tmp_path)
     with run.keeper:
         run.observe(*values)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warnings == ([] if told is None else [warnings[0]])
-    assert told is None or told in warnings[0]
+    assert warnings == ([] if said is None else [warnings[0]])
+    assert said is None or said in warnings[0]
 
 
 @pytest.mark.parametrize("change", [{"id": "b"}, {"metric_key": "accuracy"}, {"higher_is_better": True}], ids=str)

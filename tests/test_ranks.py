@@ -182,7 +182,7 @@ def be_in_another_place(directory, difference):
 
 
 @pytest.mark.parametrize(
-    ("difference", "told"),
+    ("difference", "said"),
     [
         ("iteration", ["differ in step 'observe loss'", "iteration=U2", "iteration=U3"]),
         ("settings", ["'check the settings of the keeper of loss'", "tolerances=(1,)", "tolerances=(2,)"]),
@@ -191,12 +191,12 @@ def be_in_another_place(directory, difference):
         ("close", ["not in the same step", "observe loss", "close best_model.loss"]),
     ],
 )  # fmt: skip
-def test_ranks_in_different_places_are_told_so_at_once(difference, told, tmp_path):
+def test_ranks_in_different_places_are_told_so_at_once(difference, said, tmp_path):
     outcomes = run_ranks(be_in_another_place, 2, tmp_path, difference)
     assert outcomes == [outcomes[0]] * 2
     lines = outcomes[0].splitlines()
-    assert told[0] in lines[0]
-    for rank, text in enumerate(told[1:]):
+    assert said[0] in lines[0]
+    for rank, text in enumerate(said[1:]):
         assert lines[1 + rank].startswith(f"  rank {rank}: {text}")
         assert len(lines[1 + rank]) < 400
     assert "Call the keeper on every rank, in the same order" in lines[-1]
@@ -223,9 +223,9 @@ def raise_what_cannot_be_shown(directory):
 
 
 def test_exception_whose_text_raises_is_raised_on_every_rank(tmp_path):
-    told = run_ranks(raise_what_cannot_be_shown, 2, tmp_path)
-    assert told == [told[0]] * 2
-    assert "rank 1 of 2: MuteError: (its message cannot be shown: __str__ raises ValueError)" in told[0]
+    said = run_ranks(raise_what_cannot_be_shown, 2, tmp_path)
+    assert said == [said[0]] * 2
+    assert "rank 1 of 2: MuteError: (its message cannot be shown: __str__ raises ValueError)" in said[0]
 
 
 def differ_late_in_long_settings(directory):
@@ -242,9 +242,9 @@ def differ_late_in_long_settings(directory):
 
 
 def test_of_settings_that_differ_the_difference_alone_is_shown(tmp_path):
-    told = run_ranks(differ_late_in_long_settings, 3, tmp_path)
-    assert told == [told[0]] * 3
-    assert told[0].splitlines()[1:3] == ["  rank 0, 2: save_timeout=100.0", "  rank 1: save_timeout=101.0"]
+    said = run_ranks(differ_late_in_long_settings, 3, tmp_path)
+    assert said == [said[0]] * 3
+    assert said[0].splitlines()[1:3] == ["  rank 0, 2: save_timeout=100.0", "  rank 1: save_timeout=101.0"]
 
 
 def observe_until_a_rank_is_gone(directory):

@@ -251,9 +251,9 @@ def test_every_rule_has_a_test_and_something_to_do():
 
 
 def test_table_of_commands_is_what_help_says():
-    told = re.findall(
+    said = re.findall(
         r"^\| `([\w-]+) .*?` \| (.*) \|$", (ROOT / "docs" / "reference.md").read_text(), flags=re.MULTILINE
     )
-    assert told == [
+    assert said == [
         (name, command.help.splitlines()[0]) for name, command in typer.main.get_command(app).commands.items()
     ]

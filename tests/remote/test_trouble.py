@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import threading
@@ -308,3 +309,35 @@ def test_copy_that_has_lost_a_snapshot_replaces_nothing_here(tmp_path, place):
     again = Run(tmp_path / "again")
     with again.keeper:  # the directory is as if nothing had happened
         again.observe(1.0)
+
+
+@pytest.mark.parametrize(
+    "refusal", [NotImplementedError(), TypeError("mode"), OSError(errno.EINVAL, "what is If-None-Match?")], ids=repr
+)
+def test_storage_without_conditional_writes_is_looked_at_first(tmp_path, place, refusal, monkeypatch):
+    pipe = type(place.storage).pipe_file
+
+    def refuse_conditions(storage, path, value, mode="overwrite"):
+        if mode == "create":
+            raise refusal
+        pipe(storage, path, value)
+
+    monkeypatch.setattr(type(place.storage), "pipe_file", refuse_conditions)
+    remote = Remote(place.url)
+    assert [remote.write_first_ledger(b"mine"), remote.write_first_ledger(b"other")] == [True, False]
+    assert place.objects() == {"ledger.jsonl": b"mine"}
+
+
+def test_first_ledger_that_does_not_get_through_keeps_its_condition(tmp_path, place, monkeypatch):
+    pipe, modes = type(place.storage).pipe_file, []
+
+    def lose_the_first(storage, path, value, mode="overwrite"):
+        modes.append(mode)
+        if len(modes) == 1:
+            raise ConnectionError("cut")
+        pipe(storage, path, value, mode=mode)
+
+    monkeypatch.setattr(type(place.storage), "pipe_file", lose_the_first)
+    with Run(tmp_path, remote=place.url).keeper:
+        pass
+    assert modes[:2] == ["create", "create"]

@@ -172,7 +172,9 @@ class Mirror:
         if missing := [path for path, digest in wanted.items() if found.get(path) != digest.bytes]:
             raise ConnectionError(f"{missing[0]} was brought there, and is not there")
         self._refuse_if_over()
-        if LEDGER in found or not self._remote.write_first_ledger(ledger):
+        if LEDGER in found:
+            self._remote.write_ledger(ledger)
+        elif not self._remote.write_first_ledger(ledger):
             self._refuse_ledger_of_another(ledger)
             self._remote.write_ledger(ledger)
         self._is_right_place = True

@@ -9,6 +9,7 @@ The storage must give an object its new content in one step, as object stores do
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 
 from keepbest.errors import ConfigError
 from keepbest.run.layout import CHECKPOINTS, LEDGER, SNAPSHOTS
+
+# How storages refuse a condition that they do not know; some say of one that does not hold no more than EINVAL.
+_NO_CONDITIONS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def is_remote(run: str | Path) -> bool:
@@ -106,16 +110,18 @@ class Remote:
         """Put a ledger where there is none; returns whether there was none.
 
         Storages that can decide this themselves do, so that of two runs that begin at once one alone succeeds: S3, and
-        what follows it in conditional writes. For others fsspec looks first.
+        what follows it in conditional writes. For others fsspec looks first, or this does.
         """
         try:
             self._filesystem.pipe_file(f"{self._root}{LEDGER}", data, mode="create")
         except FileExistsError:
             return False
-        except Exception:
+        except (NotImplementedError, TypeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_CONDITIONS:
+                raise  # it says nothing of the condition, so the next try has it again
             if LEDGER in self.sizes():
-                raise
-            self.write_ledger(data)  # some know no conditional writes, and refuse them in words of their own
+                return False
+            self.write_ledger(data)
         return True
 
     def put(self, file: Path, path: str) -> None:

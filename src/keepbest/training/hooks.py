@@ -61,7 +61,7 @@ class Hooks:
         """Call `after_exception` of every callback. One that fails is logged, since `error` is raised then."""
         try:
             self._call_all("after_exception", error=error, is_between_updates=is_between_updates)
-        except Exception:
+        except Exception:  # whichever it was, `error` says why training ends
             _logger.exception("a callback failed after %r, which ends training", error)
 
     def track(self, hook: str, **arguments: Any) -> None:
@@ -90,7 +90,7 @@ class Hooks:
         for callback in self.callbacks:
             try:
                 self._call([callback], hook, **arguments)
-            except Exception as error:
+            except Exception as error:  # raised below
                 if first is not None:
                     _logger.exception("%s failed too in %s", type(callback).__name__, hook)
                 first = first or error
