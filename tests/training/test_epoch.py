@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, RankFailedError
 from keepbest.ranks import Ranks
 from keepbest.training.config import RunConfig
 from keepbest.training.epoch import OnlineLosses
@@ -174,3 +174,52 @@ def test_resume_with_other_schedules_is_refused(before, after, tmp_path):
     toys.make_trainer(tmp_path, schedule=before, updates=1, callbacks=[CHECKPOINTS]).train()
     with pytest.raises(ConfigError, match="set schedule as it was, or start a new run"):
         toys.make_trainer(tmp_path, schedule=after, updates=2, callbacks=[CHECKPOINTS], resume="auto").train()
+
+
+def lose_a_device(directory):
+    def fail():
+        raise RuntimeError("the device is lost")
+
+    trainer = toys.make_trainer(directory, strategy="ddp")
+    if trainer.ranks.rank == 1:
+        trainer._losses.state_dict = fail  # no device fails at a moment that could be named
+    with pytest.raises(RankFailedError) as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def test_losses_that_cannot_be_read_on_one_rank_end_training_on_all(tmp_path):
+    for message in run_ranks(lose_a_device, 2, tmp_path):
+        assert "failed to add up the losses in training on rank 1 of 2: RuntimeError: the device is lost" in message
+
+
+class Alternating(toys.AutoEncoder):
+    """Has one of its losses in every other update alone."""
+
+    updates = 0
+
+    def losses(self, outputs, batch):
+        found = super().losses(outputs, batch)
+        self.updates += 1
+        return found if self.updates % 2 else {"total": found["total"]}
+
+
+class SizesConfig(CallBackBaseConfig):
+    every_n_updates: int = 1
+
+
+class Sizes(CallbackBase):
+    """Keeps the mean of this loss at each update that has it."""
+
+    config_class = SizesConfig
+    seen: ClassVar[list[float]] = []
+
+    def track_after_update_step(self, *, losses, **_):
+        self.seen += [losses["size"].mean().item()] if "size" in losses else []
+
+
+def test_loss_of_some_updates_is_divided_by_their_samples(tmp_path):
+    Sizes.seen.clear()
+    toys.make_trainer(tmp_path, model=Alternating(), tracker="jsonl", callbacks=[SizesConfig()]).train()
+    logged = [json.loads(line)["loss/online/size"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx(Sizes.seen, rel=1e-12)

@@ -1,4 +1,4 @@
-"""What is going on in a run folder right now, seen from outside. **Rank-local**; no lock is taken."""
+"""What happens in a run folder right now, seen from outside. **Rank-local**; no lock is taken."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Activity:
 
 
 def read_activity(directory: Path) -> Activity | None:
-    """Return what is going on in the run in `directory`; `None` where no process holds it, or none can be seen."""
+    """Return what happens in the run in `directory`; `None` where no process holds it, or none can be seen."""
     owner = read_owner(directory / CHECKPOINTS / LOCK)
     if owner is None:
         return None

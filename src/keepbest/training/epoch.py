@@ -25,37 +25,43 @@ class OnlineLosses:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add the losses of an update: name -> tensor of shape `[samples]`. **Rank-local**."""
         for name, values in losses.items():
             total = values.double().sum()
             self._sums[name] = total + self._sums[name] if name in self._sums else total
-        self._count += len(next(iter(losses.values())))
+            self._counts[name] = self._counts.get(name, 0) + len(values)
 
     def take_means(self, ranks: Ranks) -> dict[str, float]:
-        """The mean over the samples of all ranks, by name, and begin anew. **Collective**.
+        """The mean over the samples of all ranks that have the loss, by name, and begin anew. **Collective**.
 
         Raises:
             KeepBestError: As `Ranks.gather_json`.
         """
-        mine = self.state_dict()
-        self._sums, self._count = {}, 0
-        found = ranks.gather_json("add up the losses in training", lambda: mine)
-        count = sum(each["count"] for each in found)
-        names = dict.fromkeys(name for each in found for name in each["sums"])
-        # `math.fsum` would raise where ranks hold infinities of both signs.
-        return {name: sum(each["sums"].get(name, 0.0) for each in found) / count for name in names}
+        # What a device fails at is known on every rank.
+        found = ranks.gather_json("add up the losses in training", self._take)
+        means = {}
+        for name in dict.fromkeys(name for each in found for name in each["sums"]):
+            # `math.fsum` would raise where ranks hold infinities of both signs.
+            total, count = (sum(each[kind].get(name, 0) for each in found) for kind in ("sums", "counts"))
+            means[name] = total / count
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far. **Rank-local**."""
-        return {"sums": {name: total.item() for name, total in self._sums.items()}, "count": self._count}
+        return {"sums": {name: total.item() for name, total in self._sums.items()}, "counts": dict(self._counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned. **Rank-local**."""
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state_dict["sums"].items()}
-        self._count = state_dict["count"]
+        self._counts = dict(state_dict["counts"])
+
+    def _take(self) -> dict[str, Any]:
+        taken = self.state_dict()
+        self._sums, self._counts = {}, {}
+        return taken
 
 
 def log_epoch(losses: OnlineLosses, optimizers: Mapping[str, Optimizer], writer: ScalarWriter, ranks: Ranks) -> None:
