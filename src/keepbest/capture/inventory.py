@@ -69,6 +69,7 @@ class Inventory:
         self._union: Union | None = None
         self._plan: WholePlan | None = None
         self._seen: tuple[Held, Structure] | None = None
+        self._is_checked = False  # what was seen
         self.is_watched = False
         self.mark = ""
         self._drift = Drift(items, ranks)
@@ -84,7 +85,7 @@ class Inventory:
 
         def report() -> tuple[tuple[Held, Report], Number]:
             held = self.look()
-            refuse_what_cannot_be_kept(held, held.entries, self._format, self.ranks, self.items.training_state)
+            self._check(held, held.entries)
             found = Report(held.entries, self._prints(held, held.entries))
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 
@@ -123,12 +124,12 @@ class Inventory:
             held = self.look()
             self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)
-            data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
-            try:
-                new = [name for name in changed if name in held.entries]
-                refuse_what_cannot_be_kept(held, {*new, *data}, self._format, self.ranks, self.items.training_state)
-            except ConfigError as error:
-                raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
+            if not self._is_checked:
+                data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
+                try:
+                    self._check(held, {*data, *(name for name in changed if name in held.entries)})
+                except ConfigError as error:
+                    raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
             if changed or union is None:
                 return held, Number(None, None, describe(changed, before, held.entries))
             claim(Agreed(held, union))
@@ -187,6 +188,7 @@ class Inventory:
         """What this rank holds now: the same object as before where that is unchanged. **Rank-local**."""
         if self._seen is not None and self._seen[1].is_unchanged():
             return self._seen[0]
+        self._is_checked = False
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
         is_known = not self.items.training_state and Structure.is_known(self.items.model, held.values.values())
@@ -196,6 +198,10 @@ class Inventory:
     def forget(self) -> None:
         """Keep no weights that are no longer in the model. **Rank-local**."""
         self._seen = None
+
+    def _check(self, held: Held, names: Iterable[Name]) -> None:
+        refuse_what_cannot_be_kept(held, names, self._format, self.ranks, self.items.training_state)
+        self._is_checked = self._seen is not None
 
     def _adopt(self, report: Report, union: Union) -> None:
         if union.holdings.keys() <= (states := {name for name in union.holdings if self._is_state(name)}):
