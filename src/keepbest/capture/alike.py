@@ -22,7 +22,7 @@ Alike = dict[str, str]
 """By the name of a parameter and the key of its state, in words: a text that is equal where the values are."""
 
 
-def is_sharded(parameter: torch.Tensor) -> bool:
+def is_split(parameter: torch.Tensor) -> bool:
     """Whether each rank holds a part of a parameter."""
     return is_dtensor(parameter) and not all(placement.is_replicate() for placement in parameter.placements)
 
@@ -48,7 +48,7 @@ def refuse_a_part(name: str, key: object, value: object, parameter: torch.Tensor
                 "whose state is like its parameters"
             )
         return
-    if not is_sharded(parameter):
+    if not is_split(parameter):
         return
     shard = local_of(parameter).shape
     for path, each in leaves(value):

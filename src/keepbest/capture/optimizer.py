@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from keepbest.capture.alike import Alike, alike_of, is_sharded, refuse_a_part
+from keepbest.capture.alike import Alike, alike_of, is_split, refuse_a_part
 from keepbest.capture.fsdp1 import flat_entries
 from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
@@ -161,7 +161,7 @@ def alike_in(part: str, entries: Mapping[str, Any], names: ParameterNames) -> tu
     groups = next(key for key in entries if is_groups(key))
     tensors = ((*parameter_of(key), value) for key, value in entries.items() if not is_groups(key))
     data = ((name, key, value) for name, each in entries[groups]["state"].items() for key, value in each.items())
-    return groups, alike_of(part, (each for each in (*tensors, *data) if is_sharded(names.parameters[each[0]])))
+    return groups, alike_of(part, (each for each in (*tensors, *data) if is_split(names.parameters[each[0]])))
 
 
 def _digest(groups: list[list[str]]) -> str:

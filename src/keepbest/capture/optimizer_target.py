@@ -12,7 +12,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from keepbest.capture.alike import is_sharded
+from keepbest.capture.alike import is_split
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
@@ -170,7 +170,7 @@ class OptimizerTarget:
             )
 
     def _place_data(self, name: str, values: Mapping[Any, Any]) -> None:
-        if is_sharded(self.names.parameters[name]):
+        if is_split(self.names.parameters[name]):
             self.faults += [
                 f"{key!r} of {name} has inside a tensor of shape {list(each.shape)}, and {name} is sharded: so it is "
                 "not known how to share it out"
@@ -203,7 +203,7 @@ class OptimizerTarget:
             return
         parameter = self.names.parameters[here]
         is_like = kind.shape == tuple(parameter.shape) and of_state != _STEP and not kind.form
-        if is_like and is_sharded(parameter) and _is_square(kind.shape) and not self._is_by_element(of_state):
+        if is_like and is_split(parameter) and _is_square(kind.shape) and not self._is_by_element(of_state):
             self.faults.append(
                 f"{key} has the shape of {name}, which is square and sharded, and nothing shows whether its elements "
                 "belong to those of the parameter: so it is not known how to share it out. Load it into a model that "
@@ -211,7 +211,7 @@ class OptimizerTarget:
             )
         elif is_like and is_dtensor(parameter):
             self.templates[key] = parameter
-        elif is_sharded(parameter) and math.prod(kind.shape) > 1:
+        elif is_split(parameter) and math.prod(kind.shape) > 1:
             self.faults.append(
                 f"{key} has shape {list(kind.shape)}, and {name} is sharded and has another: so it is not known how "
                 "to share it out"
