@@ -10,6 +10,9 @@ from torch import nn
 
 from keepbest import BestKeeper, load
 from keepbest.errors import ConfigError, RunExistsError, StorageError
+from keepbest.run.aside import move_aside
+from keepbest.run.files import Files
+from keepbest.run.layout import CHECKPOINTS
 from keepbest.run.lock import RunLock
 from keepbest.run.verify import verify
 from tests.kit import cli_runs as runs
@@ -133,7 +136,7 @@ def start_refused(root: Path, fault: Fault) -> bool:
     return fails
 
 
-@pytest.mark.parametrize("operation", ["make_folder", "rename", "sync_folder"])
+@pytest.mark.parametrize("operation", ["make_folder", "create", "rename", "sync_folder", "remove"])
 def test_refused_move_loses_nothing(operation, tmp_path):
     outcomes = []
     for number in range(1, 30):
@@ -203,3 +206,41 @@ def test_trainer_sets_aside_what_belongs_to_the_run(tmp_path):
     assert {"config.yaml", "metrics.jsonl"} <= kept.keys()
     assert snapshots(tmp_path / "a") != set()
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 5  # one for each update, and the end
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_move_that_was_cut_off_is_continued(moved, tmp_path):
+    keep(tmp_path / "a", 5.0)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "a" / name).write_text(name)
+    taken = tmp_path / "a.1"  # of somebody else, with the same names
+    taken.mkdir()
+    (taken / "config.yaml").write_text("mine")
+    left = iter(range(moved))  # renames before the end
+
+    def die(operation: Operation) -> None:
+        if operation.name == "rename" and next(left, None) is None:
+            raise Killed
+
+    names = ["config.yaml", "metrics.jsonl", CHECKPOINTS]
+    with pytest.raises(Killed):
+        move_aside(tmp_path / "a", names, SteppedFiles(before(die)))
+    assert move_aside(tmp_path / "a", names, Files()) == tmp_path / "a.2"
+    assert sorted(path.name for path in (tmp_path / "a.2").iterdir()) == sorted(names)
+    assert [path.name for path in taken.iterdir()] == ["config.yaml"]
+    assert load(tmp_path / "a.2", model=nn.Linear(1, 1)).value == 5.0
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_move_that_was_cut_off_is_not_continued_by_another_run(tmp_path):
+    (tmp_path / "a.1").mkdir()
+    (tmp_path / "a.1" / ".tmp-unfinished").touch()
+    (tmp_path / "a.1" / "config.yaml").write_text("of the run that was moved")
+    keep(tmp_path / "a", 5.0)
+    (tmp_path / "a" / "config.yaml").write_text("of the run that was resumed")
+    assert move_aside(tmp_path / "a", ["config.yaml", CHECKPOINTS], Files()) == tmp_path / "a.2"
+    assert (tmp_path / "a.1" / "config.yaml").read_text() == "of the run that was moved"
