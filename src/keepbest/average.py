@@ -13,11 +13,11 @@ from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import Contents, check_target, exported_files, verified_contents, write_contents
 from keepbest.formats.entries import Entry
-from keepbest.remote.download import local_copy
+from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
 from keepbest.run.history import History
 from keepbest.run.names import top_ref
-from keepbest.run.reader import find_ref, read_history
+from keepbest.run.reader import find_ref
 
 
 def average(
@@ -61,12 +61,14 @@ def average(
         return {history.refs[ref] for ref in _refs(history, keeper, places)}
 
     files = partial(exported_files, part=part, selection=selection)
-    with local_copy(run, snapshots, files=files) as directory:
-        history = read_history(directory)
+
+    def read(directory: Path, history: History) -> list[Path]:
         refs = _refs(history, keeper, places)
         check_target(path)
         contents = [verified_contents(find_ref(directory, history, ref), part, selection) for ref in refs]
         return write_contents(path, _averaged(refs, contents))
+
+    return read_snapshots(run, snapshots, read, files=files)
 
 
 def _places(top: object) -> list[int]:

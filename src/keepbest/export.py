@@ -16,12 +16,14 @@ from keepbest.formats import safetensors_file, torch_file
 from keepbest.formats.entries import Entry, fetched
 from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
-from keepbest.remote.download import local_copy, snapshot_of
+from keepbest.remote.download import snapshot_of
+from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
+from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
-from keepbest.run.reader import FoundSnapshot, find_ref, read_history
+from keepbest.run.reader import FoundSnapshot, find_ref
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
 _FOLDER_FILE = "model"
@@ -78,10 +80,13 @@ def export(
     """
     selection = Selection.of(only)
     files = partial(exported_files, part=part, selection=selection)
-    with local_copy(run, snapshot_of(ref), files=files) as directory:
-        found, path = find_ref(directory, read_history(directory), ref), local_path(to)
+
+    def read(directory: Path, history: History) -> list[Path]:
+        found, path = find_ref(directory, history, ref), local_path(to)
         check_target(path)
         return write_contents(path, verified_contents(found, part, selection), largest_file)
+
+    return read_snapshots(run, snapshot_of(ref), read, files=files)
 
 
 def exported_files(manifest: Manifest, *, part: str | None, selection: Selection) -> list[str]:

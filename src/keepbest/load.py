@@ -14,14 +14,15 @@ from torch import nn
 
 from keepbest.capture.feed import Stored
 from keepbest.capture.selection import Selection, chosen_parts
-from keepbest.capture.states import check_states
+from keepbest.capture.states import Stateful, check_states
 from keepbest.capture.ways import find_way
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
 from keepbest.ranks import Ranks
-from keepbest.remote.download import local_copy, snapshot_of
+from keepbest.remote.download import TRIES, local_copy, snapshot_of
+from keepbest.remote.live import named_now
 from keepbest.remote.storage import place_of
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.manifest import Manifest
@@ -128,7 +129,38 @@ def load_into(
         lambda: (Selection.of(only), place_of(run), check_states(training_state, []), _check_model(model, ref)),
         state=lambda found: f"{found[0]} {list(found[2])}".encode(),
     )
+    for attempt in range(TRIES):
+        read: set[str] = set()  # the snapshot, on rank 0, once that is known
+        try:
+            return _load(target, place, ref, selection, states, read, ranks=ranks, step=step)
+        except SnapshotError:
+            # A live run may have removed what its ledger named a moment ago.
+            if attempt == TRIES - 1 or ranks.is_poisoned or not _is_exchanged(place, ref, read, ranks, step):
+                raise
+    raise RuntimeError("each attempt returns, raises, or is followed by another one")
 
+
+def _is_exchanged(place: str | Path, ref: str | None, read: set[str], ranks: Ranks, step: str) -> bool:
+    """Whether `ref` names something else by now than what rank 0 has read. **Collective**."""
+
+    def is_exchanged() -> bool:
+        return bool(read) and named_now(place, snapshot_of(ref)) != read
+
+    answer: bool = ranks.broadcast(step, is_exchanged, saving=True)
+    return answer
+
+
+def _load(
+    target: nn.Module,
+    place: str | Path,
+    ref: str | None,
+    selection: Selection,
+    states: Mapping[str, Stateful],
+    read: set[str],
+    *,
+    ranks: Ranks,
+    step: str,
+) -> LoadedSnapshot:
     def files(manifest: Manifest) -> list[str]:
         return manifest.files_in({*states, *(part.name for part in chosen_parts(manifest, selection))})
 
@@ -143,6 +175,7 @@ def load_into(
             directory = stack.enter_context(copy)
             history = read_history(directory)
             name = only_best(place, history) if ref is None else ref
+            read.update(snapshot_of(ref)(history))
             found = find_ref(directory, history, name)
             return [found.folder.name, found.manifest.to_bytes().decode(), name]
 

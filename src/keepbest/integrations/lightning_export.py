@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError
-from keepbest.export import export
+from keepbest.export import verified_contents, write_contents
 from keepbest.formats import torch_file
 from keepbest.integrations.lightning_packages import CHECKPOINTS, VERSION, Checkpoint, monitors
-from keepbest.remote.download import local_copy, snapshot_of
+from keepbest.remote.download import every_file, snapshot_of
+from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
+from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
-from keepbest.run.reader import find_ref, read_history
+from keepbest.run.reader import find_ref
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -64,16 +67,18 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
 
 
 def _export_whole(run: Path | str, ref: str, to: Path) -> Manifest:
-    with local_copy(run, snapshot_of(ref)) as directory:
-        manifest = find_ref(directory, read_history(directory), ref).manifest
-        parts = [part.name for part in manifest.saved_parts if part.path]
+    def read(directory: Path, history: History) -> Manifest:
+        found = find_ref(directory, history, ref)
+        parts = [part.name for part in found.manifest.saved_parts if part.path]
         if parts:
             raise ConfigError(
                 f"expected the weights of a whole LightningModule, but {ref} has its parts {', '.join(parts)} alone "
                 "(model_names); load it with keepbest.load"
             )
-        export(directory, ref, to)
-    return manifest
+        write_contents(to, verified_contents(found, None, Selection.of(None)))
+        return found.manifest
+
+    return read_snapshots(run, snapshot_of(ref), read, files=every_file)
 
 
 def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:

@@ -236,6 +236,11 @@ class Ranks:
             self._mailbox.hurry(self._rank_timeout.total_seconds())
             self._mailbox = None
 
+    @property
+    def is_poisoned(self) -> bool:
+        """Whether no collective may run any more. **Rank-local**."""
+        return self._control.poison is not None
+
     def poison(self, reason: str) -> None:
         """Refuse all further collectives: this rank left the others in the middle of one. **Rank-local**."""
         self._control.poison = self._control.poison or reason

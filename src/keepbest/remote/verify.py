@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from keepbest.remote.download import TRIES, local_copy, raising_unreadable, read_remote_ledger
+from keepbest.remote.live import named_now
 from keepbest.remote.storage import Remote, is_remote, local_path, snapshot_in
+from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
 from keepbest.run.reader import read_history
 from keepbest.run.verify import Fault, snapshot_faults, verify
@@ -22,7 +24,18 @@ def verify_run(run: Path | str) -> list[Fault]:
         SnapshotError: If there is no run, or it cannot be read.
         LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
     """
-    return _remote_faults(str(run)) if is_remote(run) else verify(local_path(run))
+    return _remote_faults(str(run)) if is_remote(run) else _faults_of_directory(local_path(run))
+
+
+def _faults_of_directory(directory: Path) -> list[Fault]:
+    faults: list[Fault] = []
+    for _ in range(TRIES):
+        before = named_now(directory, History.kept)
+        faults = verify(directory)
+        # A live run may have removed what its ledger named a moment ago.
+        if not faults or named_now(directory, History.kept) == before:
+            break
+    return faults
 
 
 def _remote_faults(url: str) -> list[Fault]:

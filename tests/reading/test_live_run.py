@@ -1,0 +1,113 @@
+"""What is read while the run that writes it exchanges its best for a better one."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keepbest import average, load
+from keepbest.errors import SnapshotError
+from keepbest.export import export
+from keepbest.remote.verify import verify_run
+from keepbest.run.reader import FoundSnapshot
+from tests.kit.pool import run_ranks
+from tests.kit.runs import Run, snapshots
+
+BEST = "best_model.loss"
+
+
+class LiveRun(Run):
+    """Each of the next checks of a snapshot comes too late: the run has removed it for two better ones."""
+
+    def __init__(self, directory, times: int, **settings):
+        super().__init__(directory, **settings)
+        self.observe(5.0, 4.0)
+        self.updates = iter(range(10, 10 + 2 * times, 2))
+
+    def exchange(self) -> None:
+        for number in self.updates:
+            self.observe(-number, -number - 1, first=number)
+            self.keeper.flush()
+            return
+
+    def take_hold(self, monkeypatch) -> None:
+        check = FoundSnapshot.check_files
+
+        def check_too_late(found, *share, **parts):
+            self.exchange()
+            check(found, *share, **parts)
+
+        monkeypatch.setattr(FoundSnapshot, "check_files", check_too_late)  # the moment between ledger and files
+
+
+def test_run_that_exchanges_its_best_is_no_damage(tmp_path, monkeypatch):
+    run = LiveRun(tmp_path, 1)
+    check = sys.modules["keepbest.run.verify"].check_file
+
+    def check_too_late(path, digest):
+        run.exchange()
+        check(path, digest)
+
+    monkeypatch.setattr("keepbest.run.verify.check_file", check_too_late)  # the moment between ledger and files
+    assert verify_run(tmp_path) == []
+    assert next(run.updates, None) is None
+
+
+@pytest.mark.parametrize("form", ["torch", "dcp"])
+def test_best_that_is_exchanged_is_read_again(form, tmp_path, monkeypatch):
+    run = LiveRun(tmp_path / "run", 2, format=form, keep_top_k=2)
+    run.take_hold(monkeypatch)
+    model = nn.Linear(1, 1)
+    assert load(tmp_path / "run", BEST, model).value == -13.0
+    assert (model.weight.item(), model.bias.item()) == (13.0, 13.0)
+
+    run.updates = iter([20, 30])
+    [path] = export(tmp_path / "run", BEST, tmp_path / "best.pt")
+    assert torch.load(path, weights_only=True)["weight"].item() == 31.0
+
+    run.updates = iter([40, 50])
+    [path] = average(tmp_path / "run", tmp_path / "mean.pt", top=2)
+    assert torch.load(path, weights_only=True)["weight"].item() == 50.5
+
+
+def load_on_ranks(directory, **settings):
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model = nn.Linear(1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            LiveRun(directory, 3, process_group=alone, **settings).take_hold(patch)
+        dist.barrier()
+        loaded = load(directory, BEST, model)
+    return loaded.value, model.weight.item()
+
+
+def test_all_ranks_read_again_together(tmp_path):
+    assert run_ranks(load_on_ranks, 2, tmp_path) == [(-15.0, 15.0)] * 2
+
+
+def test_damage_is_no_exchange_and_is_not_read_again(tmp_path, monkeypatch):
+    run = LiveRun(tmp_path, 0)
+    tries = []
+    monkeypatch.setattr(run, "exchange", lambda: tries.append(None))
+    run.take_hold(monkeypatch)
+    path = run.keeper.best_path / "model.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SnapshotError, match=r"model\.pt is damaged"):
+        load(tmp_path, BEST, run.model)
+    with pytest.raises(SnapshotError, match=r"model\.pt is damaged"):
+        export(tmp_path, BEST, tmp_path / "best.pt")
+    assert len(tries) == 2
+
+
+def test_best_that_is_always_exchanged_is_given_up(tmp_path, monkeypatch):
+    run = LiveRun(tmp_path, 1000)
+    run.take_hold(monkeypatch)
+    with pytest.raises(SnapshotError, match=r"cannot be read|is missing"):
+        load(tmp_path, BEST, nn.Linear(1, 1))
+    with pytest.raises(SnapshotError, match=r"cannot be read|is missing"):
+        export(tmp_path, BEST, tmp_path / "best.pt")
+    assert len(snapshots(tmp_path)) == 1
