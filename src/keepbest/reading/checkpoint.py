@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ class Checkpoint:
 
 def read_checkpoints(directory: Path, history: History) -> dict[str, Checkpoint]:
     """Return the checkpoint of every ref of a keeper: for each the best, the tolerances, ascending, and the top k."""
-    return {
-        ref: _read_checkpoint(directory, history, ref, name, tolerance)
-        for name, keeper in history.keepers.items()
-        for ref, tolerance in _refs(history, name, keeper)
-    }
+    found = {}
+    for name, keeper in history.keepers.items():
+        # Once, since it goes through all that was observed.
+        closed = keeper.present.state(keeper.policy, until=keeper.present.last_iteration).exceeded
+        for ref, tolerance in _refs(history, name, keeper):
+            found[ref] = _read_checkpoint(directory, history, ref, keeper, tolerance, closed)
+    return found
 
 
 def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[str, int | None]]:
@@ -68,16 +70,20 @@ def _refs(history: History, name: str, keeper: KeeperHistory) -> Iterator[tuple[
             yield ref, None
 
 
-def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tolerance: int | None) -> Checkpoint:
-    keeper, snapshot = history.keepers[name], history.refs[ref]
+def _read_checkpoint(
+    directory: Path,
+    history: History,
+    ref: str,
+    keeper: KeeperHistory,
+    tolerance: int | None,
+    closed: Container[int],
+) -> Checkpoint:
+    snapshot = history.refs[ref]
     damage, manifest = None, None
     try:
         manifest = find_ref(directory, history, ref).manifest
     except SnapshotError as error:
         damage = str(error)
-    exceeded = None
-    if tolerance is not None:
-        exceeded = tolerance in keeper.present.state(keeper.policy, until=keeper.present.last_iteration).exceeded
     return Checkpoint(
         ref=ref,
         metric_key=keeper.metric_key,
@@ -85,7 +91,7 @@ def _read_checkpoint(directory: Path, history: History, ref: str, name: str, tol
         value=_value(keeper, snapshot),
         iteration=None if manifest is None else str(manifest.iteration),
         tolerance=tolerance,
-        exceeded=exceeded,
+        exceeded=None if tolerance is None else tolerance in closed,
         snapshot=snapshot,
         bytes=None if manifest is None else manifest.total_bytes,
         digest=history.manifests[snapshot],
