@@ -194,6 +194,24 @@ def test_tolerances_that_keep_one_value_do_not_cover_each_other(tmp_path):
     assert len({*waits}) == 3, "each is at a height of its own"
 
 
+def test_many_tolerances_have_room_in_the_picture(tmp_path):
+    # The wait after each best is longer by one, so each tolerance from 0 to 29 keeps another one; then all that follow.
+    values = [10.0 * (40 - gap) + later for gap in range(1, 32) for later in range(gap + 1)]
+    run = Run(tmp_path / "run", tolerances=range(60))
+    with run.keeper:
+        run.observe(*values)
+    assert runs.keepbest("plot", tmp_path / "run", "-o", tmp_path / "run.svg").exit_code == 0
+    picture = ET.parse(tmp_path / "run.svg").getroot()
+    texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
+    assert "tolerance=0 keeps 390, closed at U2" in texts
+    assert "tolerance=29 keeps 100, closed at U495" in texts
+    assert "tolerance=31 to 59 keep 90, not exceeded" in texts
+    [axes] = panels(tmp_path / "run.svg")
+    frame = next(element for element in axes.iter() if element.get("id", "").startswith("patch_"))
+    corners = [float(number) for number in re.findall(r"[ML] [\d.]+ ([\d.]+)", ET.tostring(frame, "unicode"))]
+    assert max(corners) - min(corners) > 150, "the legend leaves room for the curve"
+
+
 def test_run_without_observations_says_so(tmp_path):
     with Run(tmp_path).keeper:
         pass

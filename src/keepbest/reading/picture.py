@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keepbest.errors import ConfigError
@@ -20,6 +22,8 @@ _LINE, _BEST, _ABANDONED, _RESTART = "#2f81c7", "#d1495b", "#9a9a9a", "#a07a36"
 _TOLERANCES = ("#4f9d4f", "#9a6fb0", "#d9822b", "#3c9dbd", "#b5653a")
 _LONGEST_TITLE, _LONGEST_LABEL = 76, 36  # characters that fit
 _HEIGHT, _STRIP = 4.0, 1.3  # inches: of a curve, and of the strip with all of it above its close-up
+_ROW, _FEW_ROWS = 0.19, 4  # inches of a row of the legend, and the rows for which a curve has room
+_EACH = 10  # tolerances with a square and a line of the legend of their own; of more, those that keep the same have one
 _SMALLEST, _LARGEST = 8.0, 32.0  # points: the squares around one kept value, each inside the next
 _SETTINGS: dict[Any, Any] = {
     "axes.edgecolor": FOREGROUND,
@@ -58,7 +62,7 @@ def draw(drawn: list[Curve], file_format: str, *, title: str | None = None, tran
         raise ConfigError("pictures need: pip install 'keepbest[plot]'") from error
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if file_format == "svg" else None
     ranges = [close_up(curve) for curve in drawn]
-    heights = [_HEIGHT if each is None else _HEIGHT + _STRIP for each in ranges]
+    heights = [_height(curve) + (0.0 if each is None else _STRIP) for curve, each in zip(drawn, ranges, strict=True)]
     buffer = io.BytesIO()
     with rc_context(_SETTINGS):
         figure: Figure = Figure(figsize=(9, sum(heights)), layout="constrained")
@@ -69,6 +73,11 @@ def draw(drawn: list[Curve], file_format: str, *, title: str | None = None, tran
             _draw(place, curve, limits)
         figure.savefig(buffer, format=file_format, dpi=120, metadata=metadata, transparent=transparent)
     return buffer.getvalue()
+
+
+def _height(curve: Curve) -> float:
+    rows = math.ceil(len(_groups(curve)) / 2)
+    return _HEIGHT + _ROW * max(0, rows - _FEW_ROWS)
 
 
 def _draw(place: SubFigure, curve: Curve, limits: tuple[float, float] | None) -> None:
@@ -115,35 +124,52 @@ def _draw_marks(axes: Axes, curve: Curve) -> None:
         axes.plot(lost, [0.02] * len(lost), "x", color=_BEST, ms=5, transform=bottom, label="NaN or infinite")
     for number, restart in enumerate(curve.restarts):
         axes.axvline(curve.position(restart), color=_RESTART, lw=0.8, ls="--", label=_once("restart", number))
-    kept = Counter(each.kept for each in curve.patiences)
+    groups = _groups(curve)
+    kept = Counter(each.kept for each, *_ in groups)
     inside: Counter[Any] = Counter()
-    for number, patience in enumerate(curve.patiences):
-        step = min(5.0, (_LARGEST - _SMALLEST) / kept[patience.kept])
-        size = _SMALLEST + step * inside[patience.kept]
-        inside[patience.kept] += 1
-        _draw_patience(axes, curve, patience, _TOLERANCES[number % len(_TOLERANCES)], size)
+    for number, group in enumerate(groups):
+        value = group[0].kept
+        size = _SMALLEST + min(5.0, (_LARGEST - _SMALLEST) / kept[value]) * inside[value]
+        inside[value] += 1
+        _draw_patiences(axes, curve, group, _TOLERANCES[number % len(_TOLERANCES)], size)
 
 
-def _draw_patience(axes: Axes, curve: Curve, patience: Patience, color: str, size: float) -> None:
-    """Draw what a tolerance keeps, and the wait for an improvement after it. The marks differ in shape and color.
+def _groups(curve: Curve) -> list[list[Patience]]:
+    """Tolerances that are drawn as one, ascending."""
+    if len(curve.patiences) <= _EACH:
+        return [[each] for each in curve.patiences]
+    alike = itertools.groupby(curve.patiences, lambda each: (each.kept, each.exceeded_at is None))
+    return [list(group) for _, group in alike]
+
+
+def _draw_patiences(axes: Axes, curve: Curve, group: Sequence[Patience], color: str, size: float) -> None:
+    """Draw what tolerances keep, and the wait for an improvement after it. The marks differ in shape and color.
 
     The wait is drawn along the edge of the square of `size`, on the side where no value is until the tolerance is
     exceeded. So tolerances that keep the same value do not cover each other.
     """
     from matplotlib.transforms import ScaledTranslation  # as in `draw`
 
-    if patience.kept is None or not has_height(patience.kept.value):
+    last = group[-1]
+    if last.kept is None or not has_height(last.kept.value):
         return
-    until = patience.exceeded_at or curve.points[-1].iteration
-    ends = [curve.position(patience.kept.iteration), curve.position(until)]
-    state = f"closed at {until}" if patience.exceeded_at else "not exceeded"
-    label = f"tolerance={patience.tolerance} keeps {patience.kept.value:.4g}, {state}"
+    until = last.exceeded_at or curve.points[-1].iteration
+    ends = [curve.position(last.kept.iteration), curve.position(until)]
     inches = (size if curve.higher_is_better else -size) / 2 / 72
     edge = axes.transData + ScaledTranslation(0, inches, axes.figure.dpi_scale_trans)
-    axes.plot(ends, [patience.kept.value] * 2, ":", color=color, lw=1.2, transform=edge)
-    axes.plot(ends[:1], [patience.kept.value], "s", color=color, ms=size, mfc="none", label=label)
-    end = "|" if patience.exceeded_at else ">"
-    axes.plot(ends[1:], [patience.kept.value], end, color=color, ms=6, transform=edge)
+    axes.plot(ends, [last.kept.value] * 2, ":", color=color, lw=1.2, transform=edge)
+    axes.plot(ends[:1], [last.kept.value], "s", color=color, ms=size, mfc="none", label=_label(group, last.kept.value))
+    end = "|" if last.exceeded_at else ">"
+    axes.plot(ends[1:], [last.kept.value], end, color=color, ms=6, transform=edge)
+
+
+def _label(group: Sequence[Patience], value: float) -> str:
+    first, last = group[0], group[-1]
+    if first is last:
+        state = f"closed at {last.exceeded_at}" if last.exceeded_at else "not exceeded"
+        return f"tolerance={last.tolerance} keeps {value:.4g}, {state}"
+    state = f"closed at {first.exceeded_at} to {last.exceeded_at}" if last.exceeded_at else "not exceeded"
+    return f"tolerance={first.tolerance} to {last.tolerance} keep {value:.4g}, {state}"
 
 
 def _once(label: str, number: int) -> str | None:
