@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED_FOR_DEMO := .venv/.installed-for-demo
 INSTALLED := .venv/.installed
 DEMO_EXTRAS := cli,examples
-EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,test,docs,dev
+EXTRAS := cli,examples,plot,safetensors,tensorboard,lightning,transformers,accelerate,ignite,s3,wandb,test,docs,dev
 BENCH_INSTALLED := .venv-bench/.installed
 
 # For pytest wherever it runs, such as --durations=25.

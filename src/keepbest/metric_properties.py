@@ -123,7 +123,7 @@ def _read(metric_key: str) -> tuple[list[str], list[str], list[str]]:
     for part in metric_key.split("/"):
         if _ONE_MINUS.search(part.lower()):
             unsettling.append("1-")
-        words = _words(part)
+        words = words_of(part)
         before = ""
         while words:
             length, entry = _entry(words)
@@ -142,7 +142,8 @@ def _read(metric_key: str) -> tuple[list[str], list[str], list[str]]:
     return lower, higher or ([] if lower else top), unsettling
 
 
-def _words(part: str) -> list[str]:
+def words_of(part: str) -> list[str]:
+    """Return the words of a metric key, or of a part of it, in small letters."""
     runs = re.findall(r"[^\W_]+", part)
     return [word.lower() for run in runs for word in _CASE_OR_DIGIT.split(run)]
 

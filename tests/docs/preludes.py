@@ -62,7 +62,8 @@ import os
 import torch
 
 os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
-os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
+os.environ.update({f"WANDB_{kind}_DIR": os.path.abspath(kind) for kind in ("DATA", "CACHE", "CONFIG")})
+os.environ.update(MLFLOW_TRACKING_URI="sqlite:///mlflow.db", MLFLOW_DISABLE_TELEMETRY="true")
 os.makedirs("runs")
 model = torch.nn.Linear(8, 1)
 
@@ -140,7 +141,7 @@ def train_on(batch):
     },
 }
 
-# {page: packages of its blocks of Python that the tests do without}
+# {page: packages that its blocks of Python need, and that are not in every environment}
 NEEDS = {"docs/loggers.md": ("wandb", "mlflow")}
 
 # {page: {heading: the error that the block under it ends with}}

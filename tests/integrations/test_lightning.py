@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -72,13 +71,54 @@ def test_wrong_metric_is_found_by_a_dry_run_on_every_rank(tmp_path):
     assert not (tmp_path / "best").exists()
 
 
-@pytest.mark.parametrize(("metric", "warnings"), [("loss/vall", 1), (METRIC, 0)])
-def test_wrong_metric_is_reported_by_the_sanity_check(metric, warnings, tmp_path, caplog):
-    best = BestCheckpoint(metric, directory=tmp_path, metric_reduction="rank0")
-    with pytest.raises(MissingMetricError) if warnings else nullcontext():
-        fit(tmp_path, VALUES[:1], [best], num_sanity_val_steps=1)
+def fit_misspelt(directory):
+    best = BestCheckpoint("loss/vall", directory=directory / "best", metric_reduction="rank0")
+    expected = r"'loss/vall' .* sanity check; logged: loss/val; did you mean 'loss/val'\?.* num_sanity_val_steps=0"
+    with pytest.raises(MissingMetricError, match=expected):
+        fit(directory, VALUES, [best], num_sanity_val_steps=1, fails_at=1)  # training itself would end by another error
+
+
+def test_misspelt_metric_ends_the_sanity_check_on_every_rank(tmp_path):
+    run_ranks(fit_misspelt, 2, tmp_path)
+    assert not (tmp_path / "best").exists()
+
+
+def test_misspelt_metric_is_named_by_the_first_validation(tmp_path):
+    with pytest.raises(MissingMetricError, match=r"of validation; logged: loss/val; did you mean 'loss/val'\?"):
+        fit(tmp_path, VALUES, [BestCheckpoint("loss/vall")], num_sanity_val_steps=0, fails_at=2)
+
+
+class LogsMoreInTraining(Model):
+    """Computes a score that it does not compute in the sanity check."""
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.log("score/val/acc", -self.values[self.current_epoch], sync_dist=True)
+
+
+def test_metric_that_the_sanity_check_lacks_is_warned_about(tmp_path, caplog):
+    bests = [BestCheckpoint("score/val/acc"), BestCheckpoint(METRIC)]
+    fit(tmp_path, VALUES[:2], bests, model=LogsMoreInTraining, num_sanity_val_steps=1)
     messages = [record.getMessage() for record in caplog.records if record.name == "keepbest.integrations.lightning"]
-    assert messages == ["'loss/vall' was not logged by the end of the sanity check; logged: loss/val"] * warnings
+    assert messages == ["'score/val/acc' was not logged by the end of the sanity check; logged: loss/val"]
+    assert [best.keeper.best_metric_value for best in bests] == [-min(VALUES[:2]), min(VALUES[:2])]
+
+
+class ValidatesSets(Model):
+    """Validates several sets, and logs the mean of all too."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self):
+        self.log("losses/val", 9.0, sync_dist=True)
+
+
+def test_sanity_check_of_several_sets_judges_no_metric(tmp_path, caplog):
+    best = BestCheckpoint(f"{METRIC}/dataloader_idx_1", directory=tmp_path)
+    fit(tmp_path, [5.0, 3.0], [best], model=ValidatesSets, sets=2)
+    assert not [record for record in caplog.records if record.name == "keepbest.integrations.lightning"]
+    assert best.keeper.best_metric_value == 3.0
 
 
 def test_checkpoint_of_an_exception_is_pinned_and_resumed(tmp_path):

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from keepbest import load
-from keepbest.errors import ConfigError, StorageError
+from keepbest.errors import ConfigError, MissingMetricError, StorageError
 from keepbest.integrations.lightning import BestCheckpoint
 from keepbest.integrations.lightning_export import export_checkpoint
 from keepbest.run.files import Files
@@ -265,6 +265,9 @@ def test_trainer_of_the_other_package_takes_the_callback(tmp_path):
     best = BestCheckpoint(METRIC, directory=tmp_path)
     trainer = lightning.Trainer(max_epochs=3, enable_checkpointing=False, callbacks=[best], **QUIET)
     batches = DataLoader(TensorDataset(torch.randn(4, 5)), batch_size=2)
+    wrong = lightning.Trainer(callbacks=[BestCheckpoint("val/loss", directory=tmp_path / "wrong")], **QUIET)
+    with pytest.raises(MissingMetricError, match=r"sanity check; .*did you mean 'loss/val'"):
+        wrong.fit(Other(width=5), batches, batches)
     trainer.fit(module := Other(width=5), batches, batches)
     trainer.test(module, batches, ckpt_path="best", verbose=False)
     loaded = Other.load_from_checkpoint(best.best_model_path)

@@ -12,9 +12,6 @@ import torch
 from keepbest.errors import ConfigError
 from tests.kit.runs import Run, snapshots, update
 
-# Those of MLflow, SQLAlchemy and wandb among themselves, and at the end of a process that they started.
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def keep_two(directory: Path, hook) -> None:
     """Two new bests, and, after a resume from before the second, one that is worse than that."""
@@ -37,7 +34,8 @@ def wandb_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'keepbest[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    for kind in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / kind))
     import wandb
 
     with wandb.init(dir=tmp_path, project="keepbest") as run:
@@ -79,16 +77,19 @@ def test_wandb_has_a_version_of_each_best_and_the_alias_on_the_best(wandb_run, t
 
 @pytest.fixture
 def mlflow_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'keepbest[mlflow]'")
     import mlflow
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
     with mlflow.start_run() as run:
         yield run
 
 
+# What MLflow asks of SQLAlchemy.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 def test_mlflow_has_a_version_of_each_best_and_the_alias_on_the_best(mlflow_run, tmp_path):
     import mlflow
 

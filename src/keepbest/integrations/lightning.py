@@ -17,6 +17,7 @@ from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.integrations.lightning_export import export_checkpoint, show_to
 from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
+from keepbest.integrations.misspelling import misspelt, nearest
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
@@ -152,15 +153,16 @@ class BestCheckpoint(Callback):
             Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the sanity check has logged other metrics, and not this one. **Rank-local**.
+        """Refuse a misspelt metric if the sanity check has logged the one that is meant. **Collective**.
 
-        Modules may log less in the sanity check than later, so this is no error. With `every_n_train_steps` the metric
-        is one of training.
+        Any other metric that was not logged is a warning: modules may log less here than later, or log it in training.
+        With `every_n_train_steps` it is one of training.
+
+        Raises:
+            MissingMetricError: On every rank.
         """
-        if self._every is not None or not trainer.is_global_zero or not trainer.callback_metrics:
-            return
-        if self.metric_key not in trainer.callback_metrics:
-            _logger.warning("%s", self._read(trainer.callback_metrics, "the sanity check").absent)
+        if self._every is None:
+            Ranks.connect().agree("look for the metric in the sanity check", lambda: self._refuse_if_misspelt(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the run folder, unless this is a `fast_dev_run`. **Collective**.
@@ -303,10 +305,25 @@ class BestCheckpoint(Callback):
         if absent and (trainer.is_global_zero or self._reduction != "rank0"):
             raise MissingMetricError(absent)
 
+    def _refuse_if_misspelt(self, trainer: Trainer) -> None:
+        metrics = trainer.callback_metrics
+        # Of a sanity check of several sets, Lightning does not show what was logged for each.
+        is_shown = len(trainer.num_sanity_val_batches) == 1 and bool(metrics)
+        if not trainer.is_global_zero or not is_shown or self.metric_key in metrics:
+            return
+        absent = self._read(metrics, "the sanity check").absent
+        if misspelt(self.metric_key, metrics) is not None:
+            raise MissingMetricError(
+                f"{absent} If the two differ, and the sanity check does not log {self.metric_key!r}, "
+                "pass num_sanity_val_steps=0 to the Trainer"
+            )
+        _logger.warning("%s", absent)
+
     def _read(self, metrics: Mapping[str, Any], interval: str) -> Reading:
         if self.metric_key not in metrics:
-            logged = ", ".join(sorted(metrics)) or "nothing"
-            return Reading(absent=f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}")
+            logged, near = ", ".join(sorted(metrics)) or "nothing", nearest(self.metric_key, metrics)
+            absent = f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}{near}"
+            return Reading(absent=absent)
         return read_value(metrics[self.metric_key])
 
 

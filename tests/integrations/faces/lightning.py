@@ -90,7 +90,7 @@ STRATEGIES = {
 }
 
 
-def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, model=None, **settings):
+def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, model=None, sets=1, **settings):
     """Trains for as many epochs as there are values, on the ranks of the default process group or alone."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -112,7 +112,8 @@ def fit(directory, values, callbacks, *, strategy="ddp", ckpt_path=None, model=N
     torch.manual_seed(1)
     data = TensorDataset(torch.randn(8 * ranks, 3))  # which Lightning shuffles where there are several ranks
     batches = DataLoader(data, batch_size=4, shuffle=False)
-    trainer.fit(model, batches, DataLoader(data, batch_size=4), ckpt_path=ckpt_path)
+    validated = [DataLoader(data, batch_size=4) for _ in range(sets)]
+    trainer.fit(model, batches, validated if sets > 1 else validated[0], ckpt_path=ckpt_path)
     return trainer
 
 
