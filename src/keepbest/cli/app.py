@@ -59,7 +59,7 @@ Timeout = Annotated[
 
 
 Destination = Annotated[
-    Path, typer.Option("--to", help="File that ends in .pt or .safetensors, or a folder for safetensors files.")
+    Path, typer.Option("--to", help="File that ends in .pt, .pth or .safetensors, or a folder for safetensors files.")
 ]
 OnePart = Annotated[
     Optional[str],  # noqa: UP045  # as above
@@ -150,7 +150,7 @@ def plot_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    _run(lambda: plot(run, local_path(to)), debug=context.obj)
+    _run(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
 
 
 @app.command("report")
@@ -160,7 +160,7 @@ def report_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    _run(lambda: report(run, local_path(to)), debug=context.obj)
+    _run(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
 
 
 @app.command("tolerance")
