@@ -51,7 +51,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or 
 LocalRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this on Python 3.10
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file: trainer.epochs=3"),
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file: trainer.epochs=3"),
 ]
 Timeout = Annotated[
     float, typer.Option(min=1.0, help="Seconds that a rank waits for the others in a collective of torch's own.")
@@ -272,7 +272,7 @@ def launch_script_command(
     context: typer.Context,
     name: Annotated[
         Optional[str],  # noqa: UP045  # as above
-        typer.Argument(metavar="[NAME]", help="Name of the script; without one, every script is listed."),
+        typer.Argument(metavar="NAME", help="Name of the script; without one, every script is listed."),
     ] = None,
 ) -> None:
     """Print a script that starts training with torchrun or SLURM, to be edited at its top."""
