@@ -177,7 +177,7 @@ def test_scalar_is_read_from_the_log_of_this_iteration_only():
     now, before = TrainingIteration(update=2), TrainingIteration(update=1)
     cache = {"new": LoggedScalar(0.5, 3.0, now), "old": LoggedScalar(0.5, None, before)}
     assert (read_scalar(cache, "new", now).value, read_scalar(cache, "new", now).weight) == (0.5, 3.0)
-    assert read_scalar(cache, "old", now).absent == "metric key 'old' was last logged at U1, not at U2"
+    assert read_scalar(cache, "old", now).absent.startswith("metric key 'old' was last logged at U1, not at U2. ")
     assert "logged keys: new, old" in read_scalar(cache, "other", now).absent
     assert "log cache is empty" in read_scalar({}, "other", now).absent
 
@@ -240,6 +240,7 @@ def test_a_bad_value_on_one_rank_is_the_same_error_on_every_rank():
     assert one[0] is all_of_them[0] is main[0] is MissingMetricError
     assert "missing on 1 of 3 ranks:\n  rank 1: observe() received None\n" in one[1]
     assert "missing on 3 of 3 ranks:\n  rank 0" in all_of_them[1]
+    assert not any(word in one[1] for word in ("callback", "trainer", "logged")), "these words are of another face"
     assert "  rank 1: 2.0\n" in differing[1]
     assert "not on ranks [1]" in weights[1]
     assert "missing on 1 of 3 ranks:\n  rank 0" in main[1]
@@ -270,10 +271,7 @@ def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank():
     assert outcomes == [outcomes[0]] * 2
     assert "the monitored metric 'loss/val' is missing on 1 of 2 ranks:\n  rank 1:" in outcomes[0]
     assert "logged keys: accuracy, loss/train" in outcomes[0]
-    assert (
-        "at this iteration, before it is observed: a callback of the trainer that logs it needs the same every_n_*"
-        in outcomes[0]
-    )
+    assert "A callback of the trainer that logs it needs the same every_n_*" in outcomes[0]
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,10 @@ class BestKeeper:
 
     _repr_html_ = fragment_of  # what a notebook shows of it
 
+    def __repr__(self) -> str:
+        best = "nothing kept yet" if self._state.best is None else f"best {self._state.best.value}"
+        return f"<BestKeeper {self.name} in {self.directory}: {best}>"
+
     @property
     def state(self) -> BestState:
         """The bookkeeping of the timeline; the same on every rank. **Rank-local**."""

@@ -14,6 +14,8 @@ from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 from keepbest.reduction import MetricReduction, reduce_numbers
 
+_LOGGED_BY = "A callback of the trainer that logs it needs the same every_n_* and an earlier place in the list"
+
 
 @runtime_checkable
 class Computable(Protocol):
@@ -110,9 +112,11 @@ def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteratio
     entry = log_cache.get(metric_key)
     if entry is None:
         known = ", ".join(sorted(log_cache)) or "none: the log cache is empty"
-        return Reading(absent=f"metric key {metric_key!r} was not logged at {iteration}; logged keys: {known}")
+        absent = f"metric key {metric_key!r} was not logged at {iteration}; logged keys: {known}"
+        return Reading(absent=f"{absent}. {_LOGGED_BY}")
     if entry.iteration != iteration:
-        return Reading(absent=f"metric key {metric_key!r} was last logged at {entry.iteration}, not at {iteration}")
+        absent = f"metric key {metric_key!r} was last logged at {entry.iteration}, not at {iteration}"
+        return Reading(absent=f"{absent}. {_LOGGED_BY}")
     return read_value(entry.value, entry.weight)
 
 
@@ -180,8 +184,7 @@ def agree_on_metric(
         )
         raise MissingMetricError(
             f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
-            f"{lines}\nEach of these ranks must log it at this iteration, before it is observed: a callback of the "
-            "trainer that logs it needs the same every_n_* and an earlier place in the list."
+            f"{lines}\nEach of these ranks needs a value at this iteration."
         )
     return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
 

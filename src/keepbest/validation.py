@@ -52,6 +52,6 @@ def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at
 
 def _unknown(name: str, known: list[str]) -> str:
     elsewhere = _NAMES_ELSEWHERE.get(name)
-    near = [elsewhere] if elsewhere in known else difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    near = [elsewhere] if elsewhere in known else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"there is no setting {name!r}{hint} The settings are: {', '.join(known) or 'none'}"

@@ -60,3 +60,9 @@ def test_closed_pipe_of_the_users_code_is_shown(tmp_path, monkeypatch):
     assert trained.exit_code == 1
     assert "in send" in trained.stderr
     assert "the server of the data is gone" in trained.stderr
+
+
+@pytest.mark.parametrize(("command", "name"), [("train", "KEY=VALUE"), ("launch-script", "NAME")])
+def test_usage_brackets_once_what_may_be_left_out(command, name):
+    [usage] = [line for line in runs.keepbest(command, "--help").stdout.splitlines() if "Usage:" in line]
+    assert usage.split()[-1].removesuffix("...") in (name, f"[{name}]")  # typer 0.15 has no brackets there

@@ -57,6 +57,7 @@ def test_saved_config_is_the_same_run(tmp_path):
         ),
         ("trainer.callbacks.7.tolerances", "'7' must be the number of one of 2 items"),
         ("seed.x", "seed is 12 and has no keys"),
+        ("existing", "there is no setting 'existing'. The settings are: directory, seed, model"),
         ("zzzz", "there is no setting 'zzzz'. The settings are: directory, seed, model"),
     ],
 )
@@ -79,7 +80,7 @@ def test_file_that_describes_no_run_is_refused(text, tmp_path):
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no\.yaml"):
+    with pytest.raises(ConfigError, match=r"cannot read the config [^ ]*no\.yaml: No such file or directory$"):
         RunFile.read(tmp_path / "no.yaml", {})
 
 

@@ -84,7 +84,9 @@ def test_curve_shows_the_timeline_abandoned_ones_and_restarts(directory):
 
 
 def test_picture_has_the_curve_the_marks_and_the_legend(directory, tmp_path):
-    assert runs.keepbest("plot", directory, "-o", tmp_path / "run.png").exit_code == 0
+    drawn = runs.keepbest("plot", directory, "-o", tmp_path / "run.png")
+    size = (tmp_path / "run.png").stat().st_size
+    assert (drawn.exit_code, drawn.stdout) == (0, f"{tmp_path / 'run.png'}: {size:,} bytes\n")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert runs.keepbest("plot", directory, "-o", tmp_path / "run.svg").exit_code == 0
     texts = [element.text for element in ET.parse(tmp_path / "run.svg").iter() if element.tag.endswith("text")]

@@ -7,6 +7,7 @@ import pytest
 
 from keepbest.errors import ConfigError, SnapshotError
 from tests.kit import cli_runs as runs
+from tests.kit.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,16 @@ def test_eval_of_an_unknown_ref_lists_those_that_exist(trained):
     for outcome in runs.eval_on_ranks(2, trained, ref="best_model.loss.val.totl"):
         assert isinstance(outcome.exception, SnapshotError)
         assert runs.BEST in str(outcome.exception)
+
+
+def test_eval_of_a_run_without_a_config_says_what_to_give(tmp_path):
+    with Run(tmp_path).keeper as keeper:
+        keeper.observe(1.0, epoch=1)
+    ended = runs.keepbest("eval", tmp_path)
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith(f"error: {tmp_path / 'config.yaml'} is missing: ")
+    assert "--config" in ended.stderr
+    assert "keepbest.load" in ended.stderr
 
 
 def test_eval_tells_what_was_not_saved(tmp_path):

@@ -114,7 +114,7 @@ metric = MeanMetric()
 metric.update(0.5)
 """
         ],
-        "Going on after a stop": [
+        "Resuming after a stop": [
             """
 keeper = BestKeeper(model, directory="runs/a", metric_key="loss/val/total", resume="ledger")
 keeper.start(at=TrainingIteration(epoch=5))

@@ -188,3 +188,11 @@ def test_notebook_without_matplotlib_shows_the_table(directory, monkeypatch):
     text = open_run(directory)._repr_html_()
     assert "pip install &#x27;keepbest[plot]&#x27;" in text
     assert all(f"<code>{ref}</code>" in text for ref in refs(directory))
+
+
+def test_prompt_shows_what_a_keeper_has_kept(tmp_path):
+    run = Run(tmp_path)
+    assert repr(run.keeper) == f"<BestKeeper best_model.loss in {tmp_path}: nothing kept yet>"
+    with run.keeper:
+        run.observe(3.0, 2.0, 2.5)
+    assert repr(run.keeper) == f"<BestKeeper best_model.loss in {tmp_path}: best 2.0>"

@@ -137,9 +137,8 @@ def _at(path: Path, directory: Path) -> Found:
     if found is None:
         if ledger_exists(run):
             known = ", ".join(checkpoint_refs(read_history(run)))
-        raise ConfigError(
-            f"no complete resume checkpoint at {path}; in {run / CHECKPOINTS} there are: {known or 'none'}"
-        )
+        there = f"{known}; trainer.resume=auto takes the latest" if known else "none"
+        raise ConfigError(f"no complete resume checkpoint at {path}; in {run / CHECKPOINTS} there are: {there}")
     return found
 
 

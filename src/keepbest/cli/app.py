@@ -51,7 +51,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or 
 LocalRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this on Python 3.10
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file: trainer.epochs=3"),
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file: trainer.epochs=3"),
 ]
 Timeout = Annotated[
     float, typer.Option(min=1.0, help="Seconds that a rank waits for the others in a collective of torch's own.")
@@ -59,7 +59,7 @@ Timeout = Annotated[
 
 
 Destination = Annotated[
-    Path, typer.Option("--to", help="File that ends in .pt or .safetensors, or a folder for safetensors files.")
+    Path, typer.Option("--to", help="File that ends in .pt, .pth or .safetensors, or a folder for safetensors files.")
 ]
 OnePart = Annotated[
     Optional[str],  # noqa: UP045  # as above
@@ -150,7 +150,7 @@ def plot_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    _run(lambda: plot(run, local_path(to)), debug=context.obj)
+    _run(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
 
 
 @app.command("report")
@@ -160,7 +160,7 @@ def report_command(
     to: Annotated[Path, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    _run(lambda: report(run, local_path(to)), debug=context.obj)
+    _run(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
 
 
 @app.command("tolerance")
@@ -272,7 +272,7 @@ def launch_script_command(
     context: typer.Context,
     name: Annotated[
         Optional[str],  # noqa: UP045  # as above
-        typer.Argument(metavar="[NAME]", help="Name of the script; without one, every script is listed."),
+        typer.Argument(metavar="NAME", help="Name of the script; without one, every script is listed."),
     ] = None,
 ) -> None:
     """Print a script that starts training with torchrun or SLURM, to be edited at its top."""

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import TextWrapper
 from typing import TextIO
 
 import typer
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from keepbest.printable import printable
 
-_WIDTH_WITHOUT_TERMINAL = 160
+_ANY_WIDTH = 100_000  # of a console that clips nothing
 
 
 def say(line: str, *, err: bool = False, keep: str = "") -> None:
@@ -24,23 +25,54 @@ def say(line: str, *, err: bool = False, keep: str = "") -> None:
         typer.echo(printable(line, keep=keep), err=err)
 
 
-def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str]) -> None:
-    """Print a table. If the output is not a terminal, lines are wide enough for it.
+def print_table(
+    title: str,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str],
+    wrapped: Sequence[str] = (),
+) -> None:
+    """Print a table. On a terminal that is too narrow for it, print its rows as text. Nothing is ever cut off.
 
     Args:
         title: Title of the table.
-        headings: Headings of the columns. The first column is not wrapped.
+        headings: Headings of the columns.
         rows: Texts of each row.
         right: Headings of the columns that are aligned to the right.
+        wrapped: Headings of the columns whose texts may be broken between words.
     """
-    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*map(printable, row))
-    terminal = _console(None)
+    texts = [tuple(map(printable, row)) for row in rows]
+    table = Table(box=box.SIMPLE)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=heading not in wrapped)
+    for row in texts:
+        table.add_row(*row)
+    terminal, needed = _console(None), _console(_ANY_WIDTH).measure(table)
+    say(title)
+    if not terminal.is_terminal:
+        terminal = _console(needed.maximum)
+    elif terminal.width < needed.minimum:
+        _say_rows(headings, texts, terminal.width)
+        return
     with _while_it_is_read(sys.stdout):
-        (terminal if terminal.is_terminal else _console(_WIDTH_WITHOUT_TERMINAL)).print(table)
+        terminal.print(table)
+
+
+def _say_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> None:
+    """Print each row as text, below its first cell. Rows that follow with the same one, or none, are below it too."""
+    lines = TextWrapper(width, initial_indent=" " * 4, subsequent_indent=" " * 6, break_on_hyphens=False)
+    lines.break_long_words = False  # somebody may want to copy them
+    above = ""
+    say("")
+    for first, *others in rows:
+        if first not in ("", above):
+            say(f"  {first}")
+            above = first
+        cells = "; ".join(f"{heading}: {text}" for heading, text in zip(headings[1:], others, strict=True) if text)
+        for line in lines.wrap(cells):
+            say(line)
+    say("")
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from keepbest.reading.run import open_run
 _FORMATS = (".png", ".svg")
 
 
-def plot(run: Path | str, to: Path) -> None:
-    """Draw a run from its ledger into a file.
+def plot(run: Path | str, to: Path) -> Path:
+    """Draw a run from its ledger into a file, and return the path of it.
 
     Args:
         run: Directory of the run, or URL of its remote copy.
@@ -26,14 +26,15 @@ def plot(run: Path | str, to: Path) -> None:
     """
     if to.suffix not in _FORMATS:
         raise ConfigError(f"a picture ends in {' or '.join(_FORMATS)}, got {to}")
-    _write(to, draw(open_run(run).curves(), to.suffix[1:], title=str(run)))
+    return _write(to, draw(open_run(run).curves(), to.suffix[1:], title=str(run)))
 
 
-def report(run: Path | str, to: Path) -> None:
-    """Write the report on a run, an HTML file. Raises as `plot`."""
-    _write(to, page(open_run(run)).encode())
+def report(run: Path | str, to: Path) -> Path:
+    """Write the report on a run, an HTML file, and return its path. Raises as `plot`."""
+    return _write(to, page(open_run(run)).encode())
 
 
-def _write(to: Path, content: bytes) -> None:
+def _write(to: Path, content: bytes) -> Path:
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(content)
+    return to

@@ -46,7 +46,9 @@ class RunFile:
         """
         try:
             content = yaml.load(path.read_text(), _Loader)  # noqa: S506  # a SafeLoader
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except OSError as error:
+            raise ConfigError(f"cannot read the config {path}: {error.strerror or error}") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the config {path}: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must hold a mapping of settings, found {content!r}")

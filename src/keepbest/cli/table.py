@@ -35,7 +35,7 @@ def print_checkpoints(run: Path | str) -> None:
     found = open_run(run)
     headings = ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest")
     rows = map(_row, found.refs.values())
-    print_table(f"checkpoints of {run}", headings, rows, right=("value", "bytes"))
+    print_table(f"checkpoints of {run}", headings, rows, right=("value", "bytes"), wrapped=("tolerance", "files"))
     for keeper in found.keepers.values():
         say(keeper.describe())
     if LATEST in found.resume_refs:
@@ -58,7 +58,7 @@ def print_history(run: Path | str) -> None:
     """Print every observation of a run, what it led to, and where the run restarted. Raises as `open_run`."""
     headings = ("keeper", "iteration", "value", "what followed")
     rows = map(_history_row, open_run(run).history())
-    print_table(f"history of {run}", headings, rows, right=("value",))
+    print_table(f"history of {run}", headings, rows, right=("value",), wrapped=("what followed",))
 
 
 def print_history_json(run: Path | str) -> None:
@@ -75,13 +75,14 @@ def is_folder_of_runs(run: Path | str) -> bool:
 
 def _print_runs(directory: Path) -> None:
     ranked = rank_runs(directory)
-    headings = ("run", "value", "iteration", "observations", "intervals since", "state")
+    headings = ("run", "value", "iteration", "observations", "intervals since best", "state")
+    numbers = ("value", "observations", "intervals since best")
     for (metric, keeper, higher), group in groupby(
         ranked, lambda each: (each.metric_key, each.keeper, each.higher_is_better)
     ):
         if keeper is not None:
             title = f"{keeper} in {directory}: {metric}, {'higher' if higher else 'lower'} is better"
-            print_table(title, headings, map(_run_row, group), right=headings[1:5:2])
+            print_table(title, headings, map(_run_row, group), right=numbers)
     for each in ranked:
         if each.error is not None:
             say(f"{each.run} cannot be read: {each.error}")

@@ -10,6 +10,7 @@ from typing import Any
 from keepbest.cli.console import say
 from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.cli.table import print_checkpoints
+from keepbest.errors import ConfigError
 from keepbest.load import load
 from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
@@ -76,7 +77,7 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, conf
     name = ranks.broadcast("look into the run", find, saving=True)
     path = directory / CONFIG_FILE if config is None else config
     if config is None:
-        ranks.agree(f"read the config {path}", lambda: check_own(path))
+        ranks.agree(f"read the config {path}", lambda: _check_config(path))
     run = _read(ranks, path, settings)
     if ranks.is_main:
         whose = "which came with the run" if config is None else "which you chose"
@@ -92,6 +93,15 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, conf
         say(f"note: {missing} was not saved and is as the config builds it; metrics that depend on it may differ")
     for key, value in metrics.items():
         say(f"{key} {value!r}")
+
+
+def _check_config(path: Path) -> None:
+    check_own(path)
+    if not path.exists():
+        raise ConfigError(
+            f"{path} is missing: eval needs the config that train saves there; pass one with --config, or load the "
+            "checkpoint in a script of yours (keepbest.load)"
+        )
 
 
 def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> RunFile:

@@ -28,7 +28,8 @@ class Checkpoint:
             for the best.
         snapshot: Name of the folder.
         bytes: Number of bytes of all files together; `None` if the snapshot is damaged.
-        digest: Digest of the manifest, which holds those of the files.
+        digest: Digest of the manifest, which holds those of the files, and names the run. So that of another run is
+            another one, even if the weights are equal.
         files: Bytes, digest and its algorithm, by file name. Empty if the snapshot is damaged.
         damage: Reason why the snapshot cannot be used; `None` if it can.
     """
