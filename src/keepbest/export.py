@@ -23,6 +23,7 @@ from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
+from keepbest.run.no_run import check_can_be_made
 from keepbest.run.reader import FoundSnapshot, find_ref
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
@@ -102,6 +103,7 @@ def check_target(to: Path) -> None:
             f"{to} ends in {to.suffix}, which is no kind of file that is written here: choose .pt or .pth for "
             "torch.load, .safetensors, or a folder without such an ending"
         )
+    check_can_be_made(to.parent)
     if (to.suffix in (*_TORCH_ENDINGS, safetensors_file.FORMAT.ending) and to.exists()) or to.is_file():
         raise ConfigError(f"{to} exists; nothing is overwritten")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keepbest.errors import ConfigError, KeepBestError, MissingMetricError, RunExistsError, StorageError
+from keepbest.errors import ConfigError, KeepBestError, MissingMetricError, RunExistsError
 from tests.kit import cli_runs as runs
 
 
@@ -90,7 +90,7 @@ def test_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "run").write_text("mine")
     path = runs.write_config(tmp_path / "config.yaml", content(tmp_path / "run" / "a"))
     before = runs.tree(tmp_path)
-    fails_on_every_rank(path, StorageError, "rank 0", str(tmp_path / "run"))
+    fails_on_every_rank(path, ConfigError, "expected a directory", f"{tmp_path / 'run'} is a file")
     assert runs.tree(tmp_path) == before
 
 

@@ -126,3 +126,36 @@ def test_export_into_a_file_is_refused(places):
     with pytest.raises(ConfigError, match="exists; nothing is overwritten"):
         export(places / "runs" / "a", "best_model.loss", places / "file")
     assert (places / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", ["torch", "dcp"])
+@pytest.mark.parametrize("place", ["file", "file/a/b"])
+def test_run_in_the_place_of_a_file_is_refused(place, form, places):
+    keeper = BestKeeper(nn.Linear(1, 1), directory=places / place, metric_key="loss", format=form)
+    with pytest.raises(ConfigError, match=rf"at {places / place}; but {places / 'file'} is a file$"):
+        keeper.start()
+    assert (places / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "best_model.loss", "--to", "x.pt"], ["plot", "-o", "x.png"], ["report", "-o", "x.html"]]
+)
+def test_output_below_a_file_is_refused(command, places):
+    name, *options, to = command
+    ended = runs.keepbest(name, places / "runs" / "a", *options, places / "file" / to)
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert f"{places / 'file'} is a file" in ended.stderr
+    assert (places / "file").read_text() == "mine"
+
+
+def test_variable_that_is_not_set_is_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        lambda: BestKeeper(nn.Linear(1, 1), directory="", metric_key="loss"),
+        lambda: load("", model=nn.Linear(1, 1)),
+    ):
+        with pytest.raises(ConfigError, match="expected a path, got an empty text"):
+            use()
+    ended = runs.keepbest("show", "")
+    assert (ended.exit_code, "expected a path, got an empty text" in ended.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from keepbest.errors import ConfigError
 from keepbest.reading.page import page
 from keepbest.reading.picture import draw
 from keepbest.reading.run import open_run
+from keepbest.run.no_run import check_can_be_made
 
 _FORMATS = (".png", ".svg")
 
@@ -20,7 +21,7 @@ def plot(run: Path | str, to: Path) -> Path:
         to: Path of the picture.
 
     Raises:
-        ConfigError: If `to` is neither .png nor .svg, or matplotlib is not installed.
+        ConfigError: If `to` is neither .png nor .svg, or below a file, or matplotlib is not installed.
         SnapshotError: If there is no ledger, or nothing was observed yet.
         LedgerError: If the ledger is damaged or of another format.
     """
@@ -35,6 +36,7 @@ def report(run: Path | str, to: Path) -> Path:
 
 
 def _write(to: Path, content: bytes) -> Path:
+    check_can_be_made(to.parent)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(content)
     return to

@@ -33,8 +33,10 @@ def local_path(given: str | Path) -> Path:
     Every path that a user gives passes through here, when it is given.
 
     Raises:
-        ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody.
+        ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody, or an empty text.
     """
+    if given == "":  # often a variable that is not set; as a path it would be the present directory
+        raise ConfigError("expected a path, got an empty text; the present directory is '.'")
     if re.match(r"[\w+.-]+:/", str(given)):
         raise ConfigError(f"expected a directory of this machine, got {str(given)!r}; a URL is for remote copies")
     try:

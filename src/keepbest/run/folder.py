@@ -25,7 +25,7 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
-from keepbest.run.no_run import run_around
+from keepbest.run.no_run import check_can_be_made, run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 
@@ -80,7 +80,7 @@ class RunFolder:
 
         Raises:
             RunExistsError: If another process owns the folder.
-            ConfigError: If it is inside of the folder of another run.
+            ConfigError: If it is inside of the folder of another run, or a file.
             LedgerError: If the ledger is damaged or of another version, or the folder is made of links.
             OSError: Any refusal of the file system.
         """
@@ -90,6 +90,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path.parent} is inside of a run; give the run itself, {run}, or another directory"
             )
+        check_can_be_made(self.path.parent)
         check_frame(self.path.parent)
         self.files.make_folder(self.path / SNAPSHOTS)
         self._lock.acquire()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from keepbest.errors import ConfigError
 from keepbest.run.layout import CHECKPOINTS, LEDGER
 
 _SHOWN = 5  # of the runs in a folder
@@ -18,6 +19,13 @@ def run_around(place: Path) -> Path | None:
     """The directory of the run in whose folder of checkpoints `place` is, or which it is; `None` if there is none."""
     around = (folder.parent for folder in (place, *place.parents) if folder.name == CHECKPOINTS)
     return next((run for run in around if ledger_exists(run)), None)
+
+
+def check_can_be_made(directory: Path) -> None:
+    """Check that nothing but folders is in the way of `directory`. Raises `ConfigError`."""
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"expected a directory, or room for one, at {directory}; but {there} is a file")
 
 
 def why_no_run(directory: Path) -> str:

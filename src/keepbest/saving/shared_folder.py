@@ -10,6 +10,7 @@ from keepbest.ranks import Ranks
 from keepbest.run.files import Files
 from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, TEMPORARY
+from keepbest.run.no_run import check_can_be_made
 
 _REMEDY = "This format needs a run directory on a file system that all hosts share and may write to"
 
@@ -25,11 +26,13 @@ def check_is_shared(directory: Path, files: Files, ranks: Ranks, step: str) -> N
 
     Raises:
         StorageError: On every rank, if a rank does not see the file.
+        ConfigError: On every rank, if a file is in the place of the directory.
     """
     folder = directory / CHECKPOINTS
 
     def make() -> str:
         name = f"{TEMPORARY}made-by-rank-0-{uuid.uuid4().hex}"
+        check_can_be_made(directory)
         check_frame(directory)
         files.make_folder(folder)
         files.create(folder / name).close()
