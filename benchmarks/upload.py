@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from keepbest.reading.activity import read_activity
 
 ALONE, OURS, PEER, PROCESS = "no upload", "keepbest", "plain upload on a thread", "plain upload from a process"
 STORAGES = ("file", "S3")
+FIGURES = ("mean step", "length", "waits", "longest wait", "stall")
 BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 _LOOKS_EVERY = 0.01
@@ -41,13 +43,13 @@ _LEAST_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+def s3_server() -> Iterator[dict[str, str]]:
     """An S3 server on loopback with an empty bucket; yields the environment in which `s3://bucket` leads there."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    # It keeps large objects in temporary files.
-    environment = os.environ | {"TMPDIR": str(folder)}
+    # It keeps large objects in memory, so that it does not compete for the disk.
+    environment = os.environ | {"MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 40)}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -197,27 +199,35 @@ def step_of_python() -> Callable[[], None]:
 STEPS = {"steps of torch": step_of_torch, "steps of pure Python": step_of_python}
 
 
-def timed_steps(step: Callable[[], None], is_over: Callable[[], bool]) -> list[float]:
-    """The seconds of each step until something is over."""
+def clocks() -> tuple[float, float]:
+    """Seconds until now, and those of them in which this thread ran, or waited for a core."""
+    queued = int(Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()[1])
+    return time.perf_counter(), time.thread_time() + queued / 1e9
+
+
+def timed_steps(step: Callable[[], None], is_over: Callable[[], bool]) -> tuple[list[float], list[float]]:
+    """The seconds of each step until something is over, and those of them in which it waited for a lock."""
     seconds: list[float] = []
+    waits: list[float] = []
     looks_at = time.perf_counter() + _LOOKS_EVERY
     while True:
-        started = time.perf_counter()
+        started, active = clocks()
         step()
-        now = time.perf_counter()
-        seconds.append(now - started)
-        if now >= looks_at:
+        ended, active_since = clocks()
+        seconds.append(ended - started)
+        waits.append(max(0.0, ended - started - (active_since - active)))
+        if ended >= looks_at:
             if is_over():
-                return seconds
+                return seconds, waits
             looks_at = time.perf_counter() + _LOOKS_EVERY
 
 
 def measure_steps(folder: Path, size: Size, storage: str, environment: Mapping[str, str]) -> dict[str, Samples]:
-    """What was measured in each round, by kind of step: mean and longest step, and the stall of the new best."""
+    """The `FIGURES` of each round, by kind of step, each in seconds."""
     os.environ.update(environment)
     torch.set_num_threads(1)  # as torchrun does: the other core is for the upload and the server
     model, url = measure.make_model(size.megabytes), place_in(storage, folder)
-    found: dict[str, Samples] = {}
+    steps = {what: make() for what, make in STEPS.items()}
     with measure.fresh_processes(1) as pool:
         contestants = {
             ALONE: Best(model, folder / "alone"),
@@ -226,28 +236,26 @@ def measure_steps(folder: Path, size: Size, storage: str, environment: Mapping[s
             PROCESS: ProcessPeer(model, folder / "process", f"{url}/process", pool),
         }
         names = list(contestants)
-        for what, make in STEPS.items():
-            step = make()
-            kinds = ("mean step", "longest step", "length", "stall")
-            samples: dict[str, Samples] = {kind: {name: [] for name in names} for kind in kinds}
-            for number in range(2 + size.repetitions):  # two to warm up, since there are two staging buffers
-                turn = number % len(names)
-                for name in names[turn:] + names[:turn]:
-                    contestant = contestants[name]
-                    measure.settle_disk()
-                    started = time.perf_counter()
-                    contestant.act()
-                    stall = time.perf_counter() - started
-                    contestant.settle()
-                    contestant.begin()
-                    steps = timed_steps(step, contestant.is_over)
-                    if name == OURS:
-                        contestants[ALONE].seconds = max(sum(steps), _LEAST_SECONDS)
-                    if number >= 2:
-                        values = (statistics.mean(steps), max(steps), sum(steps), stall)
-                        for kind, value in zip(kinds, values, strict=True):
-                            samples[kind][name].append(value)
-            found |= {f"{what}: {kind}": samples[kind] for kind in kinds}
+        found: dict[str, Samples] = {
+            f"{what}: {each}": {name: [] for name in names} for what in STEPS for each in FIGURES
+        }
+        for number in range(1 + size.repetitions):  # one to warm up, with a best for each of the two staging buffers
+            turn = number % len(names)
+            for what, name in itertools.product(steps, names[turn:] + names[:turn]):
+                contestant = contestants[name]
+                measure.settle_disk()
+                started = time.perf_counter()
+                contestant.act()
+                stall = time.perf_counter() - started
+                contestant.settle()
+                contestant.begin()
+                seconds, waits = timed_steps(steps[what], contestant.is_over)
+                if name == OURS:
+                    contestants[ALONE].seconds = max(sum(seconds), _LEAST_SECONDS)
+                if number:
+                    values = (statistics.mean(seconds), sum(seconds), sum(waits), max(waits), stall)
+                    for each, value in zip(FIGURES, values, strict=True):
+                        found[f"{what}: {each}"][name].append(value)
         for contestant in contestants.values():
             contestant.end()
     return found
@@ -313,26 +321,26 @@ def measure_memory(folder: Path, size: Size, name: str, storage: str, environmen
 
 
 def report_steps(report: Report, storage: str, what: str, samples: dict[str, Samples]) -> None:
-    means, longest, lengths = (samples[f"{what}: {kind}"] for kind in ("mean step", "longest step", "length"))
-    during = f"{what} during an upload, {storage}"
-    names = (OURS, ALONE, PEER, PROCESS)
+    means, lengths, waits, longest = (samples[f"{what}: {each}"] for each in FIGURES[:-1])
+    names = (OURS, PEER, PROCESS)
     value = measure.ratio(means, OURS, PEER)
-    figures = measure.figures(means, *names, scale=1e3, unit="ms")
-    report.add(Line(during, value, "at most 1.1 x beside a plain upload", 1.1, detail=figures))
+    figures = measure.figures(means, *names, ALONE, scale=1e3, unit="ms")
+    bar = ("at most 1.1 x beside a plain upload", 1.1)
+    report.add(Line(f"{what} during an upload, {storage}", value, *bar, detail=figures))
     value = measure.ratio(means, OURS, ALONE)
-    figures = measure.figures({"upload": lengths[OURS], "plain": lengths[PEER]}, "upload", "plain")
-    report.add(Line("the same, beside no upload", value, detail=figures))
+    report.add(Line("the same, beside no upload", value, detail="upload: " + measure.figures(lengths, *names)))
     usual = statistics.median(means[ALONE])
     lost = {
         name: [length * (1 - usual / mean) for length, mean in zip(lengths[name], means[name], strict=True)]
-        for name in (OURS, PEER, PROCESS)
+        for name in names
     }
-    figures = measure.figures(lost, *lost)
-    report.add(Line("training time lost by the upload", statistics.median(lost[OURS]), unit="s", detail=figures))
-    held = (statistics.median(longest[OURS]) - statistics.median(longest[PROCESS])) * 1e3
-    figures = measure.figures(longest, *names, scale=1e3, unit="ms")
-    bar = "at most 20 ms beyond a process"
-    report.add(Line("a step held up at most by", held, bar, 20.0, unit="ms", detail=figures))
+    value = statistics.median(lost[OURS])
+    report.add(Line("training time lost by the upload", value, unit="s", detail=measure.figures(lost, *names)))
+    value = statistics.median(waits[OURS])
+    report.add(Line("of it, waiting for a lock", value, unit="s", detail=measure.figures(waits, *names, ALONE)))
+    value = statistics.median(longest[OURS]) * 1e3
+    figures = measure.figures(longest, *names, ALONE, scale=1e3, unit="ms")
+    report.add(Line("the longest wait for a lock", value, "at most 20 ms", 20.0, unit="ms", detail=figures))
 
 
 def report_ends(report: Report, storage: str, samples: Samples) -> None:
@@ -343,9 +351,9 @@ def report_ends(report: Report, storage: str, samples: Samples) -> None:
 
 
 def run(quick: bool) -> Report:
-    size = Size(24, 1) if quick else Size(250, 9)
+    size = Size(24, 1) if quick else Size(250, 7)
     report = Report()
-    with measure.scratch() as of_server, s3_server(of_server) as environment:
+    with s3_server() as environment:
         for storage in STORAGES:
             with measure.scratch() as folder:
                 steps = measure.on_ranks(1, measure_steps, folder, size, storage, environment)[0]
