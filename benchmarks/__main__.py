@@ -16,6 +16,7 @@ PROGRAMS = (
     "memory",
     "quiet",
     "tolerance",
+    "upload",
     "endurance",
     "sharded",
     "shards",

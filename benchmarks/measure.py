@@ -30,7 +30,17 @@ from torch.distributed.fsdp import fully_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("keepbest", "torch", "pytorch-lightning", "pytorch-ignite", "numpy", "xxhash")
+PACKAGES = (
+    "keepbest",
+    "torch",
+    "pytorch-lightning",
+    "pytorch-ignite",
+    "numpy",
+    "xxhash",
+    "s3fs",
+    "aiobotocore",
+    "moto",
+)
 Samples = dict[str, list[float]]
 
 

@@ -12,7 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from keepbest.errors import ConfigError, LedgerError, StorageError
 from keepbest.remote.mirror import Mirror
-from keepbest.remote.storage import Remote
+from keepbest.remote.storage import Remote, part_bytes
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run as verify
 from tests.kit import toys
@@ -67,6 +67,20 @@ def test_copy_ends_like_the_run_and_keeps_no_more(tmp_path, place):
         run.observe(5.0, 4.0, 6.0, 3.0, 7.0)
     assert place.objects() == local_files(tmp_path)
     assert place.snapshots() == {"U2", "U4"}
+
+
+def test_large_file_is_uploaded_in_small_parts(tmp_path, place):
+    (tmp_path / "file").write_bytes(data := os.urandom(40_000_000))
+    Remote(place.url).put(tmp_path / "file", "file")
+    head = place.server.client.head_object(Bucket=BUCKET, Key=f"{place.prefix}/checkpoints/file")
+    assert head["ETag"].strip('"').endswith("-5")  # S3 puts the number of parts there
+    assert place.objects()["file"] == data
+
+
+@pytest.mark.parametrize("size", [0, 8 << 20, 80 << 30, 5 << 40])
+def test_file_has_no_more_parts_than_s3_takes(size):
+    assert size <= 10_000 * part_bytes(size)
+    assert 5 << 20 <= part_bytes(size) <= 5 << 30  # its limits of one part
 
 
 @pytest.mark.parametrize("loses", ["the network", "its memory"])
