@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from keepbest import MetricPropertyProvider, TrainingIteration
 from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
-from keepbest.metric import agree_on_metric, read_scalar, read_value
+from keepbest.metric import LOG_REMEDY, agree_on_metric, read_scalar, read_value
 from keepbest.ranks import Number, Ranks
 from keepbest.reduction import reduce_numbers
 from keepbest.training.log_writer import LoggedScalar
@@ -259,7 +259,11 @@ def read_from_logs(caches):
     ranks = Ranks.connect()
     with pytest.raises(KeyError) as caught:
         agree_on_metric(
-            ranks, "loss/val", lambda: read_scalar(caches[ranks.rank], "loss/val", TrainingIteration(update=1)), "mean"
+            ranks,
+            "loss/val",
+            lambda: read_scalar(caches[ranks.rank], "loss/val", TrainingIteration(update=1)),
+            "mean",
+            remedy=LOG_REMEDY,
         )
     return str(caught.value)
 

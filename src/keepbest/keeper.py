@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -58,7 +58,9 @@ class BestKeeper:
         DesyncError: On every rank, if their settings differ.
     """
 
-    _existing: ClassVar[Existing] = OWN_LOOP  # an adapter has words of its own
+    # An adapter has words of its own.
+    _existing: Existing = OWN_LOOP
+    _missing, _unobserved = "", "call observe() after each evaluation"
 
     def __init__(
         self,
@@ -270,7 +272,7 @@ class BestKeeper:
             self._new_bests.call_hooks()
         finally:
             self._leave()
-        self._saver.warn_if_nothing_is_kept(self._state)
+        self._saver.warn_if_nothing_is_kept(self._state, self._unobserved)
 
     def abandon(self) -> None:
         """Leave the run as it is, for another process to resume, when training failed. **Rank-local**."""
@@ -347,6 +349,7 @@ class BestKeeper:
             note="" if revised is None else revised.to_text(),
             state=f"keeper={self.name} iteration={iteration} state=({self._state})".encode(),
             saving=self._is_rank_0_writing,
+            remedy=self._missing,
         )
         if iteration is None:
             raise RuntimeError("a rank without an iteration raises in the exchange")

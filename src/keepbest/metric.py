@@ -14,6 +14,13 @@ from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
 from keepbest.reduction import MetricReduction, reduce_numbers
 
+DEFAULT_REMEDY = "Each of these ranks needs a value at each interval; with metric_reduction='rank0', rank 0 alone does."
+# Of what is read from the log of keepbest's own trainer.
+LOG_REMEDY = (
+    "Each of these ranks must log it at this iteration, before it is observed: a callback of the trainer that logs it "
+    "needs the same every_n_* and an earlier place in the list."
+)
+
 
 @runtime_checkable
 class Computable(Protocol):
@@ -138,6 +145,7 @@ def agree_on_metric(
     note: str = "",
     state: bytes = b"",
     saving: bool = False,
+    remedy: str = "",
 ) -> AgreedMetric:
     """Return one value from all ranks' readings, with the same bits on every rank. **Collective**.
 
@@ -152,6 +160,7 @@ def agree_on_metric(
         note: Text from rank 0 to the others. It costs a second exchange.
         state: Bytes that must be equal on all ranks.
         saving: Whether rank 0 may still be writing, so that the others wait for `save_timeout`.
+        remedy: What to do where a rank lacks the metric. Empty is `DEFAULT_REMEDY`.
 
     Raises:
         MissingMetricError: On every rank, if a rank that is needed has no value. It names these ranks.
@@ -180,8 +189,7 @@ def agree_on_metric(
         )
         raise MissingMetricError(
             f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
-            f"{lines}\nEach of these ranks must log it at this iteration, before it is observed: a callback of the "
-            "trainer that logs it needs the same every_n_* and an earlier place in the list."
+            f"{lines}\n{remedy or DEFAULT_REMEDY}"
         )
     return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
 

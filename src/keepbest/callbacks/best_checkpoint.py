@@ -20,7 +20,7 @@ from keepbest.decision import Outcome
 from keepbest.errors import ConfigError
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
-from keepbest.metric import read_scalar
+from keepbest.metric import LOG_REMEDY, read_scalar
 from keepbest.run.no_run import ledger_exists
 from keepbest.run.takeover import Existing
 from keepbest.settings import CommonSettings
@@ -59,6 +59,7 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
 
 class _Keeper(BestKeeper):
     _existing = Existing(resume="trainer.resume=auto", set_aside="trainer.existing=set_aside")
+    _missing, _unobserved = LOG_REMEDY, "the callback needs an interval that comes before the end of training"
 
 
 class BestCheckpointCallback(PeriodicCallback):

@@ -40,6 +40,7 @@ class _Keeper(BestKeeper):
         resume="resume_run_id, or resume: ledger of the BestCheckpointCallback",
         set_aside="existing='set_aside' of the BestCheckpointCallback",
     )
+    _unobserved = "the callback needs an interval that comes before the end of training"
 
 
 class BestCheckpointCallbackConfig(KeeperSettings, CallBackBaseConfig):  # type: ignore[misc]  # it is not installed
