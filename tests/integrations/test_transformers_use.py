@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from keepbest.errors import ConfigError, MissingMetricError, RunExistsError, SnapshotError
 from keepbest.integrations.peft import export_adapter
@@ -87,7 +87,16 @@ class EvaluatesAlone(ScriptedTrainer):
     """Its evaluation is its own, and no callback hears of it."""
 
     def evaluate(self, *arguments, **named):
-        return {"eval_score": 1.0}
+        metrics = {"eval_score": 1.0}
+        self.log(metrics)
+        return metrics
+
+
+class Cancels(TrainerCallback):
+    """No evaluation takes place at odd steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step % 2 == 0
 
 
 def make_unusual(kind, directory, best):
@@ -110,11 +119,17 @@ def test_evaluation_of_another_prefix_is_refused_at_once(tmp_path):
 def test_evaluation_that_no_callback_hears_of_is_warned_of_once(tmp_path, caplog):
     make_unusual(EvaluatesAlone, tmp_path, BestCheckpoint("score", higher_is_better=False)).train()
     found = [record.getMessage() for record in caplog.records if record.name.startswith("keepbest")]
-    assert [message.partition(": ")[2].partition(",")[0] for message in found] == [
-        "no evaluation was shown at step 1",
-        "the run ends and no best is kept",
+    assert [message.split(": ")[1] for message in found] == [
+        "no callback was shown the evaluation at step 1",
+        "the run ends and no best is kept, since nothing was observed",
     ]
     assert not any("observe()" in message for message in found)  # which is no word of the Trainer
+
+
+def test_evaluation_that_a_callback_cancels_is_not_warned_of(tmp_path, caplog):
+    make_trainer(tmp_path, VALUES, [BestCheckpoint(), Cancels()]).train()
+    assert FACE.observed(tmp_path) == [(f"U{step}", VALUES[step - 1]) for step in (2, 4, 6, 8)]
+    assert not [record for record in caplog.records if record.name.startswith("keepbest")]
 
 
 @pytest.mark.parametrize("settings", [{"metric_key": "loss"}, {"id": "other"}])

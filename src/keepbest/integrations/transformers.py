@@ -95,7 +95,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
-        self._is_due = self._is_scheduled = self._has_stepped = self._has_warned = False
+        self._is_due = self._is_scheduled = self._is_logged = self._has_stepped = self._has_warned = False
         # Since the last step: by evaluations of the training, and with other prefixes.
         self._reported: set[str] = set()
         self._beside: set[str] = set()
@@ -222,6 +222,10 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         # Whether there is a new best of the Trainer, which it saves then, it knows only after this.
         self._prepare_checkpoint(control.should_save or args.save_strategy == "best")
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """**Rank-local**."""
+        self._is_logged |= any(key.startswith(_PREFIX) for key in kwargs.get("logs") or ())
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what the checkpoint names until there is a newer one. **Collective**. Raises as `BestKeeper.flush`.
 
@@ -284,7 +288,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             self._open.observe_reading(lambda: _read(key, metrics), TrainingIteration(update=state.global_step))
 
     def _await_evaluation(self, *, due: bool) -> None:
-        self._is_due, self._is_scheduled = due, False
+        self._is_due, self._is_scheduled, self._is_logged = due, False, False
         self._reported, self._beside = set(), set()
 
     def _refuse_what_was_not_reported(self, state: TrainerState) -> None:
@@ -292,11 +296,12 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         reported = self._reported or (self._beside if self._is_scheduled else set())
         if reported:
             self._observe(dict.fromkeys(reported), state)
-        elif self._is_due and self._is_scheduled and self._open is not None and not self._has_warned:
+        # A callback of the user may have cancelled the evaluation, but nobody logs one that was not.
+        elif self._is_due and self._is_scheduled and self._is_logged and self._open and not self._has_warned:
             self._has_warned = True
             if state.is_world_process_zero:
                 _logger.warning(
-                    "%s: no evaluation was shown at step %d, where one was to be: an evaluate() of your own must call "
+                    "%s: no callback was shown the evaluation at step %d: an evaluate() of your own must call "
                     "self.callback_handler.on_evaluate with its metrics, or nothing is observed",
                     self._open.name,
                     state.global_step,
