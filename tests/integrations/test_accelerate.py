@@ -105,6 +105,22 @@ def test_state_is_not_loaded_into_a_keeper_that_has_started(tmp_path):
     loop.accelerator.load_state(tmp_path / "state")  # to evaluate it, after training
 
 
+def load_what_is_damaged(directory):
+    loop = Loop(directory, {})
+    loop.accelerator.save_state(directory / "state")
+    if dist.get_rank() == 0:
+        (directory / "state" / "keepbest.best_model.eval_score.json").write_text("{")
+    dist.barrier()
+    for use in (loop.accelerator.load_state, loop.accelerator.save_state):
+        with pytest.raises(ConfigError, match=r"expected the states of keepers in .*eval_score.json, which is damaged"):
+            use(directory / "state")
+    return loop.update
+
+
+def test_state_that_is_damaged_is_refused_on_every_rank(tmp_path):
+    assert run_ranks(load_what_is_damaged, 2, tmp_path) == [0, 0]
+
+
 def test_keeper_that_was_never_started_is_not_started_by_a_state(tmp_path):
     loop = Loop(tmp_path, {})
     loop.accelerator.save_state(tmp_path / "state")

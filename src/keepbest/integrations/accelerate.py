@@ -131,7 +131,7 @@ class AcceleratedKeeper(BestKeeper):
         on_each_node = accelerator.project_configuration.save_on_each_node
         if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
             # An accelerator may have keepers of this name in several directories, one after the other or at once.
-            states = json.loads(file.read_text()) if file.exists() else {}
+            states = _states_in(file) if file.exists() else {}
             new = file.with_suffix(".new")
             new.write_text(json.dumps({**states, str(self.directory): self.state_dict()}))
             new.replace(file)
@@ -144,7 +144,7 @@ class AcceleratedKeeper(BestKeeper):
                 f"accelerator.load_state comes too late for the keeper of {self.metric_key}: load the state before "
                 "the block of the keeper is entered, and before observe()"
             )
-        states: dict[str, Any] = json.loads(file.read_text())
+        states = _states_in(file)
         mine = str(self.directory)
         if mine not in states and len(states) > 1:
             raise ConfigError(
@@ -153,3 +153,11 @@ class AcceleratedKeeper(BestKeeper):
             )
         found: dict[str, Any] | None = states.get(mine, next(iter(states.values()), None))
         return found
+
+
+def _states_in(file: Path) -> dict[str, Any]:
+    """{directory: state of a keeper}."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"expected the states of keepers in {file}, which is damaged: {error}; remove it") from error
