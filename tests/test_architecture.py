@@ -88,7 +88,15 @@ DOCUMENTED_NAMES = [
 ]
 
 # Decisions must be the same on all ranks: these modules see no tensors, no clock, no chance and no disk.
-PURE = ["decision.py", "errors.py", "interval.py", "iteration.py", "metric_properties.py", "printable.py"]
+PURE = [
+    "decision.py",
+    "errors.py",
+    "interval.py",
+    "iteration.py",
+    "metric_properties.py",
+    "misspelling.py",
+    "printable.py",
+]
 IMPURE_MODULES = {
     "datetime", "io", "json", "logging", "os", "pathlib", "random", "shutil", "subprocess", "tempfile", "threading",
     "time", "torch",
@@ -105,6 +113,7 @@ PATH = [
     "settings_dict",
     "validation",
     "new_best",
+    "face",
     "saving",
     "capture",
     "remote",
@@ -122,6 +131,7 @@ PATH = [
     "decision",
     "interval",
     "iteration",
+    "misspelling",
     "metric_properties",
     "errors",
     "printable",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from keepbest import MetricPropertyProvider, TrainingIteration
 from keepbest.errors import ConfigError, InvalidMetricError, MetricMismatchError, MissingMetricError
-from keepbest.metric import agree_on_metric, read_scalar, read_value
+from keepbest.metric import LOG_REMEDY, agree_on_metric, read_scalar, read_value
 from keepbest.ranks import Number, Ranks
 from keepbest.reduction import reduce_numbers
 from keepbest.training.log_writer import LoggedScalar
@@ -177,7 +177,7 @@ def test_scalar_is_read_from_the_log_of_this_iteration_only():
     now, before = TrainingIteration(update=2), TrainingIteration(update=1)
     cache = {"new": LoggedScalar(0.5, 3.0, now), "old": LoggedScalar(0.5, None, before)}
     assert (read_scalar(cache, "new", now).value, read_scalar(cache, "new", now).weight) == (0.5, 3.0)
-    assert read_scalar(cache, "old", now).absent.startswith("metric key 'old' was last logged at U1, not at U2. ")
+    assert read_scalar(cache, "old", now).absent.startswith("metric key 'old' was last logged at U1, not at U2")
     assert "logged keys: new, old" in read_scalar(cache, "other", now).absent
     assert "log cache is empty" in read_scalar({}, "other", now).absent
 
@@ -260,7 +260,11 @@ def read_from_logs(caches):
     ranks = Ranks.connect()
     with pytest.raises(KeyError) as caught:
         agree_on_metric(
-            ranks, "loss/val", lambda: read_scalar(caches[ranks.rank], "loss/val", TrainingIteration(update=1)), "mean"
+            ranks,
+            "loss/val",
+            lambda: read_scalar(caches[ranks.rank], "loss/val", TrainingIteration(update=1)),
+            "mean",
+            remedy=LOG_REMEDY,
         )
     return str(caught.value)
 
@@ -271,7 +275,18 @@ def test_key_that_one_rank_lacks_is_a_key_error_on_every_rank():
     assert outcomes == [outcomes[0]] * 2
     assert "the monitored metric 'loss/val' is missing on 1 of 2 ranks:\n  rank 1:" in outcomes[0]
     assert "logged keys: accuracy, loss/train" in outcomes[0]
-    assert "A callback of the trainer that logs it needs the same every_n_*" in outcomes[0]
+    assert "a callback of the trainer that logs it needs the same every_n_*" in outcomes[0]
+
+
+def test_missing_key_names_the_one_that_is_near():
+    read = [
+        read_scalar(
+            {"loss/val": LoggedScalar(1.0, None, TrainingIteration(update=1))}, "loss/vall", TrainingIteration(update=1)
+        ).absent,
+        read_value({"val_loss": 1.0, "accuracy": 0.5}, metric_key="loss/val").absent,
+        read_value({"accuracy": 0.5}, metric_key="loss/val").absent,
+    ]
+    assert [text.partition("; did you mean ")[2] for text in read] == ["'loss/val'?", "'val_loss'?", ""]
 
 
 @pytest.mark.parametrize(

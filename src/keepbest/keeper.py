@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from keepbest.decision import BestState, Decision, Observation, Outcome, decide, outcome_again
 from keepbest.errors import ConfigError, InvalidMetricError, StorageError
+from keepbest.face import Face
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.load import LoadedSnapshot, load_into
@@ -27,7 +28,7 @@ from keepbest.reading.page import fragment_of
 from keepbest.run.layout import snapshots_folder
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
-from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, Owner
+from keepbest.run.takeover import LoadedState, Owner
 from keepbest.saving.open_run import OpenRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings_dict import KeeperSettingsDict
@@ -58,7 +59,7 @@ class BestKeeper:
         DesyncError: On every rank, if their settings differ.
     """
 
-    _existing: ClassVar[Existing] = OWN_LOOP  # an adapter has words of its own
+    _face = Face()  # an adapter has one of its own
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class BestKeeper:
             self._saver.look_at_weights(step)
             self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
             self._saver.check_folder(step)
-            existing = self._existing._replace(sets_aside=self._settings.existing == "set_aside")
+            existing = self._face.existing._replace(sets_aside=self._settings.existing == "set_aside")
             begin = partial(self._saver.begin, self.metric_key, self._loaded, existing, from_ledger=from_ledger, at=at)
             facts = self._ranks.broadcast(step, begin, remedy=DISK_REMEDY, saving=True)
         except BaseException:
@@ -223,8 +224,7 @@ class BestKeeper:
         """Resume from a state that `state_dict` returned. **Rank-local**: call it on every rank, before `start`.
 
         Raises:
-            ConfigError: If the keeper has started, or `state_dict` is no state of a keeper of this name, metric and
-                direction.
+            ConfigError: If the keeper has started, or this is no state of a keeper of its name, metric and direction.
         """
         if self._phase != "new":
             raise ConfigError("load_state_dict comes too late: load the state before start(), `with` or observe()")
@@ -237,8 +237,7 @@ class BestKeeper:
         """Make everything observed so far durable. **Collective**.
 
         Args:
-            pin: Tag under which the snapshots that the present state names are kept, until it is pinned again or
-                released. A resume checkpoint that holds `state_dict()` pins them under its own name.
+            pin: Tag under which what the present state names is kept, until it is pinned again or released.
 
         Raises:
             StorageError: On every rank, if something could not be written.
@@ -270,7 +269,7 @@ class BestKeeper:
             self._new_bests.call_hooks()
         finally:
             self._leave()
-        self._saver.warn_if_nothing_is_kept(self._state)
+        self._saver.warn_if_nothing_is_kept(self._state, self._face.unobserved)
 
     def abandon(self) -> None:
         """Leave the run as it is, for another process to resume, when training failed. **Rank-local**."""
@@ -351,6 +350,7 @@ class BestKeeper:
             note="" if revised is None else revised.to_text(),
             state=f"keeper={self.name} iteration={iteration} state=({self._state})".encode(),
             saving=self._is_rank_0_writing,
+            remedy=self._face.missing,
         )
         if iteration is None:
             raise RuntimeError("a rank without an iteration raises in the exchange")

@@ -11,10 +11,16 @@ import torch
 
 from keepbest.errors import InvalidMetricError, MissingMetricError
 from keepbest.iteration import TrainingIteration
+from keepbest.misspelling import nearest
 from keepbest.ranks import Number, Ranks
 from keepbest.reduction import MetricReduction, reduce_numbers
 
-_LOGGED_BY = "A callback of the trainer that logs it needs the same every_n_* and an earlier place in the list"
+DEFAULT_REMEDY = "Each of these ranks needs a value at each interval; with metric_reduction='rank0', rank 0 alone does."
+# Of what is read from the log of keepbest's own trainer.
+LOG_REMEDY = (
+    "Each of these ranks must log it at this iteration, before it is observed: a callback of the trainer that logs it "
+    "needs the same every_n_* and an earlier place in the list."
+)
 
 
 @runtime_checkable
@@ -80,7 +86,8 @@ def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Readi
     elif isinstance(value, Mapping):
         if (name := _name_in(value, metric_key)) is None:
             known = ", ".join(map(str, value)) or "nothing"
-            return Reading(absent=f"observe() received a mapping without {metric_key!r}; it has: {known}")
+            near = nearest(metric_key, map(str, value))
+            return Reading(absent=f"observe() received a mapping without {metric_key!r}; it has: {known}{near}")
         value = value[name]
     number = None if value is None else _real(value, "metric")
     weighed = None if weight is None else _real(weight, "weight of the metric")
@@ -95,7 +102,8 @@ def _computed(metric: Computable, metric_key: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     if (name := _name_in(value, metric_key)) is None:
-        raise InvalidMetricError(f"the collection has no metric {metric_key!r}; it has: {', '.join(map(str, value))}")
+        known, near = ", ".join(map(str, value)), nearest(metric_key, map(str, value))
+        raise InvalidMetricError(f"the collection has no metric {metric_key!r}; it has: {known}{near}")
     return value[name]
 
 
@@ -112,11 +120,10 @@ def read_scalar(log_cache: Mapping[str, LoggedScalar], metric_key: str, iteratio
     entry = log_cache.get(metric_key)
     if entry is None:
         known = ", ".join(sorted(log_cache)) or "none: the log cache is empty"
-        absent = f"metric key {metric_key!r} was not logged at {iteration}; logged keys: {known}"
-        return Reading(absent=f"{absent}. {_LOGGED_BY}")
+        near = nearest(metric_key, log_cache)
+        return Reading(absent=f"metric key {metric_key!r} was not logged at {iteration}; logged keys: {known}{near}")
     if entry.iteration != iteration:
-        absent = f"metric key {metric_key!r} was last logged at {entry.iteration}, not at {iteration}"
-        return Reading(absent=f"{absent}. {_LOGGED_BY}")
+        return Reading(absent=f"metric key {metric_key!r} was last logged at {entry.iteration}, not at {iteration}")
     return read_value(entry.value, entry.weight)
 
 
@@ -142,6 +149,7 @@ def agree_on_metric(
     note: str = "",
     state: bytes = b"",
     saving: bool = False,
+    remedy: str = DEFAULT_REMEDY,
 ) -> AgreedMetric:
     """Return one value from all ranks' readings, with the same bits on every rank. **Collective**.
 
@@ -156,6 +164,7 @@ def agree_on_metric(
         note: Text from rank 0 to the others. It costs a second exchange.
         state: Bytes that must be equal on all ranks.
         saving: Whether rank 0 may still be writing, so that the others wait for `save_timeout`.
+        remedy: What to do where a rank lacks the metric.
 
     Raises:
         MissingMetricError: On every rank, if a rank that is needed has no value. It names these ranks.
@@ -184,7 +193,7 @@ def agree_on_metric(
         )
         raise MissingMetricError(
             f"the monitored metric {metric_key!r} is missing on {lines.count('  rank ')} of {ranks.world_size} ranks:\n"
-            f"{lines}\nEach of these ranks needs a value at this iteration."
+            f"{lines}\n{remedy}"
         )
     return AgreedMetric(reduce_numbers(needed, reduction), numbers[0].note)
 

@@ -9,13 +9,14 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from keepbest import TrainingIteration
-from keepbest.errors import ConfigError, DesyncError
+from keepbest.errors import ConfigError, DesyncError, RunExistsError
 from keepbest.integrations.accelerate import AcceleratedKeeper
 from tests.integrations.contract import Contract, assert_continues
 from tests.integrations.faces.accelerate import Accelerate, Loop
-from tests.integrations.faces.face import VALUES
+from tests.integrations.faces.face import VALUES, failing
 from tests.integrations.faces.on_accelerate import Model
 from tests.kit.pool import run_ranks
+from tests.kit.runs import snapshots
 
 FACE = Accelerate()
 
@@ -48,13 +49,85 @@ def test_folder_that_accelerate_tidies_up_is_refused(tmp_path):
         Loop(tmp_path, {}, project=ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, total_limit=1))
 
 
-def test_abandoned_keeper_pins_nothing_and_loads_no_state(tmp_path):
-    failed = FACE.train(tmp_path, VALUES, fails_at=5, save_every=2)
+def test_keeper_of_a_cell_that_failed_makes_room_for_the_next(tmp_path):
     loop = Loop(tmp_path, {})
-    loop.keepers[0].abandon()
-    loop.accelerator.save_state(tmp_path / "other")
-    with pytest.raises(ConfigError, match="too late"):
-        loop.accelerator.load_state(failed.checkpoint)
+    with failing(4):
+        loop.train(VALUES, save_every=1, fails_at=4, save_to=tmp_path / "state")
+    left = loop.keepers.pop()
+    assert snapshots(tmp_path) == {"U2"}
+    loop.keepers.append(loop.keeper(directory=tmp_path))  # of the same accelerator, in the same process
+    loop.train(VALUES, save_every=1, resume_from=tmp_path / "state", save_to=tmp_path / "state")
+    assert FACE.observed(tmp_path) == [(f"U{number}", value) for number, value in enumerate(VALUES, start=1)]
+    assert (left.best_metric_value, loop.keepers[0].best_metric_value) == (3.0, 2.0)
+
+
+def test_second_training_of_an_accelerator_is_resumed_alone(tmp_path):
+    first, state = tmp_path / "first", tmp_path / "state"
+    loop = Loop(first, {})
+    loop.train(VALUES[:2], save_every=1, save_to=state)
+    loop.update, loop.keepers = 0, [loop.keeper(directory=tmp_path / "second")]
+    loop.train(VALUES[2:5], save_every=1, save_to=state)
+    (tmp_path / "second").rename(tmp_path / "moved")
+    resumed = Loop(tmp_path / "moved", {})
+    with pytest.raises(ConfigError, match=r"states of keepers in .*first, .*second, and this one is in .*moved"):
+        resumed.accelerator.load_state(state)
+    (tmp_path / "moved").rename(tmp_path / "second")
+    resumed = Loop(tmp_path / "second", {})
+    resumed.train(VALUES[2:], resume_from=state)
+    assert [value for _, value in FACE.observed(tmp_path / "second")] == VALUES[2:]
+    assert len(FACE.observed(first)) == 2
+
+
+def test_directory_of_a_run_may_be_moved_before_it_is_resumed(tmp_path):
+    failed = FACE.train(tmp_path / "first", VALUES, fails_at=5)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    FACE.train(tmp_path / "moved", VALUES, resume_from=tmp_path / "moved" / failed.checkpoint.name)
+    assert len(FACE.observed(tmp_path / "moved")) == len(VALUES)
+
+
+def test_state_that_was_saved_without_the_keeper_is_loaded(tmp_path):
+    loop = Loop(tmp_path)
+    loop.train(VALUES[:2], save_every=2, save_to=tmp_path / "state")
+    joined = Loop(tmp_path / "run", {})
+    joined.train(VALUES, resume_from=tmp_path / "state")
+    assert [name for name, _ in FACE.observed(tmp_path / "run")] == ["U3", "U4", "U5", "U6", "U7", "U8"]
+    again = Loop(tmp_path / "run", {})
+    with pytest.raises(RunExistsError, match=r"resume it \(resume='ledger', since .*state has no state of best_model"):
+        again.train(VALUES, resume_from=tmp_path / "state")
+
+
+def test_state_is_not_loaded_into_a_keeper_that_has_started(tmp_path):
+    loop = Loop(tmp_path, {})
+    with loop.keepers[0]:
+        loop.accelerator.save_state(tmp_path / "state")
+        with pytest.raises(ConfigError, match="load_state comes too late for the keeper of eval_score"):
+            loop.accelerator.load_state(tmp_path / "state")
+    loop.accelerator.load_state(tmp_path / "state")  # to evaluate it, after training
+
+
+def load_what_is_damaged(directory):
+    loop = Loop(directory, {})
+    loop.accelerator.save_state(directory / "state")
+    if dist.get_rank() == 0:
+        (directory / "state" / "keepbest.best_model.eval_score.json").write_text("{")
+    dist.barrier()
+    for use in (loop.accelerator.load_state, loop.accelerator.save_state):
+        with pytest.raises(ConfigError, match=r"expected the states of keepers in .*eval_score.json, which is damaged"):
+            use(directory / "state")
+    return loop.update
+
+
+def test_state_that_is_damaged_is_refused_on_every_rank(tmp_path):
+    assert run_ranks(load_what_is_damaged, 2, tmp_path) == [0, 0]
+
+
+def test_keeper_that_was_never_started_is_not_started_by_a_state(tmp_path):
+    loop = Loop(tmp_path, {})
+    loop.accelerator.save_state(tmp_path / "state")
+    assert not (tmp_path / "checkpoints").exists()
+    loop.keepers[0] = loop.keeper(directory=tmp_path)
+    loop.train(VALUES, save_every=1, save_to=tmp_path / "state")
+    assert loop.keepers[0].best_metric_value == 2.0
 
 
 def test_keepers_of_two_metrics_are_saved_with_each_other(tmp_path):

@@ -141,6 +141,19 @@ def test_one_of_two_sets_of_an_evaluator_is_observed(is_first, tmp_path):
     assert FACE.kept(tmp_path)[""][:2] == (("E6_U12", 2.0) if is_first else ("E1_U2", 1.0))
 
 
+def test_data_that_is_never_evaluated_is_warned_of_early(tmp_path, caplog):
+    engines = make_engines(VALUES, evaluate_at=Events.STARTED)
+    best = BestCheckpoint(engines.model, METRIC, directory=tmp_path)
+    # Made anew for each run, as `evaluator.run(make_loader())` does.
+    evaluator = add_evaluator(engines, [torch.tensor(0.0)], [torch.tensor(1.0)])
+    best.attach(engines.trainer, evaluator, data=[torch.tensor(0.0)])
+    engines.train(4)
+    found = [record.getMessage() for record in caplog.records if record.name.startswith("keepbest")]
+    assert len(found) == 2
+    assert "at E2_U4 and before, the evaluator ran on other data alone than attach() was given" in found[0]
+    assert "no best is kept, since nothing was observed: run the evaluator that was attached" in found[1]
+
+
 def test_evaluator_beside_the_observed_one_is_left_alone(tmp_path):
     engines = make_engines([5.0, 4.0, 6.0])
     engines.attach(tmp_path)
@@ -177,6 +190,8 @@ def test_score_with_the_name_of_a_loss_needs_a_direction(tmp_path):
     with pytest.raises(ConfigError, match="but of 'loss' a lower one is, by its name"):
         BestCheckpoint(FACE.model(), "loss", **settings)
     assert BestCheckpoint(FACE.model(), "loss", higher_is_better=False, **settings).keeper is None
+    with pytest.raises(ConfigError, match="score_function must be a function of the evaluator, found 'loss'"):
+        BestCheckpoint(FACE.model(), "score", directory=tmp_path, score_function="loss")
 
 
 def test_trainer_that_runs_more_epochs_continues_in_its_folder(tmp_path):

@@ -66,6 +66,7 @@ def test_wandb_has_a_version_of_each_best_and_the_alias_on_the_best(wandb_run, t
     keep_two(tmp_path / "run", BestArtifact("best-loss"))
     best = dict(wandb_run.summary)
     wandb_run.finish()
+    importlib.import_module("wandb").teardown()  # the end of the process that writes, which may come later
     [path] = tmp_path.rglob("*.wandb")
     versions = [each.artifact for each in offline_records(path) if each.HasField("artifact")]
     assert best == {"best-loss/value": 3.0, "best-loss/iteration": "U2"}
@@ -117,3 +118,11 @@ def test_logger_without_a_run_says_how_to_start_one(logger, remedy, tmp_path):
     with pytest.raises(ConfigError, match=remedy):
         run.observe(5.0)
     run.keeper.abandon()
+
+
+@pytest.mark.parametrize("name", ["loss/val", "a:b", "acc@1", ""])
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_name_that_a_logger_does_not_take_is_refused_at_once(logger, name):
+    pytest.importorskip(logger, reason=f"{logger} is not installed: pip install 'keepbest[{logger}]'")
+    with pytest.raises(ConfigError, match=f"expected .* name of .*, found '{name}'"):
+        importlib.import_module(f"keepbest.integrations.{logger}").BestArtifact(name)

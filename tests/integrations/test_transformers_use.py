@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from keepbest.errors import ConfigError, RunExistsError, SnapshotError
+from keepbest.errors import ConfigError, MissingMetricError, RunExistsError, SnapshotError
 from keepbest.integrations.peft import export_adapter
 from keepbest.integrations.transformers import BestCheckpoint
 from tests.integrations.faces.face import VALUES, weights_of
@@ -67,6 +67,82 @@ def test_each_trial_of_a_search_has_a_run_of_its_own(settings, tmp_path):
     with pytest.raises(RunExistsError):
         search(tmp_path, **settings)  # whose first trial is another one
     assert FACE.kept(tmp_path / "run-0")[""][:2] == ("U2", 3.0)
+
+
+def test_trials_of_a_study_that_continues_need_names(tmp_path):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    search(tmp_path)
+    with pytest.raises(RunExistsError, match=r"a trial is not resumed; with hp_name=.* have folders of their own"):
+        search(tmp_path)
+
+
+class EvaluatesWithPrefix(ScriptedTrainer):
+    """Its evaluations are those of another prefix."""
+
+    def evaluate(self, *arguments, **named):
+        return super().evaluate(*arguments, **{**named, "metric_key_prefix": "val"})
+
+
+class EvaluatesAlone(ScriptedTrainer):
+    """Its evaluation is its own, and no callback hears of it."""
+
+    def evaluate(self, *arguments, **named):
+        metrics = {"eval_score": 1.0}
+        self.log(metrics)
+        return metrics
+
+
+class Cancels(TrainerCallback):
+    """No evaluation takes place at odd steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step % 2 == 0
+
+
+def make_unusual(kind, directory, best):
+    made = make_trainer(directory, save_strategy="no", metric_for_best_model=None)
+    data = {"train_dataset": made.train_dataset, "eval_dataset": made.eval_dataset}
+    return kind(VALUES, model=Model(), args=made.args, callbacks=[best], **data)
+
+
+def train_with_other_prefix(directory):
+    trainer = make_unusual(EvaluatesWithPrefix, directory, BestCheckpoint("score", higher_is_better=False))
+    with pytest.raises(MissingMetricError, match=r"'eval_score' was not reported .*val_loss, .*val_score"):
+        trainer.train()
+    return trainer.state.global_step
+
+
+def test_evaluation_of_another_prefix_is_refused_at_once(tmp_path):
+    assert run_ranks(train_with_other_prefix, 2, tmp_path) == [1, 1]
+
+
+def test_evaluation_that_no_callback_hears_of_is_warned_of_once(tmp_path, caplog):
+    make_unusual(EvaluatesAlone, tmp_path, BestCheckpoint("score", higher_is_better=False)).train()
+    found = [record.getMessage() for record in caplog.records if record.name.startswith("keepbest")]
+    assert [message.split(": ")[1] for message in found] == [
+        "no callback was shown the evaluation at step 1",
+        "the run ends and no best is kept, since nothing was observed",
+    ]
+    assert not any("observe()" in message for message in found)  # which is no word of the Trainer
+
+
+def test_evaluation_that_a_callback_cancels_is_not_warned_of(tmp_path, caplog):
+    make_trainer(tmp_path, VALUES, [BestCheckpoint(), Cancels()]).train()
+    assert FACE.observed(tmp_path) == [(f"U{step}", VALUES[step - 1]) for step in (2, 4, 6, 8)]
+    assert not [record for record in caplog.records if record.name.startswith("keepbest")]
+
+
+@pytest.mark.parametrize("settings", [{"metric_key": "loss"}, {"id": "other"}])
+def test_callback_that_a_checkpoint_has_no_state_of_may_join_its_run(settings, tmp_path):
+    FACE.train(tmp_path, VALUES, fails_at=5)
+    checkpoint = tmp_path / "checkpoint-4"
+    name = "best_model.eval_loss" if "id" not in settings else "best_model.eval_score.id=other"
+    message = rf"resume it \(resume='ledger' of BestCheckpoint, since the checkpoint has no state of {name}\)"
+    with pytest.raises(RunExistsError, match=message):
+        FACE.train(tmp_path, VALUES, resume_from=checkpoint, **settings)
+    FACE.train(tmp_path, VALUES, resume_from=checkpoint, beside={"resume": "ledger", **settings})
+    assert len(FACE.observed(tmp_path)) == len(VALUES)
+    assert [step for step, _ in FACE.observed(tmp_path, name)] == ["U5", "U6", "U7", "U8"]
 
 
 class RunsOutOfMemory(ScriptedTrainer):
@@ -143,6 +219,58 @@ def test_peft_reads_the_best_adapter_and_nothing_else_is_kept(name, folder, worl
     assert weights_of(peft.get_peft_model_state_dict(read)) == own
     assert weights_of(load_file(tmp_path / "adapter" / folder / "adapter_model.safetensors")) == own
     assert not [each.name for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(8)[None]).logits
+
+
+def kinds_of_adapters():
+    """Of some PEFT does not write all that has their name, and of some it writes weights of the base."""
+    import peft
+
+    layers = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    return {
+        "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=3, **layers),
+        "vera": peft.VeraConfig(r=2, **layers),
+        "bias": peft.LoraConfig(r=2, bias="all", **layers),
+        "tokens": peft.LoraConfig(r=2, trainable_token_indices=[1], **layers),
+    }
+
+
+def train_kind(directory, kind, name):
+    import peft
+
+    trainer = make_trainer(
+        directory,
+        [3.0, 1.0, 2.0],
+        [BestCheckpoint(save_frozen_weights=False)],
+        trainer={
+            "model": peft.get_peft_model(make_base(), kinds_of_adapters()[kind], adapter_name=name),
+            "train_dataset": (data := [{"input_ids": list(range(8)), "labels": 1}] * 8),
+            "eval_dataset": data[:2],
+        },
+    )
+    trainer.train()
+    place = export_adapter(directory, FACE.ref, directory / "adapter", trainer.model, adapter_name=name)
+    own = directory / "checkpoint-2" / ("" if name == "default" else name)
+    return [
+        weights_of(load_file(folder / "adapter_model.safetensors"))
+        | {"logits": logits(peft.PeftModel.from_pretrained(make_base(), str(folder))).tolist()}
+        for folder in (own, place)
+    ]
+
+
+@asks_in_old_ways
+@pytest.mark.filterwarnings("ignore:The current implementation of AdaLoRA")
+@pytest.mark.parametrize("name", ["default", "query"])  # the second is that of a module, too
+@pytest.mark.parametrize("kind", ["adalora", "vera", "bias", "tokens"])
+def test_export_of_an_adapter_has_what_peft_writes(kind, name, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    [[own, exported]] = run_ranks(train_kind, 1, tmp_path, kind, name, init=False)
+    assert exported == own
 
 
 @asks_in_old_ways

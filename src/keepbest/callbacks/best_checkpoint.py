@@ -18,9 +18,10 @@ from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.callbacks.training_state import trainer_state
 from keepbest.decision import Outcome
 from keepbest.errors import ConfigError
+from keepbest.face import Face
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
-from keepbest.metric import read_scalar
+from keepbest.metric import LOG_REMEDY, read_scalar
 from keepbest.run.no_run import ledger_exists
 from keepbest.run.takeover import Existing
 from keepbest.settings import CommonSettings
@@ -58,7 +59,11 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
 
 
 class _Keeper(BestKeeper):
-    _existing = Existing(resume="trainer.resume=auto", set_aside="trainer.existing=set_aside")
+    _face = Face(
+        Existing(resume="trainer.resume=auto", set_aside="trainer.existing=set_aside"),
+        missing=LOG_REMEDY,
+        unobserved="the callback needs an interval that comes before the end of training",
+    )
 
 
 class BestCheckpointCallback(PeriodicCallback):

@@ -11,7 +11,7 @@ from keepbest.callbacks.config import CallBackBaseConfig
 from keepbest.callbacks.periodic import PeriodicCallback
 from keepbest.decision import BestState, Observation, Policy, decide
 from keepbest.interval import IntervalType
-from keepbest.metric import agree_on_metric, read_scalar
+from keepbest.metric import LOG_REMEDY, agree_on_metric, read_scalar
 from keepbest.reduction import MetricReduction
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class MetricEarlyStopper(PeriodicCallback):
             lambda: read_scalar(self.log_writer.log_cache, self.metric_key, iteration),
             self._reduction,
             state=f"{self.state_key} {iteration} {json.dumps(self._state.to_json())}".encode(),
+            remedy=LOG_REMEDY,
         )
         self._state, _ = decide(self._policy, self._state, Observation(iteration, value))
         if self.tolerance in self._state.exceeded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError
+from keepbest.face import Face
 from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
@@ -23,12 +25,15 @@ from keepbest.settings_dict import KeeperSettingsDict
 # What the newest saved state names is kept under one tag: nothing says which of them are removed.
 _PIN = "accelerate"
 
+_RESUME = "resume='ledger'"
+
 
 class AcceleratedKeeper(BestKeeper):
     """Is saved by `accelerator.save_state`, and loaded by `accelerator.load_state`. Creating one is **collective**.
 
     What a state names is made durable before it is written, and kept until the next one is. `load_state` comes before
-    the keeper starts, so before its block is entered.
+    the keeper starts, so before its block is entered. The state of a keeper is a file of its name, so an accelerator
+    loads states that were saved with other keepers, or with none.
 
     Args:
         accelerator: Accelerator of the loop.
@@ -47,9 +52,11 @@ class AcceleratedKeeper(BestKeeper):
         DesyncError: On every rank, if their settings differ.
     """
 
-    _existing = Existing(
-        resume="accelerator.load_state(...) before the keeper starts, or resume='ledger'",
-        set_aside="existing='set_aside'",
+    _face = Face(
+        Existing(
+            resume=f"accelerator.load_state(...) before the keeper starts, or {_RESUME}",
+            set_aside="existing='set_aside'",
+        )
     )
 
     def __init__(
@@ -86,18 +93,74 @@ class AcceleratedKeeper(BestKeeper):
             on_new_best=on_new_best,
             **settings,
         )
-        accelerator.register_for_checkpointing(self)
-        self._hook = accelerator.register_save_state_pre_hook(self._pin)
-
-    def close(self) -> None:
-        # What is saved from now on names what is at its end, and moves no more.
-        self._hook.remove()
-        super().close()
+        self._accelerator = accelerator
+        self._hooks = [
+            accelerator.register_save_state_pre_hook(self._save_to),
+            accelerator.register_load_state_pre_hook(self._load_from),
+        ]
 
     def abandon(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         super().abandon()
 
-    def _pin(self, models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
-        """On every rank, before the accelerator writes."""
-        self.flush(pin=_PIN)
+    def _save_to(self, models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
+        """On every rank, before the accelerator writes. **Collective** until the keeper closes."""
+        file = Path(output_dir) / self._file
+        if self._phase == "closed":  # what it names moves no more, and its ranks may be gone
+            self._write(file)
+            return
+        if self._phase == "started":
+            self.flush(pin=_PIN)
+        self._ranks.agree(f"write the state of {self.name}", lambda: self._write(file), saving=True)
+
+    def _load_from(self, models: list[nn.Module], input_dir: str) -> None:
+        """On every rank, before the accelerator loads. **Collective** until the keeper closes."""
+        if self._phase == "closed":  # the states are loaded for what comes after
+            return
+        file = Path(input_dir) / self._file
+        state = self._ranks.agree(f"read the state of {self.name}", lambda: self._read(file))
+        if state is not None:
+            self.load_state_dict(state)
+        elif self._phase == "new":
+            self._face = self._face.resumed_by(f"{_RESUME}, since {input_dir} has no state of {self.name}")
+
+    @property
+    def _file(self) -> str:
+        return f"keepbest.{self.name}.json"
+
+    def _write(self, file: Path) -> None:
+        accelerator = self._accelerator
+        on_each_node = accelerator.project_configuration.save_on_each_node
+        if accelerator.is_local_main_process if on_each_node else accelerator.is_main_process:
+            # An accelerator may have keepers of this name in several directories, one after the other or at once.
+            states = _states_in(file) if file.exists() else {}
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps({**states, str(self.directory): self.state_dict()}))
+            new.replace(file)
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        if not file.exists():
+            return None
+        if self._phase != "new":
+            raise ConfigError(
+                f"accelerator.load_state comes too late for the keeper of {self.metric_key}: load the state before "
+                "the block of the keeper is entered, and before observe()"
+            )
+        states = _states_in(file)
+        mine = str(self.directory)
+        if mine not in states and len(states) > 1:
+            raise ConfigError(
+                f"{file} has the states of keepers in {', '.join(sorted(states))}, and this one is in {mine}: give "
+                "the keeper one of these directories, or remove the other states"
+            )
+        found: dict[str, Any] | None = states.get(mine, next(iter(states.values()), None))
+        return found
+
+
+def _states_in(file: Path) -> dict[str, Any]:
+    """{directory: state of a keeper}."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"expected the states of keepers in {file}, which is damaged: {error}; remove it") from error

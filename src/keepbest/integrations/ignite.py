@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from torch import nn
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, IterationError
+from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import Reading, read_value
+from keepbest.metric import DEFAULT_REMEDY, Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.misspelling import nearest
 from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
 from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
+_logger = logging.getLogger(__name__)
+
 # What the newest checkpoint of Ignite names is kept under one tag: no event says which of them are removed.
 _PIN = "ignite"
 
 
 class _Keeper(BestKeeper):
-    _existing = Existing(
-        resume="Checkpoint.load_objects with this handler in to_load, or resume='ledger' of BestCheckpoint",
-        set_aside="existing='set_aside' of BestCheckpoint",
+    _face = Face(
+        Existing(
+            resume="Checkpoint.load_objects with this handler in to_load, or resume='ledger' of BestCheckpoint",
+            set_aside="existing='set_aside' of BestCheckpoint",
+        ),
+        missing=f"Name what the evaluator computes in each of its runs. {DEFAULT_REMEDY}",
+        unobserved="run the evaluator that was attached, while the trainer runs, on the data that attach() was given",
     )
 
 
@@ -58,7 +68,8 @@ class BestCheckpoint:
         keeper: Keeper of the present or last run of the trainer. `None` before the first.
 
     Raises:
-        ConfigError: If a setting is unknown or wrong, or lower values of what a score has the name of are better.
+        ConfigError: If a setting is unknown or wrong, the score function is no function, or lower values of what a
+            score has the name of are better.
     """
 
     def __init__(
@@ -78,6 +89,8 @@ class BestCheckpoint:
         self.keeper: BestKeeper | None = None
         self._resume = checked.resume
         arguments = checked.keeper_arguments()
+        if score_function is not None and not callable(score_function):
+            raise ConfigError(f"score_function must be a function of the evaluator, found {score_function!r}")
         if score_function is not None and checked.higher_is_better is None:
             _refuse_if_lower_is_better(metric_key, metric_property_provider)
             arguments["higher_is_better"] = True
@@ -94,6 +107,8 @@ class BestCheckpoint:
         self._score_function = score_function
         self._trainer: Engine | None = None
         self._data: Any = None
+        self._passed_over: TrainingIteration | None = None
+        self._has_warned = False
         self._observed_data: Any = None
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
@@ -164,9 +179,12 @@ class BestCheckpoint:
 
     def _observe(self, evaluator: Engine, trainer: Engine) -> None:
         """Observe the metric. **Collective**. Raises as `BestKeeper.observe`."""
-        if self._open is None or (self._data is not None and evaluator.state.dataloader is not self._data):
+        if self._open is None:
             return
         iteration = _iteration_of(trainer)
+        if self._data is not None and evaluator.state.dataloader is not self._data:
+            self._pass_over(self._open, iteration)
+            return
         # Often the model is evaluated once more when training ends, as it was at the end of the last epoch.
         if trainer.last_event_name == Events.COMPLETED and self._open.state.last_iteration == iteration:
             return
@@ -175,6 +193,19 @@ class BestCheckpoint:
         )
         self._observed_data = evaluator.state.dataloader
         self._open.observe_reading(lambda: self._read(evaluator, iteration if is_other else None), iteration)
+
+    def _pass_over(self, keeper: BestKeeper, iteration: TrainingIteration) -> None:
+        """Warn, once, if the evaluator has run at two iterations, and never on the data to observe. **Rank-local**."""
+        before, self._passed_over = self._passed_over or iteration, iteration
+        if before != iteration and keeper.state.last_iteration is None and not self._has_warned:
+            self._has_warned = True
+            if idist.get_rank() == 0:
+                _logger.warning(
+                    "%s: at %s and before, the evaluator ran on other data alone than attach() was given, so nothing "
+                    "was observed: give data= the very object that evaluator.run is given",
+                    keeper.name,
+                    iteration,
+                )
 
     def _read(self, evaluator: Engine, seen: TrainingIteration | None) -> Reading:
         if seen is not None:
@@ -186,7 +217,7 @@ class BestCheckpoint:
             return read_value(self._score_function(evaluator))
         metrics: Mapping[str, Any] = evaluator.state.metrics
         if self.metric_key not in metrics:
-            known = ", ".join(sorted(metrics)) or "none"
+            known = (", ".join(sorted(metrics)) or "none") + nearest(self.metric_key, metrics)
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
         return read_value(metrics[self.metric_key])
 

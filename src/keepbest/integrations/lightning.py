@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, MissingMetricError
+from keepbest.face import Face
 from keepbest.integrations.lightning_export import export_checkpoint, show_to
 from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
-from keepbest.integrations.misspelling import misspelt, nearest
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.misspelling import misspelt, nearest
 from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
@@ -39,9 +40,12 @@ _PIN = "lightning"
 
 
 class _Keeper(BestKeeper):
-    _existing = Existing(
-        resume="fit(ckpt_path=...), or resume='ledger' of BestCheckpoint",
-        set_aside="existing='set_aside' of BestCheckpoint",
+    _face = Face(
+        Existing(
+            resume="fit(ckpt_path=...), or resume='ledger' of BestCheckpoint",
+            set_aside="existing='set_aside' of BestCheckpoint",
+        ),
+        unobserved="no validation, or interval of every_n_train_steps, came to its end",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import mlflow
@@ -12,6 +13,7 @@ from keepbest.decision import Outcome
 from keepbest.errors import ConfigError
 from keepbest.run.kept import is_best_of_its_run
 
+_NAME = re.compile(r"[\w\-. ]+")
 _TAKEN = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
 
 
@@ -26,9 +28,17 @@ class BestArtifact:
     Args:
         name: Name of the registered model.
         run_id: Run to log to. `None` is the active one; rank 0 alone needs one.
+
+    Raises:
+        ConfigError: If not both a model and a metric can have this name.
     """
 
     def __init__(self, name: str, *, run_id: str | None = None) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                "expected a name of letters, digits, spaces, '_', '-' and '.', which MLflow takes for models and for "
+                f"metrics, found {name!r}"
+            )
         self._name, self._run_id = name, run_id
 
     def __call__(self, outcome: Outcome, path: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from keepbest.callbacks.component import Component
 from keepbest.errors import ConfigError
+from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
 from keepbest.metric import Reading, read_value
@@ -36,9 +37,12 @@ _PIN = "noether"
 
 
 class _Keeper(BestKeeper):
-    _existing = Existing(
-        resume="resume_run_id, or resume: ledger of the BestCheckpointCallback",
-        set_aside="existing='set_aside' of the BestCheckpointCallback",
+    _face = Face(
+        Existing(
+            resume="resume_run_id, or resume: ledger of the BestCheckpointCallback",
+            set_aside="existing='set_aside' of the BestCheckpointCallback",
+        ),
+        unobserved="the callback needs an interval that comes before the end of training",
     )
 
 

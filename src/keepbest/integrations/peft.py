@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import export
+from keepbest.modules.kinds import has_shards
 from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
@@ -55,7 +57,7 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
     try:
         export(run, ref, weights)
         state = torch.load(weights, mmap=True, weights_only=True)
-        _check_is_whole(state, model, adapter_name, ref)
+        state = _whole(state, model, adapter_name, ref)
         model.save_pretrained(str(folder), selected_adapters=[adapter_name], state_dict=state)
         _files.remove(weights)
         for path in folder.rglob("*"):
@@ -68,12 +70,26 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
     return to if adapter_name == "default" else to / adapter_name
 
 
-def _check_is_whole(state: dict[str, Any], model: Any, adapter_name: str, ref: str) -> None:
-    """PEFT would write what is there, and read the rest as it was initialized."""
-    mine = {name for name, _ in model.named_parameters() if adapter_name in name.split(".")}
-    missing = sorted(mine - state.keys())
-    if missing or not mine & state.keys():
+def _whole(state: dict[str, Any], model: Any, adapter_name: str, ref: str) -> dict[str, Any]:
+    """What PEFT is to write: the adapter in `state`, and what it writes of the base, which was not trained.
+
+    It would write what it finds, and read the rest as it was initialized. So it should find in the snapshot what it
+    writes of the model, which is not all that has the name of the adapter. It leaves this name out of the keys, except
+    of weights of the base. These it wants, for example, for embeddings and heads that were resized.
+    """
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    try:
+        found = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name)
+    except KeyError as error:  # some kinds look for a weight of theirs by its name
+        found = {}
+        wanted[str(error.args[0])] = None
+    base = {name: weight.detach() for name, weight in model.named_parameters() if name not in state}
+    missing = sorted(wanted.keys() - found.keys() - base.keys())
+    if missing or not found:
         raise SnapshotError(
             f"expected the weights of the adapter {adapter_name!r} in {ref}, but it has not {len(missing)} of them, "
             f"such as {', '.join(missing[:3]) or 'any'}; was it trained with another adapter, or another kind of it?"
         )
+    # Of a model that is sharded no rank has them.
+    of_base = {name: base[name] for name in wanted.keys() & base.keys()}
+    return {**state, **{name: each for name, each in of_base.items() if each.numel() and not has_shards(each)}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from transformers.trainer_callback import ExportableState
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, MissingMetricError
+from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import Reading, read_value
+from keepbest.metric import DEFAULT_REMEDY, Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
+from keepbest.misspelling import nearest
 from keepbest.new_best import Hook, check_hooks
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
@@ -22,18 +25,29 @@ from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 
+_logger = logging.getLogger(__name__)
+
 # What the newest checkpoint of the Trainer names is kept under one tag: no hook says which of them are removed.
 _PIN = "transformers"
 _PREFIX = "eval_"
 # Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
 _ONLY_EVALUATION = "eval_runtime"
+_RESUME = "resume='ledger' of BestCheckpoint"
 
 
 class _Keeper(BestKeeper):
-    _existing = Existing(
-        resume="train(resume_from_checkpoint=True), or resume='ledger' of BestCheckpoint",
-        set_aside="existing='set_aside' of BestCheckpoint",
+    _face = Face(
+        Existing(
+            resume=f"train(resume_from_checkpoint=True), or {_RESUME}",
+            set_aside="existing='set_aside' of BestCheckpoint",
+        ),
+        missing=f"Name a metric that each evaluation reports. {DEFAULT_REMEDY}",
+        unobserved="the Trainer has not shown an evaluation to its callbacks",
     )
+
+    def resumed_otherwise(self, resume: str) -> None:
+        """Say how a run that is there would be resumed, where that is not as always. **Rank-local**."""
+        self._face = self._face.resumed_by(resume)
 
 
 class BestCheckpoint(TrainerCallback, ExportableState):
@@ -84,8 +98,10 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
-        self._is_due = self._has_stepped = False
+        self._is_due = self._is_scheduled = self._is_logged = self._has_stepped = self._has_warned = False
+        # Since the last step: by evaluations of the training, and with other prefixes.
         self._reported: set[str] = set()
+        self._beside: set[str] = set()
         self._trials = 0
         self._attempt: tuple[Any, int] = None, 0
 
@@ -156,21 +172,31 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         # At step 0 it is no checkpoint that this comes from, but what this callback gave when `train` was called.
         if loaded is not None and state.global_step > 0:
             keeper.load_state_dict(loaded)
+        elif state.is_hyper_param_search:
+            keeper.resumed_otherwise(
+                "a trial is not resumed; with hp_name=lambda trial: f'run-{trial.number}' of hyperparameter_search, "
+                "the trials of a study that continues have folders of their own"
+            )
+        elif state.global_step > 0:
+            keeper.resumed_otherwise(f"{_RESUME}, since the checkpoint has no state of {keeper.name}")
         begun = TrainingIteration(update=state.global_step)
         keeper.start(at=begun if settings["resume"] == "ledger" or starts_over else None)
         self.keeper = self._open = keeper
         self._attempt = _attempt_of(state)
-        self._is_due, self._reported, self._has_stepped = False, set(), False
+        self._has_stepped = self._has_warned = False
+        self._await_evaluation(due=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From now on an evaluation observes something new. **Collective** where a checkpoint follows, as `flush`."""
-        self._is_due = self._has_stepped = True
+        self._await_evaluation(due=True)
+        self._has_stepped, self._is_scheduled = True, control.should_evaluate
         self._prepare_checkpoint(control.should_save)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """**Collective** where a checkpoint follows, as `flush`."""
+        self._is_scheduled |= control.should_evaluate
         self._prepare_checkpoint(control.should_save)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -193,10 +219,15 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if self._open.metric_key not in metrics and _ONLY_EVALUATION not in metrics:
             # One of several data sets, which are evaluated one by one, or what somebody evaluates beside the training.
             self._reported.update(key for key in metrics if key.startswith(_PREFIX))
+            self._beside.update(metrics)
             return
         self._observe(metrics, state)
         # Whether there is a new best of the Trainer, which it saves then, it knows only after this.
         self._prepare_checkpoint(control.should_save or args.save_strategy == "best")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """**Rank-local**."""
+        self._is_logged |= any(key.startswith(_PREFIX) for key in kwargs.get("logs") or ())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what the checkpoint names until there is a newer one. **Collective**. Raises as `BestKeeper.flush`.
@@ -254,14 +285,30 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         return by_name
 
     def _observe(self, metrics: Mapping[str, Any], state: TrainerState) -> None:
-        self._is_due, self._reported = False, set()
+        self._await_evaluation(due=False)
         if self._open is not None:
             key = self._open.metric_key
             self._open.observe_reading(lambda: _read(key, metrics), TrainingIteration(update=state.global_step))
 
+    def _await_evaluation(self, *, due: bool) -> None:
+        self._is_due, self._is_scheduled, self._is_logged = due, False, False
+        self._reported, self._beside = set(), set()
+
     def _refuse_what_was_not_reported(self, state: TrainerState) -> None:
-        if self._reported:
-            self._observe(dict.fromkeys(self._reported), state)
+        # What somebody evaluates beside the training is no reason, unless all that was to be evaluated is there.
+        reported = self._reported or (self._beside if self._is_scheduled else set())
+        if reported:
+            self._observe(dict.fromkeys(reported), state)
+        # A callback of the user may have cancelled the evaluation, but nobody logs one that was not.
+        elif self._is_due and self._is_scheduled and self._is_logged and self._open and not self._has_warned:
+            self._has_warned = True
+            if state.is_world_process_zero:
+                _logger.warning(
+                    "%s: no callback was shown the evaluation at step %d: an evaluate() of your own must call "
+                    "self.callback_handler.on_evaluate with its metrics, or nothing is observed",
+                    self._open.name,
+                    state.global_step,
+                )
 
     def _prepare_checkpoint(self, follows: bool) -> None:
         """What a checkpoint names must be on the disk before it; rank 0 asks for the state while it writes."""
@@ -312,9 +359,8 @@ def _refuse_if_never_evaluated(args: TrainingArguments, state: TrainerState) -> 
 
 def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
     if metric_key not in metrics:
-        return Reading(
-            absent=f"{metric_key!r} was not reported by the evaluation; reported: {', '.join(sorted(metrics))}"
-        )
+        reported, near = ", ".join(sorted(metrics)), nearest(metric_key, metrics)
+        return Reading(absent=f"{metric_key!r} was not reported by the evaluation; reported: {reported}{near}")
     return read_value(metrics[metric_key])
 
 

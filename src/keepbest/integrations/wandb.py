@@ -26,9 +26,16 @@ class BestArtifact:
     Args:
         name: Name of the artifact.
         run: Run to log to. `None` is the one that `wandb.init` has started in this process; rank 0 alone needs one.
+
+    Raises:
+        ConfigError: If no artifact can have this name.
     """
 
     def __init__(self, name: str, *, run: Run | None = None) -> None:
+        try:
+            wandb.Artifact(name, type="model")  # which knows what it takes
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"expected the name of an artifact of wandb, found {name!r}: {error}") from error
         self._name, self._run = name, run
 
     def __call__(self, outcome: Outcome, path: Path) -> None:

@@ -257,12 +257,17 @@ class Saver:
         if self._run.remote is not None:
             self._on_main(step, wait, remedy="")
 
-    def warn_if_nothing_is_kept(self, state: BestState) -> None:
-        """Say so where a run ends with nothing kept, neither now nor before. **Rank-local**, on rank 0."""
+    def warn_if_nothing_is_kept(self, state: BestState, remedy: str) -> None:
+        """Say so where a run ends with nothing kept, neither now nor before. **Rank-local**, on rank 0.
+
+        Args:
+            state: Bookkeeping at the end.
+            remedy: What to do where nothing was observed.
+        """
         if state.best is not None or self.best_snapshot is not None or not self._ranks.is_main:
             return
         if state.last_iteration is None:
-            reason = "nothing was observed: call observe() after each evaluation"
+            reason = f"nothing was observed: {remedy}"
         else:
             reason = f"no finite value was observed and saved up to {state.last_iteration}"
         _logger.warning("%s: the run ends and no best is kept, since %s", self._name, reason)

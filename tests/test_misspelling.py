@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keepbest.integrations.misspelling import misspelt
+from keepbest.misspelling import misspelt
 
 
 @pytest.mark.parametrize(
