@@ -22,9 +22,10 @@ demo: $(INSTALLED_FOR_DEMO)
 	rm -rf runs/digits
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m keepbest train examples/digits/config.yaml
 
-# worksteal, because a few tests take seconds and most take milliseconds.
+# Three at a time on two cores, because tests often wait for the disk or for ranks. worksteal, because a few tests take
+# seconds and most take milliseconds.
 test: $(INSTALLED)
-	$(PYTEST) -n 2 --dist worksteal
+	$(PYTEST) -n 3 --dist worksteal
 
 # All tests that start no process, with fewer random histories, power cuts and refusals. Under a minute on two cores.
 quick: $(INSTALLED)
