@@ -86,6 +86,7 @@ def accelerate(directory: Path, settings: dict[str, Any]) -> None:
         project_configuration=SimpleNamespace(automatic_checkpoint_naming=False),
         register_for_checkpointing=nothing,
         register_save_state_pre_hook=nothing,
+        register_load_state_pre_hook=nothing,
     )
     AcceleratedKeeper(accelerator, nn.Linear(1, 1), directory=directory, metric_key="loss", **settings)
 

@@ -64,7 +64,6 @@ class HostSlot:
         if not all(type(value) in PLAIN_CLASSES for value in values.values()):
             return {key: self.put(key, value) for key, value in values.items()}
         rooms = self._rooms.get_all(values)
-        self._needed.update(rooms)
         self._copies.add(rooms, values)
         return rooms
 
