@@ -17,8 +17,8 @@ _SET = "/dataloader_idx_"
 def misspelt(metric_key: str, logged: Iterable[str]) -> str | None:
     """Return the logged name that is meant by `metric_key`, or `None` if that may as well be another metric.
 
-    Of two names of one metric, the words are the same, whatever is between them, or two words have changed places, or
-    one of the words is misspelt. `rmse` is no misspelling of `mse`, nor `acc5` of `acc1`.
+    Two names are of one metric if their words are the same, with any signs between them, or if two words have changed
+    places, or one word is misspelt. `rmse` is no misspelling of `mse`, nor `acc5` of `acc1`.
     """
     return next((name for name in sorted(logged) if _is_same(metric_key, name)), None)
 
