@@ -74,6 +74,36 @@ def test_best_that_is_exchanged_is_read_again(form, tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True)["weight"].item() == 50.5
 
 
+@pytest.mark.parametrize("form", ["torch", "safetensors", "dcp"])
+def test_best_that_is_exchanged_after_its_check_is_read_again(form, tmp_path, monkeypatch):
+    run = LiveRun(tmp_path, 2, format=form)
+    check = FoundSnapshot.check_files
+
+    def check_too_early(found, *share, **parts):
+        check(found, *share, **parts)
+        run.exchange()
+
+    monkeypatch.setattr(FoundSnapshot, "check_files", check_too_early)  # the moment between digest and tensors
+    model = nn.Linear(1, 1)
+    assert load(tmp_path, BEST, model).value == -13.0
+    assert (model.weight.item(), model.bias.item()) == (13.0, 13.0)
+
+
+def test_file_that_goes_while_it_is_read_is_said_to_be_missing(tmp_path, monkeypatch):
+    run = LiveRun(tmp_path, 0)
+    path = run.keeper.best_path / "model.pt"
+    read = sys.modules["keepbest.formats.torch_file"].load_plain
+
+    def read_and_remove(given):
+        state = read(given)
+        path.unlink()
+        return state
+
+    monkeypatch.setattr("keepbest.formats.torch_file.load_plain", read_and_remove)  # it is mapped, and has no name
+    with pytest.raises(SnapshotError, match=r"model\.pt cannot be read"):
+        load(tmp_path, BEST, nn.Linear(1, 1))
+
+
 def load_on_ranks(directory, **settings):
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     model = nn.Linear(1, 1)

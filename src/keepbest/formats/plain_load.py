@@ -52,7 +52,11 @@ def check_sizes(path: Path, state: Mapping[Any, Any]) -> None:
         if tensor.device.type == "cpu" and tensor.nbytes > (held := tensor.untyped_storage().nbytes()):
             raise SnapshotError(f"{path}: {key} would grow to {tensor.nbytes} bytes; the file holds {held} of them")
     tied = first_names(tensors)
-    total, there = sum(each.nbytes for key, each in tensors.items() if key not in tied), path.stat().st_size
+    total = sum(each.nbytes for key, each in tensors.items() if key not in tied)
+    try:
+        there = path.stat().st_size
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read: {error}") from error
     if total > _MOST_VIEWS * there:
         raise SnapshotError(f"{path}: its tensors would grow to {total} bytes; the file has {there}")
 

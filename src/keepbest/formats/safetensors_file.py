@@ -139,7 +139,7 @@ def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         tied = json.loads(metadata.get(_TIED, "{}"))
         yield from tensors.items()
         yield from ((name, tensors[first]) for name, first in tied.items())
-    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
 
 
