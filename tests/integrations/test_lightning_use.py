@@ -225,6 +225,8 @@ def test_parts_alone_make_no_checkpoint_of_lightning(tmp_path):
     (tmp_path / "there.ckpt").touch()
     with pytest.raises(ConfigError, match="nothing is overwritten"):
         export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt", Model())
+    with pytest.raises(ConfigError, match=r"there\.ckpt is a file"):
+        export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt" / "best.ckpt", Model())
 
 
 @pytest.mark.parametrize("check_finite", [True, False])

@@ -159,3 +159,14 @@ def test_variable_that_is_not_set_is_no_directory(tmp_path, monkeypatch):
     ended = runs.keepbest("show", "")
     assert (ended.exit_code, "expected a path, got an empty text" in ended.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["torch", "dcp"])
+def test_link_to_nothing_is_no_place_for_a_run_or_a_file(form, places, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    there = f"but {tmp_path / 'link'} is a link to nothing"
+    with pytest.raises(ConfigError, match=there):
+        BestKeeper(nn.Linear(1, 1), directory=tmp_path / "link", metric_key="loss", format=form).start()
+    with pytest.raises(ConfigError, match=there):
+        export(places / "runs" / "a", "best_model.loss", tmp_path / "link" / "x.pt")
+    assert not (tmp_path / "nothing").exists()

@@ -20,6 +20,7 @@ from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
+from keepbest.run.no_run import check_can_be_made
 from keepbest.run.reader import find_ref
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
         The file.
 
     Raises:
-        ConfigError: If there is a file already, or the run kept parts of the module alone (`model_names`).
+        ConfigError: If there is a file already, or one in the place of its folder, or the run kept parts of the module
+            alone (`model_names`).
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     to = local_path(to)
     if to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
+    check_can_be_made(to.parent)
     weights, written = (to.with_name(f"{TEMPORARY}{kind}-{to.stem}.pt") for kind in ("weights", "checkpoint"))
     _remove(weights, written)
     try:

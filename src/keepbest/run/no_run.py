@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from keepbest.errors import ConfigError
@@ -23,9 +24,10 @@ def run_around(place: Path) -> Path | None:
 
 def check_can_be_made(directory: Path) -> None:
     """Check that nothing but folders is in the way of `directory`. Raises `ConfigError`."""
-    there = next(path for path in (directory, *directory.parents) if path.exists())
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise ConfigError(f"expected a directory, or room for one, at {directory}; but {there} is a file")
+        kind = "a file" if there.exists() else "a link to nothing"
+        raise ConfigError(f"expected a directory, or room for one, at {directory}; but {there} is {kind}")
 
 
 def why_no_run(directory: Path) -> str:
