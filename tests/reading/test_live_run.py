@@ -57,6 +57,18 @@ def test_run_that_exchanges_its_best_is_no_damage(tmp_path, monkeypatch):
     assert next(run.updates, None) is None
 
 
+def test_run_that_always_exchanges_its_best_is_no_damage(tmp_path, monkeypatch):
+    run = LiveRun(tmp_path, 1000)
+    check = sys.modules["keepbest.run.verify"].check_file
+
+    def check_too_late(path, digest):
+        run.exchange()
+        check(path, digest)
+
+    monkeypatch.setattr("keepbest.run.verify.check_file", check_too_late)
+    assert [fault for fault in verify_run(tmp_path) if fault.kind == "damage"] == []
+
+
 @pytest.mark.parametrize("form", ["torch", "dcp"])
 def test_best_that_is_exchanged_is_read_again(form, tmp_path, monkeypatch):
     run = LiveRun(tmp_path / "run", 2, format=form, keep_top_k=2)

@@ -57,6 +57,8 @@ def _faults_of_remote(remote: Remote) -> list[Fault]:
     for name in sorted(history.copied()):
         with local_copy(remote.url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
             found = snapshot_faults(directory, history, name)
+            if name not in read_history(directory).copied():
+                continue  # a live run has removed it meanwhile
             faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in found]
     kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.copied())
     with raising_unreadable(remote):

@@ -38,7 +38,7 @@ def verify(directory: Path) -> list[Fault]:
     return [
         *_ledger_faults(directory / CHECKPOINTS / LEDGER),
         *_ref_faults(directory / CHECKPOINTS, history),
-        *(fault for name in sorted(history.kept()) for fault in snapshot_faults(directory, history, name)),
+        *(fault for name in sorted(history.kept()) for fault in _faults_of_kept(directory, history, name)),
         *_leftovers(directory / CHECKPOINTS, history),
     ]
 
@@ -66,6 +66,12 @@ def _ref_faults(folder: Path, history: History) -> list[Fault]:
         *faults,
         *(Fault("unfinished", f"{folder / name} is a ref that the ledger does not know") for name in unknown),
     ]
+
+
+def _faults_of_kept(directory: Path, history: History, name: str) -> list[Fault]:
+    faults = snapshot_faults(directory, history, name)
+    # A live run may have removed what its ledger named a moment ago.
+    return faults if faults and name in read_history(directory).kept() else []
 
 
 def snapshot_faults(directory: Path, history: History, name: str) -> list[Fault]:
