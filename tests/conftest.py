@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Test processes and their ranks share few cores. Set before torch is imported, so that forked ranks have it too.
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes depends on what the other test process does.
 settings.register_profile("keepbest", deadline=None)
-settings.register_profile("quick", deadline=None, max_examples=10)
+settings.register_profile("quick", deadline=None, max_examples=5)
 settings.load_profile("keepbest")
 
 
@@ -51,9 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(NoProcesses())
 
 
-def pytest_collection_finish() -> None:
-    # What was imported stays. Frameworks collect garbage in each training, and would look through all of it each time.
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    # What is imported stays. Frameworks collect garbage in each training, and would look through all of it each time.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # {path: the option that it needs}

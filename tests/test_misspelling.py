@@ -39,6 +39,9 @@ def test_another_spelling_of_a_logged_metric_is_found(key, logged):
         ("map_100", "map_1000"),
         ("val_loss_a", "val_loss_b"),
         ("text_to_image_recall", "image_to_text_recall"),
+        ("en_de", "de_en"),
+        ("val_loss_head", "val_loss_heads"),
+        ("val_1_1", "val_11"),
     ],
 )
 def test_another_metric_is_no_misspelling(key, logged):

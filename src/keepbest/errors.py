@@ -71,6 +71,10 @@ class RankFailedError(RanksError):
     """At least one rank failed in a step in which every rank takes part."""
 
 
+class PartlyLoadedError(RankFailedError):
+    """A file was lost or damaged while it was loaded: some parts of the model are those of the snapshot, others not."""
+
+
 class StorageError(RankFailedError):
     """The file system refused an operation of a rank, usually a write of rank 0."""
 

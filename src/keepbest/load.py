@@ -16,7 +16,7 @@ from keepbest.capture.feed import Stored
 from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import Stateful, check_states
 from keepbest.capture.ways import find_way
-from keepbest.errors import ConfigError, SnapshotError
+from keepbest.errors import ConfigError, PartlyLoadedError, SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
@@ -105,8 +105,8 @@ def load(
         LedgerError: On every rank, if the ledger is damaged or of another version.
         ConfigError: On every rank, if the URL cannot be opened here, the snapshot has nothing that `only` names, an
             optimizer has parameters that are not in the model, or no `ref` is given and there is not one best.
-        RankFailedError: On every rank, if a `load_state_dict` raises, of the model or of what `training_state` has.
-            Parts may be loaded then.
+        RankFailedError: On every rank, if a `load_state_dict` raises, of the model or of what `training_state` has, or
+            a file is lost while it is read. Parts may be loaded then.
     """
     ranks = Ranks.connect(process_group, rank_timeout=rank_timeout, save_timeout=save_timeout)
     step = f"read {ref or 'the best'} of {run}"
@@ -133,7 +133,7 @@ def load_into(
         read: set[str] = set()  # the snapshot, on rank 0, once that is known
         try:
             return _load(target, place, ref, selection, states, read, ranks=ranks, step=step)
-        except SnapshotError:
+        except (SnapshotError, PartlyLoadedError):
             # A live run may have removed what its ledger named a moment ago.
             if attempt == TRIES - 1 or ranks.is_poisoned or not _is_exchanged(place, ref, read, ranks, step):
                 raise

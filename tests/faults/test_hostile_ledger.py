@@ -39,7 +39,7 @@ def run(tmp_path) -> Path:
 def test_flipped_byte_of_the_ledger_loads_whole_weights_only(run, request):
     data = ledger(run).read_bytes()
     loaded, reasons = [], []
-    flips = range(0, len(data), 11 if request.config.getoption("--quick") else 1)
+    flips = range(0, len(data), 23 if request.config.getoption("--quick") else 1)
     for at in flips:
         ledger(run).write_bytes(flipped(data, at))
         model = net(-1.0)
@@ -60,7 +60,7 @@ def test_flipped_byte_of_the_ledger_loads_whole_weights_only(run, request):
 
 def test_ledger_cut_at_any_byte_tells_the_lines_before(run, request):
     data = ledger(run).read_bytes()
-    for size in range(0, len(data), 37 if request.config.getoption("--quick") else 7):
+    for size in range(0, len(data), 61 if request.config.getoption("--quick") else 7):
         ledger(run).write_bytes(data[:size])
         known = [json.loads(line) for line in data[:size].splitlines(keepends=True) if line.endswith(b"\n")]
         moved = [line["refs"][BEST] for line in known if BEST in line.get("refs", {})]

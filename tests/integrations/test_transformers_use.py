@@ -64,16 +64,10 @@ def test_each_trial_of_a_search_has_a_run_of_its_own(settings, tmp_path):
     assert found == {"run-0": ("U2", 3.0), "run-1": ("U1", 10.0), "run-2": ("U2", 2.0)}
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "run-2" / "checkpoint-4").is_dir()  # beside those of the Trainer
-    with pytest.raises(RunExistsError):
-        search(tmp_path, **settings)  # whose first trial is another one
-    assert FACE.kept(tmp_path / "run-0")[""][:2] == ("U2", 3.0)
-
-
-def test_trials_of_a_study_that_continues_need_names(tmp_path):
-    pytest.importorskip("optuna", reason="optuna is not installed")
-    search(tmp_path)
+    # A study that continues, whose first trial here is another one.
     with pytest.raises(RunExistsError, match=r"a trial is not resumed; with hp_name=.* have folders of their own"):
-        search(tmp_path)
+        search(tmp_path, **settings)
+    assert FACE.kept(tmp_path / "run-0")[""][:2] == ("U2", 3.0)
 
 
 class EvaluatesWithPrefix(ScriptedTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest import average, load
-from keepbest.errors import SnapshotError
+from keepbest.errors import PartlyLoadedError, SnapshotError
 from keepbest.export import export
+from keepbest.formats.sharded_part import ShardedPart
 from keepbest.remote.verify import verify_run
 from keepbest.run.reader import FoundSnapshot
 from tests.kit.pool import run_ranks
@@ -153,3 +155,41 @@ def test_best_that_is_always_exchanged_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(SnapshotError, match=r"cannot be read|is missing"):
         export(tmp_path, BEST, tmp_path / "best.pt")
     assert len(snapshots(tmp_path)) == 1
+
+
+def test_work_of_a_live_run_is_not_left_over(tmp_path):
+    run = LiveRun(tmp_path, 0)
+    begun = tmp_path / "checkpoints" / "snapshots" / ".tmp-U9"
+    begun.mkdir()
+    assert verify_run(tmp_path) == []
+    run.keeper.abandon()
+    begun.mkdir(exist_ok=True)
+    [fault] = verify_run(tmp_path)
+    assert (fault.kind, ".tmp-U9 is left over" in fault.message) == ("unfinished", True)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_snapshot_that_goes_between_two_parts_is_loaded_anew_or_said(follows, tmp_path, monkeypatch):
+    def two_parts():
+        return nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+
+    run = Run(tmp_path, two_parts(), format="dcp", model_names=["a", "b"])
+    run.observe(5.0)
+    fill, calls = ShardedPart.fill, []
+
+    def fill_too_late(part, wanted):
+        calls.append(part)
+        if len(calls) == 2 and follows:
+            run.observe(4.0, first=2)
+        elif len(calls) == 2:
+            shutil.rmtree(run.keeper.best_path)
+        fill(part, wanted)
+
+    monkeypatch.setattr(ShardedPart, "fill", fill_too_late)  # the moment between two parts
+    model = two_parts()
+    if follows:
+        assert load(tmp_path, BEST, model).value == 4.0
+        assert {value for each in model.parameters() for value in each.flatten().tolist()} == {2.0}
+    else:
+        with pytest.raises(PartlyLoadedError, match="Parts of the model are loaded already: load all of it again"):
+            load(tmp_path, BEST, model)

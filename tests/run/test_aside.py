@@ -244,3 +244,17 @@ def test_move_that_was_cut_off_is_not_continued_by_another_run(tmp_path):
     (tmp_path / "a" / "config.yaml").write_text("of the run that was resumed")
     assert move_aside(tmp_path / "a", ["config.yaml", CHECKPOINTS], Files()) == tmp_path / "a.2"
     assert (tmp_path / "a.1" / "config.yaml").read_text() == "of the run that was moved"
+
+
+def test_directory_of_somebody_else_is_passed_over(tmp_path, monkeypatch):
+    keep(tmp_path / "a", 5.0)
+    (tmp_path / "a.1").mkdir()
+    look = Path.iterdir
+
+    def refuse(path):
+        if path.name == "a.1":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root, who runs the tests in CI, may look everywhere
+    assert move_aside(tmp_path / "a", [CHECKPOINTS], Files()) == tmp_path / "a.2"

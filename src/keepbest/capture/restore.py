@@ -15,7 +15,7 @@ from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.restore_states import StatesToLoad
 from keepbest.capture.selection import Selection, unread_parts
-from keepbest.errors import SnapshotError
+from keepbest.errors import PartlyLoadedError, SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
 from keepbest.modules.raw_bytes import raw_bytes
@@ -63,7 +63,8 @@ def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) 
         SnapshotError: On every rank, if a file is missing or damaged, or keys, shapes or dtypes do not fit the models
             of the ranks. They are then as they were. If a model does not take what was loaded, it is named.
         ConfigError: On every rank, if there is nothing in the snapshot that the selection names.
-        RankFailedError: If a model itself refuses the weights on a rank, or a rank is lost. Parts may be loaded then.
+        RankFailedError: If a model itself refuses the weights on a rank, a rank is lost, or a file is while it is read.
+            Parts may be loaded then.
     """
     return _restore(model, stored, FromMain(stored, ranks, step), ranks)
 
@@ -125,7 +126,12 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
     for each in chosen:
         wanted = _wanted(each, selection)
         keys = [key for key, names in each.names.items() if not wanted.isdisjoint(names)]
-        brought = feed.bring(each, keys, target.present(each.part, selection))
+        try:
+            brought = feed.bring(each, keys, target.present(each.part, selection))
+        except SnapshotError as error:
+            if each is chosen[0]:
+                raise
+            raise PartlyLoadedError(f"{error}. Parts of the model are loaded already: load all of it again") from error
         for source in target.sources:
             if each.part in source.parts:
                 loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())

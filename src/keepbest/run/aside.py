@@ -50,5 +50,8 @@ def _is_free(path: Path, here: Path) -> bool:
         return True
     if path.is_symlink() or not path.is_dir():
         return False
-    there = {each.name for each in path.iterdir()}
+    try:
+        there = {each.name for each in path.iterdir()}
+    except PermissionError:  # it is somebody else's
+        return False
     return not there or (_UNFINISHED in there and not any(os.path.lexists(here / name) for name in there))

@@ -9,8 +9,9 @@ from typing import Literal
 from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.history import History
-from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPORARY, ref_paths
+from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, MANIFEST, SNAPSHOTS, TEMPORARY, ref_paths
 from keepbest.run.ledger import read_ledger
+from keepbest.run.lock import read_owner
 from keepbest.run.reader import find_snapshot, read_history
 
 
@@ -30,17 +31,22 @@ class Fault:
 def verify(directory: Path) -> list[Fault]:
     """Everything that is wrong with the run in `directory`; reads every byte that a ref, a pin or a best needs.
 
+    What is unfinished counts only where no live process works in the run.
+
     Raises:
         SnapshotError: If there is no run.
         LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
     """
     history = read_history(directory)
-    return [
+    faults = [
         *_ledger_faults(directory / CHECKPOINTS / LEDGER),
         *_ref_faults(directory / CHECKPOINTS, history),
         *(fault for name in sorted(history.kept()) for fault in _faults_of_kept(directory, history, name)),
         *_leftovers(directory / CHECKPOINTS, history),
     ]
+    # What a live process has begun, it may finish.
+    is_live = read_owner(directory / CHECKPOINTS / LOCK) is not None
+    return [fault for fault in faults if not (is_live and fault.kind == "unfinished")]
 
 
 def _ledger_faults(path: Path) -> list[Fault]:
