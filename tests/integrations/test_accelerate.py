@@ -105,6 +105,24 @@ def test_state_is_not_loaded_into_a_keeper_that_has_started(tmp_path):
     loop.accelerator.load_state(tmp_path / "state")  # to evaluate it, after training
 
 
+def test_save_that_was_cut_off_after_the_keeper_is_resumed(tmp_path):
+    whole = Loop(tmp_path / "whole", {})
+    whole.train(VALUES, save_every=1, save_to=tmp_path / "ignored")
+    loop, state, older = Loop(tmp_path / "run", {}), tmp_path / "state", tmp_path / "older"
+    with failing(4):
+        loop.train(VALUES, save_every=1, fails_at=4, save_to=state)
+    again = Loop(tmp_path / "run-of-two", {})
+    with failing(3):
+        again.train(VALUES, save_every=1, fails_at=3, save_to=older)
+    for file in older.iterdir():  # all that is written after the keeper's state
+        if not file.name.startswith("keepbest."):
+            (state / file.name).write_bytes(file.read_bytes())
+    resumed = Loop(tmp_path / "run", {})
+    resumed.train(VALUES, resume_from=state)
+    assert FACE.observed(tmp_path / "run") == FACE.observed(tmp_path / "whole")
+    assert resumed.keepers[0].state == whole.keepers[0].state
+
+
 def load_what_is_damaged(directory):
     loop = Loop(directory, {})
     loop.accelerator.save_state(directory / "state")

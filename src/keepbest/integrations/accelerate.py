@@ -122,6 +122,9 @@ class AcceleratedKeeper(BestKeeper):
         state = self._ranks.agree(f"read the state of {self.name}", lambda: self._read(file))
         if state is not None:
             self.load_state_dict(state)
+            # A kill in the middle of a save leaves this state newer than what is written after it. The loop then
+            # observes its last iteration once more.
+            self._saver.is_in_doubt = True
         elif self._phase == "new":
             self._face = self._face.resumed_by(f"{_RESUME}, since {input_dir} has no state of {self.name}")
 
