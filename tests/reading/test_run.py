@@ -124,6 +124,18 @@ def test_lock_file_of_anybody_is_no_error(content, tmp_path):
     assert read_owner(tmp_path / LOCK) is None
 
 
+def test_owner_is_read_while_a_shorter_note_replaces_a_longer_one(tmp_path):
+    lock = RunLock(tmp_path / LOCK)
+    lock.acquire()
+    lock.note("file:///copy", ["U1", "U2"])
+    longer = (tmp_path / LOCK).read_bytes()
+    lock.note("file:///copy", [])
+    shorter = (tmp_path / LOCK).read_bytes()
+    (tmp_path / LOCK).write_bytes(shorter + longer[len(shorter) :])  # written, and not cut off yet
+    found = read_owner(tmp_path / LOCK)
+    assert (found.pid, found.remote, found.uploading) == (os.getpid(), "file:///copy", ())
+
+
 def test_snapshot_that_went_while_the_run_was_read_is_read_anew(tmp_path, monkeypatch):
     run = Run(tmp_path)
     with run.keeper:

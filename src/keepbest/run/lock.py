@@ -187,7 +187,8 @@ def _is_locked(descriptor: int) -> bool:
 
 
 def _parse_owner(content: bytes) -> LockOwner:
-    owner = json.loads(content)
+    # What was there before may be longer, and is cut off a moment later.
+    owner, _ = json.JSONDecoder().raw_decode(content.decode())
     uploading, remote = owner.get("uploading", ()), owner.get("remote")
     return LockOwner(
         str(owner["host"]), int(owner["pid"]), None if remote is None else str(remote), tuple(map(str, uploading))
