@@ -45,29 +45,26 @@ class LiveRun(Run):
 
         monkeypatch.setattr(FoundSnapshot, "check_files", check_too_late)  # the moment between ledger and files
 
+    def take_hold_of_verify(self, monkeypatch) -> None:
+        check = sys.modules["keepbest.run.verify"].check_file
+
+        def check_too_late(path, digest):
+            self.exchange()
+            check(path, digest)
+
+        monkeypatch.setattr("keepbest.run.verify.check_file", check_too_late)  # the same moment
+
 
 def test_run_that_exchanges_its_best_is_no_damage(tmp_path, monkeypatch):
     run = LiveRun(tmp_path, 1)
-    check = sys.modules["keepbest.run.verify"].check_file
-
-    def check_too_late(path, digest):
-        run.exchange()
-        check(path, digest)
-
-    monkeypatch.setattr("keepbest.run.verify.check_file", check_too_late)  # the moment between ledger and files
+    run.take_hold_of_verify(monkeypatch)
     assert verify_run(tmp_path) == []
     assert next(run.updates, None) is None
 
 
 def test_run_that_always_exchanges_its_best_is_no_damage(tmp_path, monkeypatch):
     run = LiveRun(tmp_path, 1000)
-    check = sys.modules["keepbest.run.verify"].check_file
-
-    def check_too_late(path, digest):
-        run.exchange()
-        check(path, digest)
-
-    monkeypatch.setattr("keepbest.run.verify.check_file", check_too_late)
+    run.take_hold_of_verify(monkeypatch)
     assert [fault for fault in verify_run(tmp_path) if fault.kind == "damage"] == []
 
 
@@ -193,3 +190,23 @@ def test_snapshot_that_goes_between_two_parts_is_loaded_anew_or_said(follows, tm
     else:
         with pytest.raises(PartlyLoadedError, match="Parts of the model are loaded already: load all of it again"):
             load(tmp_path, BEST, model)
+
+
+def test_training_state_that_goes_after_the_weights_is_said(tmp_path, monkeypatch):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    run = Run(tmp_path, model, format="dcp", training_state={"optimizer": optimizer})
+    run.observe(5.0)
+    fill, calls = ShardedPart.fill, []
+
+    def fill_too_late(part, wanted):
+        calls.append(part)
+        if len(calls) == 3:  # of what is no tensor, of the weights, and of the optimizer
+            shutil.rmtree(run.keeper.best_path)
+        fill(part, wanted)
+
+    monkeypatch.setattr(ShardedPart, "fill", fill_too_late)  # the moment between weights and optimizer
+    with pytest.raises(PartlyLoadedError, match="load all of it again"):
+        load(tmp_path, BEST, model, training_state={"optimizer": optimizer})

@@ -131,7 +131,7 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
         except SnapshotError as error:
             if each is chosen[0]:
                 raise
-            raise PartlyLoadedError(f"{error}. Parts of the model are loaded already: load all of it again") from error
+            raise _partly_loaded(error) from error
         for source in target.sources:
             if each.part in source.parts:
                 loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())
@@ -140,7 +140,10 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
         for source in complete:  # the next ones need the memory; the names alone are reported
             loaded[source.path] = dict.fromkeys(loaded[source.path])
             target.state[source.path] = dict.fromkeys(target.state[source.path])
-    beside.load()
+    try:
+        beside.load()
+    except SnapshotError as error:
+        raise _partly_loaded(error) from error
     keys_loaded = {whole_key(source, key) for source in target.sources for key in loaded[source.path]}
     saved = names | {part.name for part in unread}
     return Restored(
@@ -149,6 +152,10 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
         left_alone=tuple(sorted(target.names() - keys_loaded)),
         unused=tuple(sorted(saved - keys_loaded)),
     )
+
+
+def _partly_loaded(error: SnapshotError) -> PartlyLoadedError:
+    return PartlyLoadedError(f"{error}. Parts of the model are loaded already: load all of it again")
 
 
 def _wanted(contents: PartContents, selection: Selection) -> set[str]:
