@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +134,23 @@ def load_what_is_damaged(directory):
         with pytest.raises(ConfigError, match=r"expected the states of keepers in .*eval_score.json, which is damaged"):
             use(directory / "state")
     return loop.update
+
+
+def load_from_two_hosts(directory):
+    saved, mine = directory / "state", directory / f"state-{dist.get_rank()}"
+    loop = Loop(directory / "run", {})
+    with failing(4):
+        loop.train(VALUES, save_every=1, fails_at=4, save_to=saved)
+    dist.barrier()
+    left_out = shutil.ignore_patterns("keepbest.*") if dist.get_rank() else None
+    shutil.copytree(saved, mine, ignore=left_out)
+    resumed = Loop(directory / "run", {})
+    resumed.train(VALUES, resume_from=mine)
+    return resumed.keepers[0].best_metric_value
+
+
+def test_rank_that_does_not_see_the_state_gets_it_from_rank_0(tmp_path):
+    assert run_ranks(load_from_two_hosts, 2, tmp_path) == [2.0, 2.0]
 
 
 def test_state_that_is_damaged_is_refused_on_every_rank(tmp_path):

@@ -119,7 +119,7 @@ class AcceleratedKeeper(BestKeeper):
         if self._phase == "closed":  # the states are loaded for what comes after
             return
         file = Path(input_dir) / self._file
-        state = self._ranks.agree(f"read the state of {self.name}", lambda: self._read(file))
+        state = self._ranks.broadcast(f"read the state of {self.name}", lambda: self._read(file))
         if state is not None:
             self.load_state_dict(state)
             # A kill in the middle of a save leaves this state newer than what is written after it. The loop then
