@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from benchmarks import measure
 from benchmarks.contestants import Action, Dcp, Keepbest, RawWrite, TorchSave
 from benchmarks.measure import Line, Report, Samples
+from keepbest.staging.memory import Size, allocate
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -201,9 +202,11 @@ def raw_numbers(report: Report, size: int) -> None:
     """What the machine can do, to judge the rest by."""
     source = torch.rand(size // 4, device=DEVICE)
     pinned = torch.empty(source.shape, pin_memory=ON_CUDA)
+    registered = torch.from_numpy(allocate(Size(size, is_pinned=ON_CUDA))).view(source.dtype)
     clone = torch.empty_like(source)
     for what, call in (
         ("pinned copy", lambda: pinned.copy_(source, non_blocking=True)),
+        ("copy into memory that a keeper has pinned", lambda: registered.copy_(source, non_blocking=True)),
         ("device clone", lambda: clone.copy_(source)),
     ):
         seconds = statistics.median([_seconds(call) for _ in range(6)][1:])

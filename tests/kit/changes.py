@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 
 import torch
@@ -309,6 +310,13 @@ def class_with_extra_state(model):
 
 def swap_in_a_sparse_tensor(model):
     torch.utils.swap_tensors(model.first.weight, nn.Parameter(torch.eye(4).to_sparse()))
+
+
+def swap_in_a_nested_tensor(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that nested tensors are a prototype
+        nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    torch.utils.swap_tensors(model.first.weight, nn.Parameter(nested))
 
 
 def swap_in_a_subclass(model):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from keepbest.modules.unchanged import Structure
-from tests.kit.changes import CHANGES, Doubled, Stateful, model_of
+from tests.kit.changes import CHANGES, Doubled, Stateful, model_of, swap_in_a_nested_tensor
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, swap_in_a_nested_tensor])
 def test_change_is_noticed(change):
     model = model_of()
     values = model.state_dict(keep_vars=True).values()
@@ -50,6 +50,18 @@ def test_class_with_another_method_is_noticed(change, monkeypatch):
     model = model_of()
     structure = Structure(model, model.state_dict(keep_vars=True).values())
     change(monkeypatch, model)
+    assert not structure.is_unchanged()
+
+
+@pytest.mark.parametrize("place", [0, 255, 256, 299])
+def test_change_is_noticed_in_any_of_many_modules(place):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
+    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    assert structure.is_unchanged()
+    model[place].weight.data = torch.zeros(2, 2)
+    assert not structure.is_unchanged()
+    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    model[place].bias = nn.Parameter(torch.zeros(2))
     assert not structure.is_unchanged()
 
 

@@ -33,6 +33,7 @@ from keepbest.modules.kinds import is_dtensor, local_of
 from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.unchanged import Structure
 from keepbest.ranks import Number, Ranks
+from keepbest.staging.slot import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Inventory:
         self._union: Union | None = None
         self._plan: WholePlan | None = None
         self._seen: tuple[Held, Structure] | None = None
+        self._batch: tuple[Held, WholePlan, Batch] | None = None  # of what was seen
         self._is_checked = False  # what was seen
         self.is_watched = False
         self.mark = ""
@@ -184,11 +186,22 @@ class Inventory:
             self._plan = WholePlan.of(self.union, self.items)
         return self._plan
 
+    def batch_of(self, held: Held) -> Batch:
+        """The tensors that are copied, where rank 0 holds all of them whole. **Rank-local**."""
+        plan = self.plan
+        if self._batch is not None and self._batch[0] is held and self._batch[1] is plan:
+            return self._batch[2]
+        batch = Batch({room: held.values[name] for name, room in plan.copied})
+        is_seen = self._seen is not None and self._seen[0] is held
+        self._batch = (held, plan, batch) if is_seen else None
+        return batch
+
     def look(self) -> Held:
         """What this rank holds now: the same object as before where that is unchanged. **Rank-local**."""
         if self._seen is not None and self._seen[1].is_unchanged():
             return self._seen[0]
         self._is_checked = False
+        self._batch = None
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
         is_known = not self.items.training_state and Structure.is_known(self.items.model, held.values.values())
@@ -197,7 +210,7 @@ class Inventory:
 
     def forget(self) -> None:
         """Keep no weights that are no longer in the model. **Rank-local**."""
-        self._seen = None
+        self._seen = self._batch = None
 
     def _check(self, held: Held, names: Iterable[Name]) -> None:
         refuse_what_cannot_be_kept(held, names, self._format, self.ranks, self.items.training_state)

@@ -6,7 +6,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,9 +25,13 @@ _METHODS = {
         "named_modules",
     )
 }
+_PIECE = 256
 _TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
-_GET_PARTS = operator.itemgetter(*_TABLES, *_HOOKS, "_non_persistent_buffers_set")
+_PARTS = list(map(operator.itemgetter, (*_TABLES, *_HOOKS, "_non_persistent_buffers_set")))
+
+
+T = TypeVar("T")
 
 
 class Structure:
@@ -42,25 +46,8 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, values: Iterable[torch.Tensor]) -> None:
-        self._modules = _modules_of(model)
-        self._types = list(map(type, self._modules))
-        self._kinds_of_modules = set(self._types)
-        owns = list(map(vars, self._modules))
-        self._parts = list(_parts_of(owns))
-        self._tables = list(_tables(owns))
-        self._sizes = list(map(len, self._tables))
-        self._filled = [table for table in self._tables if table]
-        self._names = list(chain.from_iterable(self._filled))
-        self._members = list(_members(self._filled))
-        self._hooks = [own[name] for own in owns for name in _HOOKS]
-        # Where a module has no buffer, it does not matter which ones would not be in the state dict.
-        self._passing_now = [own["_non_persistent_buffers_set"] for own in owns if own["_buffers"]]
-        self._passing = list(map(set, self._passing_now))
-        self._values = list(values)
-        self._kinds = list(map(_kind_of, self._values))
-        self._addresses = list(map(torch.Tensor.data_ptr, self._values))
-        self._strides = list(map(torch.Tensor.stride, self._values))
-        self._signs = list(map(torch.Tensor.is_neg, self._values))
+        self._pieces: list[_Modules | _Tensors] = [*map(_Modules, _pieces_of(_modules_of(model)))]
+        self._pieces += map(_Tensors, _pieces_of(list(values)))
 
     @staticmethod
     def is_known(model: nn.Module, values: Iterable[object]) -> bool:
@@ -75,23 +62,72 @@ class Structure:
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
-        # Each line goes through all modules or tensors in C. None has thousands of tuples at once, since the collector
-        # of garbage would look through all objects then. What is compared first makes sure of what comes after it.
+        return all(piece.is_unchanged() for piece in self._pieces)
+
+
+class _Modules:
+    """Some modules of a model. Each comparison goes through all of them in C.
+
+    Nothing has thousands of tuples at once, since the collector of garbage would look through all objects then.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._types = list(map(type, modules))
+        self._kinds = set(self._types)
+        owns = list(map(vars, modules))
+        self._parts = [list(map(part, owns)) for part in _PARTS]
+        self._tables = list(_tables(owns))
+        self._sizes = list(map(len, self._tables))
+        self._filled = [table for table in self._tables if table]
+        self._names = list(chain.from_iterable(self._filled))
+        self._members = list(_members(self._filled))
+        self._hooks = [own[name] for own in owns for name in _HOOKS]
+        # Where a module has no buffer, it does not matter which ones would not be in the state dict.
+        self._passing_now = [own["_non_persistent_buffers_set"] for own in owns if own["_buffers"]]
+        self._passing = list(map(set, self._passing_now))
+
+    def is_unchanged(self) -> bool:
+        """Whether they are as they were. What is compared first makes sure of what comes after it."""
         owns = list(map(vars, self._modules))
         return (
             _same(map(type, self._modules), self._types)
-            and _same(_parts_of(owns), self._parts)
+            and all(_same(map(part, owns), then) for part, then in zip(_PARTS, self._parts, strict=True))
             and list(map(len, self._tables)) == self._sizes  # else what moves from one to the next would not be seen
             and _same(_members(self._filled), self._members)
             and list(chain.from_iterable(self._filled)) == self._names
             and not any(self._hooks)
-            and _is_of_torch(self._kinds_of_modules, owns)
+            and _is_of_torch(self._kinds, owns)
             and self._passing_now == self._passing
-            and all(map(operator.eq, map(_kind_of, self._values), self._kinds))  # else they may have no place
-            and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
-            and all(map(operator.eq, map(torch.Tensor.stride, self._values), self._strides))
-            and list(map(torch.Tensor.is_neg, self._values)) == self._signs
         )
+
+
+class _Tensors:
+    """Some tensors, and where they lie."""
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self._values = values
+        self._kinds = list(map(_kind_of, values))
+        self._addresses = list(map(torch.Tensor.data_ptr, values))
+        self._strides = list(map(torch.Tensor.stride, values))
+        self._signs = list(map(torch.Tensor.is_neg, values))
+
+    def is_unchanged(self) -> bool:
+        """Whether the same values would be read at the same places."""
+        try:
+            return (
+                all(map(operator.eq, map(_kind_of, self._values), self._kinds))
+                and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
+                and all(map(operator.eq, map(torch.Tensor.stride, self._values), self._strides))
+                and list(map(torch.Tensor.is_neg, self._values)) == self._signs
+            )
+        except RuntimeError:  # of torch: what has another layout now, or is nested, has no address or no shape
+            return False
+
+
+def _pieces_of(all_of_them: Sequence[T]) -> list[Sequence[T]]:
+    """Few enough in each that a second look at them finds them in the cache of the processor."""
+    return [all_of_them[start : start + _PIECE] for start in range(0, len(all_of_them), _PIECE)]
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
@@ -122,15 +158,11 @@ def _tables(owns: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return (own.get(name) for own in owns for name in _TABLES)
 
 
-def _parts_of(owns: Iterable[Mapping[str, Any]]) -> Iterator[object]:
-    return chain.from_iterable(map(_GET_PARTS, owns))
-
-
 def _members(tables: Iterable[dict[str, Any]]) -> Iterator[object]:
     return chain.from_iterable(map(dict.values, tables))
 
 
-_kind_of = operator.attrgetter("__class__", "layout", "is_nested", "dtype", "device", "requires_grad", "shape")
+_kind_of = operator.attrgetter("__class__", "dtype", "device", "requires_grad", "shape")
 
 
 def _same(now: Iterable[object], then: Sequence[object]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 
 from keepbest.staging.device import Devices
-from keepbest.staging.rooms import Row
+from keepbest.staging.rooms import Row, Run
+from keepbest.staging.slot import Batch
 
 
 class Copies:
@@ -21,12 +23,16 @@ class Copies:
         self._devices = devices
         self._rooms: dict[str, torch.Tensor] = {}
         self._values: dict[str, torch.Tensor] = {}
+        self._batches: list[tuple[Mapping[str, torch.Tensor], Batch]] = []
         self._under_way: list[torch.cuda.Event] = []
 
-    def add(self, rooms: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    def add(self, key: str, room: torch.Tensor, value: torch.Tensor) -> None:
+        """Have a value copied into a room, which `begin` does."""
+        self._rooms[key], self._values[key] = room, value
+
+    def add_all(self, rooms: Mapping[str, torch.Tensor], batch: Batch) -> None:
         """Have each value copied into the room with its key, which `begin` does."""
-        self._rooms |= rooms
-        self._values |= values
+        self._batches.append((rooms, batch))
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Copy the values as they are now.
@@ -34,21 +40,51 @@ class Copies:
         Args:
             rows: Rows in which rooms lie one after the other.
         """
-        rooms, values = self._rooms, self._values
-        self._rooms, self._values = {}, {}
-        devices = {value.device for value in values.values() if value.is_cuda}
-        for device in devices:
-            there = {key: value for key, value in values.items() if value.device == device}
-            whole = [row for row in rows if all(key in there for key in row.keys)]
-            of_rows = [(row, [there.pop(key) for key in row.keys]) for row in whole]
-            singles = [rooms[key] for key in there], list(there.values())
-            self._under_way += self._devices.bring(device, of_rows, singles)
-        others = [key for key, value in values.items() if not value.is_cuda] if devices else list(values)
-        if others:
-            torch._foreach_copy_([rooms[key] for key in others], [values[key] for key in others])  # see ADR 10
+        batches = [*self._batches, (self._rooms, Batch(self._values))]
+        self._rooms, self._values, self._batches = {}, {}, []
+        for rooms, batch in batches:
+            for device, values in batch.by_device.items():
+                if device.type == "cuda":
+                    self._under_way += self._bring(device, rows, rooms, values)
+                else:
+                    _copy(rows, rooms, values)
 
     def wait(self) -> None:
         """Wait until all has arrived; on any thread."""
         for event in self._under_way:
             event.synchronize()
         self._under_way.clear()
+
+    def _bring(
+        self,
+        device: torch.device,
+        rows: Sequence[Row],
+        rooms: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
+    ) -> list[torch.cuda.Event]:
+        filled = [row for row in rows if _has_all(values, row.keys)]
+        rest = _beside(filled, values)
+        of_rows = [(row, _those(values, row.keys)) for row in filled]
+        return self._devices.bring(device, of_rows, (_those(rooms, rest), _those(values, rest)))
+
+
+def _copy(rows: Sequence[Row], rooms: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    filled = [run for row in rows for run in row.runs if _has_all(values, run.keys)]
+    for run in filled:
+        torch.cat(_those(values, run.keys), out=run.whole)
+    if rest := _beside(filled, values):
+        torch._foreach_copy_(_those(rooms, rest), _those(values, rest))  # see ADR 10
+
+
+def _has_all(values: Mapping[str, torch.Tensor], keys: Iterable[str]) -> bool:
+    return all(map(values.__contains__, keys))
+
+
+def _beside(filled: Sequence[Row] | Sequence[Run], values: Mapping[str, torch.Tensor]) -> list[str]:
+    """Keys of the values that are in none of these."""
+    found = set(chain.from_iterable(each.keys for each in filled))
+    return [key for key in values if key not in found] if len(found) < len(values) else []
+
+
+def _those(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> list[torch.Tensor]:
+    return list(map(tensors.__getitem__, keys))

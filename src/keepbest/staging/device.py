@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 
@@ -13,9 +15,33 @@ from keepbest.staging.rooms import Row
 _CONCATENATED = frozenset(
     (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 )  # dtypes that are copied as they are; others are as bytes
+_INDEXED = (1 << 31) - 1  # values: torch concatenates more on a device one tensor after the other
 _ALIGNED = 512  # bytes, as torch aligns what it allocates on a device
 
 Values = Sequence[torch.Tensor]
+
+
+class _Clone(NamedTuple):
+    """Rows of one dtype on the device.
+
+    Attributes:
+        rows: Rows on the host.
+        values: What they are to hold, one after the other.
+        place: Room on the device for all of it, of one dimension.
+    """
+
+    rows: Sequence[Row]
+    values: Values
+    place: torch.Tensor
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether no value has to be copied to be in one row."""
+        return all(map(torch.Tensor.is_contiguous, self.values))
+
+    def in_one_row(self) -> list[torch.Tensor]:
+        """The values as torch can copy them, one after the other."""
+        return _in_one_row(self.values, self.place)
 
 
 class Devices:
@@ -55,57 +81,63 @@ class Devices:
             What to wait for, on any thread, before the rooms are read.
         """
         rooms, values = list(singles[0]), list(singles[1])
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), torch.inference_mode():
             # All that can be done before the device is waited for, since it is idle from then on.
-            places, memory = self._places(device, [row for row, _ in rows])
-            cloned = [(found, place) for (_, found), place in zip(rows, places, strict=False)]
-            pieces = [_in_one_row(*each) if all(map(torch.Tensor.is_contiguous, each[0])) else None for each in cloned]
-            for row, found in rows[len(places) :]:
+            clones, memory = self._clones(device, rows)
+            pieces = [clone.in_one_row() if clone.is_contiguous else None for clone in clones]
+            for row, found in rows[sum(len(clone.rows) for clone in clones) :]:
                 rooms.extend(_split(row, found))
                 values.extend(found)
             torch.cuda.synchronize()
-            for (found, place), piece in zip(cloned, pieces, strict=True):
-                torch.cat(_in_one_row(found, place) if piece is None else piece, out=place)
+            for clone, piece in zip(clones, pieces, strict=True):
+                torch.cat(clone.in_one_row() if piece is None else piece, out=clone.place)
             if rooms:
                 torch._foreach_copy_(rooms, values, non_blocking=True)  # see ADR 10
             copied = torch.cuda.current_stream().record_event()
-            sent = [(row.whole, place) for (row, _), place in zip(rows, places, strict=False)]
-            arrived = [] if memory is None else [self._send(device, sent, memory, copied)]
+            arrived = [] if memory is None else [self._send(device, clones, memory, copied)]
             copied.synchronize()
         return arrived
 
-    def _places(self, device: torch.device, rows: Sequence[Row]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    def _clones(
+        self, device: torch.device, rows: Sequence[tuple[Row, Values]]
+    ) -> tuple[list[_Clone], torch.Tensor | None]:
         """Room on the device for the first rows, as many as there is memory for, and that memory."""
-        room_left = self._share * _free_memory(device) if rows and self._share else 0.0
-        starts, end = list[int](), 0
-        for row in rows:
-            start, end = end, end + -(-row.whole.nbytes // _ALIGNED) * _ALIGNED
-            if end > room_left:
-                end = start
+        room_left = int(self._share * _free_memory(device)) if rows and self._share else 0
+        fitting: list[tuple[Row, Values]] = []
+        for row, values in rows:
+            room_left -= _aligned(row.whole.nbytes)
+            if room_left < 0:
                 break
-            starts.append(start)
-        if not starts:
+            fitting.append((row, values))
+        if not fitting:
             return [], None
+        groups = _at_once(fitting)
+        sizes = [sum(row.whole.nbytes for row, _ in group) for group in groups]
+        starts = list(accumulate(map(_aligned, sizes), initial=0))
         try:
-            memory = torch.empty(end, dtype=torch.uint8, device=device)
+            memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             return [], None
-        places = zip(rows, starts, strict=False)
-        return [memory[start : start + row.whole.nbytes].view(row.whole.dtype) for row, start in places], memory
+        return [
+            _Clone(
+                [row for row, _ in group],
+                list(chain.from_iterable(values for _, values in group)),
+                memory[start : start + size].view(group[0][0].whole.dtype),
+            )
+            for group, start, size in zip(groups, starts, sizes, strict=False)
+        ], memory
 
     def _send(
-        self,
-        device: torch.device,
-        sent: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        memory: torch.Tensor,
-        copied: torch.cuda.Event,
+        self, device: torch.device, clones: Sequence[_Clone], memory: torch.Tensor, copied: torch.cuda.Event
     ) -> torch.cuda.Event:
         stream = self._stream(device)
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # of torch
         with torch.cuda.stream(stream):
             stream.wait_event(copied)
-            for room, place in sent:
-                room.copy_(place, non_blocking=True)
+            for clone in clones:
+                places = torch.split(clone.place, [row.whole.numel() for row in clone.rows])
+                for row, place in zip(clone.rows, places, strict=True):
+                    row.whole.copy_(place, non_blocking=True)
             memory.record_stream(stream)  # it is free for training when it has arrived
             arrived.record(stream)
         return arrived
@@ -149,8 +181,9 @@ def settled(value: torch.Tensor) -> torch.Tensor:
 def _free_memory(device: torch.device) -> int:
     """Bytes that neither training, as far as it went, nor anybody else uses."""
     free, total = torch.cuda.mem_get_info(device)
-    limit = torch.cuda.get_per_process_memory_fraction(device) * total
-    return max(0, min(free, int(limit) - torch.cuda.memory_reserved(device)))
+    if (fraction := torch.cuda.get_per_process_memory_fraction(device)) < 1.0:
+        return max(0, min(free, int(fraction * total) - torch.cuda.memory_reserved(device)))
+    return free
 
 
 def _in_one_row(values: Values, place: torch.Tensor) -> list[torch.Tensor]:
@@ -159,8 +192,26 @@ def _in_one_row(values: Values, place: torch.Tensor) -> list[torch.Tensor]:
     Those that are not contiguous are copied for it.
     """
     if place.dtype in _CONCATENATED:
-        return [value.view(-1) if value.is_contiguous() else value.reshape(-1) for value in values]
+        return list(map(torch.Tensor.flatten, values))
     return [raw_bytes(value).view(place.dtype) for value in values]
+
+
+def _at_once(rows: Sequence[tuple[Row, Values]]) -> list[list[tuple[Row, Values]]]:
+    """Rows of one dtype together, as far as torch copies them by one kernel."""
+    groups: list[list[tuple[Row, Values]]] = []
+    latest: dict[torch.dtype, tuple[list[tuple[Row, Values]], int]] = {}
+    for row, values in rows:
+        group, count = latest.get(row.whole.dtype, ([], 0))
+        if not group or count + row.whole.numel() > _INDEXED:
+            group, count = [], 0
+            groups.append(group)
+        group.append((row, values))
+        latest[row.whole.dtype] = group, count + row.whole.numel()
+    return groups
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
 def _split(row: Row, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

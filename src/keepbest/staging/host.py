@@ -15,7 +15,7 @@ from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
-from keepbest.staging.slot import Like, Slot
+from keepbest.staging.slot import Batch, Like, Slot
 
 _SLOTS = 2  # while one is being written, the other can hold the next best
 _PATIENCE = 1.0  # seconds to wait for a slot, before garbage is collected that may hold one
@@ -57,15 +57,14 @@ class HostSlot:
         if not is_dense(value):
             return value.detach().to("cpu", copy=True)
         room = self.room(key, Like(value.shape, value.dtype, value.device.type))
-        self._copies.add({key: room}, {key: value})
+        self._copies.add(key, room, value)
         return room
 
-    def put_all(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if not all(type(value) in PLAIN_CLASSES for value in values.values()):
-            return {key: self.put(key, value) for key, value in values.items()}
-        rooms = self._rooms.get_all(values)
-        self._copies.add(rooms, values)
-        return rooms
+    def put_all(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        if not batch.is_plain:
+            return {key: self.put(key, value) for key, value in batch.values.items()}
+        self._copies.add_all(self._rooms.made, batch)
+        return self._rooms.made
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if not is_dense(value):

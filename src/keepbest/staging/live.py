@@ -11,7 +11,7 @@ from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
-from keepbest.staging.slot import Like
+from keepbest.staging.slot import Batch, Like
 
 
 class LiveSlot:
@@ -41,13 +41,13 @@ class LiveSlot:
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if value.is_cuda and type(value) in PLAIN_CLASSES and is_dense(value):
             room = self._pinned.get(key, Like(value.shape, value.dtype, "cuda"))
-            self._copies.add({key: room}, {key: value})
+            self._copies.add(key, room, value)
             return room
         reserved = self._reserved(key, settled(value))
         return value.cpu() if reserved is None else reserved.copy_(value)
 
-    def put_all(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: self.put(key, value.detach().resolve_conj().resolve_neg()) for key, value in values.items()}
+    def put_all(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {key: self.put(key, value.detach().resolve_conj().resolve_neg()) for key, value in batch.values.items()}
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         room = self._reserved(key, value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,20 @@ import torch
 from keepbest.staging.memory import Bytes, Memory, Size
 from keepbest.staging.slot import Like
 
+_SMALL = 1 << 15  # values: more are copied by several threads, if they are copied by themselves
 _ROW = 1 << 26  # bytes: large enough for a device to copy at full speed, and pinned in a few milliseconds
+
+
+class Run(NamedTuple):
+    """Small tensors side by side that differ in their first dimension alone, so that torch can copy them at once.
+
+    Attributes:
+        keys: Their keys, in order.
+        whole: All of them, as one tensor.
+    """
+
+    keys: Sequence[str]
+    whole: torch.Tensor
 
 
 class Row(NamedTuple):
@@ -19,10 +33,12 @@ class Row(NamedTuple):
     Attributes:
         keys: Their keys, in order.
         whole: All of them, as one tensor of one dimension.
+        runs: Which of them can be copied at once.
     """
 
     keys: Sequence[str]
     whole: torch.Tensor
+    runs: Sequence[Run]
 
 
 class Rooms:
@@ -37,7 +53,7 @@ class Rooms:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._tensors: dict[str, torch.Tensor] = {}
-        self._made: Mapping[str, Like] | None = None  # what room was made for last, if it is all there
+        self._wanted: Mapping[str, Like] | None = None  # what room was made for last, if it is all there
         self.rows: list[Row] = []
 
     def make(self, wanted: Mapping[str, Like]) -> None:
@@ -46,11 +62,11 @@ class Rooms:
         Raises:
             MemoryError, RuntimeError: If there is no memory for it.
         """
-        if wanted is self._made:
+        if wanted is self._wanted:
             return
         lacking = {key: like for key, like in wanted.items() if not self._has(key, like)}
         if not lacking:
-            self._made = wanted
+            self._wanted = wanted
             return
         # Also what lies beside something that is gone: else a small tensor could keep the memory of a large one.
         broken = [row.keys for row in self.rows if not lacking.keys().isdisjoint(row.keys)]
@@ -60,7 +76,7 @@ class Rooms:
         rows = rows_of(lacking)
         for (like, keys), memory in zip(rows, self._memory.take(sizes_of(lacking)), strict=True):
             self._lay_out(like.dtype, {key: lacking[key].shape for key in keys}, memory)
-        self._made = wanted
+        self._wanted = wanted
 
     def get(self, key: str, like: Like) -> torch.Tensor:
         """The room of a key, made if need be. Raises as `make`."""
@@ -68,13 +84,14 @@ class Rooms:
             self.make({key: like})
         return self._tensors[key]
 
-    def get_all(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Rooms that were made."""
-        return {key: self._tensors[key] for key in keys}
+    @property
+    def made(self) -> Mapping[str, torch.Tensor]:
+        """All rooms that there are, until others are made."""
+        return self._tensors
 
     def drop(self, keys: Iterable[str]) -> None:
         """Free the rooms of these keys. A row is freed when all in it are."""
-        self._made = None
+        self._wanted = None
         for key in keys:
             self._tensors.pop(key, None)
         self.rows = [row for row in self.rows if all(key in self._tensors for key in row.keys)]
@@ -102,14 +119,15 @@ class Rooms:
             else:
                 self._tensors[key] = torch.empty(tuple(shape), dtype=dtype)
             start += count
-        self.rows.append(Row(tuple(shapes), torch.from_numpy(memory).view(dtype)))
+        whole = torch.from_numpy(memory).view(dtype)
+        self.rows.append(Row(tuple(shapes), whole, list(_runs(shapes, whole))))
 
 
 def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
     """Which tensors lie in one row: those of one dtype and kind of device, up to the size of a row."""
     rows: list[tuple[Like, list[str]]] = []
     open_rows: dict[tuple[torch.dtype, str], tuple[int, list[str]]] = {}
-    for key, like in wanted.items():
+    for key, like in sorted(wanted.items(), key=lambda item: _run_of(item[1].shape)):
         kind = like.dtype, like.device
         size, keys = open_rows.get(kind, (0, []))
         if not keys or size + like.nbytes > _ROW:
@@ -118,6 +136,21 @@ def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
         keys.append(key)
         open_rows[kind] = size + like.nbytes, keys
     return rows
+
+
+def _runs(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterator[Run]:
+    start = 0
+    for (is_small, dimensions, rest), group in groupby(shapes, key=lambda key: _run_of(shapes[key])):
+        keys = list(group)
+        end = start + sum(torch.Size(shapes[key]).numel() for key in keys)
+        if is_small and dimensions and end > start:
+            yield Run(keys, whole[start:end].view(-1, *rest))
+        start = end
+
+
+def _run_of(shape: Sequence[int]) -> tuple[bool, int, tuple[int, ...]]:
+    """What the tensors of one run have in common: whether they are small, their dimensions, and all but the first."""
+    return torch.Size(shape).numel() < _SMALL, len(shape), tuple(shape[1:])
 
 
 def sizes_of(wanted: Mapping[str, Like]) -> list[Size]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
+
+from keepbest.modules.kinds import PLAIN_CLASSES
+
+_CPU = torch.device("cpu")
 
 
 class Like(NamedTuple):
@@ -29,6 +34,30 @@ class Like(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class Batch:
+    """Tensors that are copied at once. What they have in common is found out once, however often they are copied.
+
+    Args:
+        values: Each tensor, by the key of its room.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.values = values
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the values of all lie where torch says."""
+        return all(type(value) in PLAIN_CLASSES for value in self.values.values())
+
+    @cached_property
+    def by_device(self) -> Mapping[torch.device, Mapping[str, torch.Tensor]]:
+        """Those on each CUDA device, and those elsewhere, as on the CPU."""
+        found: dict[torch.device, dict[str, torch.Tensor]] = {}
+        for key, value in self.values.items():
+            found.setdefault(value.device if value.is_cuda else _CPU, {})[key] = value
+        return found
+
+
 class Slot(Protocol):
     """Room for one snapshot on the CPU. **Rank-local**.
 
@@ -48,8 +77,8 @@ class Slot(Protocol):
         The tensor lives, and stays as it is, until then.
         """
 
-    def put_all(self, values: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """As `put`, for many tensors, of which room is reserved."""
+    def put_all(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """As `put`, for many tensors, for which room is reserved. There may be others in what it returns."""
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """As `put`, for a tensor that is about to be freed."""

@@ -1,0 +1,210 @@
+"""The way from a device, with the CPU in its place: what is copied where, in which order, and with how much memory.
+
+What only a device can show is in `tests/cuda`: that streams are waited for, that memory is pinned, and what it costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from keepbest.staging.device import Devices
+from keepbest.staging.memory import Memory
+from keepbest.staging.rooms import Rooms
+from tests.staging.test_copies import assert_same, expected_of, of_all_kinds, rooms_for
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+class Pretended:
+    """A device that does at once what it is given, and writes down in which order that was.
+
+    Attributes:
+        free: Bytes that are free on it.
+        fraction: Share of its memory that the process may have.
+        reserved: Bytes that the process has.
+        is_fragmented: Whether there is no room in one piece, whatever is free.
+        log: What was done.
+        taken: Bytes that were allocated on it.
+    """
+
+    def __init__(self):
+        self.free, self.fraction, self.reserved, self.is_fragmented = GIB, 1.0, 0, False
+        self.log, self.taken = [], []
+
+    def empty(self, size, *, dtype, device=None):
+        if device is not None:
+            if self.is_fragmented:
+                raise torch.OutOfMemoryError
+            self.taken.append(size)
+        return torch.zeros(size, dtype=dtype)
+
+
+class Event:
+    def __init__(self, pretended, name):
+        self.pretended, self.name = pretended, name
+
+    def record(self, _stream):
+        self.pretended.log.append(f"record {self.name}")
+
+    def synchronize(self):
+        self.pretended.log.append(f"wait for {self.name}")
+
+
+class Stream:
+    def __init__(self, pretended):
+        self.pretended = pretended
+
+    def record_event(self):
+        return Event(self.pretended, "copied")
+
+    def wait_event(self, event):
+        self.pretended.log.append(f"stream waits for {event.name}")
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """There is no GPU here, so the calls of `torch.cuda` are answered by an object that writes them down."""
+    pretended = Pretended()
+
+    def synchronize():
+        pretended.log.append("wait for all streams")
+
+    def concatenate(pieces, *, out):
+        pretended.log.append("clone")
+        return cat(pieces, out=out)
+
+    cat = torch.cat
+    for name, replacement in {
+        "device": lambda _: contextlib.nullcontext(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "Stream": lambda _: Stream(pretended),
+        "current_stream": lambda: Stream(pretended),
+        "current_device": lambda: 0,
+        "Event": lambda **_: Event(pretended, "arrived"),
+        "synchronize": synchronize,
+        "mem_get_info": lambda _: (pretended.free, GIB),
+        "get_per_process_memory_fraction": lambda _: pretended.fraction,
+        "memory_reserved": lambda _: pretended.reserved,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    monkeypatch.setattr(torch, "empty", pretended.empty)
+    monkeypatch.setattr(torch, "cat", concatenate)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: pretended.log.append("memory is given back"))
+    return pretended
+
+
+def brought(devices, values, wanted=None):
+    """What arrives of `values`, and the rows."""
+    rooms = Rooms(Memory())
+    rooms.make(wanted or rooms_for(values))
+    rows = [row for row in rooms.rows if all(key in values for key in row.keys)]
+    singles = [key for key in values if not any(key in row.keys for row in rows)]
+    events = devices.bring(
+        CPU,
+        [(row, [values[key] for key in row.keys]) for row in rows],
+        ([rooms.made[key] for key in singles], [values[key] for key in singles]),
+    )
+    return {key: rooms.made[key] for key in values}, rows, events
+
+
+def bytes_of(rows):
+    return sum(-(-row.whole.nbytes // 512) * 512 for row in rows)
+
+
+def test_all_kinds_of_tensors_through_a_clone(device):
+    values = of_all_kinds()
+    expected = expected_of(values)
+    found, rows, events = brought(Devices(share=0.5), values)
+    assert_same(found, values, expected)
+    assert sum(device.taken) <= bytes_of(rows)
+    assert len(device.taken) == 1  # one piece, which goes back as a whole
+    assert len(events) == 1
+
+
+def test_order_of_waiting_and_copying(device):
+    _, _, (event,) = brought(Devices(share=0.5), {"a": torch.ones(3), "b": torch.ones(2, 2)})
+    assert device.log == [
+        "wait for all streams",  # they may still write the weights
+        "clone",
+        "stream waits for copied",
+        "memory is given back",
+        "record arrived",
+        "wait for copied",  # else another stream could change the weights before
+    ]
+    assert event.name == "arrived"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("free", 0), ("is_fragmented", True), ("fraction", 0.0), ("reserved", GIB)]
+)
+def test_no_memory_for_a_clone(device, setting, value):
+    setattr(device, setting, value)
+    if setting == "reserved":
+        device.fraction = 0.9
+    values = of_all_kinds()
+    expected = expected_of(values)
+    found, _, events = brought(Devices(share=0.5), values)
+    assert_same(found, values, expected)
+    assert not events  # all has arrived
+    assert "clone" not in device.log
+    assert not device.taken
+
+
+def test_share_of_zero_asks_for_no_memory(device):
+    values = of_all_kinds()
+    expected = expected_of(values)
+    found, _, events = brought(Devices(share=0.0), values)
+    assert_same(found, values, expected)
+    assert (events, device.taken) == ([], [])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.3, 0.7, 1.0])
+def test_memory_for_some_of_the_rows(device, share):
+    values = of_all_kinds()
+    expected = expected_of(values)
+    _, rows, _ = brought(Devices(share=0.0), values)
+    device.free = bytes_of(rows)
+    found, _, events = brought(Devices(share=share), values)
+    assert_same(found, values, expected)
+    assert sum(device.taken) <= share * device.free
+    assert bool(events) == bool(device.taken)
+    if share == 1.0:
+        assert sum(device.taken) > 0.9 * device.free
+
+
+def test_rows_of_which_some_values_do_not_come(device):
+    values = of_all_kinds()
+    some = {key: value for number, (key, value) in enumerate(values.items()) if number % 3}
+    expected = expected_of(some)
+    found, _, _ = brought(Devices(share=0.5), some, rooms_for(values))
+    assert_same(found, some, expected)
+    assert device.log[0] == "wait for all streams"
+
+
+def test_several_rows_of_one_dtype_are_cloned_at_once(device):
+    mib = 1 << 20
+    values = {str(number): torch.full((10 * mib,), number, dtype=torch.uint8) for number in range(15)}
+    expected = expected_of(values)
+    found, rows, _ = brought(Devices(share=0.5), values)
+    assert len(rows) > 1
+    assert device.log.count("clone") == 1
+    assert_same(found, values, expected)
+
+
+def test_clones_end_where_torch_could_not_copy_at_once(device, monkeypatch):
+    monkeypatch.setattr("keepbest.staging.device._INDEXED", 40_000)  # what is really the limit takes gigabytes
+    values = of_all_kinds() | {f"row {number}": torch.arange(30_000.0) for number in range(3)}
+    monkeypatch.setattr("keepbest.staging.rooms._ROW", 120_000)
+    expected = expected_of(values)
+    found, _, _ = brought(Devices(share=0.5), values)
+    assert_same(found, values, expected)
+    dtypes = len({value.dtype for value in values.values()})
+    assert device.log.count("clone") > dtypes
+    assert len(device.taken) == 1
