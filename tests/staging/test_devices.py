@@ -208,3 +208,10 @@ def test_clones_end_where_torch_could_not_copy_at_once(device, monkeypatch):
     dtypes = len({value.dtype for value in values.values()})
     assert device.log.count("clone") > dtypes
     assert len(device.taken) == 1
+
+
+def test_first_use_loads_what_copies_pieces_of_every_kind(device):
+    dtypes = {value.dtype for value in of_all_kinds().values()} | {torch.complex128}
+    Devices(share=0.5).get_ready(CPU, dtypes)
+    assert device.log.count("clone") % 3 == 0  # whole words, words at the start alone, and others
+    assert device.log.count("clone") >= 3 * len({dtype.itemsize for dtype in dtypes if not dtype.is_complex})

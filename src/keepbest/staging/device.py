@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,11 @@ from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.staging.rooms import Row
 
 _CONCATENATED = frozenset(
-    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 )  # dtypes that are copied as they are; others are as bytes
-_INDEXED = (1 << 31) - 1  # values: torch concatenates more on a device one tensor after the other
+_INDEXED = (1 << 31) - 1  # bytes: torch concatenates so many values by one kernel, and more one tensor at a time
+# torch has a kernel for pieces of whole 16 bytes, one for those that begin at such, and one for all others.
+_KINDS_OF_PIECES = (slice(0, 512), slice(0, 8), slice(8, 16))
 _ALIGNED = 512  # bytes, as torch aligns what it allocates on a device
 
 Values = Sequence[torch.Tensor]
@@ -27,7 +29,7 @@ class _Clone(NamedTuple):
     Attributes:
         rows: Rows on the host.
         values: What they are to hold, one after the other.
-        place: Room on the device for all of it, of one dimension.
+        place: Room on the device for all of it, of one dimension: of that dtype, or of bytes.
     """
 
     rows: Sequence[Row]
@@ -35,13 +37,13 @@ class _Clone(NamedTuple):
     place: torch.Tensor
 
     @property
-    def is_contiguous(self) -> bool:
-        """Whether no value has to be copied to be in one row."""
-        return all(map(torch.Tensor.is_contiguous, self.values))
+    def needs_no_copy(self) -> bool:
+        """Whether the values are in one row where they are."""
+        return self.place.dtype != torch.uint8 and all(map(torch.Tensor.is_contiguous, self.values))
 
     def in_one_row(self) -> list[torch.Tensor]:
-        """The values as torch can copy them, one after the other."""
-        return _in_one_row(self.values, self.place)
+        """The values as torch can copy them into the place, one after the other. Some may be copied for it."""
+        return list(map(raw_bytes if self.place.dtype == torch.uint8 else torch.Tensor.flatten, self.values))
 
 
 class Devices:
@@ -57,14 +59,12 @@ class Devices:
         self._share = share
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def get_ready(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Do on the current device what takes long for the first time: make a stream, and load what copies on it."""
-        device = torch.device("cuda", torch.cuda.current_device())
+    def get_ready(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
+        """Do on a device what takes long for the first time: make a stream, and load what copies values of dtypes."""
         with torch.cuda.stream(self._stream(device)):
-            for dtype in dtypes:
-                two = torch.zeros(2, 8, dtype=torch.uint8, device=device).view(dtype)
-                place = torch.empty(16, dtype=torch.uint8, device=device).view(dtype)
-                torch.cat(_in_one_row(list(two), place), out=place)
+            for dtype, part in product(set(map(_copied_as, dtypes)), _KINDS_OF_PIECES):
+                pieces = torch.zeros(2, _ALIGNED, dtype=torch.uint8, device=device)[:, part].view(dtype)
+                torch.cat(list(pieces), out=torch.zeros(pieces.numel(), dtype=dtype, device=device))
         self._stream(device).synchronize()
 
     def bring(
@@ -84,7 +84,7 @@ class Devices:
         with torch.cuda.device(device), torch.inference_mode():
             # All that can be done before the device is waited for, since it is idle from then on.
             clones, memory = self._clones(device, rows)
-            pieces = [clone.in_one_row() if clone.is_contiguous else None for clone in clones]
+            pieces = [clone.in_one_row() if clone.needs_no_copy else None for clone in clones]
             for row, found in rows[sum(len(clone.rows) for clone in clones) :]:
                 rooms.extend(_split(row, found))
                 values.extend(found)
@@ -122,7 +122,7 @@ class Devices:
             _Clone(
                 [row for row, _ in group],
                 list(chain.from_iterable(values for _, values in group)),
-                memory[start : start + size].view(group[0][0].whole.dtype),
+                memory[start : start + size].view(_copied_as(group[0][0].whole.dtype)),
             )
             for group, start, size in zip(groups, starts, sizes, strict=False)
         ], memory
@@ -135,9 +135,10 @@ class Devices:
         with torch.cuda.stream(stream):
             stream.wait_event(copied)
             for clone in clones:
-                places = torch.split(clone.place, [row.whole.numel() for row in clone.rows])
-                for row, place in zip(clone.rows, places, strict=True):
-                    row.whole.copy_(place, non_blocking=True)
+                wholes = [row.whole.view(clone.place.dtype) for row in clone.rows]
+                places = torch.split(clone.place, [whole.numel() for whole in wholes])
+                for whole, place in zip(wholes, places, strict=True):
+                    whole.copy_(place, non_blocking=True)
             memory.record_stream(stream)  # it is free for training when it has arrived
             arrived.record(stream)
         return arrived
@@ -186,14 +187,8 @@ def _free_memory(device: torch.device) -> int:
     return free
 
 
-def _in_one_row(values: Values, place: torch.Tensor) -> list[torch.Tensor]:
-    """Values as torch can copy them, one after the other, into a place of their dtype.
-
-    Those that are not contiguous are copied for it.
-    """
-    if place.dtype in _CONCATENATED:
-        return list(map(torch.Tensor.flatten, values))
-    return [raw_bytes(value).view(place.dtype) for value in values]
+def _copied_as(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _CONCATENATED else torch.uint8
 
 
 def _at_once(rows: Sequence[tuple[Row, Values]]) -> list[list[tuple[Row, Values]]]:
@@ -202,11 +197,11 @@ def _at_once(rows: Sequence[tuple[Row, Values]]) -> list[list[tuple[Row, Values]
     latest: dict[torch.dtype, tuple[list[tuple[Row, Values]], int]] = {}
     for row, values in rows:
         group, count = latest.get(row.whole.dtype, ([], 0))
-        if not group or count + row.whole.numel() > _INDEXED:
+        if not group or count + row.whole.nbytes > _INDEXED:
             group, count = [], 0
             groups.append(group)
         group.append((row, values))
-        latest[row.whole.dtype] = group, count + row.whole.numel()
+        latest[row.whole.dtype] = group, count + row.whole.nbytes
     return groups
 
 

@@ -110,7 +110,10 @@ class HostStaging:
 
     def prepare(self, wanted: Mapping[str, Like]) -> None:
         dtypes = {like.dtype for like in wanted.values() if like.device == "cuda"}
-        self._memory.prepare(sizes_of(wanted), partial(self._devices.get_ready, dtypes) if dtypes else None)
+        get_ready = None
+        if dtypes:
+            get_ready = partial(self._devices.get_ready, torch.device("cuda", torch.cuda.current_device()), dtypes)
+        self._memory.prepare(sizes_of(wanted), get_ready)
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""

@@ -12,6 +12,7 @@ from keepbest.staging.memory import Bytes, Memory, Size
 from keepbest.staging.slot import Like
 
 _SMALL = 1 << 15  # values: more are copied by several threads, if they are copied by themselves
+_WORD = 16  # bytes
 _ROW = 1 << 26  # bytes: large enough for a device to copy at full speed, and pinned in a few milliseconds
 
 
@@ -127,7 +128,7 @@ def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
     """Which tensors lie in one row: those of one dtype and kind of device, up to the size of a row."""
     rows: list[tuple[Like, list[str]]] = []
     open_rows: dict[tuple[torch.dtype, str], tuple[int, list[str]]] = {}
-    for key, like in sorted(wanted.items(), key=lambda item: _run_of(item[1].shape)):
+    for key, like in sorted(wanted.items(), key=lambda item: _run_of(item[1].shape, item[1].dtype)):
         kind = like.dtype, like.device
         size, keys = open_rows.get(kind, (0, []))
         if not keys or size + like.nbytes > _ROW:
@@ -140,7 +141,7 @@ def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
 
 def _runs(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterator[Run]:
     start = 0
-    for (is_small, dimensions, rest), group in groupby(shapes, key=lambda key: _run_of(shapes[key])):
+    for (_, is_small, dimensions, rest), group in groupby(shapes, key=lambda key: _run_of(shapes[key], whole.dtype)):
         keys = list(group)
         end = start + sum(torch.Size(shapes[key]).numel() for key in keys)
         if is_small and dimensions and end > start:
@@ -148,9 +149,14 @@ def _runs(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterator[
         start = end
 
 
-def _run_of(shape: Sequence[int]) -> tuple[bool, int, tuple[int, ...]]:
-    """What the tensors of one run have in common: whether they are small, their dimensions, and all but the first."""
-    return torch.Size(shape).numel() < _SMALL, len(shape), tuple(shape[1:])
+def _run_of(shape: Sequence[int], dtype: torch.dtype) -> tuple[bool, bool, int, tuple[int, ...]]:
+    """What the tensors of one run have in common, in the order of the runs.
+
+    Those that do not fill whole words come last: on a CUDA device `torch.cat` copies what comes after them by values,
+    and what comes before by words. Then: whether they are small, their dimensions, and the sizes of all but the first.
+    """
+    count = torch.Size(shape).numel()
+    return count * dtype.itemsize % _WORD > 0, count < _SMALL, len(shape), tuple(shape[1:])
 
 
 def sizes_of(wanted: Mapping[str, Like]) -> list[Size]:
