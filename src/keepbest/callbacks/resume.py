@@ -14,8 +14,9 @@ from keepbest.callbacks.training_state import (
     TRAINER,
     HeldRandomState,
     TrainerProgress,
-    is_schedule,
+    optimized_submodels,
     resume_state,
+    scheduled_submodels,
     trainer_state,
     whole_model,
 )
@@ -82,6 +83,43 @@ def find_to_resume(directory: Path, resume: Path | str, ranks: Ranks) -> Found |
     return None if answer is None else Found(Path(answer[0]), answer[1], tuple(answer[2]))
 
 
+def find_best(directory: Path, ref: str, ranks: Ranks) -> Found:
+    """Find the best that `ref` names, and what training state it has. **Collective**.
+
+    Args:
+        directory: Directory of the run.
+        ref: Name of the best.
+        ranks: Ranks of the run. Rank 0 looks, and all receive its answer.
+
+    Raises:
+        ConfigError: On every rank, if there is no such best, or training cannot continue from it.
+        LedgerError: On every rank, if the ledger is damaged or of another version.
+        SnapshotError: On every rank, if the snapshot is missing, or its manifest is damaged.
+    """
+
+    def find() -> list[str]:
+        if not ledger_exists(directory):
+            raise ConfigError(
+                f"trainer.resume=best: there is no run in {directory} yet, so it has no best; remove trainer.resume to "
+                "start one"
+            )
+        history = read_history(directory)
+        if ref not in history.refs:
+            raise ConfigError(
+                f"trainer.resume=best: the run in {directory} has no {ref}; trainer.resume=auto takes the latest "
+                "resume checkpoint"
+            )
+        _, manifest = find_ref(directory, history, ref)
+        if TRAINER not in manifest.training_state:
+            raise ConfigError(
+                f"trainer.resume=best: {ref} in {directory} was kept without save_training_state, so training cannot "
+                "continue from it; trainer.resume=auto takes the latest resume checkpoint"
+            )
+        return list(manifest.training_state)
+
+    return Found(directory, ref, tuple(ranks.broadcast("find the best to resume from", find, saving=True)))
+
+
 def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
     """Load everything that a trainer continues from out of a resume checkpoint. **Collective**.
 
@@ -93,12 +131,13 @@ def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
         ranks: Ranks that train together.
 
     Raises:
-        ConfigError: On every rank, if the run had epochs or batches of another size, or only one of the two runs
-            averages its weights.
+        ConfigError: On every rank, if the run had epochs or batches of another size, optimizers of other submodels or
+            other schedules, or only one of the two runs averages its weights.
         SnapshotError: On every rank, if a file is damaged, or model or optimizers are not those that were saved.
     """
     _check_average(trainer, had_average=AVERAGE in found.training_state)
     _check_schedules(trainer, found.training_state)
+    _check_optimizers(trainer, found.training_state)
     wanted = resume_state(trainer, ranks) if CALLBACKS in found.training_state else trainer_state(trainer, ranks)
     progress, random = TrainerProgress(trainer.update_counter, ranks.world_size), HeldRandomState()
     states = {**wanted, TRAINER: progress, "random": PerRank(random)}
@@ -169,9 +208,22 @@ def _check_average(trainer: TrainerView, *, had_average: bool) -> None:
 
 
 def _check_schedules(trainer: TrainerView, saved: Sequence[str]) -> None:
-    had, has = ([name for name in names if is_schedule(name)] for names in (saved, trainer.training_state))
-    if set(had) != set(has):
+    had, has = (sorted(scheduled_submodels(names)) for names in (saved, trainer.training_state))
+    if had != has:
         raise ConfigError(
-            f"the run to resume had the schedules {had or 'none'}, this one has {has or 'none'}: the learning rate "
-            "would be that of neither; set schedule as it was, or start a new run"
+            f"the run to resume had {_schedules_of(had)}, this one has {_schedules_of(has)}: the learning rate would "
+            "be that of neither; set schedule as it was, or start a new run"
+        )
+
+
+def _schedules_of(submodels: Sequence[str]) -> str:
+    return f"a schedule of {', '.join(submodels)}" if submodels else "no schedule"
+
+
+def _check_optimizers(trainer: TrainerView, saved: Sequence[str]) -> None:
+    had, has = sorted(optimized_submodels(saved)), sorted(trainer.optimizers)
+    if had != has:
+        raise ConfigError(
+            f"the run to resume trained {', '.join(had)}, this one trains {', '.join(has)}: optimizers continue "
+            "for what they trained alone; train the same submodels, or start a new run"
         )
