@@ -19,6 +19,14 @@ _NAMES_ELSEWHERE = {
 }
 
 
+# What pydantic calls by the name of a type of Python.
+_IN_YAML = {
+    "model_type": "a mapping with a kind",
+    "path_type": "a path",
+    "tuple_type": "a list",
+}
+
+
 def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at: Place = ()) -> list[str]:
     """One line for each finding: the setting, what was expected, and what was found. **Rank-local**.
 
@@ -43,6 +51,8 @@ def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at
             lines.append(f"{parent}: {text}" if parent else text)
         elif each["type"] == "missing":
             lines.append(f"{where} is required")
+        elif (kind := _IN_YAML.get(each["type"])) is not None:
+            lines.append(f"{where} must be {kind}, found {each['input']!r}")
         elif expected.startswith("Input should be "):
             lines.append(f"{where} must be {expected.removeprefix('Input should be ')}, found {each['input']!r}")
         else:
