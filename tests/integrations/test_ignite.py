@@ -12,7 +12,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from ignite.metrics import Average
 
 from keepbest import load
-from keepbest.errors import ConfigError, IterationError
+from keepbest.errors import ConfigError, IterationError, MetricError
 from keepbest.integrations.ignite import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues
 from tests.integrations.faces.face import VALUES, failing, weights_of
@@ -183,6 +183,17 @@ def test_score_of_a_function_is_observed_as_ignite_takes_it(tmp_path):
     loaded = load(tmp_path, "best_model.score", model := FACE.model())
     assert (str(loaded.iteration), loaded.value) == ("E4_U8", 6.0)
     assert weights_of(model.state_dict()) == FACE.weights_of_checkpoint(tmp_path / "own" / path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [({"a": 1.0}, r"the metric 'loss' must be a number, got {'a': 1\.0}"), (None, "as None")]
+)
+def test_metric_that_is_no_number_is_refused_by_its_name(value, message, tmp_path):
+    engines = make_engines(VALUES)
+    engines.evaluator.add_event_handler(Events.COMPLETED, lambda engine: engine.state.metrics.update({METRIC: value}))
+    engines.attach(tmp_path)
+    with pytest.raises(MetricError, match=message):
+        engines.train(1)
 
 
 def test_score_with_the_name_of_a_loss_needs_a_direction(tmp_path):

@@ -17,7 +17,7 @@ from keepbest.errors import ConfigError, IterationError
 from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import DEFAULT_REMEDY, Reading, read_value
+from keepbest.metric import DEFAULT_REMEDY, Reading, read_reported
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.misspelling import nearest
 from keepbest.new_best import Hook
@@ -214,12 +214,12 @@ class BestCheckpoint:
                 "give attach() the data to observe, as data=..., or attach an evaluator that runs on it alone"
             )
         if self._score_function is not None:
-            return read_value(self._score_function(evaluator))
+            return read_reported(self._score_function(evaluator), self.metric_key)
         metrics: Mapping[str, Any] = evaluator.state.metrics
         if self.metric_key not in metrics:
             known = (", ".join(sorted(metrics)) or "none") + nearest(self.metric_key, metrics)
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
-        return read_value(metrics[self.metric_key])
+        return read_reported(metrics[self.metric_key], self.metric_key)
 
     def _complete(self, trainer: Engine) -> None:
         """Close the keeper. **Collective**. Raises as `BestKeeper.close`."""
