@@ -107,6 +107,33 @@ def test_run_resumed_within_an_epoch_observes_the_same(tmp_path):
     assert sorted(set(observed(tmp_path / "parts"))) == sorted(observed(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(
+    ("events", "times"),
+    [
+        (Events.EPOCH_COMPLETED | Events.ITERATION_COMPLETED(every=4), ["E1_U2", "E2_U4", "E3_U6", "E4_U8"]),
+        (Events.STARTED | Events.EPOCH_COMPLETED, ["E0_U0", "E1_U2", "E2_U4", "E3_U6", "E4_U8"]),
+    ],
+    ids=["coincide", "evaluated-at-the-start"],
+)
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_evaluation_that_repeats_one_is_observed_once(events, times, is_resumed, tmp_path):
+    data, values = [None], [*VALUES[:4], VALUES[-1]]  # before training it is the last of them
+    engines = make_engines(values, evaluate_at=Events.TERMINATE)
+    best = engines.attach(tmp_path / "run")
+    engines.trainer.add_event_handler(events, lambda: engines.evaluator.run(data))
+    engines.train(2)
+    if is_resumed:
+        state, trained = best.state_dict(), engines.trainer.state_dict()
+        engines = make_engines(values, evaluate_at=Events.TERMINATE)
+        best = engines.attach(tmp_path / "run")
+        engines.trainer.add_event_handler(events, lambda: engines.evaluator.run(data))
+        best.load_state_dict(state)
+        engines.trainer.load_state_dict(trained)
+    engines.train(4)
+    assert observed(tmp_path / "run") == times
+    assert best.keeper.best_metric_value == min(values[:4] if times[0] == "E1_U2" else values)
+
+
 def test_two_evaluations_of_one_iteration_are_refused(tmp_path):
     engines = make_engines(VALUES)
     engines.attach(tmp_path)
