@@ -101,3 +101,30 @@ def test_best_that_training_cannot_continue_from_says_why(tmp_path):
     toys.make_trainer(tmp_path / "bare", callbacks=[BESTS[0], {**BESTS[1], "save_training_state": False}]).train()
     with pytest.raises(ConfigError, match="was kept without save_training_state"):
         toys.make_trainer(tmp_path / "bare", callbacks=BESTS, resume="best", epochs=4).train()
+
+
+def test_settings_that_a_resumed_run_does_not_use_are_named(tmp_path, caplog):
+    slower = {"encoder": partial(toys.ADAM, lr=0.01), "decoder": toys.MOMENTUM}
+    toys.make_trainer(tmp_path, schedule=HALVED, updates=2, callbacks=[CHECKPOINTS]).train()
+    same = toys.make_trainer(tmp_path, schedule=HALVED, updates=3, callbacks=[CHECKPOINTS], resume="auto")
+    same.train()
+    assert "settings that were saved" not in caplog.text
+    rarer = partial(StepLR, step_size=4, gamma=0.5)
+    toys.make_trainer(
+        tmp_path, optimizers=slower, schedule=rarer, updates=4, callbacks=[CHECKPOINTS], resume="auto"
+    ).train()
+    [message] = [message for message in caplog.messages if "settings that were saved" in message]
+    assert message.partition(": ")[2].split("; ") == [
+        "initial_lr of the optimizer of encoder is 0.05 and not 0.01",
+        "step_size of the schedule of encoder is 1 and not 4",
+        "step_size of the schedule of decoder is 1 and not 4",
+    ]
+
+
+def test_learning_rate_of_the_config_is_named_where_it_is_not_used(tmp_path, caplog):
+    toys.make_trainer(tmp_path, updates=2, callbacks=[CHECKPOINTS]).train()
+    faster = {"encoder": toys.ADAM, "decoder": partial(toys.MOMENTUM, lr=0.5)}
+    trainer = toys.make_trainer(tmp_path, optimizers=faster, updates=3, callbacks=[CHECKPOINTS], resume="auto")
+    trainer.train()
+    assert "lr of the optimizer of decoder is 0.05 and not 0.5" in caplog.text
+    assert trainer.optimizers["decoder"].param_groups[0]["lr"] == 0.05

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.callbacks.training_state import (
@@ -16,6 +19,7 @@ from keepbest.callbacks.training_state import (
     TrainerProgress,
     optimized_submodels,
     resume_state,
+    schedule_state,
     scheduled_submodels,
     trainer_state,
     whole_model,
@@ -32,6 +36,9 @@ from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import find_ref, read_history
 
 _logger = logging.getLogger(__name__)
+
+_PLAIN = (bool, int, float, str, list, tuple, Mapping, Tensor, type(None))  # of which the text says the value
+_SCHEDULED = ("lr", "momentum", "betas")  # settings of an optimizer that schedules change
 
 
 class Found(NamedTuple):
@@ -142,7 +149,9 @@ def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
     progress, random = TrainerProgress(trainer.update_counter, ranks.world_size), HeldRandomState()
     states = {**wanted, TRAINER: progress, "random": PerRank(random)}
     step = f"resume from {found.ref} of {found.directory}"
+    in_config = _settings(trainer)
     loaded = load_into(whole_model(trainer), found.directory, found.ref, ranks=ranks, step=step, training_state=states)
+    _warn_of_changes(in_config, _settings(trainer), ranks)
     return Resumed(loaded.path, random.held if progress.is_of_as_many_ranks else None)
 
 
@@ -226,4 +235,37 @@ def _check_optimizers(trainer: TrainerView, saved: Sequence[str]) -> None:
         raise ConfigError(
             f"the run to resume trained {', '.join(had)}, this one trains {', '.join(has)}: optimizers continue "
             "for what they trained alone; train the same submodels, or start a new run"
+        )
+
+
+def _settings(trainer: TrainerView) -> dict[str, str]:
+    """The settings of optimizers and schedules in words, without what a schedule changes."""
+    found: dict[str, Any] = {}
+    scheduled = scheduled_submodels(trainer.training_state)
+    for submodel, optimizer in trainer.optimizers.items():
+        groups = optimizer.param_groups
+        for number, group in enumerate(groups):
+            place = f"the optimizer of {submodel}" + (f", group {number}" if len(groups) > 1 else "")
+            left_out = {"params", *(_SCHEDULED if submodel in scheduled else ())}
+            found |= {f"{name} of {place}": value for name, value in group.items() if name not in left_out}
+    for submodel in scheduled:
+        schedule = trainer.training_state[schedule_state(submodel)]
+        names = inspect.signature(type(schedule)).parameters.keys() & vars(schedule).keys() - {
+            "optimizer",
+            "last_epoch",
+        }
+        found |= {f"{name} of the schedule of {submodel}": vars(schedule)[name] for name in sorted(names)}
+    return {name: repr(value) for name, value in found.items() if isinstance(value, _PLAIN)}
+
+
+def _warn_of_changes(in_config: Mapping[str, str], saved: Mapping[str, str], ranks: Ranks) -> None:
+    changes = [
+        f"{name} is {saved[name]} and not {value}"
+        for name, value in in_config.items()
+        if name in saved and saved[name] != value
+    ]
+    if changes and ranks.is_main:
+        _logger.warning(
+            "the run continues with settings that were saved, and not with those of its config by now: %s",
+            "; ".join(changes),
         )
