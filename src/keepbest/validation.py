@@ -14,8 +14,17 @@ _NAMES_ELSEWHERE = {
     "mode": "higher_is_better",
     "greater_is_better": "higher_is_better",
     "patience": "tolerances",
+    "early_stopping_patience": "tolerances",
+    "threshold": "min_delta",
+    "early_stopping_threshold": "min_delta",
     "monitor": "metric_key",
+    "metric_for_best_model": "metric_key",
     "save_top_k": "keep_top_k",
+    "save_total_limit": "keep_top_k",
+    "n_saved": "keep_top_k",
+    "dirpath": "directory",
+    "dirname": "directory",
+    "output_dir": "directory",
 }
 
 

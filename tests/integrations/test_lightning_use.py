@@ -287,6 +287,15 @@ def test_module_without_an_optimizer_has_no_state_of_one(tmp_path):
     assert weights_of(model.state_dict()) == weights_of(Fixed().state_dict())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("directry", "directory"), ("dirpath", "directory"), ("mode", "higher_is")]
+)
+def test_arguments_of_the_callback_are_among_those_that_are_named(wrong, right):
+    with pytest.raises(ConfigError, match=rf"there is no setting '{wrong}'; did you mean '{right}") as caught:
+        BestCheckpoint(METRIC, **{wrong: "there"})
+    assert "metric_key, directory, every_n_train_steps," in str(caught.value)
+
+
 def test_barebones_trainer_that_logs_nothing_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="with barebones=True Lightning logs nothing"):
         fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)], barebones=True)

@@ -84,7 +84,7 @@ class BestCheckpoint:
         on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        checked = KeeperSettings.of(settings)
+        checked = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
         self._resume = checked.resume

@@ -93,7 +93,7 @@ class BestCheckpoint(Callback):
         on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        checked = KeeperSettings.of(settings)
+        checked = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ConfigError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.metric_key = metric_key

@@ -97,7 +97,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._metric_key = metric_key
         self._given = None if directory is None else str(directory)
         self._directory = None if directory is None else local_path(directory)
-        self._settings = KeeperSettings.of(settings)
+        self._settings = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
