@@ -69,5 +69,10 @@ class Interval:
             return update % self.n == 0
         return update * effective_batch_size // self.n > (update - 1) * effective_batch_size // self.n
 
+    def is_due_by(self, update: int, *, updates_per_epoch: int, effective_batch_size: int) -> bool:
+        """Whether the interval has ended at least once when the `update`-th update is completed."""
+        done = {"epoch": update // updates_per_epoch, "update": update, "sample": update * effective_batch_size}
+        return done[self.kind] >= self.n
+
     def __str__(self) -> str:
         return f"every_n_{self.kind}s={self.n}"

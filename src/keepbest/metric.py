@@ -96,6 +96,17 @@ def read_value(value: Any, weight: Any = None, *, metric_key: str = "") -> Readi
     return Reading(number, weighed, "" if number is not None else "observe() received None", is_reduced)
 
 
+def read_reported(value: Any, metric_key: str) -> Reading:
+    """Return the reading of a number that a framework reports under the name of the metric. **Rank-local**.
+
+    Raises:
+        InvalidMetricError: If `value` is anything else, such as a mapping in the place of the number in it.
+    """
+    if value is None:
+        return Reading(absent=f"{metric_key!r} was reported as None")
+    return Reading(_real(value, f"metric {metric_key!r}"))
+
+
 def _computed(metric: Computable, metric_key: str) -> Any:
     """The value of a metric. In a collection, that of the metric with this key, or with the last part of the key."""
     value = metric.compute()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -191,8 +192,12 @@ class KeeperSettings(CommonSettings):
         return self
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
+    def of(cls, settings: Mapping[str, Any], *, taken_by: Callable[..., Any] | None = None) -> Self:
         """The settings in `settings`, checked; all others have their defaults. **Rank-local**.
+
+        Args:
+            settings: Values by name.
+            taken_by: Class or function that takes them beside arguments of its own, which an error names too.
 
         Raises:
             ConfigError: If a name is unknown or a value is wrong. Names the setting, what was expected, and what was
@@ -201,7 +206,13 @@ class KeeperSettings(CommonSettings):
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:
-            raise ConfigError("\n".join(describe(error, lambda _: cls.model_fields))) from None
+            known = [*(_own_arguments(taken_by) if taken_by is not None else ()), *cls.model_fields]
+            raise ConfigError("\n".join(describe(error, lambda _: known))) from None
+
+
+def _own_arguments(taken_by: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(taken_by).parameters.values()
+    return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
 
 
 def timeouts_to_connect(settings: Mapping[str, Any]) -> dict[str, float]:

@@ -14,8 +14,25 @@ _NAMES_ELSEWHERE = {
     "mode": "higher_is_better",
     "greater_is_better": "higher_is_better",
     "patience": "tolerances",
+    "early_stopping_patience": "tolerances",
+    "threshold": "min_delta",
+    "early_stopping_threshold": "min_delta",
     "monitor": "metric_key",
+    "metric_for_best_model": "metric_key",
     "save_top_k": "keep_top_k",
+    "save_total_limit": "keep_top_k",
+    "n_saved": "keep_top_k",
+    "dirpath": "directory",
+    "dirname": "directory",
+    "output_dir": "directory",
+}
+
+
+# What pydantic calls by the name of a type of Python.
+_IN_YAML = {
+    "model_type": "a mapping with a kind",
+    "path_type": "a path",
+    "tuple_type": "a list",
 }
 
 
@@ -43,6 +60,8 @@ def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at
             lines.append(f"{parent}: {text}" if parent else text)
         elif each["type"] == "missing":
             lines.append(f"{where} is required")
+        elif (kind := _IN_YAML.get(each["type"])) is not None:
+            lines.append(f"{where} must be {kind}, found {each['input']!r}")
         elif expected.startswith("Input should be "):
             lines.append(f"{where} must be {expected.removeprefix('Input should be ')}, found {each['input']!r}")
         else:

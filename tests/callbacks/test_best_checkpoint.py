@@ -32,6 +32,19 @@ REF = "best_model.loss.val.total"
 PREFIX = "best=loss.val.total/"
 
 
+@pytest.mark.parametrize(
+    ("interval", "first"),
+    [({"every_n_epochs": 4}, 8), ({"every_n_updates": 7}, 7), ({"every_n_samples": 145, "batch_size": 4}, 7)],
+)
+def test_interval_that_ends_after_training_is_refused(interval, first, tmp_path):
+    callbacks = [{"name": "OfflineLossCallback", "dataset_key": "val", **interval}]
+    callbacks.append({"name": "BestCheckpointCallback", "metric_key": KEY, **interval})
+    with pytest.raises(ConfigError, match=rf"after {first - 1} updates.* no best could be kept"):
+        make_trainer(tmp_path, callbacks=callbacks, updates=first - 1).train()
+    make_trainer(tmp_path, callbacks=callbacks, updates=first).train()
+    assert refs(tmp_path) == {REF: f"E{first // 2}_U{first}_S{24 * first}"}
+
+
 class RecorderConfig(CallBackBaseConfig):
     name: Literal["RecorderOfHooks"] = "RecorderOfHooks"
 

@@ -44,7 +44,7 @@ def test_hooks_of_a_config_are_called_on_each_new_best(tmp_path):
     ("hook", "message"),
     [
         ({"kind": f"{__name__}.Note"}, "missing 1 required positional argument: 'file'"),
-        ({"kind": "builtins.dict"}, "on_new_best must be a function"),
+        ({"kind": "builtins.dict"}, "on_new_best: builtins.dict was called, and gave {}; kind names what makes"),
         ({"file": "x"}, "on_new_best.0.kind"),
     ],
     ids=["argument", "no function", "no kind"],

@@ -71,6 +71,23 @@ def test_unknown_key_is_refused_with_the_nearest(key, hint, tmp_path):
     assert "pydantic" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", "line.Line", "model must be a mapping with a kind, found 'line.Line'"),
+        ("directory", None, "directory must be a path, found None"),
+        ("trainer.callbacks.1", None, "trainer.callbacks.1: expected a mapping with a kind or a name; found None"),
+        ("trainer.callbacks.1.on_new_best", "print", "trainer.callbacks.1.on_new_best must be a list, found 'print'"),
+        ("seed", 2**64, "seed must be less than 9223372036854775808"),
+    ],
+)
+def test_wrong_value_is_refused_in_the_words_of_the_file(key, value, message, tmp_path):
+    path = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path, epochs=1))
+    with pytest.raises(ConfigError) as error:
+        RunFile.read(path, {key: value})
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["- a list", "a: [", "just text", ""])
 def test_file_that_describes_no_run_is_refused(text, tmp_path):
     path = tmp_path / "c.yaml"

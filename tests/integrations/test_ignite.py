@@ -12,7 +12,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from ignite.metrics import Average
 
 from keepbest import load
-from keepbest.errors import ConfigError, IterationError
+from keepbest.errors import ConfigError, IterationError, MetricError
 from keepbest.integrations.ignite import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues
 from tests.integrations.faces.face import VALUES, failing, weights_of
@@ -107,6 +107,33 @@ def test_run_resumed_within_an_epoch_observes_the_same(tmp_path):
     assert sorted(set(observed(tmp_path / "parts"))) == sorted(observed(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(
+    ("events", "times"),
+    [
+        (Events.EPOCH_COMPLETED | Events.ITERATION_COMPLETED(every=4), ["E1_U2", "E2_U4", "E3_U6", "E4_U8"]),
+        (Events.STARTED | Events.EPOCH_COMPLETED, ["E0_U0", "E1_U2", "E2_U4", "E3_U6", "E4_U8"]),
+    ],
+    ids=["coincide", "evaluated-at-the-start"],
+)
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_evaluation_that_repeats_one_is_observed_once(events, times, is_resumed, tmp_path):
+    data, values = [None], [*VALUES[:4], VALUES[-1]]  # before training it is the last of them
+    engines = make_engines(values, evaluate_at=Events.TERMINATE)
+    best = engines.attach(tmp_path / "run")
+    engines.trainer.add_event_handler(events, lambda: engines.evaluator.run(data))
+    engines.train(2)
+    if is_resumed:
+        state, trained = best.state_dict(), engines.trainer.state_dict()
+        engines = make_engines(values, evaluate_at=Events.TERMINATE)
+        best = engines.attach(tmp_path / "run")
+        engines.trainer.add_event_handler(events, lambda: engines.evaluator.run(data))
+        best.load_state_dict(state)
+        engines.trainer.load_state_dict(trained)
+    engines.train(4)
+    assert observed(tmp_path / "run") == times
+    assert best.keeper.best_metric_value == min(values[:4] if times[0] == "E1_U2" else values)
+
+
 def test_two_evaluations_of_one_iteration_are_refused(tmp_path):
     engines = make_engines(VALUES)
     engines.attach(tmp_path)
@@ -183,6 +210,17 @@ def test_score_of_a_function_is_observed_as_ignite_takes_it(tmp_path):
     loaded = load(tmp_path, "best_model.score", model := FACE.model())
     assert (str(loaded.iteration), loaded.value) == ("E4_U8", 6.0)
     assert weights_of(model.state_dict()) == FACE.weights_of_checkpoint(tmp_path / "own" / path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [({"a": 1.0}, r"the metric 'loss' must be a number, got {'a': 1\.0}"), (None, "as None")]
+)
+def test_metric_that_is_no_number_is_refused_by_its_name(value, message, tmp_path):
+    engines = make_engines(VALUES)
+    engines.evaluator.add_event_handler(Events.COMPLETED, lambda engine: engine.state.metrics.update({METRIC: value}))
+    engines.attach(tmp_path)
+    with pytest.raises(MetricError, match=message):
+        engines.train(1)
 
 
 def test_score_with_the_name_of_a_loss_needs_a_direction(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from keepbest import load
@@ -227,6 +228,78 @@ def test_parts_alone_make_no_checkpoint_of_lightning(tmp_path):
         export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt", Model())
     with pytest.raises(ConfigError, match=r"there\.ckpt is a file"):
         export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt" / "best.ckpt", Model())
+
+
+class Compiled(Model):
+    def __init__(self, values=(), **settings):
+        super().__init__(values, **settings)
+        self.layers = torch.compile(self.layers, backend="eager")
+
+
+class Averaging(Model):
+    def __init__(self, values=(), **settings):
+        super().__init__(values, **settings)
+        self.average = AveragedModel(self.layers)
+
+    def on_train_batch_end(self, *_):
+        self.average.update_parameters(self.layers)
+
+
+class Frozen(Model):
+    def __init__(self, values=(), **settings):
+        super().__init__(values, **settings)
+        self.base = torch.nn.Linear(2, 2).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"), [(Compiled, {}), (Averaging, {}), (Frozen, {"save_frozen_weights": False})]
+)
+def test_checkpoint_of_the_best_has_the_weights_of_lightnings(model, settings, tmp_path):
+    own, best = ModelCheckpoint(tmp_path / "own", monitor=METRIC), BestCheckpoint(METRIC, **settings)
+    fit(tmp_path, VALUES, [own, best], model=model)
+    paths = own.best_model_path, best.best_model_path
+    expected, found = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    # The number of weights that an average is of is that of the module now. It is no weight.
+    assert [
+        key for key in expected if not key.endswith("n_averaged") and not torch.equal(expected[key], found[key])
+    ] == []
+    assert found.keys() == expected.keys() == model.load_from_checkpoint(paths[1]).state_dict().keys()
+
+
+def test_frozen_weight_that_trains_by_now_makes_no_checkpoint(tmp_path):
+    best = BestCheckpoint(METRIC, save_frozen_weights=False)
+    fit(tmp_path, VALUES[:2], [best], model=Frozen).lightning_module.base.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"base\.bias was frozen, and save_frozen_weights=False .* it trains now"):
+        assert best.best_model_path
+
+
+class Fixed(Model):
+    def configure_optimizers(self):
+        return None
+
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+def test_module_without_an_optimizer_has_no_state_of_one(tmp_path):
+    fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC, save_training_state=True)], model=Fixed)
+    load(tmp_path, FACE.ref, model := Model())
+    assert weights_of(model.state_dict()) == weights_of(Fixed().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("directry", "directory"), ("dirpath", "directory"), ("mode", "higher_is")]
+)
+def test_arguments_of_the_callback_are_among_those_that_are_named(wrong, right):
+    with pytest.raises(ConfigError, match=rf"there is no setting '{wrong}'; did you mean '{right}") as caught:
+        BestCheckpoint(METRIC, **{wrong: "there"})
+    assert "metric_key, directory, every_n_train_steps," in str(caught.value)
+
+
+def test_barebones_trainer_that_logs_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="with barebones=True Lightning logs nothing"):
+        fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)], barebones=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("check_finite", [True, False])

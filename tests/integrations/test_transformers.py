@@ -154,6 +154,15 @@ def test_wrong_metric_is_found_by_the_evaluation_before_training(tmp_path):
     assert run_ranks(start_with_a_wrong_metric, 2, tmp_path) == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("metric_for_best_model", "metric_key"), ("save_total_limit", "keep_top_k"), ("output_dir", "directory")],
+)
+def test_names_of_the_trainer_lead_to_those_of_the_callback(wrong, right):
+    with pytest.raises(ConfigError, match=f"there is no setting '{wrong}'; did you mean '{right}'"):
+        BestCheckpoint(**{wrong: "loss"})
+
+
 def test_functions_on_a_new_best_would_be_lost_with_restored_callbacks(tmp_path):
     with pytest.raises(ConfigError, match="on_new_best"):
         make_trainer(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from keepbest.errors import ConfigError, MissingMetricError, RunExistsError, SnapshotError
+from keepbest.errors import ConfigError, InvalidMetricError, MissingMetricError, RunExistsError, SnapshotError
 from keepbest.integrations.peft import export_adapter
 from keepbest.integrations.transformers import BestCheckpoint
 from tests.integrations.faces.face import VALUES, weights_of
@@ -86,6 +86,18 @@ class EvaluatesAlone(ScriptedTrainer):
         return metrics
 
 
+class EvaluatesMore(ScriptedTrainer):
+    """One of its metrics is of another form, and one is in the result of its evaluation alone."""
+
+    def evaluation_loop(self, *arguments, **named):
+        output = super().evaluation_loop(*arguments, **named)
+        output.metrics["eval_accuracy"] = {"accuracy": 0.5}
+        return output
+
+    def evaluate(self, *arguments, **named):
+        return {**super().evaluate(*arguments, **named), "eval_bleu": 0.5}
+
+
 class Cancels(TrainerCallback):
     """No evaluation takes place at odd steps."""
 
@@ -108,6 +120,17 @@ def train_with_other_prefix(directory):
 
 def test_evaluation_of_another_prefix_is_refused_at_once(tmp_path):
     assert run_ranks(train_with_other_prefix, 2, tmp_path) == [1, 1]
+
+
+def test_metric_that_callbacks_cannot_take_is_refused_in_words(tmp_path):
+    with pytest.raises(
+        InvalidMetricError, match=r"the metric 'eval_accuracy' must be a number, got {'accuracy': 0\.5}"
+    ):
+        make_unusual(EvaluatesMore, tmp_path / "a", BestCheckpoint("accuracy")).train()
+    with pytest.raises(
+        MissingMetricError, match=r"What an evaluate.. of your own adds to its result they are not shown"
+    ):
+        make_unusual(EvaluatesMore, tmp_path / "b", BestCheckpoint("bleu", higher_is_better=True)).train()
 
 
 def test_evaluation_that_no_callback_hears_of_is_warned_of_once(tmp_path, caplog):

@@ -68,6 +68,14 @@ def test_factories_that_do_not_fit(factories, message):
         build_optimizers(toys.auto_encoder(), factories)
 
 
+@pytest.mark.parametrize(
+    ("factory", "found"), [(list, "is a list"), (torch.optim.LBFGS, "is a LBFGS, .*without a closure")]
+)
+def test_what_takes_no_step_alone_is_refused(factory, found):
+    with pytest.raises(ConfigError, match=f"the optimizer of encoder {found}"):
+        build_optimizers(toys.auto_encoder(), factory)
+
+
 def test_parameter_outside_of_all_submodels_is_refused():
     model = toys.auto_encoder()
     model.scale = nn.Parameter(torch.ones(1))

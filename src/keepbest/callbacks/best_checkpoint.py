@@ -102,7 +102,7 @@ class BestCheckpointCallback(PeriodicCallback):
             metric_property_provider=self.metric_property_provider,
             process_group=self.ranks.process_group,
             training_state=trainer_state(self.trainer, self.ranks) if config.save_training_state else None,
-            on_new_best=self.ranks.agree("build on_new_best", lambda: [hook.build() for hook in config.on_new_best]),
+            on_new_best=self.ranks.agree("build on_new_best", lambda: [_build(hook) for hook in config.on_new_best]),
             **config.keeper_arguments(),
         )
         self.higher_is_better = self.keeper.policy.higher_is_better
@@ -165,10 +165,12 @@ class BestCheckpointCallback(PeriodicCallback):
         """Start the keeper in the run's directory. **Collective**.
 
         Raises:
+            ConfigError: On every rank, if training ends before the first interval.
             NotImplementedError: On every rank, if training resumes from a later iteration with tolerances, but neither
                 the state of this callback nor a ledger shows what happened before.
             KeepBestError: What `BestKeeper.start` raises.
         """
+        self._refuse_if_never_due(update_counter)
         is_under_way = update_counter.update > 0
         if is_under_way and not self._is_resumed and self.keeper.policy.tolerances and not self._ledger_exists():
             raise NotImplementedError(
@@ -181,6 +183,18 @@ class BestCheckpointCallback(PeriodicCallback):
         self.keeper.start(at=update_counter.iteration if may_resume else None)
         for child in self.eval_callbacks:
             child.before_training(update_counter=update_counter, **kwargs)
+
+    def _refuse_if_never_due(self, counter: UpdateCounter) -> None:
+        if not self.interval.is_due_by(
+            counter.end_update,
+            updates_per_epoch=counter.updates_per_epoch,
+            effective_batch_size=counter.effective_batch_size,
+        ):
+            raise ConfigError(
+                f"training ends after {counter.end_update} updates, of which {counter.updates_per_epoch} are an epoch, "
+                f"before the BestCheckpointCallback of {self.metric_key} is first called, with {self.interval}, so no "
+                "best could be kept: train for longer, or choose a shorter interval"
+            )
 
     def _ledger_exists(self) -> bool:
         return bool(self.ranks.broadcast("look for a ledger", lambda: ledger_exists(self.directory), saving=True))
@@ -247,3 +261,13 @@ class BestCheckpointCallback(PeriodicCallback):
     def before_checkpoint(self, **_kwargs: Any) -> None:
         """Make durable what the present state names, which the checkpoint keeps from then on. **Collective**."""
         self.keeper.flush()
+
+
+def _build(hook: Component) -> Any:
+    built = hook.build()
+    if not callable(built):
+        raise ConfigError(
+            f"on_new_best: {hook.kind} was called, and gave {built!r}; kind names what makes a function of an outcome "
+            "and a path, such as a class with __call__"
+        )
+    return built

@@ -94,7 +94,7 @@ class RegisteredConfig(BaseModel):
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise ConfigError(f"expected a mapping with a kind, or a {cls.__name__}; found {value!r}")
+            raise ConfigError(f"expected a mapping with a kind or a name; found {value!r}")
         for key in ("kind", "name"):
             if not isinstance(value.get(key), str | None):
                 raise ConfigError(f"{key} must be a string, found {value[key]!r}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from keepbest.callbacks.trainer_view import TrainerView
 from keepbest.callbacks.training_state import (
@@ -14,8 +17,10 @@ from keepbest.callbacks.training_state import (
     TRAINER,
     HeldRandomState,
     TrainerProgress,
-    is_schedule,
+    optimized_submodels,
     resume_state,
+    schedule_state,
+    scheduled_submodels,
     trainer_state,
     whole_model,
 )
@@ -31,6 +36,9 @@ from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import find_ref, read_history
 
 _logger = logging.getLogger(__name__)
+
+_PLAIN = (bool, int, float, str, list, tuple, Mapping, Tensor, type(None))  # of which the text says the value
+_SCHEDULED = ("lr", "momentum", "betas")  # settings of an optimizer that schedules change
 
 
 class Found(NamedTuple):
@@ -82,6 +90,43 @@ def find_to_resume(directory: Path, resume: Path | str, ranks: Ranks) -> Found |
     return None if answer is None else Found(Path(answer[0]), answer[1], tuple(answer[2]))
 
 
+def find_best(directory: Path, ref: str, ranks: Ranks) -> Found:
+    """Find the best that `ref` names, and what training state it has. **Collective**.
+
+    Args:
+        directory: Directory of the run.
+        ref: Name of the best.
+        ranks: Ranks of the run. Rank 0 looks, and all receive its answer.
+
+    Raises:
+        ConfigError: On every rank, if there is no such best, or training cannot continue from it.
+        LedgerError: On every rank, if the ledger is damaged or of another version.
+        SnapshotError: On every rank, if the snapshot is missing, or its manifest is damaged.
+    """
+
+    def find() -> list[str]:
+        if not ledger_exists(directory):
+            raise ConfigError(
+                f"trainer.resume=best: there is no run in {directory} yet, so it has no best; remove trainer.resume to "
+                "start one"
+            )
+        history = read_history(directory)
+        if ref not in history.refs:
+            raise ConfigError(
+                f"trainer.resume=best: the run in {directory} has no {ref}; trainer.resume=auto takes the latest "
+                "resume checkpoint"
+            )
+        _, manifest = find_ref(directory, history, ref)
+        if TRAINER not in manifest.training_state:
+            raise ConfigError(
+                f"trainer.resume=best: {ref} in {directory} was kept without save_training_state, so training cannot "
+                "continue from it; trainer.resume=auto takes the latest resume checkpoint"
+            )
+        return list(manifest.training_state)
+
+    return Found(directory, ref, tuple(ranks.broadcast("find the best to resume from", find, saving=True)))
+
+
 def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
     """Load everything that a trainer continues from out of a resume checkpoint. **Collective**.
 
@@ -93,17 +138,20 @@ def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
         ranks: Ranks that train together.
 
     Raises:
-        ConfigError: On every rank, if the run had epochs or batches of another size, or only one of the two runs
-            averages its weights.
+        ConfigError: On every rank, if the run had epochs or batches of another size, optimizers of other submodels or
+            other schedules, or only one of the two runs averages its weights.
         SnapshotError: On every rank, if a file is damaged, or model or optimizers are not those that were saved.
     """
     _check_average(trainer, had_average=AVERAGE in found.training_state)
     _check_schedules(trainer, found.training_state)
+    _check_optimizers(trainer, found.training_state)
     wanted = resume_state(trainer, ranks) if CALLBACKS in found.training_state else trainer_state(trainer, ranks)
     progress, random = TrainerProgress(trainer.update_counter, ranks.world_size), HeldRandomState()
     states = {**wanted, TRAINER: progress, "random": PerRank(random)}
     step = f"resume from {found.ref} of {found.directory}"
+    in_config = _settings(trainer)
     loaded = load_into(whole_model(trainer), found.directory, found.ref, ranks=ranks, step=step, training_state=states)
+    _warn_of_changes(in_config, _settings(trainer), ranks)
     return Resumed(loaded.path, random.held if progress.is_of_as_many_ranks else None)
 
 
@@ -169,9 +217,55 @@ def _check_average(trainer: TrainerView, *, had_average: bool) -> None:
 
 
 def _check_schedules(trainer: TrainerView, saved: Sequence[str]) -> None:
-    had, has = ([name for name in names if is_schedule(name)] for names in (saved, trainer.training_state))
-    if set(had) != set(has):
+    had, has = (sorted(scheduled_submodels(names)) for names in (saved, trainer.training_state))
+    if had != has:
         raise ConfigError(
-            f"the run to resume had the schedules {had or 'none'}, this one has {has or 'none'}: the learning rate "
-            "would be that of neither; set schedule as it was, or start a new run"
+            f"the run to resume had {_schedules_of(had)}, this one has {_schedules_of(has)}: the learning rate would "
+            "be that of neither; set schedule as it was, or start a new run"
+        )
+
+
+def _schedules_of(submodels: Sequence[str]) -> str:
+    return f"a schedule of {', '.join(submodels)}" if submodels else "no schedule"
+
+
+def _check_optimizers(trainer: TrainerView, saved: Sequence[str]) -> None:
+    had, has = sorted(optimized_submodels(saved)), sorted(trainer.optimizers)
+    if had != has:
+        raise ConfigError(
+            f"the run to resume trained {', '.join(had)}, this one trains {', '.join(has)}: optimizers continue "
+            "for what they trained alone; train the same submodels, or start a new run"
+        )
+
+
+def _settings(trainer: TrainerView) -> dict[str, str]:
+    """The settings of optimizers and schedules in words, without what a schedule changes."""
+    found: dict[str, Any] = {}
+    scheduled = scheduled_submodels(trainer.training_state)
+    for submodel, optimizer in trainer.optimizers.items():
+        groups = optimizer.param_groups
+        for number, group in enumerate(groups):
+            place = f"the optimizer of {submodel}" + (f", group {number}" if len(groups) > 1 else "")
+            left_out = {"params", *(_SCHEDULED if submodel in scheduled else ())}
+            found |= {f"{name} of {place}": value for name, value in group.items() if name not in left_out}
+    for submodel in scheduled:
+        schedule = trainer.training_state[schedule_state(submodel)]
+        names = inspect.signature(type(schedule)).parameters.keys() & vars(schedule).keys() - {
+            "optimizer",
+            "last_epoch",
+        }
+        found |= {f"{name} of the schedule of {submodel}": vars(schedule)[name] for name in sorted(names)}
+    return {name: repr(value) for name, value in found.items() if isinstance(value, _PLAIN)}
+
+
+def _warn_of_changes(in_config: Mapping[str, str], saved: Mapping[str, str], ranks: Ranks) -> None:
+    changes = [
+        f"{name} is {saved[name]} and not {value}"
+        for name, value in in_config.items()
+        if name in saved and saved[name] != value
+    ]
+    if changes and ranks.is_main:
+        _logger.warning(
+            "the run continues with settings that were saved, and not with those of its config by now: %s",
+            "; ".join(changes),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
 
 TRAINER, CALLBACKS, AVERAGE = "trainer", "callbacks", "average"
-_SCHEDULE = "schedule."
+_OPTIMIZER, _SCHEDULE = "optimizer.", "schedule."
 
 
 class TrainerProgress:
@@ -82,7 +83,7 @@ class CallbackStates:
 def trainer_state(trainer: TrainerView, ranks: Ranks) -> dict[str, Any]:
     """The training states of a trainer that a best has, by name. **Rank-local**."""
     return {
-        **{f"optimizer.{name}": optimizer for name, optimizer in trainer.optimizers.items()},
+        **{f"{_OPTIMIZER}{name}": optimizer for name, optimizer in trainer.optimizers.items()},
         **trainer.training_state,
         TRAINER: TrainerProgress(trainer.update_counter, ranks.world_size),
         "random": PerRank(HeldRandomState()),
@@ -107,6 +108,11 @@ def schedule_state(submodel: str) -> str:
     return f"{_SCHEDULE}{submodel}"
 
 
-def is_schedule(state: str) -> bool:
-    """Whether a training state is a schedule."""
-    return state.startswith(_SCHEDULE)
+def scheduled_submodels(states: Iterable[str]) -> list[str]:
+    """The submodels whose schedules are among these training states."""
+    return [state.removeprefix(_SCHEDULE) for state in states if state.startswith(_SCHEDULE)]
+
+
+def optimized_submodels(states: Iterable[str]) -> list[str]:
+    """The submodels whose optimizers are among these training states."""
+    return [state.removeprefix(_OPTIMIZER) for state in states if state.startswith(_OPTIMIZER)]

@@ -17,7 +17,7 @@ from keepbest.errors import ConfigError, IterationError
 from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import DEFAULT_REMEDY, Reading, read_value
+from keepbest.metric import DEFAULT_REMEDY, Reading, read_reported
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.misspelling import nearest
 from keepbest.new_best import Hook
@@ -84,7 +84,7 @@ class BestCheckpoint:
         on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        checked = KeeperSettings.of(settings)
+        checked = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
         self._resume = checked.resume
@@ -166,7 +166,7 @@ class BestCheckpoint:
         if state:
             self.keeper.load_state_dict(state)
         self.keeper.start(at=_iteration_of(trainer) if self._resume == "ledger" else None)
-        self._open = self.keeper
+        self._open, self._observed_data = self.keeper, None
         # Not earlier, so that what is attached to the same events before training is called before these.
         if not trainer.has_event_handler(self._complete, Events.COMPLETED):
             trainer.add_event_handler(Events.COMPLETED, self._complete)
@@ -185,14 +185,15 @@ class BestCheckpoint:
         if self._data is not None and evaluator.state.dataloader is not self._data:
             self._pass_over(self._open, iteration)
             return
-        # Often the model is evaluated once more when training ends, as it was at the end of the last epoch.
-        if trainer.last_event_name == Events.COMPLETED and self._open.state.last_iteration == iteration:
+        data = evaluator.state.dataloader
+        is_again = self._open.state.last_iteration == iteration
+        # Often the model is evaluated once more when training ends, as it was at the end of the last epoch, or begins
+        # again, or where an evaluation each epoch coincides with one of every few iterations.
+        is_same = self._observed_data is None or self._observed_data is data
+        if is_again and (is_same or trainer.last_event_name == Events.COMPLETED):
             return
-        is_other = (
-            self._open.state.last_iteration == iteration and self._observed_data is not evaluator.state.dataloader
-        )
-        self._observed_data = evaluator.state.dataloader
-        self._open.observe_reading(lambda: self._read(evaluator, iteration if is_other else None), iteration)
+        self._observed_data = data
+        self._open.observe_reading(lambda: self._read(evaluator, iteration if is_again else None), iteration)
 
     def _pass_over(self, keeper: BestKeeper, iteration: TrainingIteration) -> None:
         """Warn, once, if the evaluator has run at two iterations, and never on the data to observe. **Rank-local**."""
@@ -214,12 +215,12 @@ class BestCheckpoint:
                 "give attach() the data to observe, as data=..., or attach an evaluator that runs on it alone"
             )
         if self._score_function is not None:
-            return read_value(self._score_function(evaluator))
+            return read_reported(self._score_function(evaluator), self.metric_key)
         metrics: Mapping[str, Any] = evaluator.state.metrics
         if self.metric_key not in metrics:
             known = (", ".join(sorted(metrics)) or "none") + nearest(self.metric_key, metrics)
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
-        return read_value(metrics[self.metric_key])
+        return read_reported(metrics[self.metric_key], self.metric_key)
 
     def _complete(self, trainer: Engine) -> None:
         """Close the keeper. **Collective**. Raises as `BestKeeper.close`."""

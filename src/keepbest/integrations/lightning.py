@@ -20,7 +20,7 @@ from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step,
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import Reading, read_value
+from keepbest.metric import Reading, read_reported
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.misspelling import misspelt, nearest
 from keepbest.new_best import Hook
@@ -93,7 +93,7 @@ class BestCheckpoint(Callback):
         on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        checked = KeeperSettings.of(settings)
+        checked = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ConfigError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.metric_key = metric_key
@@ -174,11 +174,16 @@ class BestCheckpoint(Callback):
         By now the strategy has wrapped the model and restored what is resumed from, and the sanity check is over.
 
         Raises:
-            ConfigError: On every rank, if a `WeightAveraging` callback is there too, or training ends before the first
-                validation.
+            ConfigError: On every rank, if the trainer is a barebones one or has a `WeightAveraging` callback too, or
+                training ends before the first validation.
             KeepBestError: On every rank, as `BestKeeper` and its `start`.
         """
         # Lightning's Trainer sets both in a helper, where type checkers do not see them.
+        if trainer.barebones:
+            raise ConfigError(
+                "with barebones=True Lightning logs nothing, so there would be no metric to observe: leave out one of "
+                "barebones and BestCheckpoint"
+            )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if any(isinstance(callback, WEIGHT_AVERAGINGS) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -328,7 +333,7 @@ class BestCheckpoint(Callback):
             logged, near = ", ".join(sorted(metrics)) or "nothing", nearest(self.metric_key, metrics)
             absent = f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}{near}"
             return Reading(absent=absent)
-        return read_value(metrics[self.metric_key])
+        return read_reported(metrics[self.metric_key], self.metric_key)
 
 
 def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:
@@ -341,7 +346,9 @@ def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:
 def _training_state(trainer: Trainer) -> dict[str, Any]:
     """Optimizers and schedulers of a trainer, by name."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return {**_named("optimizer", trainer.optimizers), **_named("scheduler", schedulers)}
+    # Where `configure_optimizers` returns None, Lightning has an optimizer of nothing in its place.
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+    return {**_named("optimizer", optimizers), **_named("scheduler", schedulers)}
 
 
 def _named(name: str, things: Sequence[Any]) -> dict[str, Any]:

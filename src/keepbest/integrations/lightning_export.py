@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from keepbest.errors import ConfigError
 from keepbest.export import verified_contents, write_contents
 from keepbest.formats import torch_file
 from keepbest.integrations.lightning_packages import CHECKPOINTS, VERSION, Checkpoint, monitors
+from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.wrappers import PlainNames
 from keepbest.remote.download import every_file, snapshot_of
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
@@ -34,7 +36,7 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
 
     `Module.load_from_checkpoint(to)` loads it, and so does `ckpt_path=to` of `trainer.test`, `validate` and `predict`.
     It holds no optimizer, so `fit` does not resume from it. The module gives its hyperparameters, and what its hook
-    `on_save_checkpoint` adds, but no weights.
+    `on_save_checkpoint` adds, but no weights, except frozen ones that the run left out (`save_frozen_weights=False`).
 
     Args:
         run: Directory of the run, or the URL of its remote copy.
@@ -47,7 +49,7 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
 
     Raises:
         ConfigError: If there is a file already, or one in the place of its folder, or the run kept parts of the module
-            alone (`model_names`).
+            alone (`model_names`), or left out a weight that the module has not frozen.
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
@@ -61,7 +63,8 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
         manifest = _export_whole(run, ref, weights)
         # Mapped from the file, so that they take no memory.
         state = torch.load(weights, mmap=True, weights_only=True)
-        torch_file.FORMAT.write_file(_files, written, {"state_dict": state, **_around(manifest, module)})
+        content = {"state_dict": _as_in(module, state, manifest), **_around(manifest, module)}
+        torch_file.FORMAT.write_file(_files, written, content)
         _files.rename(written, to)
         _files.sync_folder(to.parent)
     finally:
@@ -82,6 +85,25 @@ def _export_whole(run: Path | str, ref: str, to: Path) -> Manifest:
         return found.manifest
 
     return read_snapshots(run, snapshot_of(ref), read, files=every_file)
+
+
+def _as_in(module: LightningModule, saved: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """The saved weights by the names in the module, with what of it was not saved. It is no state dict of FSDP's."""
+    names = PlainNames(module)
+    state = {names.key(plain): value for plain, value in saved.items()}
+    parameters = {names.plain(key): value for key, value in module.named_parameters(remove_duplicate=False)}
+    for plain in (plain for keys in manifest.left_out.values() for plain in keys):
+        value = parameters.get(plain)
+        if value is None or value.requires_grad or is_dtensor(value):
+            found = "is not in the module" if value is None else "trains" if value.requires_grad else "is sharded"
+            raise ConfigError(
+                f"{plain} was frozen, and save_frozen_weights=False left it out of what is kept. A checkpoint of "
+                f"Lightning has all weights, but it {found} now: load the best with keepbest.load"
+            )
+        state[names.key(plain)] = value.detach()
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    # Of an average in the module: of how many weights it is one.
+    return state | {key: buffer for key, buffer in buffers.items() if not names.plain_state({key: buffer})}
 
 
 def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from keepbest.errors import ConfigError
 from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import Reading, read_value
+from keepbest.metric import Reading, read_reported
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
@@ -196,4 +196,4 @@ def _read(logged: Mapping[str, Any] | None, metric_key: str) -> Reading:
             absent=f"{metric_key!r} was not logged; logged: {known}. The callback that logs it comes before this one, "
             "with the same interval"
         )
-    return read_value(logged[metric_key])
+    return read_reported(logged[metric_key], metric_key)

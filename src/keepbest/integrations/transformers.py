@@ -15,7 +15,7 @@ from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.face import Face
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import DEFAULT_REMEDY, Reading, read_value
+from keepbest.metric import DEFAULT_REMEDY, Reading, read_reported
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.misspelling import nearest
 from keepbest.new_best import Hook, check_hooks
@@ -41,7 +41,10 @@ class _Keeper(BestKeeper):
             resume=f"train(resume_from_checkpoint=True), or {_RESUME}",
             set_aside="existing='set_aside' of BestCheckpoint",
         ),
-        missing=f"Name a metric that each evaluation reports. {DEFAULT_REMEDY}",
+        missing=(
+            "Name a metric that each evaluation reports to callbacks. What an evaluate() of your own adds to its "
+            f"result they are not shown: add it in compute_metrics, or in evaluation_loop. {DEFAULT_REMEDY}"
+        ),
         unobserved="the Trainer has not shown an evaluation to its callbacks",
     )
 
@@ -94,7 +97,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._metric_key = metric_key
         self._given = None if directory is None else str(directory)
         self._directory = None if directory is None else local_path(directory)
-        self._settings = KeeperSettings.of(settings)
+        self._settings = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
@@ -361,7 +364,7 @@ def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
     if metric_key not in metrics:
         reported, near = ", ".join(sorted(metrics)), nearest(metric_key, metrics)
         return Reading(absent=f"{metric_key!r} was not reported by the evaluation; reported: {reported}{near}")
-    return read_value(metrics[metric_key])
+    return read_reported(metrics[metric_key], metric_key)
 
 
 def _refuse_if_absent(reading: Reading) -> None:

@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     directory: Annotated[Path, AfterValidator(local_path)]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: Component
     data: dict[str, Component]
     num_workers: Annotated[int, Field(ge=0)] = 0

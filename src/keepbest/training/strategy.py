@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from keepbest.errors import ConfigError
 from keepbest.models import CompositeModel, Model
@@ -140,7 +141,8 @@ def build_optimizers(
 
     Raises:
         ConfigError: If a submodel that trains has no factory, a factory has no submodel, a parameter that requires grad
-            belongs to no submodel or to two, or there is nothing to train.
+            belongs to no submodel or to two, there is nothing to train, or something else than an optimizer is made, or
+            one whose steps need a closure.
     """
     parts: Mapping[str, nn.Module] = model.leaves() if isinstance(model, CompositeModel) else {_MODEL: model}
     trainable = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
@@ -156,7 +158,23 @@ def build_optimizers(
         raise ConfigError(f"there is no optimizer for {missing}; add one, or set requires_grad to False to freeze them")
     if not trainable:
         raise ConfigError("there is nothing to train: no parameter requires grad")
-    return {name: by_name[name](parameters) for name, parameters in trainable.items()}
+    optimizers = {name: by_name[name](parameters) for name, parameters in trainable.items()}
+    for name, optimizer in optimizers.items():
+        _check_optimizer(name, optimizer)
+    return optimizers
+
+
+def _check_optimizer(name: str, found: object) -> None:
+    # A config may name anything.
+    needs_closure = isinstance(found, Optimizer) and any(
+        each.name == "closure" and each.default is each.empty
+        for each in inspect.signature(found.step).parameters.values()
+    )
+    if not isinstance(found, Optimizer) or needs_closure:
+        raise ConfigError(
+            f"the optimizer of {name} is a {type(found).__name__}, expected an Optimizer of torch that takes a step "
+            "without a closure"
+        )
 
 
 def build_schedules(optimizers: Mapping[str, Optimizer], factory: ScheduleFactory | None) -> dict[str, LRScheduler]:
@@ -174,6 +192,36 @@ def build_schedules(optimizers: Mapping[str, Optimizer], factory: ScheduleFactor
                 "step after each update, without a metric"
             )
     return schedules
+
+
+def check_lengths(schedules: Mapping[str, LRScheduler], updates: int) -> None:
+    """Refuse schedules that take fewer than this many steps. **Rank-local**.
+
+    Raises:
+        ConfigError: If there is one, such as a `OneCycleLR`, which raises after its last step.
+    """
+    for name, schedule in schedules.items():
+        if isinstance(schedule, OneCycleLR) and updates > schedule.total_steps:
+            raise ConfigError(
+                f"schedule: the OneCycleLR of {name} has total_steps={schedule.total_steps}, but training ends after "
+                f"{updates} updates, with a step after each; give it total_steps={updates}, or train for as long as "
+                "it lasts. A run that resumes has the schedule that it began with"
+            )
+
+
+def take_step(name: str, schedule: LRScheduler) -> None:
+    """Let the schedule of a submodel set the learning rate of the next update. **Rank-local**.
+
+    Raises:
+        ConfigError: If it has no further step.
+    """
+    try:
+        schedule.step()
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"schedule: the {type(schedule).__name__} of {name} cannot take its step {schedule.last_epoch}: {error!r}. "
+            "It takes one after each update, so it must last for as long as training does"
+        ) from error
 
 
 def clip_gradients(model: nn.Module, most: float) -> None:

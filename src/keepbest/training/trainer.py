@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from keepbest.callbacks.assemble import assemble_callbacks
 from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.checkpoint import CheckpointCallback
-from keepbest.callbacks.resume import Found, find_to_resume, load_to_resume
+from keepbest.callbacks.resume import Found, find_best, find_to_resume, load_to_resume
 from keepbest.callbacks.trainer_view import TrainerView
-from keepbest.callbacks.training_state import schedule_state, trainer_state
+from keepbest.callbacks.training_state import schedule_state
 from keepbest.capture.per_rank import PerRank
 from keepbest.data.container import DataContainer
 from keepbest.data.interleaved import InterleavedSampler, build_loader, count_updates_per_epoch
@@ -41,6 +41,7 @@ from keepbest.training.strategy import (
     ScheduleFactory,
     build_optimizers,
     build_schedules,
+    check_lengths,
     check_strategy,
     place,
     training_device,
@@ -169,15 +170,18 @@ class Trainer:
             on_start: Function that every rank calls before the first update, when all checks have passed.
 
         Raises:
-            ConfigError: If there is no complete checkpoint at `resume`, or it belongs to another kind of run.
+            ConfigError: If there is no complete checkpoint at `resume`, or it belongs to another kind of run, or a
+                schedule ends before training does.
             SnapshotError: If the checkpoint to resume from does not fit the model or the optimizers.
             PreemptedError: On every rank, if a signal stopped training.
             KeepBestError: What a callback raises.
         """
         with Preemption(self.ranks) as preemption, closing(self.tracker):
+            random_state = self._load_resume_checkpoint()
+            # Only now, since a schedule continues with the length that it was saved with.
+            check_lengths(self._update_step.schedules, self.update_counter.end_update)
             if self.config.existing == "set_aside" and self.resume is None:
                 self.ranks.broadcast("set aside the run that is there", self._set_aside, saving=True)
-            random_state = self._load_resume_checkpoint()
             self.tracker.resume_from(self.update_counter.iteration)
             self._hooks.before_training()
             on_start()
@@ -238,7 +242,7 @@ class Trainer:
         if self.resume is None:
             return None
         if self.resume == "best":
-            found: Found | None = Found(self.directory, self._find_best(), tuple(trainer_state(self, self.ranks)))
+            found: Found | None = find_best(self.directory, self._name_best(), self.ranks)
         else:
             found = find_to_resume(self.directory, self.resume, self.ranks)
         if found is None:
@@ -247,7 +251,7 @@ class Trainer:
         self.resumed_from = resumed.path
         return resumed.random_state
 
-    def _find_best(self) -> str:
+    def _name_best(self) -> str:
         """The ref to continue from. Raises `ConfigError` if the config does not say which one."""
         keepers = [each for each in self.callbacks if isinstance(each, BestCheckpointCallback)]
         found = [each.keeper.name for each in keepers if each.keeps_training_state]

@@ -16,7 +16,7 @@ from keepbest.data.device import move_to_device
 from keepbest.errors import ConfigError
 from keepbest.models import Model
 from keepbest.training.average import Average
-from keepbest.training.strategy import Precision, autocast, clip_gradients, without_gradient_sync
+from keepbest.training.strategy import Precision, autocast, clip_gradients, take_step, without_gradient_sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,18 @@ class UpdateStep:
         return {name: torch.cat([losses[name] for losses in steps]) for name in steps[0]}
 
     def apply(self) -> None:
-        """Change the weights by the gradients. **Collective** as the strategy is."""
+        """Change the weights by the gradients. **Collective** as the strategy is.
+
+        Raises:
+            ConfigError: If a schedule has no further step.
+        """
         if self.clip_grad_norm is not None:
             clip_gradients(self.model, self.clip_grad_norm)
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for schedule in self.schedules.values():
-            schedule.step()
+        for name, schedule in self.schedules.items():
+            take_step(name, schedule)
         if self.average is not None:
             self.average.update(self.model)
 
