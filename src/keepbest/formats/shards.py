@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from keepbest.formats.plain_load import load_plain_bytes
-from keepbest.formats.torch_file import without_crc32
+from keepbest.formats.torch_file import showing_causes, without_crc32
 from keepbest.modules.raw_bytes import raw_bytes
 
 _MARK = 0xA5  # first byte of a tensor's values, with which no other record of a file of `torch.save` begins
@@ -112,6 +112,6 @@ def _frame_around(tensor: torch.Tensor) -> _Frame | None:
     values = raw_bytes(tensor)
     values[0] = _MARK
     sink = _FrameSink(values.numel())
-    with without_crc32():
+    with without_crc32(), showing_causes():
         torch.save(tensor, sink)  # type: ignore[arg-type]  # it needs write and flush only
     return _Frame(*map(bytes, sink.pieces)) if len(sink.pieces) == 2 else None
