@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -90,6 +91,12 @@ def test_mapping_of_metrics_is_observed_by_its_key(tmp_path):
 def test_model_must_be_a_module(tmp_path):
     with pytest.raises(ConfigError, match=r"must be a torch\.nn\.Module, got dict"):
         BestKeeper({"model": nn.Linear(1, 1)}, directory=tmp_path / "run", metric_key="loss")
+
+
+@pytest.mark.parametrize("key", [None, 5, b"loss", ""])
+def test_metric_key_must_be_a_name(key, tmp_path):
+    with pytest.raises(ConfigError, match="metric_key must be the name of a metric, .* got " + re.escape(repr(key))):
+        BestKeeper(nn.Linear(1, 1), directory=tmp_path, metric_key=key, higher_is_better=False)
 
 
 @pytest.mark.parametrize(
