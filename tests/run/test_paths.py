@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,20 @@ def test_command_names_a_path_that_leads_in_circles(command, tmp_path):
     said = re.sub(r"\s+", " ", done.stderr)
     assert done.exit_code == 1
     assert f"error: there can be nothing at {tmp_path / 'run'}: Too many levels of symbolic links" in said
+
+
+def use_a_directory_that_is_gone(folder: Path) -> list[str]:
+    os.chdir(folder)
+    folder.rmdir()
+    found = []
+    for use in (partial(BestKeeper, nn.Linear(1, 1), directory="run", metric_key="loss"), partial(open_run, "run")):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        found.append(str(caught.value))
+    return found
+
+
+def test_relative_path_needs_a_present_directory(tmp_path):
+    (tmp_path / "gone").mkdir()
+    [found] = run_ranks(use_a_directory_that_is_gone, 1, tmp_path / "gone")
+    assert found == ["'run' cannot be found, since the present directory was removed: give an absolute path"] * 2

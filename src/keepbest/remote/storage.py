@@ -53,6 +53,10 @@ def local_path(given: str | Path) -> Path:
         path = path.expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(f"{str(given)!r} cannot be found: {error}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{str(given)!r} cannot be found, since the present directory was removed: give an absolute path"
+        ) from error
     _check_can_exist(path)
     return path
 
