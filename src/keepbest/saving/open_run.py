@@ -91,6 +91,7 @@ class OpenRun:
         self._lock = threading.RLock()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
         self._hurry: list[Callable[[], None]] = []
+        self._at_release: dict[str, Callable[[], None]] = {}
 
     def share(self) -> OpenRun:
         """The one that everybody in this directory shares: this one, unless somebody holds another. **Rank-local**."""
@@ -141,6 +142,15 @@ class OpenRun:
         self._hurry.append(hurry)
         if isinstance(self.worker, Inline):
             self.worker = Threaded("keepbest-writer")
+
+    def at_release(self, name: str, step: Callable[[], None]) -> None:
+        """Take one more step when everything is written and the folder is about to be released. **Rank-local**.
+
+        Args:
+            name: Name of the keeper whose step it is; each has one.
+            step: Function that may be called again if it is interrupted. It keeps no keeper alive.
+        """
+        self._at_release[name] = step
 
     def join(self, name: str, remote: str | None, keeper: object) -> None:
         """Let `keeper`, which wants a copy of the run at `remote`, work here. **Rank-local**, on every rank.
@@ -227,7 +237,10 @@ class OpenRun:
             for hurry in self._hurry:
                 hurry()  # a keeper that is garbage, or open when the interpreter exits, did not do it
             self.worker.close()
+            for step in self._at_release.values():
+                step()
             self._hurry.clear()
+            self._at_release.clear()
             self.worker = Inline()
             if self.folder is not None:
                 self.folder.close()
