@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -143,3 +145,21 @@ def test_relative_path_needs_a_present_directory(tmp_path):
     (tmp_path / "gone").mkdir()
     [found] = run_ranks(use_a_directory_that_is_gone, 1, tmp_path / "gone")
     assert found == ["'run' cannot be found, since the present directory was removed: give an absolute path"] * 2
+
+
+IN_ASCII = """
+import sys, torch
+from keepbest import BestKeeper
+BestKeeper(torch.nn.Linear(1, 1), directory=sys.argv[1], metric_key="loss")
+"""
+
+
+def test_name_that_the_process_takes_for_another_encoding_is_refused(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", IN_ASCII, str(tmp_path / "\u00fc")],
+        env={**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "ConfigError" in ended.stderr
+    assert "set PYTHONUTF8=1, since this process takes the names of files for ascii" in ended.stderr

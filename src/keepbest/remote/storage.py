@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,11 +65,13 @@ def local_path(given: str | Path) -> Path:
 
 def _check_can_exist(path: Path) -> None:
     """Raise `ConfigError` if nothing can be at `path` as it is written, or as its links are now."""
+    if not _is_utf8(path):
+        raise ConfigError(
+            f"{path} is not UTF-8, by which torch finds the files that it reads: give another path. Where it is, "
+            f"set PYTHONUTF8=1, since this process takes the names of files for {sys.getfilesystemencoding()}"
+        )
     try:
-        str(path).encode()  # torch opens the files that it reads by their names in UTF-8
         path.stat()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{path} is not UTF-8, as torch needs it to read files there; give another path") from error
     except ValueError as error:
         raise ConfigError(f"there can be nothing at {path}: {error}; give another path") from error
     except OSError as error:
@@ -76,6 +80,13 @@ def _check_can_exist(path: Path) -> None:
                 "remove one of the links, or give another path" if error.errno == errno.ELOOP else "give a shorter one"
             )
             raise ConfigError(f"there can be nothing at {path}: {error.strerror}; {remedy}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return str(path).encode() == os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def place_of(run: str | Path) -> str | Path:
