@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several machines that have no scheduler. Start it on every one of them, in any order.
 #
-#   launch/torchrun_multi_node.sh [ARGUMENT ...]
+#   bash FILE [ARGUMENT ...]    # FILE is this script
 #
 # Edit the lines below; they must be the same on all machines. Arguments are added to those of COMMAND and must be the
 # same too. The run's folder must lie on a file system that all machines share, at least to resume or to load from it.

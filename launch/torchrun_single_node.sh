@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on the processes of this machine, one for each GPU.
 #
-#   launch/torchrun_single_node.sh [ARGUMENT ...]
+#   bash FILE [ARGUMENT ...]    # FILE is this script
 #
-# Edit the lines below. Arguments are added to those of COMMAND: launch/torchrun_single_node.sh trainer.epochs=3
+# Edit the lines below. Arguments are added to those of COMMAND: bash FILE trainer.epochs=3
 # Without GPUs the same works on CPUs: set PROCESSES to the number of processes that you want.
 
 # What torchrun starts; or your script: (train.py --epochs 90)

@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -136,8 +138,7 @@ def test_best_that_no_hook_was_called_for_is_kept_no_longer(leave, tmp_path, cap
             other.observe(0.5, first=4)
     assert calls == []
     assert verify(tmp_path) == []
-    if leave == "abandon":
-        assert "on_new_best was not called for 5.0 at U1" in caplog.text
+    assert "on_new_best was not called for 5.0 at U1" in caplog.text
 
 
 def test_forked_process_says_nothing_of_hooks(tmp_path, caplog):
@@ -266,6 +267,25 @@ def test_what_is_no_hook_is_refused(hooks, tmp_path):
         Run(tmp_path, on_new_best=hooks)
 
 
+async def await_it(outcome, path):
+    raise RuntimeError("nobody calls this")
+
+
+def yield_it(outcome, path):
+    yield RuntimeError("nobody calls this")
+
+
+class AwaitIt:
+    async def __call__(self, outcome, path):
+        raise RuntimeError("nobody calls this")
+
+
+@pytest.mark.parametrize("hook", [await_it, yield_it, EveryRank(await_it), partial(await_it), AwaitIt()])
+def test_hook_whose_body_would_never_run_is_refused(hook, tmp_path):
+    with pytest.raises(ConfigError, match=r"must be an ordinary function .* it is async or a generator"):
+        Run(tmp_path, on_new_best=hook)
+
+
 @pytest.mark.parametrize("settings", [{}, {"async_save": True}], ids=str)
 def test_new_best_is_logged_with_the_one_before_it(settings, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="keepbest.new_best")
@@ -290,3 +310,20 @@ def test_run_that_is_left_says_for_which_best_no_hook_was_called(tmp_path, caplo
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
         f"{REF}: on_new_best was not called for 5.0 at U1, since the run was left before"
     ]
+
+
+EXITING = """
+import sys, torch
+from keepbest import BestKeeper
+settings = {"async_save": True, "on_new_best": lambda *_: print("called")}
+keeper = BestKeeper(torch.nn.Linear(1, 1), directory=sys.argv[1], metric_key="loss", **settings)
+keeper.observe(5.0, epoch=1)
+"""
+
+
+def test_exit_says_for_which_best_no_hook_was_called(tmp_path):
+    arguments = [sys.executable, "-c", EXITING, str(tmp_path)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == ""
+    assert ended.stderr == f"{REF}: on_new_best was not called for 5.0 at E1, since the run was left before\n"
+    assert refs(tmp_path) == {REF: "E1"}

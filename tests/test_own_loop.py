@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from keepbest import BestKeeper, TrainingIteration, load
@@ -16,7 +19,7 @@ from keepbest.errors import ConfigError, IterationError, KeepBestError, MissingM
 from keepbest.ranks import Ranks
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, refs, saved_at, set_weights, update
-from tests.kit.strategies import fsdp2
+from tests.kit.strategies import fsdp2, single
 
 BEST = "best_model.loss"
 
@@ -90,6 +93,12 @@ def test_mapping_of_metrics_is_observed_by_its_key(tmp_path):
 def test_model_must_be_a_module(tmp_path):
     with pytest.raises(ConfigError, match=r"must be a torch\.nn\.Module, got dict"):
         BestKeeper({"model": nn.Linear(1, 1)}, directory=tmp_path / "run", metric_key="loss")
+
+
+@pytest.mark.parametrize("key", [None, 5, b"loss", ""])
+def test_metric_key_must_be_a_name(key, tmp_path):
+    with pytest.raises(ConfigError, match="metric_key must be the name of a metric, .* got " + re.escape(repr(key))):
+        BestKeeper(nn.Linear(1, 1), directory=tmp_path, metric_key=key, higher_is_better=False)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +190,61 @@ def in_inference_mode(directory, settings, is_sharded):
 )
 def test_inference_mode_around_any_call_changes_nothing(world_size, is_sharded, settings, tmp_path):
     assert run_ranks(in_inference_mode, world_size, tmp_path, settings, is_sharded) == [[]] * world_size
+
+
+class Counting(nn.Linear):
+    """A layer with a state that is no tensor, which travels on a path of its own."""
+
+    def get_extra_state(self):
+        return {"seen": [7, "x"]}
+
+    def set_extra_state(self, state):
+        self.loaded = state
+
+
+def whole(parameter):
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
+
+
+def keep_beside_a_default_device(directory: Path, wrap, settings):
+    """The model of a rank alone has names of its own, as the stages of a pipeline have."""
+    torch.manual_seed(0)
+    has_extra_state = settings.get("format") != "safetensors"
+    layers = [(Counting if has_extra_state else nn.Linear)(4, 4) for _ in range(2)]
+    model = nn.Sequential(*layers) if wrap else nn.ModuleDict({f"stage{dist.get_rank()}": layers[dist.get_rank()]})
+    model = wrap(model) if wrap else model
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = {"optimizer": optimizer}
+    before = {name: whole(value) for name, value in model.named_parameters()}
+    torch.set_default_device("meta")  # as "cuda" would be, but nothing can be computed there
+    try:
+        with BestKeeper(model, directory=directory, metric_key="loss", training_state=state, **settings) as keeper:
+            keeper.observe(1.0, epoch=1)
+        for parameter in model.parameters():
+            parameter.detach().zero_()
+        loaded = load(directory, BEST, model, training_state=state)
+    finally:
+        torch.set_default_device(None)
+    after = {name: whole(value) for name, value in model.named_parameters()}
+    extra = {module.loaded["seen"][0] for module in model.modules() if isinstance(module, Counting)}
+    return (
+        loaded.training_state,
+        sum(not torch.equal(value, before[name]) for name, value in after.items()),
+        extra == ({7} if has_extra_state else set()),
+    )
+
+
+@pytest.mark.parametrize("wrap", [None, single, fsdp2], ids=["stages", "single", "fsdp2"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"async_save": True}, {"format": "safetensors"}, {"format": "dcp"}, {"format": "dcp", "async_save": True}],
+    ids=str,
+)
+def test_default_device_of_the_process_changes_nothing(wrap, settings, tmp_path):
+    assert run_ranks(keep_beside_a_default_device, 2, tmp_path, wrap, settings) == [(("optimizer",), 0, True)] * 2
 
 
 def test_weights_of_a_model_made_in_inference_mode_are_kept(tmp_path):

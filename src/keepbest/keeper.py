@@ -29,14 +29,14 @@ from keepbest.run.layout import snapshots_folder
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState, Owner
-from keepbest.saving.open_run import OpenRun
+from keepbest.saving.open_run import OpenRun, WorksInRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
 from keepbest.settings_dict import KeeperSettingsDict
 
 _logger = logging.getLogger(__name__)
 
 
-class BestKeeper:
+class BestKeeper(WorksInRun):
     """Keeps the best checkpoints of one metric of a run.
 
     Creating one is **collective** over the ranks of `process_group`, as are `start`, `observe`, `flush`, `release`,
@@ -116,9 +116,7 @@ class BestKeeper:
         self._phase: Literal["new", "started", "closed"] = "new"
 
     def start(self, at: TrainingIteration | None = None) -> None:
-        """Open the run folder, so that problems with it show before training. **Collective**; once.
-
-        `observe` does this where it was not done before.
+        """Open the run folder before `observe` would, so that problems show before training. **Collective**; once.
 
         Args:
             at: Iteration to resume at, from the ledger. What the ledger has beyond it is abandoned. `None` is the end
@@ -263,6 +261,7 @@ class BestKeeper:
         phase, self._phase = self._phase, "closed"
         if phase != "started" or self._run.is_elsewhere:
             return
+        self._run.refuse_elsewhere()
         try:
             self._settle(f"close {self.name}", lambda record: record.end(self._state))
             self._saver.arrive(f"bring {self.name} to {self._settings.remote}")

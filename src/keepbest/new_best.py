@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from keepbest.decision import Best, Observation, Outcome
 from keepbest.errors import ConfigError, KeepBestError, RankFailedError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
+from keepbest.run.folder import RunFolder
 from keepbest.run.layout import snapshots_folder
 from keepbest.saving.open_run import OpenRun
 
@@ -73,9 +76,20 @@ def check_hooks(hooks: object) -> tuple[Hook, ...]:
             raise ConfigError(
                 f"on_new_best must be a function of an outcome and a path, or a list of functions, found {hook!r}"
             )
-        if isinstance(hook, EveryRank) and not callable(hook._hook):  # noqa: SLF001  # of this module
-            raise ConfigError(f"EveryRank must have a function of an outcome and a path, found {hook._hook!r}")  # noqa: SLF001  # as above
+        called = hook._hook if isinstance(hook, EveryRank) else hook  # noqa: SLF001  # of this module
+        if not callable(called):
+            raise ConfigError(f"EveryRank must have a function of an outcome and a path, found {called!r}")
+        if any(_does_nothing_yet(each) for each in (called, type(called).__call__)):
+            raise ConfigError(
+                f"on_new_best must be an ordinary function of an outcome and a path, found {called!r}, whose body does "
+                "not run when it is called: it is async or a generator"
+            )
     return tuple(given)
+
+
+def _does_nothing_yet(function: object) -> bool:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(is_of(function) for is_of in kinds)
 
 
 def hooks_to_compare(hooks: Sequence[Hook]) -> str:
@@ -121,6 +135,8 @@ class NewBests:
         if self._hooks and self._run.folder is not None:
             self._run.folder.hold(snapshot)
             self._committed.append(NewBest(str(observed.iteration), observed.value, enters_top, snapshot))
+            # A keeper that is dropped, or open when the interpreter exits, does not come to `drop`.
+            self._run.at_release(self._name, partial(_let_go_of, self._committed, self._name, self._run.folder))
 
     def call_hooks(self) -> None:
         """Call the hooks on what is committed by now. **Collective**; it costs nothing where no new best is expected.
@@ -144,8 +160,10 @@ class NewBests:
         """Call no hook any more: the run is about to be left as it is. **Rank-local**."""
         if not self._run.is_elsewhere:
             self._is_expected, self._is_left = False, True
-            # By who commits, after what is under way.
-            self._run.worker.submit(self._let_go_of_committed, lambda _: None)
+            if self._run.folder is not None:
+                # By who commits, after what is under way.
+                let_go = partial(_let_go_of, self._committed, self._name, self._run.folder)
+                self._run.worker.submit(let_go, lambda _: None)
 
     def _call_on_committed(self) -> bool:
         """Call the hooks on what is committed by now, and return whether more is under way. **Collective**."""
@@ -190,20 +208,20 @@ class NewBests:
             self._run.worker.submit(over.set, lambda _: None)
         return self._saves_are_over.is_set()
 
-    def _let_go_of_committed(self) -> None:
-        while self._committed:
-            left = self._committed.popleft()
-            _logger.warning(
-                "%s: on_new_best was not called for %r at %s, since the run was left before", self._name, *left[1::-1]
-            )
-            if self._run.folder is not None:
-                self._run.folder.let_go(left.snapshot)
-
     def _let_go(self, snapshot: str) -> None:
         if self._run.folder is not None:
             # As all that changes the folder, by who writes there.
             folder = self._run.folder
             self._run.worker.submit(lambda: folder.let_go(snapshot), lambda _: None)
+
+
+def _let_go_of(committed: deque[NewBest], name: str, folder: RunFolder) -> None:
+    while committed:
+        left = committed.popleft()
+        _logger.warning(
+            "%s: on_new_best was not called for %r at %s, since the run was left before", name, *left[1::-1]
+        )
+        folder.let_go(left.snapshot)
 
 
 def _call(hook: Hook, outcome: Outcome, path: Path) -> None:

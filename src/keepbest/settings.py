@@ -275,6 +275,7 @@ def check_settings(
     given = KeeperSettings.of(settings)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
+    _check_metric_key(metric_key)
     given = given.model_copy(update={"remote": check_remote(given.remote)})
     higher_is_better = given.higher_is_better
     if higher_is_better is None:
@@ -292,3 +293,8 @@ def check_settings(
         items=Items(model, parts, given.save_frozen_weights, states),
         hooks=check_hooks(on_new_best),
     )
+
+
+def _check_metric_key(metric_key: object) -> None:
+    if not isinstance(metric_key, str) or not metric_key:
+        raise ConfigError(f"metric_key must be the name of a metric, such as 'loss/val/total', got {metric_key!r}")

@@ -51,6 +51,24 @@ def test_script_starts_any_command_with_its_arguments(name, tmp_path):
     assert words[-5 - len(python) :] == [*python, "train.py", "--name", "two words", "--epochs", "9 0"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_usage_starts_the_script_wherever_it_was_printed_to(name, tmp_path):
+    printed = tmp_path / "job of mine"
+    printed.write_text(re.sub(r"^COMMAND=.*", "COMMAND=(train.py)", script(name), flags=re.MULTILINE))
+    for program in ("torchrun", "srun"):
+        (tmp_path / program).write_text(STAND_IN)
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "sbatch").symlink_to("/bin/bash")  # a script that is submitted is a script of bash
+    [usage] = re.findall(r"^# {3}(\S.*)", script(name), flags=re.MULTILINE)
+    done = subprocess.run(
+        ["bash", "-c", usage.replace("FILE", "'job of mine'", 1).replace("[ARGUMENT ...]", "--epochs 90")],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "3"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-3:] == ["train.py", "--epochs", "90"]
+
+
 @pytest.mark.parametrize(("status", "returns"), [(75, True), (138, True), (1, False), (0, False)])
 def test_only_a_job_that_was_asked_to_stop_returns_to_the_queue(status, returns, tmp_path):
     done = start("slurm-requeue", tmp_path, STATUS=str(status), SLURM_JOB_ID="17")

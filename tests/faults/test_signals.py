@@ -17,11 +17,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from keepbest import BestKeeper
 from keepbest.errors import KeepBestError
 from keepbest.run.verify import verify
 from tests.faults.disks import bare_file_system
 from tests.faults.filled_run import COMPLETE, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
+from tests.kit.files import Operation, SteppedFiles, before
+from tests.kit.seams import use
 
 KINDS = {
     "sync": {},
@@ -138,3 +143,25 @@ def test_signals_at_any_moment_lose_and_repeat_nothing(kind, counted, tmp_path, 
         assert refs_hold(directory) == refs_of(COMPLETE)
         assert recorded_state(directory) == COMPLETE
         number += 1
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_interruption_of_a_large_save_arrives_as_what_it_is(file_format, interruption, tmp_path):
+    """torch finishes the file on its way out, fails at that, and would raise an error of its own instead."""
+    sevens = torch.full((100,), 7.0).numpy().tobytes()
+
+    def interrupt(operation: Operation) -> None:
+        if operation.name == "write" and sevens in bytes(operation.data):
+            raise interruption(5)
+
+    model = nn.Linear(2100, 2100)  # larger than what is made in memory first
+    nn.init.constant_(model.weight, 7.0)
+    with use(tmp_path, files=SteppedFiles(before(interrupt))):
+        keeper = BestKeeper(model, directory=tmp_path, metric_key="loss", format=file_format)
+        with pytest.raises(interruption):
+            keeper.observe(1.0, epoch=1)
+        nn.init.zeros_(model.weight)
+        assert keeper.observe(1.0, epoch=1).is_new_best
+        keeper.close()
+    assert verify(tmp_path) == []

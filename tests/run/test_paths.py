@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from keepbest import BestKeeper, load
+from keepbest import BestKeeper, abandon, load, open_run
 from keepbest.errors import ConfigError
 from keepbest.export import export
 from keepbest.remote.storage import local_path
 from keepbest.run.verify import verify
+from tests.kit.cli_runs import keepbest
 from tests.kit.pool import run_ranks
 
 BEST = "best_model.loss"
@@ -81,3 +86,80 @@ def test_what_is_no_path_of_this_machine_is_refused():
     for given in ("s3://bucket/run", Path("s3://bucket/run"), "~nobody-of-this-name/run"):
         with pytest.raises(ConfigError):
             local_path(given)
+
+
+PATHS_OF_NOTHING = {
+    "a loop of links": (lambda folder: folder / "one" / "run", "remove one of the links"),
+    "a NUL": (lambda folder: folder / "a\0b", "give another path"),
+    "not UTF-8": (lambda folder: folder / os.fsdecode(b"caf\xe9"), "give another path"),
+    "too long": (lambda folder: folder / ("x" * 256), "give a shorter one"),
+    "None": (lambda _: None, "a pathlib.Path"),
+    "bytes": (os.fsencode, "a pathlib.Path"),
+}
+
+
+@pytest.mark.parametrize("kind", PATHS_OF_NOTHING)
+def test_path_that_nothing_can_have_is_refused_by_name(kind, tmp_path):
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    (make, remedy), model = PATHS_OF_NOTHING[kind], nn.Linear(2, 2)
+    given = make(tmp_path)
+    ways = {
+        "a keeper": lambda: BestKeeper(model, directory=given, metric_key="loss"),
+        "load": lambda: load(given, BEST, model),
+        "open_run": lambda: open_run(given),
+        "abandon": lambda: abandon(given),
+        "export": lambda: export(given, BEST, tmp_path / "model.pt"),
+    }
+    for way, use in ways.items():
+        with pytest.raises(ConfigError) as caught:
+            use()
+        shown = f"{given!r}" if kind in ("None", "bytes") else str(given).encode("unicode_escape").decode()
+        assert shown in str(caught.value), way
+        assert remedy in str(caught.value), way
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "repair", "export"])
+def test_command_names_a_path_that_leads_in_circles(command, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "run")
+    more = [BEST, "--to", str(tmp_path / "model.pt")] if command == "export" else []
+    done = keepbest(command, str(tmp_path / "run"), *more)
+    said = re.sub(r"\s+", " ", done.stderr)
+    assert done.exit_code == 1
+    assert f"error: there can be nothing at {tmp_path / 'run'}: Too many levels of symbolic links" in said
+
+
+def use_a_directory_that_is_gone(folder: Path) -> list[str]:
+    os.chdir(folder)
+    folder.rmdir()
+    found = []
+    for use in (partial(BestKeeper, nn.Linear(1, 1), directory="run", metric_key="loss"), partial(open_run, "run")):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        found.append(str(caught.value))
+    return found
+
+
+def test_relative_path_needs_a_present_directory(tmp_path):
+    (tmp_path / "gone").mkdir()
+    [found] = run_ranks(use_a_directory_that_is_gone, 1, tmp_path / "gone")
+    assert found == ["'run' cannot be found, since the present directory was removed: give an absolute path"] * 2
+
+
+IN_ASCII = """
+import sys, torch
+from keepbest import BestKeeper
+BestKeeper(torch.nn.Linear(1, 1), directory=sys.argv[1], metric_key="loss")
+"""
+
+
+def test_name_that_the_process_takes_for_another_encoding_is_refused(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", IN_ASCII, str(tmp_path / "\u00fc")],
+        env={**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "ConfigError" in ended.stderr
+    assert "set PYTHONUTF8=1, since this process takes the names of files for ascii" in ended.stderr

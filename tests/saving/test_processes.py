@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import re
 import signal
 import subprocess
@@ -258,6 +260,60 @@ def test_thread_that_cannot_start_is_an_error_before_training(tmp_path, refused_
     with Run(tmp_path, **settings).keeper as keeper:
         keeper.observe(1.0, update(1))
     assert refs(tmp_path) == {BEST: "U1"}
+
+
+EXITING = """
+import atexit, sys
+
+def observe_late():
+    try:
+        keeper.observe(0.2, epoch=4)
+    except Exception as error:
+        print("refused:", error)
+
+def close_late():
+    try:
+        keeper.close()
+    except Exception as error:
+        print("refused:", error)
+    observe_late()
+
+if sys.argv[2] == "before the import":
+    atexit.register(close_late)
+import torch
+from keepbest import BestKeeper
+if sys.argv[2] == "after the import":
+    atexit.register(close_late)
+    atexit.register(lambda: keeper.observe(0.3, epoch=3))
+settings = {"async_save": sys.argv[3] == "async", "tolerances": [5]}
+keeper = BestKeeper(torch.nn.Linear(1000, 1000), directory=sys.argv[1], metric_key="loss", **settings)
+for epoch, value in enumerate((1.0, 0.5), start=1):
+    keeper.observe(value, epoch=epoch)
+"""
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("registered", ["before the import", "after the import"])
+def test_function_at_exit_uses_the_keeper_or_is_refused(registered, mode, tmp_path):
+    arguments = [sys.executable, "-c", EXITING, str(tmp_path), registered, mode]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
+    if registered == "after the import":
+        assert ended.stdout == "refused: the keeper of loss is closed\n"
+        assert refs(tmp_path) == {BEST: "E3", f"{BEST}.tolerance=5": "E3"}
+    else:
+        assert ended.stdout.count(f"refused: the interpreter exits, and has released {tmp_path}") == 2
+        assert refs(tmp_path) == {BEST: "E2"}
+    assert ended.stderr == ""
+    assert verify(tmp_path) == []
+
+
+def test_copy_of_a_keeper_is_refused_with_what_to_do(tmp_path):
+    run = Run(tmp_path)
+    run.model.keeper = run.keeper
+    for copied in (partial(copy.copy, run.keeper), partial(copy.deepcopy, run.model), partial(pickle.dumps, run.model)):
+        with pytest.raises(TypeError, match=r"hold it outside of what is copied .* hand its state_dict"):
+            copied()
+    assert run.observe(1.0)[0].is_new_best
 
 
 def interrupt(**_):

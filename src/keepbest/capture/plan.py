@@ -113,7 +113,8 @@ def plan_layout(
     def plan_own() -> Plans:
         for part, state in tensors.items():
             planners[part].set_up_planner(dict(state), storage_meta=None, is_coordinator=ranks.is_main)
-        return {part: planner.create_local_plan() for part, planner in planners.items()}
+        with torch.device("cpu"):  # torch plans with tensors of the default device, which may be any
+            return {part: planner.create_local_plan() for part, planner in planners.items()}
 
     use_up_warning_of_the_writer()
     with quiet():

@@ -106,7 +106,7 @@ class InterleavedSampler(Sampler[BatchRequest]):
             if update // self.updates_per_epoch != epoch:
                 epoch = update // self.updates_per_epoch
                 permutation = torch.randperm(
-                    self._train_length, generator=torch.Generator().manual_seed(self.seed + epoch)
+                    self._train_length, generator=torch.Generator().manual_seed(self.seed + epoch), device="cpu"
                 )
             start = update % self.updates_per_epoch * self.effective_batch_size
             mine = permutation[start : start + self.effective_batch_size][self.rank :: self.world_size].tolist()

@@ -11,6 +11,7 @@ from typing import cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
+from keepbest.formats.torch_file import showing_causes
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -42,12 +43,8 @@ class DigestedFiles(FileSystem):
         del mode
         with self._files.create(Path(path)) as file:
             sink = DigestingFile(file)
-            try:
+            with showing_causes():
                 yield cast("io.IOBase", _Stream(sink))
-            except RuntimeError as error:
-                if sink.failure is not None:  # of which torch makes a RuntimeError
-                    raise sink.failure from error
-                raise
             sink.sync()
         self.digests[Path(path).name] = sink.digest
 

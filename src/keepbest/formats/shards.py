@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from keepbest.formats.plain_load import load_plain_bytes
-from keepbest.formats.torch_file import without_crc32
+from keepbest.formats.torch_file import showing_causes, without_crc32
 from keepbest.modules.raw_bytes import raw_bytes
 
 _MARK = 0xA5  # first byte of a tensor's values, with which no other record of a file of `torch.save` begins
@@ -70,7 +70,7 @@ class ShardReader:
         frame = self._frame(shard.shape, shard.dtype)
         if frame is None or file.read(len(frame.head)) != frame.head:
             return None
-        tensor = torch.empty(shard.shape, dtype=shard.dtype)
+        tensor = torch.empty(shard.shape, dtype=shard.dtype, device="cpu")
         read = file.readinto(raw_bytes(tensor).numpy().data)  # type: ignore[attr-defined]  # every binary file has it
         is_whole = read == shard.bytes and len(frame.head) + read + len(frame.tail) == shard.length
         return tensor if is_whole and file.read(len(frame.tail)) == frame.tail else None
@@ -78,7 +78,7 @@ class ShardReader:
     def _frame(self, shape: torch.Size, dtype: torch.dtype) -> _Frame | None:
         kind = shape, dtype
         if kind not in self._frames:
-            self._frames[kind] = _frame_around(torch.empty(shape, dtype=dtype))
+            self._frames[kind] = _frame_around(torch.empty(shape, dtype=dtype, device="cpu"))
         return self._frames[kind]
 
 
@@ -112,6 +112,6 @@ def _frame_around(tensor: torch.Tensor) -> _Frame | None:
     values = raw_bytes(tensor)
     values[0] = _MARK
     sink = _FrameSink(values.numel())
-    with without_crc32():
+    with without_crc32(), showing_causes():
         torch.save(tensor, sink)  # type: ignore[arg-type]  # it needs write and flush only
     return _Frame(*map(bytes, sink.pieces)) if len(sink.pieces) == 2 else None

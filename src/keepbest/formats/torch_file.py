@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class TorchFile(WholeFileFormat):
                 torch.save(ordered, memory := io.BytesIO())
                 sink.write(memory.getbuffer())
             else:
-                _save_through(sink, ordered)
+                with showing_causes():
+                    torch.save(ordered, sink)  # type: ignore[arg-type]  # it needs write and flush only
             sink.sync()
         return sink.digest
 
@@ -63,13 +65,20 @@ def _is_small(values: Iterable[Any]) -> bool:
     return all(value.layout == torch.strided for value in tensors) and sum(value.nbytes for value in tensors) < _SMALL
 
 
-def _save_through(sink: DigestingFile, state: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def showing_causes() -> Iterator[None]:
+    """Raise what went wrong in a write: an error of the disk, or an interruption.
+
+    `torch.save` finishes its file all the same, which then fails too, and hides the first failure.
+    """
+    handled = sys.exc_info()[1]  # whoever saves may do so while it handles an error of its own
     try:
-        torch.save(state, sink)  # type: ignore[arg-type]  # it needs write and flush only
+        yield
     except RuntimeError as error:
-        if sink.failure is not None:
-            raise sink.failure from error
-        raise
+        first = error.__context__
+        if first is None or first is handled or error.__cause__ is not None:
+            raise
+        raise first from error
 
 
 @contextlib.contextmanager

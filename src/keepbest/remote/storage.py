@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,16 +40,53 @@ def local_path(given: str | Path) -> Path:
     Every path that a user gives passes through here, when it is given.
 
     Raises:
-        ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody, or an empty text.
+        ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody, or an empty text, or nothing
+            on a disk can have this path.
     """
     if given == "":  # often a variable that is not set; as a path it would be the present directory
         raise ConfigError("expected a path, got an empty text; the present directory is '.'")
+    try:
+        path = Path(given)
+    except TypeError as error:
+        raise ConfigError(f"expected a path, as text or as a pathlib.Path, got {given!r}") from error
     if re.match(r"[\w+.-]+:/", str(given)):
         raise ConfigError(f"expected a directory of this machine, got {str(given)!r}; a URL is for remote copies")
     try:
-        return Path(given).expanduser().absolute()
+        path = path.expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(f"{str(given)!r} cannot be found: {error}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{str(given)!r} cannot be found, since the present directory was removed: give an absolute path"
+        ) from error
+    _check_can_exist(path)
+    return path
+
+
+def _check_can_exist(path: Path) -> None:
+    """Raise `ConfigError` if nothing can be at `path` as it is written, or as its links are now."""
+    if not _is_utf8(path):
+        raise ConfigError(
+            f"{path} is not UTF-8, by which torch finds the files that it reads: give another path. Where it is, "
+            f"set PYTHONUTF8=1, since this process takes the names of files for {sys.getfilesystemencoding()}"
+        )
+    try:
+        path.stat()
+    except ValueError as error:
+        raise ConfigError(f"there can be nothing at {path}: {error}; give another path") from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            remedy = (
+                "remove one of the links, or give another path" if error.errno == errno.ELOOP else "give a shorter one"
+            )
+            raise ConfigError(f"there can be nothing at {path}: {error.strerror}; {remedy}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return str(path).encode() == os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def place_of(run: str | Path) -> str | Path:

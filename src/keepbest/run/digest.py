@@ -26,20 +26,13 @@ class Digest(NamedTuple):
 
 
 class DigestingFile:
-    """A file object that digests what passes through it and remembers why a write failed.
-
-    `torch.save` reports a failed write as its own `RuntimeError`; the cause (`ENOSPC`, ...) would be lost.
-
-    Attributes:
-        failure: Error of the first write that failed.
-    """
+    """A file object that digests what passes through it."""
 
     def __init__(self, file: DurableFile) -> None:
         self._file = file
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
         self._held = bytearray()  # torch writes each small tensor in many pieces
-        self.failure: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of `data`, together with what follows if there is little of it. Raises `OSError`."""
@@ -64,11 +57,7 @@ class DigestingFile:
         self._file.sync()
 
     def _pass(self, data: bytes | bytearray | memoryview) -> None:
-        try:
-            written = self._file.write(data)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
+        written = self._file.write(data)
         self._hash.update(data)
         self._bytes += written
 

@@ -189,7 +189,9 @@ class LedgerFile:
         self._restore()
         if durable and not self._file.is_in_place(self._tail.end):
             raise OSError(
-                errno.ENOENT, "the ledger was removed, replaced or changed while the run was open", str(self._path)
+                errno.ENOENT,
+                "the ledger was removed, replaced or changed while the run was open; put back what was there",
+                str(self._path),
             )
         lines = self._tail.lines
         missing = b"".join(lines[self._tail.written :])

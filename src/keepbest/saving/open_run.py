@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
@@ -29,6 +29,20 @@ RESUME_SAVER = "resume"
 """Name of what saves resume checkpoints, among those of the keepers of a run."""
 
 
+class WorksInRun:
+    """Base of what works in a run folder that its process has open. A copy could neither share that nor have its own.
+
+    Raises:
+        TypeError: As objects of Python that cannot be copied do, if it is copied or pickled, with what holds it.
+    """
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"cannot copy or pickle {type(self).__name__}, since it has a run folder open: hold it outside of what is "
+            "copied or sent to other processes, such as a model or a dataset, and hand its state_dict() on"
+        )
+
+
 class OpenRun:
     """The same object for every keeper of this process in one run folder.
 
@@ -37,7 +51,7 @@ class OpenRun:
     It belongs to the process in which the first keeper joined. A child that was forked from it has a copy, which
     changes nothing and releases nothing. A keeper that is garbage has left: a thread releases what it was the last to
     use, since a finalizer runs on any thread, at any moment, and must not wait. When the interpreter exits, what is
-    still open is released as by `leave`.
+    still open is released as by `leave`, after what was registered with `atexit` since keepbest was imported.
 
     Args:
         directory: Directory of the run.
@@ -73,9 +87,11 @@ class OpenRun:
         self._lock_patience = lock_patience
         self._keepers: dict[str, weakref.finalize[..., Any]] = {}
         self._process: int | None = None
+        self._is_over = False  # since the interpreter exits
         self._lock = threading.RLock()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
         self._hurry: list[Callable[[], None]] = []
+        self._at_release: dict[str, Callable[[], None]] = {}
 
     def share(self) -> OpenRun:
         """The one that everybody in this directory shares: this one, unless somebody holds another. **Rank-local**."""
@@ -91,7 +107,12 @@ class OpenRun:
         return self._process is not None and self._process != os.getpid()
 
     def refuse_elsewhere(self) -> None:
-        """Raise `ConfigError` in a process that was forked from the one that works in the run."""
+        """Raise `ConfigError` in a process that was forked from the one that works in the run, or has released it."""
+        if self._is_over:
+            raise ConfigError(
+                f"the interpreter exits, and has released {self.directory} as it was: use and close keepers before, or "
+                "in a function that is given to atexit after keepbest was imported"
+            )
         if self.is_elsewhere:
             raise ConfigError(
                 f"process {os.getpid()} was forked from process {self._process}, whose keepers work in "
@@ -122,6 +143,15 @@ class OpenRun:
         if isinstance(self.worker, Inline):
             self.worker = Threaded("keepbest-writer")
 
+    def at_release(self, name: str, step: Callable[[], None]) -> None:
+        """Take one more step when everything is written and the folder is about to be released. **Rank-local**.
+
+        Args:
+            name: Name of the keeper whose step it is; each has one.
+            step: Function that may be called again if it is interrupted. It keeps no keeper alive.
+        """
+        self._at_release[name] = step
+
     def join(self, name: str, remote: str | None, keeper: object) -> None:
         """Let `keeper`, which wants a copy of the run at `remote`, work here. **Rank-local**, on every rank.
 
@@ -148,7 +178,7 @@ class OpenRun:
                 )
             if self._process is None:
                 self._process = os.getpid()
-                atexit.register(self._leave_all)
+                _unreleased.add(self)
             self.remote = remote
             self._keepers[name] = weakref.finalize(keeper, self._drop, name)
             self._keepers[name].atexit = False
@@ -189,8 +219,10 @@ class OpenRun:
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._release_if_left, name="keepbest-release", daemon=True).start()
 
-    def _leave_all(self) -> None:
+    def leave_at_exit(self) -> None:
+        """Let all keepers go, since the interpreter exits. **Rank-local**."""
         if not self.is_elsewhere:
+            self._is_over = True
             while self._keepers:
                 self._keepers.popitem()[1].detach()
             self._release_if_left()
@@ -205,13 +237,16 @@ class OpenRun:
             for hurry in self._hurry:
                 hurry()  # a keeper that is garbage, or open when the interpreter exits, did not do it
             self.worker.close()
+            for step in self._at_release.values():
+                step()
             self._hurry.clear()
+            self._at_release.clear()
             self.worker = Inline()
             if self.folder is not None:
                 self.folder.close()
             self.folder = None
             self._process = None
-            atexit.unregister(self._leave_all)
+            _unreleased.discard(self)
 
     @property
     def is_shared(self) -> bool:
@@ -237,6 +272,13 @@ def _what_is_there_twice(name: str) -> str:
 
 # One folder, lock and ledger for a directory in a process, for as long as a keeper holds it.
 _open_runs: weakref.WeakValueDictionary[Path, OpenRun] = weakref.WeakValueDictionary()
+_unreleased: set[OpenRun] = set()  # also where no keeper is left, until what is queued is written
+
+
+@atexit.register  # here, since what is registered later is called earlier, and may still use a keeper
+def _leave_all() -> None:
+    for run in list(_unreleased):
+        run.leave_at_exit()
 
 
 def abandon(directory: str | Path) -> None:
