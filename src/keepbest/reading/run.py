@@ -67,7 +67,7 @@ class Run:
         self.place = place
         self.id = str(self._history.run_id)
         self.restarts = self._history.restarts
-        self.keepers: dict[str, KeeperSummary] = keeper_summaries(events, self._history)
+        self.keepers: dict[str, KeeperSummary] = keeper_summaries(self._history)
         self.refs: dict[str, Checkpoint] = read_checkpoints(directory, self._history)
         refs, resume = self._history.refs, checkpoint_refs(self._history)
         self.resume_refs = {ref: refs[ref] for ref in [*resume, LATEST] if ref in refs}

@@ -60,9 +60,13 @@ def _faults_of_remote(remote: Remote) -> list[Fault]:
             if name not in read_history(directory).copied():
                 continue  # a live run has removed it meanwhile
             faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in found]
+    # Until training ends, what the ledger does not name may be on its way, or about to be removed.
+    return [*faults, *_leftovers(remote, history)] if history.has_ended else faults
+
+
+def _leftovers(remote: Remote, history: History) -> list[Fault]:
     kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.copied())
     with raising_unreadable(remote):
         paths = sorted(remote.sizes())
     left = [path for path in paths if snapshot_in(path) is not None and not path.startswith(kept)]
-    leftovers = (f"{remote.url}/{CHECKPOINTS}/{path} is left over; nothing needs it" for path in left)
-    return [*faults, *(Fault("unfinished", message) for message in leftovers)]
+    return [Fault("unfinished", f"{remote.url}/{CHECKPOINTS}/{path} is left over; nothing needs it") for path in left]

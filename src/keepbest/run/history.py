@@ -13,6 +13,7 @@ from keepbest.run.events import (
     CheckpointSaved,
     Event,
     KeeperBegan,
+    KeeperEnded,
     Observed,
     Pinned,
     RefsMoved,
@@ -154,12 +155,14 @@ class KeeperHistory:
         timelines: One for each time that it began; the last is the present one.
         kept_best: Value of the snapshot that the ref on the best points at; the best that was ever saved, as far as it
             is still there.
+        has_ended: Whether training was over for it. If not, it trains, or was interrupted.
     """
 
     metric_key: str
     policy: Policy
     timelines: list[Timeline] = field(default_factory=list)
     kept_best: float | None = None
+    has_ended: bool = False
 
     @property
     def present(self) -> Timeline:
@@ -190,6 +193,7 @@ class KeeperHistory:
         if event.keeper in event.refs:
             self.kept_best = None if best is None else best.value
         self.timelines.append(timeline)
+        self.has_ended = False
 
     def _forget(self, timeline: Timeline, left: frozenset[str]) -> None:
         if timeline.entries:
@@ -243,6 +247,11 @@ class History:
         """Whether nothing was ever observed: what is there can be begun anew."""
         return not any(timeline.entries for keeper in self.keepers.values() for timeline in keeper.timelines)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether training was over for every keeper."""
+        return bool(self.keepers) and all(keeper.has_ended for keeper in self.keepers.values())
+
     def apply(self, event: Event) -> None:
         """Take in one more event. Raises as `check`."""
         self.check(event)
@@ -293,6 +302,7 @@ class History:
                 self.pins.pop((event.keeper, event.tag), None)
             case RefsMoved():
                 self.keepers[event.keeper].present.skipped.clear()
+                self.keepers[event.keeper].has_ended |= isinstance(event, KeeperEnded)
             case CheckpointSaved():
                 self.manifests.setdefault(event.snapshot, event.manifest)
                 self.checkpoints[event.snapshot] = Checkpoint(event.iteration, frozenset(event.needs))
