@@ -6,11 +6,16 @@ import errno
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from keepbest import load, open_run
+from keepbest.errors import ConfigError, LedgerError, SnapshotError
 from keepbest.remote.storage import Remote
 from keepbest.remote.verify import verify_run as verify
 from tests.kit.runs import Run
 from tests.remote.runs import local_files
+
+BEST = "best_model.loss"
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -68,3 +73,79 @@ def test_what_is_on_its_way_in_training_is_not_left_over(tmp_path):
     )
     with Run(tmp_path / "run", remote=url, resume="ledger").keeper:
         assert verify(url) == [], "it trains again"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The URL of a copy that nobody works on, and its folder."""
+    url = f"file://{tmp_path}/copy"
+    with (run := Run(tmp_path / "run", remote=url)).keeper:
+        run.observe(3.0)
+    return url, tmp_path / "copy" / "checkpoints"
+
+
+def test_broken_connection_is_no_damage(copy, monkeypatch):
+    url, _ = copy
+    get = Remote.get
+
+    def break_off(remote, path, file):
+        if path.endswith("model.pt"):
+            raise ConnectionResetError(errno.ECONNRESET, "broken off")
+        get(remote, path, file)
+
+    monkeypatch.setattr(Remote, "get", break_off)
+    for read in (lambda: load(url, BEST, nn.Linear(1, 1)), lambda: verify(url)):
+        with pytest.raises(SnapshotError, match=f"{url} cannot be read: .*broken off"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("snapshots/U1/model.pt", lambda data: data * 2, "model.pt is damaged: it has"),
+        ("snapshots/U1/model.pt", lambda data: data[:-1], "model.pt is damaged: it has"),
+        ("snapshots/U1/snapshot.json", lambda data: data + b" ", "snapshot.json is damaged: it is not what"),
+        ("ledger.jsonl", lambda data: data.replace(b"3.0", b"3.1"), "ledger.jsonl, line 3 is damaged"),
+    ],
+    ids=["grown", "cut", "manifest", "ledger"],
+)
+def test_damage_is_named_where_it_is(name, change, found, copy, tmp_path):
+    url, folder = copy
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    expected = f"{url}/checkpoints/{name.rpartition('/')[0]}".rstrip("/") + f"/{found}"
+
+    def resume():
+        Run(tmp_path / "elsewhere", remote=url, resume="ledger").keeper.start()
+
+    for read in (lambda: load(url, BEST, nn.Linear(1, 1)), resume):
+        with pytest.raises((SnapshotError, LedgerError)) as caught:
+            read()
+        assert expected in str(caught.value)
+    if name == "ledger.jsonl":
+        with pytest.raises(LedgerError) as caught:
+            open_run(url)
+        assert expected in str(caught.value)
+    else:
+        [fault] = verify(url)
+        assert (fault.kind, expected in fault.message) == ("damage", True)
+        assert (open_run(url).best().damage or expected).startswith(expected)
+
+
+def test_line_that_was_torn_off_is_cut_in_the_copy_too(copy, tmp_path):
+    url, folder = copy
+    with (folder / "ledger.jsonl").open("ab") as ledger:  # as a copy that was made by hand after a crash has it
+        ledger.write(b'{"event":"obser')
+    [fault] = verify(url)
+    assert (fault.kind, f"{url}/checkpoints/ledger.jsonl: the last line was torn off; 15" in fault.message) == (
+        "unfinished",
+        True,
+    )
+    with (run := Run(tmp_path / "elsewhere", remote=url, resume="ledger")).keeper:
+        run.observe(2.0, first=2)
+    assert verify(url) == []
+    assert open_run(url).best().value == 2.0
+
+
+def test_url_that_cannot_be_opened_is_an_error_of_the_setting(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be opened: .*directory"):
+        open_run(f"zip://run::file://{tmp_path}")

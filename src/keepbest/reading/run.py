@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepbest.errors import ConfigError, SnapshotError
@@ -68,7 +68,11 @@ class Run:
         self.id = str(self._history.run_id)
         self.restarts = self._history.restarts
         self.keepers: dict[str, KeeperSummary] = keeper_summaries(self._history)
-        self.refs: dict[str, Checkpoint] = read_checkpoints(directory, self._history)
+        self.refs: dict[str, Checkpoint] = {
+            # What was read may be a temporary copy.
+            ref: each if each.damage is None else replace(each, damage=each.damage.replace(str(directory), str(place)))
+            for ref, each in read_checkpoints(directory, self._history).items()
+        }
         refs, resume = self._history.refs, checkpoint_refs(self._history)
         self.resume_refs = {ref: refs[ref] for ref in [*resume, LATEST] if ref in refs}
         self.activity: Activity | None = None if is_remote(place) else read_activity(directory)

@@ -103,8 +103,12 @@ class Remote:
         return {path.removeprefix(self._root): about["size"] for path, about in found.items()}
 
     def read_ledger(self) -> bytes:
-        """The ledger; empty if there is none."""
-        return self.read(LEDGER) or b""
+        """The whole lines of the ledger; empty if there is none.
+
+        A copy that was made by other means, of a run that a crash has ended, may end with a line that was torn off.
+        """
+        data = self.read(LEDGER) or b""
+        return data[: data.rfind(b"\n") + 1]
 
     def read(self, path: str) -> bytes | None:
         """What is at `path` below `checkpoints`; `None` if there is nothing."""
@@ -207,7 +211,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         # Object stores have no folders to be made; local ones do.
         return url_to_fs(url, **({"auto_mkdir": True} if protocol in ("file", "local") else {}))  # type: ignore[no-any-return]
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:  # some storages are contacted to open a URL
         hint = ": pip install 'keepbest[s3]'" if protocol in ("s3", "s3a") else ""
         raise ConfigError(f"{url} cannot be opened: {error}{hint}") from error
 
