@@ -13,7 +13,7 @@ from keepbest.reading.checkpoint import Checkpoint, read_checkpoints
 from keepbest.reading.curve import Curve, Patience, curve, patiences
 from keepbest.reading.keepers import KeeperSummary, keeper_summaries
 from keepbest.reading.rows import HistoryRow, history_rows
-from keepbest.remote.download import TRIES, local_copy, no_file
+from keepbest.remote.download import local_copy, no_file
 from keepbest.remote.storage import is_remote, place_of
 from keepbest.remote.verify import verify_run
 from keepbest.run.checkpoints import checkpoint_refs
@@ -22,6 +22,8 @@ from keepbest.run.history import History, KeeperHistory
 from keepbest.run.names import LATEST
 from keepbest.run.reader import read_events
 from keepbest.run.verify import Fault
+
+_TRIES = 25  # each takes milliseconds, and a run may exchange its bests as fast as that
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ def open_run(run: str | Path) -> Run:
         ConfigError: If the URL cannot be opened here.
     """
     place = place_of(run)
-    for _ in range(TRIES):
+    for _ in range(_TRIES):
         with local_copy(place, lambda history: set(history.refs.values()), files=no_file) as directory:
             events = read_events(directory)
             found = Run(place, events, directory)
