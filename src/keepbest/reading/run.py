@@ -19,6 +19,7 @@ from keepbest.remote.verify import verify_run
 from keepbest.run.checkpoints import checkpoint_refs
 from keepbest.run.events import Event
 from keepbest.run.history import History, KeeperHistory
+from keepbest.run.layout import CHECKPOINTS, LEDGER
 from keepbest.run.names import LATEST
 from keepbest.run.reader import read_events
 from keepbest.run.verify import Fault
@@ -65,7 +66,7 @@ class Run:
 
     def __init__(self, place: str | Path, events: list[Event], directory: Path) -> None:
         self._events = events
-        self._history = History.of(events)
+        self._history = History.of(events, directory / CHECKPOINTS / LEDGER)
         self.place = place
         self.id = str(self._history.run_id)
         self.restarts = self._history.restarts

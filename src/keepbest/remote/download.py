@@ -136,7 +136,7 @@ def bring_up_to(
     path, temporary = folder / LEDGER, folder / f"{TEMPORARY}{LEDGER}"
     there = read_remote_ledger(remote)
     here = path.read_bytes()[:ledger_bytes] if path.exists() else b""
-    ours = History.of(read_ledger(path)[0])
+    ours = History.of(read_ledger(path)[0], path)
     if not there:
         _refuse_unknown_snapshots(remote, ours)
         return False
@@ -157,7 +157,7 @@ def bring_up_to(
             file.write(there)
             file.sync()
         with _naming(temporary, f"{remote.url}/{CHECKPOINTS}/{LEDGER}"):
-            history = History.of(read_ledger(temporary)[0])
+            history = History.of(read_ledger(temporary)[0], temporary)
         check(remote.url, history)
         for name in sorted(history.copied()):
             if not _is_whole(folder / SNAPSHOTS / name, history.manifests[name]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Decision, Observation, Policy, decide
@@ -23,6 +24,7 @@ from keepbest.run.events import (
     Unpinned,
     refs_of,
 )
+from keepbest.run.layout import LEDGER
 from keepbest.run.names import RESUME_PREFIX
 
 
@@ -228,8 +230,8 @@ class History:
     abandoned: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> History:
-        """The history that the events of a ledger add up to.
+    def of(cls, events: Iterable[Event], ledger: Path | str = LEDGER) -> History:
+        """The history that the events of a ledger add up to; `ledger` is what errors call it.
 
         Raises:
             LedgerError: If an event does not follow from those before it. It names the line.
@@ -239,7 +241,7 @@ class History:
             try:
                 history.apply(event)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {event!r}") from error
+                raise LedgerError(f"{ledger}, line {number} makes no sense ({error!r}): {event!r}") from error
         return history
 
     @property

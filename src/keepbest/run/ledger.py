@@ -42,6 +42,8 @@ def read_ledger(path: Path) -> tuple[list[Event], int]:
         )
     if events and not isinstance(events[0], RunBegan):
         raise LedgerError(f"{path}, line 1: expected the beginning of a run, found {events[0]!r}")
+    if second := next((number for number, event in enumerate(events[1:], 2) if isinstance(event, RunBegan)), None):
+        raise LedgerError(f"{path}, line {second}: another run begins here; two ledgers were put into one file")
     return events, whole
 
 

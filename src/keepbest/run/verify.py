@@ -8,11 +8,15 @@ from typing import Literal
 
 from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
+from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, MANIFEST, SNAPSHOTS, TEMPORARY, ref_paths
 from keepbest.run.ledger import read_ledger
 from keepbest.run.lock import read_owner
+from keepbest.run.older import describe_unknown, unknown_snapshots
 from keepbest.run.reader import FoundSnapshot, find_snapshot, read_history, read_manifest
+from keepbest.run.ref_links import RefLinks
+from keepbest.run.snapshot_folder import SnapshotFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,28 @@ def verify(directory: Path) -> list[Fault]:
         LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
     """
     history = read_history(directory)
+    folder = directory / CHECKPOINTS
+    was_live = read_owner(folder / LOCK) is not None
     faults = [
-        *_ledger_faults(directory / CHECKPOINTS / LEDGER),
+        *_ledger_faults(folder / LEDGER),
         *_ref_faults(directory, history),
         *(fault for name in sorted(history.kept()) for fault in _faults_of_kept(directory, history, name)),
-        *_leftovers(directory / CHECKPOINTS, history),
+        *_leftovers(folder, history),
     ]
-    # What a live process has begun, it may finish.
-    is_live = read_owner(directory / CHECKPOINTS / LOCK) is not None
-    return [fault for fault in faults if not (is_live and fault.kind == "unfinished")]
+    # What a live process has begun, it may finish. And its ledger may be newer than the one that was read.
+    if was_live or read_owner(folder / LOCK) is not None:
+        return [fault for fault in faults if fault.kind == "damage"]
+    if unknown := _unknown_snapshots(folder, history):
+        damage = [fault for fault in faults if fault.kind == "damage"]  # nothing is finished in such a folder
+        return [Fault("damage", describe_unknown(folder, unknown)), *damage]
+    return faults
+
+
+def _unknown_snapshots(folder: Path, history: History) -> set[str]:
+    snapshots, links = SnapshotFolder(Files(), folder / SNAPSHOTS), RefLinks(Files(), folder)
+    if not (folder / SNAPSHOTS).exists():
+        return set()
+    return unknown_snapshots(snapshots, links, history, read_ledger(folder / LEDGER)[1])
 
 
 def _ledger_faults(path: Path) -> list[Fault]:
