@@ -196,3 +196,11 @@ def test_line_that_does_not_follow_is_named_with_its_file(run):
     rewrite(run, [first, *reversed(others)])
     assert f"{ledger(run)}, line 2 makes no sense" in refused_load(run)
     assert f"{ledger(run)}, line 2 makes no sense" in refused_start(run)
+
+
+def test_ends_of_lines_that_were_changed_are_said(run):
+    data = ledger(run).read_bytes()
+    ledger(run).write_bytes(data.replace(b"\n", b"\r\n"))
+    assert "its lines end as on Windows" in refused_load(run)
+    ledger(run).write_bytes(data.replace(b"\n", b" \n"))
+    assert "Windows" not in refused_load(run)
