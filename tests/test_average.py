@@ -104,13 +104,18 @@ def test_top_that_is_no_places_is_refused(top, tmp_path):
 
 def test_fewer_bests_than_asked_for_are_refused(tmp_path):
     keep(tmp_path / "run", [2.0, 1.0])
-    with pytest.raises(ConfigError, match=r"expected 3 bests of best_model\.loss, .* it keeps 2 \(keep_top_k is 4\)"):
+    with pytest.raises(
+        ConfigError, match=r"expected 3 of the bests of best_model\.loss, .* it keeps 2 \(keep_top_k is 4\)"
+    ):
         average(tmp_path / "run", tmp_path / "avg.pt", top=3)
     keep(tmp_path / "alone", keep_top_k=1)
     with pytest.raises(ConfigError, match="best alone is kept, so there is nothing to average; train with keep_top_k"):
         average(tmp_path / "alone", tmp_path / "avg.pt", top=2)
     with pytest.raises(ConfigError, match=r"no keeper 'loss'; there are: best_model\.loss"):
         average(tmp_path / "run", tmp_path / "avg.pt", top=2, keeper="loss")
+    keep(tmp_path / "none", values=[])
+    with pytest.raises(SnapshotError, match="has no best yet"):
+        average(tmp_path / "none", tmp_path / "avg.pt", top=1)
     assert not (tmp_path / "avg.pt").exists()
 
 

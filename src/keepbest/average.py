@@ -94,9 +94,11 @@ def _refs(history: History, keeper: str | None, places: Sequence[int]) -> list[s
         )
     refs = [top_ref(name, place) for place in sorted(places)]
     if missing := [ref for ref in refs if ref not in history.refs]:
+        if name not in history.refs:
+            raise SnapshotError(f"{name} has no best yet, so there is nothing to average")
         there = sum(ref.startswith(f"{name}.top=") for ref in history.refs)
         raise ConfigError(
-            f"expected {len(refs)} bests of {name}, up to place {max(places)}; it keeps {there} (keep_top_k is "
+            f"expected {len(refs)} of the bests of {name}, up to place {max(places)}; it keeps {there} (keep_top_k is "
             f"{several[name]}), and has no {missing[0]}: ask for fewer"
         )
     return refs

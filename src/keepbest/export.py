@@ -23,7 +23,7 @@ from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
-from keepbest.run.no_run import check_can_be_made
+from keepbest.run.no_run import check_can_be_made, check_is_outside
 from keepbest.run.reader import FoundSnapshot, find_ref
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
@@ -98,13 +98,14 @@ def exported_files(manifest: Manifest, *, part: str | None, selection: Selection
 
 def check_target(to: Path) -> None:
     """Check that something can be written to `to`. Raises `ConfigError`."""
-    if to.suffix in _OTHER_ENDINGS:
+    if _ending(to) in _OTHER_ENDINGS:
         raise ConfigError(
             f"{to} ends in {to.suffix}, which is no kind of file that is written here: choose .pt or .pth for "
             "torch.load, .safetensors, or a folder without such an ending"
         )
     check_can_be_made(to.parent)
-    if (to.suffix in (*_TORCH_ENDINGS, safetensors_file.FORMAT.ending) and to.exists()) or to.is_file():
+    check_is_outside(to)
+    if (_ending(to) in (*_TORCH_ENDINGS, safetensors_file.FORMAT.ending) and to.exists()) or to.is_file():
         raise ConfigError(f"{to} exists; nothing is overwritten")
 
 
@@ -117,16 +118,20 @@ def verified_contents(found: FoundSnapshot, part: str | None, selection: Selecti
 
 def write_contents(to: Path, contents: Contents, largest_file: int = _LARGEST_FILE) -> list[Path]:
     """Write to a file or folder, as `export` does. Returns the files that were written. Raises as `export`."""
-    if to.suffix in _TORCH_ENDINGS:
+    if _ending(to) in _TORCH_ENDINGS:
         return [_write_torch(to, contents)]
     if contents.others:
         names = ", ".join(sorted(contents.others))
         raise SnapshotError(f"safetensors files hold tensors only, but the snapshot has {names}; export to a .pt file")
-    if to.suffix == safetensors_file.FORMAT.ending:
+    if _ending(to) == safetensors_file.FORMAT.ending:
         with _appearing(to) as path:
             write_entries(_files, path, contents.entries, contents.tied)
         return [to]
     return _write_folder(to, contents, largest_file)
+
+
+def _ending(to: Path) -> str:
+    return to.suffix.lower()  # as people write it on systems that do not distinguish
 
 
 def _parts(manifest: Manifest, part: str | None) -> dict[str, str]:

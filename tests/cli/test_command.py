@@ -6,6 +6,7 @@ import os
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from keepbest.__main__ import main
 from keepbest.cli.app import app
@@ -35,6 +36,14 @@ def test_message_names_the_extra_that_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "keepbest.cli.app")
     with pytest.raises(SystemExit, match=r"'typer'; install it with: pip install 'keepbest\[cli\]'"):
         main()
+
+
+@pytest.mark.parametrize(("no_color", "is_red"), [("", True), ("1", False)])
+def test_errors_have_no_color_where_none_is_wanted(no_color, is_red, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    ended = CliRunner(**runs.APART).invoke(app, ["show", str(tmp_path)], color=True)
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("\x1b[31merror: " if is_red else f"error: {tmp_path}")
 
 
 @pytest.mark.parametrize("command", [["show"], ["show", "--json"], ["verify"], ["launch-script"]], ids=" ".join)

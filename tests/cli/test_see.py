@@ -214,6 +214,31 @@ def test_many_tolerances_have_room_in_the_picture(tmp_path):
     assert max(corners) - min(corners) > 150, "the legend leaves room for the curve"
 
 
+@pytest.mark.parametrize("values", [(-1.7e308, 1.0), (1e308, -1e308, float("nan"), 2.0), (1.7e308,)])
+def test_values_at_the_end_of_the_floats_are_drawn(values, tmp_path):
+    run = Run(tmp_path / "run", tolerances=[0], keep_top_k=3)
+    with run.keeper:
+        run.observe(*values)
+    ended = runs.keepbest("plot", tmp_path / "run", "-o", tmp_path / "run.svg")
+    assert (ended.exit_code, ended.exception) == (0, None)
+    texts = [element.text for element in ET.parse(tmp_path / "run.svg").iter() if element.tag.endswith("text")]
+    assert "NaN or infinite, or too large" in texts
+
+
+def test_report_takes_the_place_of_nothing_of_a_run(directory, tmp_path):
+    ledger, weights = directory / "checkpoints" / "ledger.jsonl", tmp_path / "best.pt"
+    weights.write_bytes(b"weights")
+    before = ledger.read_bytes()
+    for to, problem in {
+        ledger: "a report ends in .html or .htm",
+        weights: "a report ends in .html or .htm",
+        ledger.with_name("a.html"): "is among the checkpoints",
+    }.items():
+        ended = runs.keepbest("report", directory, "-o", to)
+        assert (ended.exit_code, problem in ended.stderr) == (1, True)
+    assert (ledger.read_bytes(), weights.read_bytes()) == (before, b"weights")
+
+
 def test_run_without_observations_says_so(tmp_path):
     with Run(tmp_path).keeper:
         pass

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.training.trainer import Trainer
 from tests.kit import cli_runs as runs
-from tests.kit.runs import Run
+from tests.kit.runs import Run, ledger
+from tests.kit.toys import AutoEncoder
+
+
+class HalfFrozen(AutoEncoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder.bias.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +131,33 @@ def test_eval_tells_what_was_not_saved(tmp_path):
     runs.succeeded(runs.train_on_ranks(1, runs.write_config(tmp_path / "c.yaml", content)))
     [outcome] = runs.succeeded(runs.eval_on_ranks(1, tmp_path / "run"))
     assert "note: decoder was not saved" in outcome.output
+
+
+def test_eval_speaks_of_what_it_loaded_if_that_goes_meanwhile(tmp_path, monkeypatch):
+    content = runs.describe_run(tmp_path / "run", epochs=1)
+    content["model"] = {"kind": "tests.cli.test_show_eval.HalfFrozen"}
+    content["trainer"]["callbacks"][1] = runs.best(save_frozen_weights=False)
+    runs.succeeded(runs.train_on_ranks(1, runs.write_config(tmp_path / "c.yaml", content)))
+    evaluate = Trainer.eval
+
+    def evaluate_and_remove(trainer, **settings):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "snapshots")
+        return evaluate(trainer, **settings)
+
+    monkeypatch.setattr(Trainer, "eval", evaluate_and_remove)  # as a run does that finds a better one meanwhile
+    ended = runs.keepbest("eval", tmp_path / "run")
+    assert ended.exit_code == 0, ended.output
+    assert "note: a part of decoder (bias) was not saved" in ended.stdout
+
+
+def test_eval_of_a_resume_checkpoint_speaks_of_no_metric(tmp_path):
+    content = runs.describe_run(tmp_path / "run", epochs=1)
+    content["trainer"]["callbacks"].append({"name": "CheckpointCallback", "every_n_updates": 1})
+    runs.succeeded(runs.train_on_ranks(1, runs.write_config(tmp_path / "c.yaml", content)))
+    assert "checkpoint" in {line["event"] for line in ledger(tmp_path / "run")}
+    ended = runs.keepbest("eval", tmp_path / "run", "--ref", "resume.latest")
+    assert (ended.exit_code, "None" in ended.stdout) == (0, False)
+    assert "\nresume.latest of E1_U2_S48\n" in ended.stdout
 
 
 def test_show_names_a_damaged_snapshot_and_shows_the_others(trained, tmp_path):

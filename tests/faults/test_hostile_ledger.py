@@ -173,3 +173,34 @@ def test_older_copy_of_the_ledger_is_not_resumed(run):
     assert "was lost, or is an older copy" in refused_start(run)
     with pytest.raises(LedgerError, match="older copy"):
         repair(run)
+
+
+def test_verify_calls_nothing_left_over_that_an_older_ledger_misses(run):
+    rewrite(run, lines(run)[:4])
+    [lost, *others] = verify(run)
+    assert lost.kind == "damage"
+    assert f"does not know the snapshots {NEWEST}: it was lost, or is an older copy. Restore it" in lost.message
+    assert [fault for fault in others if fault.kind == "unfinished"] == [], "repair would change nothing"
+
+
+def test_ledger_that_holds_two_is_refused(run):
+    data = ledger(run).read_bytes()
+    ledger(run).write_bytes(data * 2)
+    expected = f"line {len(data.splitlines()) + 1}: another run begins here"
+    assert expected in refused_load(run)
+    assert expected in refused_start(run)
+
+
+def test_line_that_does_not_follow_is_named_with_its_file(run):
+    first, *others = lines(run)
+    rewrite(run, [first, *reversed(others)])
+    assert f"{ledger(run)}, line 2 makes no sense" in refused_load(run)
+    assert f"{ledger(run)}, line 2 makes no sense" in refused_start(run)
+
+
+def test_ends_of_lines_that_were_changed_are_said(run):
+    data = ledger(run).read_bytes()
+    ledger(run).write_bytes(data.replace(b"\n", b"\r\n"))
+    assert "its lines end as on Windows" in refused_load(run)
+    ledger(run).write_bytes(data.replace(b"\n", b" \n"))
+    assert "Windows" not in refused_load(run)

@@ -142,7 +142,8 @@ def test_snapshot_that_went_while_the_run_was_read_is_read_anew(tmp_path, monkey
         run.observe(3.0)
         old = open_run(tmp_path)._events
         run.observe(2.0, first=2)
-        read, answers = sys.modules["keepbest.reading.run"].read_events, iter([old])
+        # Each of so many times the run is ahead by the time that it is looked at again.
+        read, answers = sys.modules["keepbest.reading.run"].read_events, iter([old, None] * 10)
         monkeypatch.setattr("keepbest.reading.run.read_events", lambda path: next(answers, None) or read(path))
         found = open_run(tmp_path).best()
     assert (snapshots(tmp_path), found.snapshot, found.damage) == ({"U2"}, "U2", None)

@@ -127,6 +127,26 @@ def test_nothing_is_overwritten_and_damage_is_not_passed_on(to, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("name", ["model.PT", "model.SafeTensors"])
+def test_ending_in_capitals_is_that_kind_of_file(name, tmp_path):
+    keep(tmp_path / "run", "torch", wrap="single")
+    assert export(tmp_path / "run", BEST, tmp_path / name) == [tmp_path / name]
+    load_file = torch.load if name == "model.PT" else safetensors.torch.load_file
+    assert load_file(tmp_path / name).keys() <= odd(0).state_dict().keys()
+    with pytest.raises(ConfigError, match="is no kind of file"):
+        export(tmp_path / "run", BEST, tmp_path / "model.BIN")
+
+
+def test_export_among_checkpoints_is_refused(tmp_path):
+    keep(tmp_path / "run", "torch", wrap="single")
+    keep(tmp_path / "other", "torch", wrap="single")
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "checkpoints" / "snapshots" / "U1")
+    for to in (tmp_path / "run" / "checkpoints" / BEST / "copy.pt", tmp_path / "link" / "copy.pt"):
+        with pytest.raises(ConfigError, match="is among the checkpoints of the run"):
+            export(tmp_path / "run", BEST, to)
+    assert verify(tmp_path / "run") == verify(tmp_path / "other") == []
+
+
 def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch):
     keep(tmp_path / "run", "torch", wrap="single")
     (tmp_path / "out").mkdir()

@@ -8,9 +8,10 @@ from keepbest.errors import ConfigError
 from keepbest.reading.page import page
 from keepbest.reading.picture import draw
 from keepbest.reading.run import open_run
-from keepbest.run.no_run import check_can_be_made
+from keepbest.run.no_run import check_can_be_made, check_is_outside
 
 _FORMATS = (".png", ".svg")
+_PAGES = (".html", ".htm")  # what else somebody names may be weights
 
 
 def plot(run: Path | str, to: Path) -> Path:
@@ -21,7 +22,7 @@ def plot(run: Path | str, to: Path) -> Path:
         to: Path of the picture.
 
     Raises:
-        ConfigError: If `to` is neither .png nor .svg, or below a file, or matplotlib is not installed.
+        ConfigError: If `to` is neither .png nor .svg, below a file or among checkpoints, or matplotlib is missing.
         SnapshotError: If there is no ledger, or nothing was observed yet.
         LedgerError: If the ledger is damaged or of another format.
     """
@@ -32,11 +33,14 @@ def plot(run: Path | str, to: Path) -> Path:
 
 def report(run: Path | str, to: Path) -> Path:
     """Write the report on a run, an HTML file, and return its path. Raises as `plot`."""
+    if to.suffix not in _PAGES:
+        raise ConfigError(f"a report ends in {' or '.join(_PAGES)}, got {to}")
     return _write(to, page(open_run(run)).encode())
 
 
 def _write(to: Path, content: bytes) -> Path:
     check_can_be_made(to.parent)
+    check_is_outside(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(content)
     return to

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from keepbest.cli.console import say
 from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.cli.table import print_checkpoints
 from keepbest.errors import ConfigError
-from keepbest.load import load
+from keepbest.load import LoadedSnapshot, load
 from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
 from keepbest.run.inside import check_own
@@ -87,9 +87,10 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, conf
     metrics = trainer.eval(update=loaded.iteration.update or 0)
     if not ranks.is_main:
         return
-    say(f"{name} of {loaded.iteration}: {loaded.metric_key} was {loaded.value!r} when it was saved")
-    manifest = find_ref(directory, read_history(directory), name).manifest
-    for missing in _not_loaded(select_parts(trainer.model), loaded.parts, manifest.left_out):
+    # A run in training may have removed the snapshot by now, so nothing more is read of it.
+    was = "" if loaded.metric_key is None else f": {loaded.metric_key} was {loaded.value!r} when it was saved"
+    say(f"{name} of {loaded.iteration}{was}")
+    for missing in _not_loaded(select_parts(trainer.model), loaded):
         say(f"note: {missing} was not saved and is as the config builds it; metrics that depend on it may differ")
     for key, value in metrics.items():
         say(f"{key} {value!r}")
@@ -112,13 +113,15 @@ def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> R
     )
 
 
-def _not_loaded(parts: Sequence[Part], loaded: Sequence[str], left_out: Mapping[str, Sequence[str]]) -> list[str]:
+def _not_loaded(parts: Sequence[Part], loaded: LoadedSnapshot) -> list[str]:
     missing = []
     for part in parts:
-        if any(name == part.name or part.name.startswith(f"{name}.") for name in loaded):
-            if part.name in left_out:
-                missing.append(f"the frozen part of {part.name} ({', '.join(left_out[part.name])})")
+        if any(name == part.name or part.name.startswith(f"{name}.") for name in loaded.parts):
+            prefix = f"{part.path}." if part.path else ""
+            inside = [key.removeprefix(prefix) for key in loaded.left_alone if key.startswith(prefix)]
+            if keys := [key for key in inside if part.holds(key)]:
+                missing.append(f"a part of {part.name} ({', '.join(keys)})")
         else:
-            inner = [name for name in loaded if not part.path or name.startswith(f"{part.path}.")]
+            inner = [name for name in loaded.parts if not part.path or name.startswith(f"{part.path}.")]
             missing.append(f"{part.name} (except {', '.join(inner)})" if inner else part.name)
     return missing

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from keepbest.run.events import Event, KeeperBegan, KeeperEnded
 from keepbest.run.history import History, KeeperHistory
 
 
@@ -51,16 +49,12 @@ class KeeperSummary:
         return f"{line}; {best}; {since}; {last}{'; ended' if self.has_ended else ''}"
 
 
-def keeper_summaries(events: Iterable[Event], history: History) -> dict[str, KeeperSummary]:
+def keeper_summaries(history: History) -> dict[str, KeeperSummary]:
     """Return the summary of each keeper, by its name, in the order in which they began."""
-    newest = {event.keeper: event for event in events if isinstance(event, KeeperBegan | KeeperEnded)}
-    return {
-        name: _summary(name, keeper, has_ended=isinstance(newest[name], KeeperEnded))
-        for name, keeper in history.keepers.items()
-    }
+    return {name: _summary(name, keeper) for name, keeper in history.keepers.items()}
 
 
-def _summary(name: str, keeper: KeeperHistory, *, has_ended: bool) -> KeeperSummary:
+def _summary(name: str, keeper: KeeperHistory) -> KeeperSummary:
     present = keeper.present
     last = present.entries[-1].observation if present.entries else None
     return KeeperSummary(
@@ -72,5 +66,5 @@ def _summary(name: str, keeper: KeeperHistory, *, has_ended: bool) -> KeeperSumm
         last_value=None if last is None else last.value,
         last_iteration=None if present.last_iteration is None else str(present.last_iteration),
         intervals_since_best=present.state(keeper.policy, until=present.last_iteration).tolerance_counter,
-        has_ended=has_ended,
+        has_ended=keeper.has_ended,
     )

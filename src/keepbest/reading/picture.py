@@ -116,12 +116,15 @@ def _draw_marks(axes: Axes, curve: Curve) -> None:
     axes.plot(*_line(curve, best), "o", color=_BEST, ms=4, label=f"new best{newest}")
     if curve.top:
         places = [curve.position(each.iteration) for each in curve.top]
+        heights = [each.value if has_height(each.value) else math.nan for each in curve.top]
         label = f"top {len(places)}: {curve.top[0].value:.4g} to {curve.top[-1].value:.4g}"
-        axes.plot(places, [each.value for each in curve.top], "D", color=_BEST, ms=8, mfc="none", label=label)
-    if lost := [curve.position(point.iteration) for point in curve.points if not has_height(point.value)]:
+        axes.plot(places, heights, "D", color=_BEST, ms=8, mfc="none", label=label)
+    if low := [point for point in curve.points if not has_height(point.value)]:
         # They have no height, so they are drawn at the bottom.
         bottom = axes.get_xaxis_transform()
-        axes.plot(lost, [0.02] * len(lost), "x", color=_BEST, ms=5, transform=bottom, label="NaN or infinite")
+        places = [curve.position(point.iteration) for point in low]
+        label = f"NaN or infinite{', or too large' if any(math.isfinite(point.value) for point in low) else ''}"
+        axes.plot(places, [0.02] * len(low), "x", color=_BEST, ms=5, transform=bottom, label=label)
     for number, restart in enumerate(curve.restarts):
         axes.axvline(curve.position(restart), color=_RESTART, lw=0.8, ls="--", label=_once("restart", number))
     groups = _groups(curve)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepbest.errors import ConfigError, SnapshotError
@@ -13,15 +13,18 @@ from keepbest.reading.checkpoint import Checkpoint, read_checkpoints
 from keepbest.reading.curve import Curve, Patience, curve, patiences
 from keepbest.reading.keepers import KeeperSummary, keeper_summaries
 from keepbest.reading.rows import HistoryRow, history_rows
-from keepbest.remote.download import TRIES, local_copy, no_file
+from keepbest.remote.download import local_copy, no_file
 from keepbest.remote.storage import is_remote, place_of
 from keepbest.remote.verify import verify_run
 from keepbest.run.checkpoints import checkpoint_refs
 from keepbest.run.events import Event
 from keepbest.run.history import History, KeeperHistory
+from keepbest.run.layout import CHECKPOINTS, LEDGER
 from keepbest.run.names import LATEST
 from keepbest.run.reader import read_events
 from keepbest.run.verify import Fault
+
+_TRIES = 25  # each takes milliseconds, and a run may exchange its bests as fast as that
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,16 @@ class Run:
 
     def __init__(self, place: str | Path, events: list[Event], directory: Path) -> None:
         self._events = events
-        self._history = History.of(events)
+        self._history = History.of(events, directory / CHECKPOINTS / LEDGER)
         self.place = place
         self.id = str(self._history.run_id)
         self.restarts = self._history.restarts
-        self.keepers: dict[str, KeeperSummary] = keeper_summaries(events, self._history)
-        self.refs: dict[str, Checkpoint] = read_checkpoints(directory, self._history)
+        self.keepers: dict[str, KeeperSummary] = keeper_summaries(self._history)
+        self.refs: dict[str, Checkpoint] = {
+            # What was read may be a temporary copy.
+            ref: each if each.damage is None else replace(each, damage=each.damage.replace(str(directory), str(place)))
+            for ref, each in read_checkpoints(directory, self._history).items()
+        }
         refs, resume = self._history.refs, checkpoint_refs(self._history)
         self.resume_refs = {ref: refs[ref] for ref in [*resume, LATEST] if ref in refs}
         self.activity: Activity | None = None if is_remote(place) else read_activity(directory)
@@ -171,7 +178,7 @@ def open_run(run: str | Path) -> Run:
         ConfigError: If the URL cannot be opened here.
     """
     place = place_of(run)
-    for _ in range(TRIES):
+    for _ in range(_TRIES):
         with local_copy(place, lambda history: set(history.refs.values()), files=no_file) as directory:
             events = read_events(directory)
             found = Run(place, events, directory)

@@ -52,6 +52,7 @@ def local_copy(
     wanted: Callable[[History], Collection[str]] = no_snapshot,
     *,
     files: Callable[[Manifest], Collection[str]] = every_file,
+    damaged: dict[Path, str] | None = None,
 ) -> Iterator[Path]:
     """The directory of a run, to read in this block: `run` itself, or a temporary copy of what is at this URL.
 
@@ -60,6 +61,8 @@ def local_copy(
         wanted: Snapshots that are copied, of those that the ledger knows. Their files are not verified yet, and one
             that is not there is left out.
         files: Function that says which files of a snapshot are copied, beside its manifest.
+        damaged: What receives the paths in the copy of files that are too large to be brought, and why; `None` makes
+            that an error.
 
     Raises:
         ConfigError: If the URL cannot be opened here.
@@ -74,18 +77,32 @@ def local_copy(
     with tempfile.TemporaryDirectory(prefix="keepbest-") as space:
         directory = Path(space)
         (directory / CHECKPOINTS / SNAPSHOTS).mkdir(parents=True)
-        for _ in range(TRIES):
-            ledger = _fetch_ledger(remote, directory)
-            history = read_history(directory)
-            names = wanted(history)
-            complete = [_fetch_if_there(remote, directory, history, name, files) for name in names]
-            # A live run may have removed what its ledger named a moment ago.
-            if all(complete) or read_remote_ledger(remote) == ledger:
-                break
-        try:
+        with _naming(directory, str(run)):
+            for _ in range(TRIES):
+                ledger = _fetch_ledger(remote, directory)
+                history = read_history(directory)
+                too_large: dict[Path, str] = {}
+                names = wanted(history)
+                complete = [_fetch_if_there(remote, directory, history, name, files, too_large) for name in names]
+                # A live run may have removed what its ledger named a moment ago.
+                if all(complete) or read_remote_ledger(remote) == ledger:
+                    break
+            if damaged is not None:
+                damaged |= too_large
+            elif too_large:
+                raise SnapshotError("; ".join(too_large.values()))
             yield directory
-        except SnapshotError as error:
-            raise SnapshotError(str(error).replace(space, str(run))) from error
+
+
+@contextmanager
+def _naming(here: Path, there: str) -> Iterator[None]:
+    """Let errors name what is at `there`, of which `here` was a temporary copy."""
+    try:
+        yield
+    except (SnapshotError, LedgerError) as error:
+        if str(here) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(here), there)) from error
 
 
 def read_remote_ledger(remote: Remote) -> bytes:
@@ -119,7 +136,7 @@ def bring_up_to(
     path, temporary = folder / LEDGER, folder / f"{TEMPORARY}{LEDGER}"
     there = read_remote_ledger(remote)
     here = path.read_bytes()[:ledger_bytes] if path.exists() else b""
-    ours = History.of(read_ledger(path)[0])
+    ours = History.of(read_ledger(path)[0], path)
     if not there:
         _refuse_unknown_snapshots(remote, ours)
         return False
@@ -139,7 +156,8 @@ def bring_up_to(
         with files.create(temporary) as file:
             file.write(there)
             file.sync()
-        history = History.of(read_ledger(temporary)[0])
+        with _naming(temporary, f"{remote.url}/{CHECKPOINTS}/{LEDGER}"):
+            history = History.of(read_ledger(temporary)[0], temporary)
         check(remote.url, history)
         for name in sorted(history.copied()):
             if not _is_whole(folder / SNAPSHOTS / name, history.manifests[name]):
@@ -175,42 +193,57 @@ def _fetch_ledger(remote: Remote, directory: Path) -> bytes:
 
 
 def _fetch_if_there(
-    remote: Remote, directory: Path, history: History, name: str, files: Callable[[Manifest], Collection[str]]
+    remote: Remote,
+    directory: Path,
+    history: History,
+    name: str,
+    files: Callable[[Manifest], Collection[str]],
+    damaged: dict[Path, str],
 ) -> bool:
     to = directory / CHECKPOINTS / SNAPSHOTS / name
     try:
-        _fetch(remote, name, history.manifests[name], to, files)
+        _fetch_manifest(remote, name, to)
+        try:
+            manifest = read_manifest(to, history.manifests[name])
+        except SnapshotError:  # as whoever reads it will find
+            return False
+        found = _fetch_files(remote, name, to, manifest, files(manifest))
     except FileNotFoundError:
         return False
-    except SnapshotError:
-        if (to / MANIFEST).exists():  # and damaged, as whoever reads it will find
-            return False
-        raise
-    return True
+    damaged.update(found)
+    return not found
 
 
-def _fetch(
-    remote: Remote, name: str, digest: str, to: Path, files: Callable[[Manifest], Collection[str]] = every_file
-) -> Manifest:
-    """Bring the manifest of a snapshot, and files that it names, to the folder `to`."""
+def _fetch_manifest(remote: Remote, name: str, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     with raising_unreadable(remote):
         remote.get(f"{SNAPSHOTS}/{name}/{MANIFEST}", to / MANIFEST)
-        manifest = read_manifest(to, digest)
-        for file in files(manifest):
-            # It would be refused after it had filled the disk.
+
+
+def _fetch_files(remote: Remote, name: str, to: Path, manifest: Manifest, files: Collection[str]) -> dict[Path, str]:
+    """Bring files of a snapshot to the folder `to`. Returns those that are too large for that, and why."""
+    damaged = {}
+    with raising_unreadable(remote):
+        for file in files:
             size, expected = remote.size(path := f"{SNAPSHOTS}/{name}/{file}"), manifest.files[file].digest.bytes
-            if size > expected:
-                raise SnapshotError(f"{remote.url}/{CHECKPOINTS}/{path} is damaged: it has {size} bytes")
+            if size > expected:  # it would be refused after it had filled the disk
+                place = f"{remote.url}/{CHECKPOINTS}/{path}"
+                damaged[to / file] = f"{place} is damaged: it has {size} bytes, {expected} were written"
+                continue
             (to / file).parent.mkdir(exist_ok=True)
             remote.get(path, to / file)
-    return manifest
+    return damaged
 
 
 def _fetch_verified(remote: Remote, folder: Path, files: Files, history: History, name: str) -> None:
     temporary, digest = folder / SNAPSHOTS / f"{TEMPORARY}{name}", history.manifests[name]
     files.remove(temporary)
-    FoundSnapshot(temporary, _fetch(remote, name, digest, temporary)).check_files()
+    with _naming(temporary, f"{remote.url}/{CHECKPOINTS}/{SNAPSHOTS}/{name}"):
+        _fetch_manifest(remote, name, temporary)
+        manifest = read_manifest(temporary, digest)
+        if damaged := _fetch_files(remote, name, temporary, manifest, manifest.files):
+            raise SnapshotError("; ".join(damaged.values()))
+        FoundSnapshot(temporary, manifest).check_files()
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             files.sync_folder(path)

@@ -4,7 +4,8 @@
   snapshots/E7_U140_S8960/encoder.pt ...
   ledger.jsonl
 
-The storage must give an object its new content in one step, as object stores do. Refs are in the ledger alone.
+The storage must give an object its new content in one step, as object stores do. In a folder of this machine it is
+written beside its place, and renamed. Refs are in the ledger alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.errors import ConfigError
-from keepbest.run.layout import CHECKPOINTS, LEDGER, SNAPSHOTS
+from keepbest.run.files import Files
+from keepbest.run.layout import CHECKPOINTS, LEDGER, SNAPSHOTS, TEMPORARY
 
-# How storages refuse a condition that they do not know; some say of one that does not hold no more than EINVAL.
-_NO_CONDITIONS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# How storages refuse a condition that they do not know; some say of one that does not hold no more than EINVAL. File
+# systems without second names say the last three.
+_NO_CONDITIONS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 # s3fs holds ten parts in memory at a time, each twice, and the lock of the interpreter while it copies one of them. Its
 # own parts have 50 MiB: training stands still for tens of milliseconds, and the process grows by 1 GB.
 _PART_BYTES = 8 << 20
@@ -126,6 +129,8 @@ class Remote:
         self.url = url
         self._filesystem, root = _filesystem(url)
         self._root = f"{root.rstrip('/')}/{CHECKPOINTS}/"
+        self._is_local = "file" in self._filesystem.protocol
+        self._files = Files()
 
     def sizes(self) -> dict[str, int]:
         """The bytes of every object, by its path below `checkpoints`; empty if there is none."""
@@ -137,8 +142,12 @@ class Remote:
         return {path.removeprefix(self._root): about["size"] for path, about in found.items()}
 
     def read_ledger(self) -> bytes:
-        """The ledger; empty if there is none."""
-        return self.read(LEDGER) or b""
+        """The whole lines of the ledger; empty if there is none.
+
+        A copy that was made by other means, of a run that a crash has ended, may end with a line that was torn off.
+        """
+        data = self.read(LEDGER) or b""
+        return data[: data.rfind(b"\n") + 1]
 
     def read(self, path: str) -> bytes | None:
         """What is at `path` below `checkpoints`; `None` if there is nothing."""
@@ -150,16 +159,24 @@ class Remote:
 
     def write_ledger(self, data: bytes) -> None:
         """Put a new ledger in the place of the old one."""
+        if self._is_local:
+            temporary = self._write_beside(LEDGER, data)
+            self._put_in_place(temporary, LEDGER)
+            return
         self._filesystem.pipe_file(f"{self._root}{LEDGER}", data)
 
     def write_first_ledger(self, data: bytes) -> bool:
         """Put a ledger where there is none; returns whether there was none.
 
         Storages that can decide this themselves do, so that of two runs that begin at once one alone succeeds: S3, and
-        what follows it in conditional writes. For others fsspec looks first, or this does.
+        what follows it in conditional writes. In a folder of this machine a second name for a file does, where it can
+        have one. For others fsspec looks first, or this does.
         """
         try:
-            self._filesystem.pipe_file(f"{self._root}{LEDGER}", data, mode="create")
+            if self._is_local:
+                self._name_first(self._write_beside(LEDGER, data), LEDGER)
+            else:
+                self._filesystem.pipe_file(f"{self._root}{LEDGER}", data, mode="create")
         except FileExistsError:
             return False
         except (NotImplementedError, TypeError, OSError) as error:
@@ -172,6 +189,14 @@ class Remote:
 
     def put(self, file: Path, path: str) -> None:
         """Bring a file to `path` below `checkpoints`."""
+        if self._is_local:
+            temporary = self._beside(path)
+            self._files.make_folder(temporary.parent)
+            self._files.remove(temporary)
+            self._filesystem.put_file(str(file), str(temporary))
+            self._files.sync_file(temporary)
+            self._put_in_place(temporary, path)
+            return
         options = {"chunksize": part_bytes(file.stat().st_size)} if "s3" in self._filesystem.protocol else {}
         self._filesystem.put_file(str(file), f"{self._root}{path}", **options)
 
@@ -189,8 +214,31 @@ class Remote:
 
     def is_at(self, folder: Path) -> bool:
         """Whether this is where `folder`, a `checkpoints` of this machine, is."""
-        is_local = "file" in self._filesystem.protocol
-        return is_local and Path(self._root).resolve() == folder.resolve()
+        return self._is_local and Path(self._root).resolve() == folder.resolve()
+
+    def _beside(self, path: str) -> Path:
+        place = Path(f"{self._root}{path}")
+        return place.with_name(f"{TEMPORARY}{place.name}")
+
+    def _write_beside(self, path: str, data: bytes) -> Path:
+        temporary = self._beside(path)
+        self._files.make_folder(temporary.parent)
+        self._files.remove(temporary)
+        with self._files.create(temporary) as file:
+            file.write(data)
+            file.sync()
+        return temporary
+
+    def _put_in_place(self, temporary: Path, path: str) -> None:
+        self._files.rename(temporary, Path(f"{self._root}{path}"))
+        self._files.sync_folder(temporary.parent)
+
+    def _name_first(self, temporary: Path, path: str) -> None:
+        try:
+            Path(f"{self._root}{path}").hardlink_to(temporary)
+        finally:
+            self._files.remove(temporary)
+        self._files.sync_folder(temporary.parent)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -202,7 +250,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         # Object stores have no folders to be made; local ones do.
         return url_to_fs(url, **({"auto_mkdir": True} if protocol in ("file", "local") else {}))  # type: ignore[no-any-return]
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:  # some storages are contacted to open a URL
         hint = ": pip install 'keepbest[s3]'" if protocol in ("s3", "s3a") else ""
         raise ConfigError(f"{url} cannot be opened: {error}{hint}") from error
 

@@ -8,7 +8,7 @@ from keepbest.remote.download import TRIES, local_copy, raising_unreadable, read
 from keepbest.remote.live import named_now
 from keepbest.remote.storage import Remote, is_remote, local_path, snapshot_in
 from keepbest.run.history import History
-from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.run.layout import CHECKPOINTS, LEDGER, SNAPSHOTS
 from keepbest.run.reader import read_history
 from keepbest.run.verify import Fault, snapshot_faults, verify
 
@@ -53,16 +53,31 @@ def _remote_faults(url: str) -> list[Fault]:
 def _faults_of_remote(remote: Remote) -> list[Fault]:
     with local_copy(remote.url) as directory:
         history = read_history(directory)
-    faults = []
+    faults = _ledger_faults(remote)
     for name in sorted(history.copied()):
-        with local_copy(remote.url, lambda _, name=name: {name}) as directory:  # type: ignore[misc]
+        damaged: dict[Path, str] = {}
+        with local_copy(remote.url, lambda _, name=name: {name}, damaged=damaged) as directory:  # type: ignore[misc]
             found = snapshot_faults(directory, history, name)
             if name not in read_history(directory).copied():
                 continue  # a live run has removed it meanwhile
-            faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in found]
+            # What is too large was not brought here, so it is missing.
+            others = [fault for fault in found if not any(str(path) in fault.message for path in damaged)]
+            faults += [Fault("damage", message) for message in damaged.values()]
+            faults += [Fault(fault.kind, fault.message.replace(str(directory), remote.url)) for fault in others]
+    # Until training ends, what the ledger does not name may be on its way, or about to be removed.
+    return [*faults, *_leftovers(remote, history)] if history.has_ended else faults
+
+
+def _ledger_faults(remote: Remote) -> list[Fault]:
+    with raising_unreadable(remote):
+        torn = len(remote.read(LEDGER) or b"") - len(remote.read_ledger())
+    message = f"{remote.url}/{CHECKPOINTS}/{LEDGER}: the last line was torn off; {torn} bytes of it are left"
+    return [Fault("unfinished", message)] if torn > 0 else []
+
+
+def _leftovers(remote: Remote, history: History) -> list[Fault]:
     kept = tuple(f"{SNAPSHOTS}/{name}/" for name in history.copied())
     with raising_unreadable(remote):
         paths = sorted(remote.sizes())
     left = [path for path in paths if snapshot_in(path) is not None and not path.startswith(kept)]
-    leftovers = (f"{remote.url}/{CHECKPOINTS}/{path} is left over; nothing needs it" for path in left)
-    return [*faults, *(Fault("unfinished", message) for message in leftovers)]
+    return [Fault("unfinished", f"{remote.url}/{CHECKPOINTS}/{path} is left over; nothing needs it") for path in left]

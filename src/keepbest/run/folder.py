@@ -26,6 +26,7 @@ from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
 from keepbest.run.no_run import check_can_be_made, run_around
+from keepbest.run.older import describe_unknown, unknown_snapshots
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 
@@ -132,20 +133,8 @@ class RunFolder:
 
     def check_is_whole(self) -> None:
         """Check that the ledger is the one that the folder was written with. Raises `LedgerError`."""
-        # The ledger knows every snapshot before anything points at it, so what it does not know is not garbage here: it
-        # is what a ledger that was lost, or replaced by an older one, knew.
-        names = self.snapshots.names()
-        unknown = names - self.history.manifests.keys()
-        lost = unknown
-        # A crash leaves a snapshot that was not committed yet, and everything that the ledger keeps.
-        if self.history.run_id is not None and self.history.copied() <= names:
-            later = {name for name in unknown if self.snapshots.ledger_bytes(name) > self._ledger_bytes}
-            lost = unknown & self._links.targets() | later
-        if lost:
-            raise LedgerError(
-                f"{self.path / LEDGER} does not know the snapshots {', '.join(sorted(lost))}: it was lost, or is an "
-                "older copy. Restore it, or choose another directory; nothing was changed"
-            )
+        if unknown := unknown_snapshots(self.snapshots, self._links, self.history, self._ledger_bytes):
+            raise LedgerError(f"{describe_unknown(self.path, unknown)}; nothing was changed")
 
     def bring_up_to_copy(self, check: Callable[[str | Path, History], None]) -> bool:
         """Before the first commit: bring the folder up to its remote copy, which follows from now on.
@@ -321,7 +310,7 @@ class RunFolder:
 
     def _read(self) -> None:
         events, self._ledger_bytes = read_ledger(self.path / LEDGER)
-        self.history = History.of(events)
+        self.history = History.of(events, self.path / LEDGER)
         self.is_resumed = not self.history.is_empty
 
     def _collect_or_warn(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Decision, Observation, Policy, decide
@@ -13,6 +14,7 @@ from keepbest.run.events import (
     CheckpointSaved,
     Event,
     KeeperBegan,
+    KeeperEnded,
     Observed,
     Pinned,
     RefsMoved,
@@ -22,6 +24,7 @@ from keepbest.run.events import (
     Unpinned,
     refs_of,
 )
+from keepbest.run.layout import LEDGER
 from keepbest.run.names import RESUME_PREFIX
 
 
@@ -154,12 +157,14 @@ class KeeperHistory:
         timelines: One for each time that it began; the last is the present one.
         kept_best: Value of the snapshot that the ref on the best points at; the best that was ever saved, as far as it
             is still there.
+        has_ended: Whether training was over for it. If not, it trains, or was interrupted.
     """
 
     metric_key: str
     policy: Policy
     timelines: list[Timeline] = field(default_factory=list)
     kept_best: float | None = None
+    has_ended: bool = False
 
     @property
     def present(self) -> Timeline:
@@ -190,6 +195,7 @@ class KeeperHistory:
         if event.keeper in event.refs:
             self.kept_best = None if best is None else best.value
         self.timelines.append(timeline)
+        self.has_ended = False
 
     def _forget(self, timeline: Timeline, left: frozenset[str]) -> None:
         if timeline.entries:
@@ -224,8 +230,8 @@ class History:
     abandoned: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> History:
-        """The history that the events of a ledger add up to.
+    def of(cls, events: Iterable[Event], ledger: Path | str = LEDGER) -> History:
+        """The history that the events of a ledger add up to; `ledger` is what errors call it.
 
         Raises:
             LedgerError: If an event does not follow from those before it. It names the line.
@@ -235,13 +241,18 @@ class History:
             try:
                 history.apply(event)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise LedgerError(f"ledger, line {number} makes no sense ({error!r}): {event!r}") from error
+                raise LedgerError(f"{ledger}, line {number} makes no sense ({error!r}): {event!r}") from error
         return history
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was ever observed: what is there can be begun anew."""
         return not any(timeline.entries for keeper in self.keepers.values() for timeline in keeper.timelines)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether training was over for every keeper."""
+        return bool(self.keepers) and all(keeper.has_ended for keeper in self.keepers.values())
 
     def apply(self, event: Event) -> None:
         """Take in one more event. Raises as `check`."""
@@ -293,6 +304,7 @@ class History:
                 self.pins.pop((event.keeper, event.tag), None)
             case RefsMoved():
                 self.keepers[event.keeper].present.skipped.clear()
+                self.keepers[event.keeper].has_ended |= isinstance(event, KeeperEnded)
             case CheckpointSaved():
                 self.manifests.setdefault(event.snapshot, event.manifest)
                 self.checkpoints[event.snapshot] = Checkpoint(event.iteration, frozenset(event.needs))

@@ -42,6 +42,8 @@ def read_ledger(path: Path) -> tuple[list[Event], int]:
         )
     if events and not isinstance(events[0], RunBegan):
         raise LedgerError(f"{path}, line 1: expected the beginning of a run, found {events[0]!r}")
+    if second := next((number for number, event in enumerate(events[1:], 2) if isinstance(event, RunBegan)), None):
+        raise LedgerError(f"{path}, line {second}: another run begins here; two ledgers were put into one file")
     return events, whole
 
 
@@ -51,7 +53,10 @@ def _parsed(path: Path, number: int, raw: bytes) -> Event:
             _refuse_other_version(path, raw)
         return decode_line(raw)
     except SENSELESS as error:
-        raise LedgerError(f"{path}, line {number} is damaged: {error!r}; found {raw[:80]!r}") from error
+        hint = ""
+        if raw.endswith(b"\r\n"):
+            hint = "; its lines end as on Windows: a program such as git has changed them, so copy it again, as binary"
+        raise LedgerError(f"{path}, line {number} is damaged: {error!r}; found {raw[:80]!r}{hint}") from error
 
 
 def _refuse_other_version(path: Path, raw: bytes) -> None:

@@ -30,6 +30,16 @@ def check_can_be_made(directory: Path) -> None:
         raise ConfigError(f"expected a directory, or room for one, at {directory}; but {there} is {kind}")
 
 
+def check_is_outside(place: Path) -> None:
+    """Check that a file or folder for others is not to be among the checkpoints of a run, where it would be damage.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if (run := run_around(place) or run_around(place.resolve())) is not None:
+        raise ConfigError(f"{place} is among the checkpoints of the run {run}, where only that writes; choose another")
+
+
 def why_no_run(directory: Path) -> str:
     """Say what `directory` is instead of a run, and what to give in its place."""
     no_run = f"{directory} is not the directory of a run with checkpoints"

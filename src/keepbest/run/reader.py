@@ -36,7 +36,7 @@ class FoundSnapshot(NamedTuple):
 
 def read_history(directory: Path) -> History:
     """What the ledger of the run in `directory` records. Raises as `read_events`."""
-    return History.of(read_events(directory))
+    return History.of(read_events(directory), directory / CHECKPOINTS / LEDGER)
 
 
 def read_events(directory: Path) -> list[Event]:

@@ -8,11 +8,15 @@ from typing import Literal
 
 from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
+from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, MANIFEST, SNAPSHOTS, TEMPORARY, ref_paths
 from keepbest.run.ledger import read_ledger
 from keepbest.run.lock import read_owner
-from keepbest.run.reader import find_snapshot, read_history
+from keepbest.run.older import describe_unknown, unknown_snapshots
+from keepbest.run.reader import FoundSnapshot, find_snapshot, read_history, read_manifest
+from keepbest.run.ref_links import RefLinks
+from keepbest.run.snapshot_folder import SnapshotFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,28 @@ def verify(directory: Path) -> list[Fault]:
         LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
     """
     history = read_history(directory)
+    folder = directory / CHECKPOINTS
+    was_live = read_owner(folder / LOCK) is not None
     faults = [
-        *_ledger_faults(directory / CHECKPOINTS / LEDGER),
-        *_ref_faults(directory / CHECKPOINTS, history),
+        *_ledger_faults(folder / LEDGER),
+        *_ref_faults(directory, history),
         *(fault for name in sorted(history.kept()) for fault in _faults_of_kept(directory, history, name)),
-        *_leftovers(directory / CHECKPOINTS, history),
+        *_leftovers(folder, history),
     ]
-    # What a live process has begun, it may finish.
-    is_live = read_owner(directory / CHECKPOINTS / LOCK) is not None
-    return [fault for fault in faults if not (is_live and fault.kind == "unfinished")]
+    # What a live process has begun, it may finish. And its ledger may be newer than the one that was read.
+    if was_live or read_owner(folder / LOCK) is not None:
+        return [fault for fault in faults if fault.kind == "damage"]
+    if unknown := _unknown_snapshots(folder, history):
+        damage = [fault for fault in faults if fault.kind == "damage"]  # nothing is finished in such a folder
+        return [Fault("damage", describe_unknown(folder, unknown)), *damage]
+    return faults
+
+
+def _unknown_snapshots(folder: Path, history: History) -> set[str]:
+    snapshots, links = SnapshotFolder(Files(), folder / SNAPSHOTS), RefLinks(Files(), folder)
+    if not (folder / SNAPSHOTS).exists():
+        return set()
+    return unknown_snapshots(snapshots, links, history, read_ledger(folder / LEDGER)[1])
 
 
 def _ledger_faults(path: Path) -> list[Fault]:
@@ -55,23 +72,39 @@ def _ledger_faults(path: Path) -> list[Fault]:
     return [Fault("unfinished", f"{path}: the last line was torn off; {torn} bytes of it are left")] if torn else []
 
 
-def _ref_faults(folder: Path, history: History) -> list[Fault]:
+def _ref_faults(directory: Path, history: History) -> list[Fault]:
+    folder = directory / CHECKPOINTS
     faults = []
     # A file system that refuses links has none of them.
     has_links = any(path.is_symlink() for path in ref_paths(folder))
     for name, snapshot in sorted(history.refs.items()):
         path = folder / name
-        if path.is_symlink() and path.readlink() != Path(f"{SNAPSHOTS}/{snapshot}"):
-            faults.append(
-                Fault("unfinished", f"{path} points at {path.readlink()}, the ledger says {SNAPSHOTS}/{snapshot}")
-            )
-        elif has_links and not path.exists() and not path.is_symlink():
-            faults.append(Fault("unfinished", f"{path} is missing, the ledger says {SNAPSHOTS}/{snapshot}"))
+        if path.is_symlink():
+            if (target := path.readlink()) != Path(f"{SNAPSHOTS}/{snapshot}"):
+                message = f"{path} points at {target}, the ledger says {SNAPSHOTS}/{snapshot}"
+                faults.append(Fault("unfinished", message))
+        elif not path.exists():
+            if has_links:
+                faults.append(Fault("unfinished", f"{path} is missing, the ledger says {SNAPSHOTS}/{snapshot}"))
+        elif (difference := _difference_of_copy(path, history.manifests[snapshot])) is not None:
+            message = f"{path} is no link, and no copy of {SNAPSHOTS}/{snapshot}, as the ledger says: {difference}"
+            faults.append(Fault("unfinished", message))
     unknown = sorted({path.name for path in ref_paths(folder)} - history.refs.keys())
     return [
         *faults,
         *(Fault("unfinished", f"{folder / name} is a ref that the ledger does not know") for name in unknown),
     ]
+
+
+def _difference_of_copy(path: Path, digest: str) -> str | None:
+    """What is not in `path` as in the snapshot with this manifest. A copy that followed links has folders for them."""
+    if not path.is_dir():
+        return "it is no folder"
+    try:
+        FoundSnapshot(path, read_manifest(path, digest)).check_files()
+    except SnapshotError as error:
+        return str(error)
+    return None
 
 
 def _faults_of_kept(directory: Path, history: History, name: str) -> list[Fault]:
