@@ -39,7 +39,7 @@ class StandIn(torch.Tensor):
     @classmethod
     def of(cls, shape: Sequence[int], dtype: torch.dtype) -> StandIn:
         """What stands for a tensor of this shape and dtype."""
-        return torch.empty((), dtype=dtype).expand(tuple(shape)).as_subclass(cls)
+        return torch.empty((), dtype=dtype, device="cpu").expand(tuple(shape)).as_subclass(cls)
 
 
 @dataclass(slots=True)

@@ -152,7 +152,7 @@ class FromMain(_Read):
         if reader is not None:
             tensor = reader.fetch(key).resolve_conj().resolve_neg().contiguous()
         else:
-            tensor = torch.empty(kind.shape, dtype=kind.dtype)
+            tensor = torch.empty(kind.shape, dtype=kind.dtype, device="cpu")
         if self.ranks.control_group is not None and tensor.numel():
             # Bytes, since gloo does not know every dtype.
             dist.broadcast(tensor.view(-1).view(torch.uint8), group=self.ranks.control_group, group_src=0)
@@ -164,8 +164,8 @@ class FromMain(_Read):
             return value
         torch.save(value, packed := io.BytesIO())
         data = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
-        dist.broadcast(size := torch.tensor([data.numel()]), group=self.ranks.control_group, group_src=0)
-        data = data if self.ranks.is_main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(size := torch.tensor([data.numel()], device="cpu"), group=self.ranks.control_group, group_src=0)
+        data = data if self.ranks.is_main else torch.empty(int(size), dtype=torch.uint8, device="cpu")
         dist.broadcast(data, group=self.ranks.control_group, group_src=0)
         return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 

@@ -63,7 +63,7 @@ class ForeignTransfer:
         torch.save(value, packed := io.BytesIO())
         data = torch.frombuffer(bytearray(packed.getbuffer()), dtype=torch.uint8)
         # Rank 0 receives the data after their size, at the end, and must not be waited for before.
-        for message, tag in ((torch.tensor([data.numel()]), 2 * number), (data, 2 * number + 1)):
+        for message, tag in ((torch.tensor([data.numel()], device="cpu"), 2 * number), (data, 2 * number + 1)):
             self._kept.append(message)
             self._under_way.append(dist.isend(message, group=self._group, group_dst=0, tag=tag))
 
@@ -71,7 +71,7 @@ class ForeignTransfer:
         if self._ranks.is_main:
             for name, holding in self._wanted.items():
                 if holding.entry.form.is_packed:
-                    into = self._sizes[name] = torch.zeros(1, dtype=torch.int64)
+                    into = self._sizes[name] = torch.zeros(1, dtype=torch.int64, device="cpu")
                 elif (into := raw_bytes(self._rooms[name])).numel() == 0:
                     continue
                 self._under_way.append(
@@ -88,7 +88,7 @@ class ForeignTransfer:
             if work is not None:
                 work.wait()
         for name, size in self._sizes.items():
-            holding, data = self._wanted[name], torch.empty(int(size), dtype=torch.uint8)
+            holding, data = self._wanted[name], torch.empty(int(size), dtype=torch.uint8, device="cpu")
             work = dist.irecv(data, group=self._group, group_src=holding.owner, tag=2 * holding.number + 1)
             if work is not None:
                 work.wait()

@@ -243,4 +243,4 @@ class _Receiver:
             return (self._slot.copy if is_dtensor(value) else self._slot.put)(room_of(name), whole)
         if self._ranks.rank == holding.owner:
             self._elsewhere.send(name, whole)
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")

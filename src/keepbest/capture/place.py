@@ -28,7 +28,7 @@ def room_for(kind: Kind, target: Any) -> torch.Tensor:
     if has_shards(target):
         shards: torch.Tensor = target
         return shards
-    return torch.empty(kind.shape, dtype=kind.dtype)
+    return torch.empty(kind.shape, dtype=kind.dtype, device="cpu")
 
 
 def laid_out_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

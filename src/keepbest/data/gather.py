@@ -64,8 +64,8 @@ def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
         return [tensor.unsqueeze(0) for tensor in tensors]
     # One collective for all of them, as bytes, because gloo does not know every dtype.
     parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
-    sent = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
-    received = torch.empty(ranks.world_size, len(sent), dtype=torch.uint8)
+    sent = torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *parts])
+    received = torch.empty(ranks.world_size, len(sent), dtype=torch.uint8, device="cpu")
     try:
         # Of the group itself: where a rank is lost, torch.distributed fails to describe a group that it does not keep.
         ranks.control_group.allgather([list(received.unbind(0))], [sent]).wait()

@@ -70,7 +70,7 @@ class ShardedPart:
         # Before there is memory for it: the shards lie in the files, and the whole does not.
         if sum(chunk.sizes.numel() for chunk in chunks) != torch.Size(shape).numel():
             raise SnapshotError(f"{self._path} is damaged: the shards of {key!r} do not make the whole of it")
-        whole, filled = torch.empty(tuple(shape), dtype=dtype), 0
+        whole, filled = torch.empty(tuple(shape), dtype=dtype, device="cpu"), 0
         for chunk in chunks:
             region = _region(chunk.offsets, chunk.sizes)
             if whole[region].shape == chunk.sizes:
@@ -97,7 +97,7 @@ class ShardedPart:
 
     def _fill(self, wanted: dict[str, Any]) -> None:
         planner = DefaultLoadPlanner()
-        with quiet():
+        with quiet(), torch.device("cpu"):  # torch reckons with tensors, as in a plan to save
             planner.set_up_planner(wanted, self._index, is_coordinator=True)
             [plan] = planner.create_global_plan([planner.create_local_plan()])
             items = planner.finish_plan(plan).items

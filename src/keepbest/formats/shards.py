@@ -70,7 +70,7 @@ class ShardReader:
         frame = self._frame(shard.shape, shard.dtype)
         if frame is None or file.read(len(frame.head)) != frame.head:
             return None
-        tensor = torch.empty(shard.shape, dtype=shard.dtype)
+        tensor = torch.empty(shard.shape, dtype=shard.dtype, device="cpu")
         read = file.readinto(raw_bytes(tensor).numpy().data)  # type: ignore[attr-defined]  # every binary file has it
         is_whole = read == shard.bytes and len(frame.head) + read + len(frame.tail) == shard.length
         return tensor if is_whole and file.read(len(frame.tail)) == frame.tail else None
@@ -78,7 +78,7 @@ class ShardReader:
     def _frame(self, shape: torch.Size, dtype: torch.dtype) -> _Frame | None:
         kind = shape, dtype
         if kind not in self._frames:
-            self._frames[kind] = _frame_around(torch.empty(shape, dtype=dtype))
+            self._frames[kind] = _frame_around(torch.empty(shape, dtype=dtype, device="cpu"))
         return self._frames[kind]
 
 

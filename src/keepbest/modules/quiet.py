@@ -31,7 +31,7 @@ def use_up_warning_of_the_writer() -> None:
     """
     if torch.__version__ < "2.11":
         with quiet():
-            torch.empty(0).storage()  # type: ignore[no-untyped-call]  # torch gives it no types
+            torch.empty(0, device="cpu").storage()  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 @contextlib.contextmanager

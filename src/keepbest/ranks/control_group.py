@@ -175,7 +175,7 @@ class ControlGroup:
         """
         if self._gloo is None:
             return False
-        never = [torch.empty(1, dtype=torch.uint8)]
+        never = [torch.empty(1, dtype=torch.uint8, device="cpu")]
         try:
             self._gloo.recv(never, rank, _WATCH_TAG)  # type: ignore[attr-defined]  # its stub lacks it
         except RuntimeError:

@@ -107,7 +107,9 @@ class Rooms:
 
     def _lay_out(self, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], memory: Bytes) -> None:
         if not memory.size:
-            self._tensors |= {key: torch.empty(tuple(shape), dtype=dtype) for key, shape in shapes.items()}
+            self._tensors |= {
+                key: torch.empty(tuple(shape), dtype=dtype, device="cpu") for key, shape in shapes.items()
+            }
             return
         start = 0
         for key, shape in shapes.items():
@@ -117,7 +119,7 @@ class Rooms:
                 values = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
                 self._tensors[key] = values.view(dtype).view(tuple(shape))
             else:
-                self._tensors[key] = torch.empty(tuple(shape), dtype=dtype)
+                self._tensors[key] = torch.empty(tuple(shape), dtype=dtype, device="cpu")
             start += count
         whole = torch.from_numpy(memory).view(dtype)
         self.rows.append(Row(tuple(shapes), whole, list(_runs(shapes, whole))))

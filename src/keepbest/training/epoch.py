@@ -55,7 +55,9 @@ class OnlineLosses:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned. **Rank-local**."""
-        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state_dict["sums"].items()}
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device="cpu") for name, total in state_dict["sums"].items()
+        }
         self._counts = dict(state_dict["counts"])
 
     def _take(self) -> dict[str, Any]:
