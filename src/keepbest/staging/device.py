@@ -35,9 +35,9 @@ class _Clone(NamedTuple):
     place: torch.Tensor
 
     @property
-    def is_contiguous(self) -> bool:
+    def is_as_it_lies(self) -> bool:
         """Whether no value has to be copied to be in one row."""
-        return all(map(torch.Tensor.is_contiguous, self.values))
+        return _lie_in_order(self.values)
 
     def in_one_row(self) -> list[torch.Tensor]:
         """The values as torch can copy them, one after the other."""
@@ -84,7 +84,7 @@ class Devices:
         with torch.cuda.device(device), torch.inference_mode():
             # All that can be done before the device is waited for, since it is idle from then on.
             clones, memory = self._clones(device, rows)
-            pieces = [clone.in_one_row() if clone.is_contiguous else None for clone in clones]
+            pieces = [clone.in_one_row() if clone.is_as_it_lies else None for clone in clones]
             for row, found in rows[sum(len(clone.rows) for clone in clones) :]:
                 rooms.extend(_split(row, found))
                 values.extend(found)
@@ -106,6 +106,8 @@ class Devices:
         fitting: list[tuple[Row, Values]] = []
         for row, values in rows:
             room_left -= _aligned(row.whole.nbytes)
+            if not _lie_in_order(values):
+                room_left -= sum(value.nbytes for value in values if not _lie_in_order([value]))
             if room_left < 0:
                 break
             fitting.append((row, values))
@@ -194,6 +196,12 @@ def _in_one_row(values: Values, place: torch.Tensor) -> list[torch.Tensor]:
     if place.dtype in _CONCATENATED:
         return list(map(torch.Tensor.flatten, values))
     return [raw_bytes(value).view(place.dtype) for value in values]
+
+
+def _lie_in_order(values: Values) -> bool:
+    """Whether no value has to be copied on the device to have its elements, as they are read, one after the other."""
+    has_signs = any(map(torch.Tensor.is_conj, values)) or any(map(torch.Tensor.is_neg, values))
+    return all(map(torch.Tensor.is_contiguous, values)) and not has_signs
 
 
 def _at_once(rows: Sequence[tuple[Row, Values]]) -> list[list[tuple[Row, Values]]]:
