@@ -29,14 +29,15 @@ class Pretended:
         is_fragmented: Whether there is no room in one piece, whatever is free.
         log: What was done.
         taken: Bytes that were allocated on it.
+        unfinished: Functions that write what its streams have not written yet, until they are waited for.
     """
 
     def __init__(self):
         self.free, self.fraction, self.reserved, self.is_fragmented = GIB, 1.0, 0, False
-        self.log, self.taken = [], []
+        self.log, self.taken, self.unfinished = [], [], []
 
     def empty(self, size, *, dtype, device=None):
-        if device is not None:
+        if device is CPU:  # rooms on the host are made on "cpu"
             if self.is_fragmented:
                 raise torch.OutOfMemoryError
             self.taken.append(size)
@@ -75,6 +76,8 @@ def device(monkeypatch):
 
     def synchronize():
         pretended.log.append("wait for all streams")
+        for write in pretended.unfinished:
+            write()
 
     def concatenate(pieces, *, out):
         pretended.log.append("clone")
@@ -215,3 +218,36 @@ def test_first_use_loads_what_copies_pieces_of_every_kind(device):
     Devices(share=0.5).get_ready(CPU, dtypes)
     assert device.log.count("clone") % 3 == 0  # whole words, words at the start alone, and others
     assert device.log.count("clone") >= 3 * len({dtype.itemsize for dtype in dtypes if not dtype.is_complex})
+
+
+def transposed(rows):
+    return torch.arange(float(rows * 8)).view(8, rows).t()
+
+
+def test_copies_that_a_row_takes_on_the_device_count(device):
+    values = {str(number): transposed(64) for number in range(20)}
+    expected = expected_of(values)
+    _, rows, _ = brought(Devices(share=0.0), values)
+    device.free = 4 * bytes_of(rows) - 1  # for the row and the copies it takes twice as much is needed
+    found, _, _ = brought(Devices(share=0.5), values)
+    assert_same(found, values, expected)
+    assert not device.taken
+    device.free += 1
+    found, _, _ = brought(Devices(share=0.5), values)
+    assert_same(found, values, expected)
+    assert device.taken
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(torch.tensor([1 + 2j, 3 + 4j]).conj(), id="conjugated"),
+        pytest.param(torch._neg_view(torch.tensor([1, 2], dtype=torch.int8)), id="negated"),
+        pytest.param(transposed(2), id="transposed"),
+    ],
+)
+def test_what_a_stream_has_still_to_write_is_in_the_copy(device, value):
+    values, expected = {"value": value}, expected_of({"value": value + 1})
+    device.unfinished.append(lambda: value.add_(1))
+    found, _, _ = brought(Devices(share=0.5), values)
+    assert_same(found, values, expected)

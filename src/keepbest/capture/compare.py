@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from keepbest.capture.contents import Kind, PartContents, is_extra_state, whole_key
 from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import form_of, has_shards
+from keepbest.modules.kinds import form_of, has_shards, lacks_memory, local_of
 from keepbest.modules.parts import Part
 
 _LISTED_KEYS = 6
@@ -152,6 +152,8 @@ def _misfit(saved: Kind, target: Any) -> str | None:
         return None if is_data else "only one of the two has a tensor for"
     if target.is_meta:
         return "the meta device has no room (call to_empty(device=...) of the model before) for"
+    if lacks_memory(local_of(target)):
+        return "the storage of the model is freed, or too small (give the tensor memory again) for"
     if not is_lazy(target) and saved.shape != tuple(target.shape):
         return "shapes differ for"
     if _has_shared_elements(target):

@@ -9,7 +9,8 @@ import torch
 import xxhash
 
 from keepbest.capture.refusals import is_plain_data
-from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.modules.kinds import lacks_memory
+from keepbest.modules.raw_bytes import buffer_of, raw_bytes
 
 _WORDS_AT_ONCE = 1 << 22  # of a tensor on an accelerator, so that what is computed in between stays small
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no word is lost when it is multiplied modulo 2**64
@@ -24,7 +25,7 @@ def fingerprint(tensor: torch.Tensor) -> str:
     """
     values = _bytes_of(tensor)
     if values.device.type == "cpu":
-        return xxhash.xxh3_64_hexdigest(values.numpy().data) if values.numel() else ""
+        return xxhash.xxh3_64_hexdigest(buffer_of(values)) if values.numel() else ""
     return f"{_reduced(values) & ((1 << 64) - 1):016x}"
 
 
@@ -32,7 +33,7 @@ def fingerprint_of_sample(tensor: torch.Tensor) -> str:
     """A digest of some values of a plain tensor. It shows what trained apart, which changes nearly all of them."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return fingerprint(tensor)
-    return xxhash.xxh3_64_hexdigest(_some_of(tensor).numpy().data)
+    return xxhash.xxh3_64_hexdigest(buffer_of(_some_of(tensor)))
 
 
 def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
@@ -44,10 +45,10 @@ def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
     seen = xxhash.xxh3_64()
     for tensor in tensors:
         seen.update(f"{_version_of(tensor)} {tuple(tensor.shape)}".encode())
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        if tensor.layout != torch.strided or tensor.is_quantized or lacks_memory(tensor):
             continue
         seen.update(f"{tensor.data_ptr()}".encode())
-        seen.update(_some_of(tensor).numpy().data)
+        seen.update(buffer_of(_some_of(tensor)))
     for value in data:
         # What cannot be pickled cannot be kept either, and is refused by who keeps it.
         seen.update(pickle.dumps(value) if is_plain_data(value) else b"")
@@ -56,7 +57,7 @@ def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
 
 def _some_of(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
-    return _bytes_of(flat[:: max(1, flat.numel() // _SAMPLED)].cpu())
+    return flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
 
 
 def _version_of(tensor: torch.Tensor) -> int:

@@ -55,6 +55,9 @@ def localized(value: Any, target: Any) -> Any:
         return value
     from torch.distributed.tensor import DTensor, Replicate
 
+    if not value.numel() and value.shape == target.shape:
+        # Of what has rows without elements, FSDP2 gives each rank none of them, and torch would give it its share.
+        return target.detach().to(value.dtype)
     mesh = target.device_mesh
     whole = DTensor.from_local(value.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=target.placements)

@@ -15,7 +15,7 @@ from keepbest.capture.catalogue import Form, Held, Name
 from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
-from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fsdp1
+from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fsdp1, lacks_memory
 from keepbest.modules.nested import leaves, spelled
 from keepbest.ranks import Ranks
 
@@ -57,6 +57,21 @@ def refuse_what_cannot_be_kept(
             _refuse_partly_sharded(source.module, ranks)
 
 
+def refuse_lost_memory(held: Held, names: Iterable[Name]) -> None:
+    """Check that the tensors under `names`, which were looked at before, still have the memory of their values.
+
+    Raises:
+        ConfigError: If not. It names the tensor.
+    """
+    for name in names:
+        form, value = held.entries[name].form, held.values[name]
+        if form.is_frozen or form.is_in_unit or not isinstance(value, torch.Tensor):
+            continue
+        inside = value.to_local() if is_dtensor(value) else value
+        if (fault := _lost_memory(inside)) is not None:
+            raise ConfigError(f"{str(name)!r} {fault}")
+
+
 def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | None:
     if isinstance(value, torch.Tensor) and form.role != "data":
         if form.layout not in _LAYOUTS:
@@ -65,6 +80,8 @@ def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | No
     if (strange := next((each for each in leaves(value) if not _is_plain(each[1])), None)) is None:
         return None
     where = f" at {spelled(strange[0])}" if strange[0] else ""
+    if isinstance(strange[1], torch.Tensor) and (fault := _lost_memory(strange[1])) is not None:
+        return f"in the state dict holds a tensor{where} that {fault}"
     source = "get_extra_state(), or state_dict()"
     if is_training_state:
         source = "state_dict() of the training state, or leave it out of training_state"
@@ -92,7 +109,17 @@ def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
             f"is a {kind}, a subclass of Tensor, which could not be read again without code of its own. Keep a plain "
             "tensor, convert it with as_subclass(torch.Tensor), or leave it out (model_names, or save_frozen_weights)"
         )
-    return None
+    return _lost_memory(inside)
+
+
+def _lost_memory(value: torch.Tensor) -> str | None:
+    if not lacks_memory(value):
+        return None
+    size = value.untyped_storage().nbytes()
+    return (
+        f"has no values: its storage has {size} bytes, too few for {value.numel()} elements of {value.dtype}. "
+        "Something has freed it, as untyped_storage().resize_(0) does; give the tensor its values back first"
+    )
 
 
 def _outside(members: Iterable[int], ranks: Ranks) -> str | None:

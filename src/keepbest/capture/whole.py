@@ -19,6 +19,8 @@ def whole_tensor(tensor: DTensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     local = tensor.to_local().detach().resolve_conj().resolve_neg().contiguous()
+    if not tensor.numel():  # torch fails to put such shards together
+        return local.new_empty(tensor.shape)
     # One more dimension, which is not sharded, holds the bytes of each element. So rows that do not divide evenly among
     # the ranks are divided as they were.
     bytes_of = local.unsqueeze(-1).view(torch.uint8)

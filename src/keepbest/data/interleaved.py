@@ -101,7 +101,7 @@ class InterleavedSampler(Sampler[BatchRequest]):
         self._evaluations = [(config.interval, self._requests(config)) for config in by_call_order]
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        epoch, permutation = -1, torch.empty(0)
+        epoch, permutation = -1, torch.empty(0, device="cpu")
         for update in range(self.start_update, self.end_update):
             if update // self.updates_per_epoch != epoch:
                 epoch = update // self.updates_per_epoch

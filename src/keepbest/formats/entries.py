@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.modules.raw_bytes import buffer_of
 from keepbest.run.files import Files
 
 _ALIGNMENT = 64
@@ -52,7 +52,7 @@ def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
             if tensor.numel() == 0 or tensor.layout != torch.strided or tensor.is_quantized:
                 tensors[entry.key] = tensor
                 continue
-            written = file.write(raw_bytes(tensor).numpy().data)
+            written = file.write(buffer_of(tensor))
             places.append((entry, end))
             padding = -written % _ALIGNMENT
             end += written + file.write(bytes(padding))

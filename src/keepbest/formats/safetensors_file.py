@@ -22,7 +22,7 @@ from keepbest.formats.entries import Entry
 from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat, can_be_mapped
-from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.modules.raw_bytes import buffer_of
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
@@ -126,7 +126,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapp
             if kind := special_kind(tensor):
                 raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is {kind}")
             if tensor.numel():
-                sink.write(raw_bytes(tensor).numpy().data)
+                sink.write(buffer_of(tensor))
         sink.sync()
     return sink.digest
 

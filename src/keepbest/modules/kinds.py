@@ -66,6 +66,17 @@ def is_dense(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and not form_of(value)
 
 
+def lacks_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage of a dense tensor is too small for its elements, as after its memory was freed."""
+    if type(tensor) not in PLAIN_CLASSES or tensor.layout != torch.strided or not tensor.numel():
+        return False
+    if tensor.is_contiguous():
+        last = tensor.numel() - 1
+    else:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
 def form_of(tensor: torch.Tensor) -> str:
     """Layout and class of a tensor, as far as they are not those of a dense one, which may be sharded, or to come."""
     is_plain = type(tensor) in PLAIN_CLASSES and tensor.layout == torch.strided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -10,3 +11,9 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # Not reshape(-1): a tensor of one element is contiguous with any stride, and would keep it.
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
+def buffer_of(tensor: torch.Tensor) -> memoryview:
+    """What `raw_bytes` gives of a tensor on the CPU, to be read by what does not know torch."""
+    # Not numpy(): torch never resizes the storage again after it, and it may be that of the model.
+    return np.from_dlpack(raw_bytes(tensor)).data

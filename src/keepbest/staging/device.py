@@ -23,6 +23,26 @@ _ALIGNED = 512  # bytes, as torch aligns what it allocates on a device
 Values = Sequence[torch.Tensor]
 
 
+class _Filled(NamedTuple):
+    """A row on the host, and what it is to hold.
+
+    Attributes:
+        row: Row on the host.
+        values: Value of each of its rooms.
+        is_in_order: Whether none has to be copied on the device to have its values, as they are read, side by side.
+    """
+
+    row: Row
+    values: Values
+    is_in_order: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that it takes to clone it."""
+        copied = () if self.is_in_order else (value for value in self.values if not _are_in_order([value]))
+        return _aligned(self.row.whole.nbytes) + sum(value.nbytes for value in copied)
+
+
 class _Clone(NamedTuple):
     """Rows of one dtype on the device.
 
@@ -30,16 +50,13 @@ class _Clone(NamedTuple):
         rows: Rows on the host.
         values: What they are to hold, one after the other.
         place: Room on the device for all of it, of one dimension: of that dtype, or of bytes.
+        is_in_order: Whether none of the values has to be copied first.
     """
 
     rows: Sequence[Row]
     values: Values
     place: torch.Tensor
-
-    @property
-    def needs_no_copy(self) -> bool:
-        """Whether the values are in one row where they are."""
-        return self.place.dtype != torch.uint8 and all(map(torch.Tensor.is_contiguous, self.values))
+    is_in_order: bool
 
     def in_one_row(self) -> list[torch.Tensor]:
         """The values as torch can copy them into the place, one after the other. Some may be copied for it."""
@@ -84,7 +101,7 @@ class Devices:
         with torch.cuda.device(device), torch.inference_mode():
             # All that can be done before the device is waited for, since it is idle from then on.
             clones, memory = self._clones(device, rows)
-            pieces = [clone.in_one_row() if clone.needs_no_copy else None for clone in clones]
+            pieces = [clone.in_one_row() if clone.is_in_order else None for clone in clones]
             for row, found in rows[sum(len(clone.rows) for clone in clones) :]:
                 rooms.extend(_split(row, found))
                 values.extend(found)
@@ -103,16 +120,17 @@ class Devices:
     ) -> tuple[list[_Clone], torch.Tensor | None]:
         """Room on the device for the first rows, as many as there is memory for, and that memory."""
         room_left = int(self._share * _free_memory(device)) if rows and self._share else 0
-        fitting: list[tuple[Row, Values]] = []
+        fitting: list[_Filled] = []
         for row, values in rows:
-            room_left -= _aligned(row.whole.nbytes)
+            filled = _Filled(row, values, _are_in_order(values))
+            room_left -= filled.nbytes
             if room_left < 0:
                 break
-            fitting.append((row, values))
+            fitting.append(filled)
         if not fitting:
             return [], None
         groups = _at_once(fitting)
-        sizes = [sum(row.whole.nbytes for row, _ in group) for group in groups]
+        sizes = [sum(filled.row.whole.nbytes for filled in group) for group in groups]
         starts = list(accumulate(map(_aligned, sizes), initial=0))
         try:
             memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
@@ -120,9 +138,10 @@ class Devices:
             return [], None
         return [
             _Clone(
-                [row for row, _ in group],
-                list(chain.from_iterable(values for _, values in group)),
-                memory[start : start + size].view(_copied_as(group[0][0].whole.dtype)),
+                [filled.row for filled in group],
+                list(chain.from_iterable(filled.values for filled in group)),
+                memory[start : start + size].view(_copied_as(group[0].row.whole.dtype)),
+                all(filled.is_in_order for filled in group),
             )
             for group, start, size in zip(groups, starts, sizes, strict=False)
         ], memory
@@ -191,17 +210,24 @@ def _copied_as(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _CONCATENATED else torch.uint8
 
 
-def _at_once(rows: Sequence[tuple[Row, Values]]) -> list[list[tuple[Row, Values]]]:
+def _are_in_order(values: Values) -> bool:
+    """Whether no value has to be copied on the device to have its elements, as they are read, side by side."""
+    has_signs = any(map(torch.Tensor.is_conj, values)) or any(map(torch.Tensor.is_neg, values))
+    return all(map(torch.Tensor.is_contiguous, values)) and not has_signs
+
+
+def _at_once(rows: Sequence[_Filled]) -> list[list[_Filled]]:
     """Rows of one dtype together, as far as torch copies them by one kernel."""
-    groups: list[list[tuple[Row, Values]]] = []
-    latest: dict[torch.dtype, tuple[list[tuple[Row, Values]], int]] = {}
-    for row, values in rows:
-        group, count = latest.get(row.whole.dtype, ([], 0))
-        if not group or count + row.whole.nbytes > _INDEXED:
+    groups: list[list[_Filled]] = []
+    latest: dict[torch.dtype, tuple[list[_Filled], int]] = {}
+    for filled in rows:
+        whole = filled.row.whole
+        group, count = latest.get(whole.dtype, ([], 0))
+        if not group or count + whole.nbytes > _INDEXED:
             group, count = [], 0
             groups.append(group)
-        group.append((row, values))
-        latest[row.whole.dtype] = group, count + row.whole.nbytes
+        group.append(filled)
+        latest[whole.dtype] = group, count + whole.nbytes
     return groups
 
 
