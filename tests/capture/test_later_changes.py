@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper
+from keepbest.errors import ConfigError
 from tests.capture.test_strategies import read_files
 from tests.kit.changes import (
     CHANGES,
     class_with_extra_state,
     make_complex,
     model_of,
+    swap_in_a_nested_tensor,
     swap_in_a_sparse_tensor,
     swap_in_a_subclass,
 )
@@ -83,6 +85,21 @@ def test_change_between_two_bests_is_in_the_second(change, tmp_path, request):
             change, tmp_path / f"{file_format}-{in_background}", file_format, in_background
         ):
             assert_holds(keeper, expected, file_format)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(swap_in_a_subclass, "a subclass of Tensor"), (swap_in_a_nested_tensor, "nested")]
+)
+@pytest.mark.parametrize(("file_format", "in_background"), MODES)
+def test_kind_of_tensor_that_comes_later_is_refused(change, reason, file_format, in_background, tmp_path):
+    model = model_of()
+    with BestKeeper(
+        model, directory=tmp_path, metric_key="loss", format=file_format, async_save=in_background
+    ) as keeper:
+        keeper.observe(1.0, update(1))
+        change(model)
+        with pytest.raises(ConfigError, match=f"'first.weight' is .*{reason}"):
+            keeper.observe(0.0, update(2))
 
 
 class Bare(nn.Module):

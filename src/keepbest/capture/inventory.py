@@ -14,7 +14,7 @@ from keepbest.capture.catalogue import Entry, Held, Name, extra_states, look, st
 from keepbest.capture.drift import Drift, is_balanced
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
-from keepbest.capture.refusals import refuse_lost_memory, refuse_what_cannot_be_kept
+from keepbest.capture.refusals import refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
 from keepbest.capture.states import add_states, marks_of_states
 from keepbest.capture.union import (
@@ -127,10 +127,8 @@ class Inventory:
             self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)
             if not self._is_checked:
-                refuse_lost_memory(held, held.entries)
-                data = [name for name, entry in held.entries.items() if entry.form.role == "data"]
                 try:
-                    self._check(held, {*data, *(name for name in changed if name in held.entries)})
+                    self._check(held, held.entries)  # also what is as it was by its name, shape and dtype
                 except ConfigError as error:
                     raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
             if changed or union is None:

@@ -35,6 +35,7 @@ def refuse_what_cannot_be_kept(
     Raises:
         ConfigError: If not. It names the entry and the way out.
     """
+    gathered = set[tuple[object, ...]]()  # meshes and placements that are gathered right: thousands have the same
     for name in names:
         entry = held.entries[name]
         if entry.form.is_frozen:
@@ -42,7 +43,7 @@ def refuse_what_cannot_be_kept(
         fault = (
             _fault_of(held.values[name], entry.form, is_training_state=name.part in states)
             or _outside(entry.members, ranks)
-            or (_gathered_wrongly(held.values[name]) if form.capture == "gathered" else None)
+            or (_gathered_wrongly(held.values[name], gathered) if form.capture == "gathered" else None)
             or (form.for_state if name.part in states else form).cannot_hold(held.values[name])
         )
         if fault is not None:
@@ -55,21 +56,6 @@ def refuse_what_cannot_be_kept(
     if form.capture == "local":
         for source in held.sources:
             _refuse_partly_sharded(source.module, ranks)
-
-
-def refuse_lost_memory(held: Held, names: Iterable[Name]) -> None:
-    """Check that the tensors under `names`, which were looked at before, still have the memory of their values.
-
-    Raises:
-        ConfigError: If not. It names the tensor.
-    """
-    for name in names:
-        form, value = held.entries[name].form, held.values[name]
-        if form.is_frozen or form.is_in_unit or not isinstance(value, torch.Tensor):
-            continue
-        inside = value.to_local() if is_dtensor(value) else value
-        if (fault := _lost_memory(inside)) is not None:
-            raise ConfigError(f"{str(name)!r} {fault}")
 
 
 def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | None:
@@ -131,9 +117,10 @@ def _outside(members: Iterable[int], ranks: Ranks) -> str | None:
     return None
 
 
-def _gathered_wrongly(value: object) -> str | None:
-    if not is_dtensor(value):
+def _gathered_wrongly(value: object, known: set[tuple[object, ...]]) -> str | None:
+    if not is_dtensor(value) or (kind := (id(value.device_mesh), value.placements)) in known:
         return None
+    known.add(kind)
     ranks = value.device_mesh.mesh
     for dim, placement in enumerate(value.placements):
         if not placement.is_replicate() and bool((ranks.diff(dim=dim) < 0).any()):
