@@ -240,6 +240,17 @@ def test_model_on_the_meta_device_is_refused_on_every_rank(file_format, wrap, tm
         assert same_bits(found[0], model[0].weight)
 
 
+@EVERY_FORMAT
+def test_model_that_was_made_in_inference_mode_is_refused(file_format, tmp_path):
+    keep(filled(nn.Linear(2, 2), 0), tmp_path, file_format)
+    with torch.inference_mode():
+        target = nn.Linear(2, 2)
+    before = target.weight.clone()
+    with pytest.raises(SnapshotError, match=r"inference_mode\(\).*outside\) for bias, weight"):
+        load(tmp_path, REF, target)
+    assert torch.equal(target.weight, before)
+
+
 def lazy():
     return nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.LazyBatchNorm1d(), nn.Linear(3, 1))
 

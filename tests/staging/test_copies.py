@@ -1,4 +1,4 @@
-"""What is staged has the bits of the moment, whatever lies beside it. The oracle is a clone of each tensor."""
+"""What is staged has the bits of the moment, with anything beside it. The oracle is a clone of each tensor."""
 
 from __future__ import annotations
 

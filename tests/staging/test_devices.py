@@ -26,7 +26,7 @@ class Pretended:
         free: Bytes that are free on it.
         fraction: Share of its memory that the process may have.
         reserved: Bytes that the process has.
-        is_fragmented: Whether there is no room in one piece, whatever is free.
+        is_fragmented: Whether there is no room in one piece, however much is free.
         log: What was done.
         taken: Bytes that were allocated on it.
         unfinished: Functions that write what its streams have not written yet, until they are waited for.

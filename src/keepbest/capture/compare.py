@@ -150,19 +150,28 @@ def _misfit(saved: Kind, target: Any) -> str | None:
     if saved.dtype is None or not isinstance(target, torch.Tensor):
         is_data = saved.dtype is None and not isinstance(target, torch.Tensor)
         return None if is_data else "only one of the two has a tensor for"
-    if target.is_meta:
-        return "the meta device has no room (call to_empty(device=...) of the model before) for"
-    if lacks_memory(local_of(target)):
-        return "the storage of the model is freed, or too small (give the tensor memory again) for"
+    if (reason := _closed(target)) is not None:
+        return reason
     if not is_lazy(target) and saved.shape != tuple(target.shape):
         return "shapes differ for"
-    if _has_shared_elements(target):
-        return "the model has a tensor whose elements share memory (clone it) for"
     if saved.form != (form := form_of(target)):
         return f"the snapshot has {saved.form or 'dense'} tensors, the model has {form or 'dense'} ones for"
     if judge(saved.dtype, target.dtype) == "never":
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (saved.dtype, target.dtype)]
         return f"{dtypes[0]} cannot become {dtypes[1]} without a loss for"
+    return None
+
+
+def _closed(target: torch.Tensor) -> str | None:
+    """Why nothing can be written into a tensor of the model, if so."""
+    if target.is_meta:
+        return "the meta device has no room (call to_empty(device=...) of the model before) for"
+    if not is_lazy(target) and target.is_inference():
+        return "what was made in torch.inference_mode() cannot change outside of it (make the model outside) for"
+    if lacks_memory(local_of(target)):
+        return "the storage of the model is freed, or too small (give the tensor memory again) for"
+    if _has_shared_elements(target):
+        return "the model has a tensor whose elements share memory (clone it) for"
     return None
 
 
