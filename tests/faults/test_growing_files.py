@@ -102,7 +102,7 @@ def test_index_that_is_larger_than_its_files_is_refused(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_header_of_safetensors_that_is_larger_than_its_file_is_refused(tmp_path):
+def test_header_of_safetensors_beyond_its_file_is_refused(tmp_path):
     hostile.make_run(run := tmp_path / "run", format="safetensors")
     path = hostile.snapshot(run) / "model.safetensors"
     data = path.read_bytes()

@@ -175,7 +175,7 @@ def test_older_copy_of_the_ledger_is_not_resumed(run):
         repair(run)
 
 
-def test_verify_calls_nothing_left_over_that_an_older_ledger_misses(run):
+def test_verify_calls_nothing_an_older_ledger_misses_left_over(run):
     rewrite(run, lines(run)[:4])
     [lost, *others] = verify(run)
     assert lost.kind == "damage"

@@ -290,7 +290,7 @@ def test_module_without_an_optimizer_has_no_state_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "right"), [("directry", "directory"), ("dirpath", "directory"), ("mode", "higher_is")]
 )
-def test_arguments_of_the_callback_are_among_those_that_are_named(wrong, right):
+def test_arguments_of_the_callback_are_named_too(wrong, right):
     with pytest.raises(ConfigError, match=rf"there is no setting '{wrong}'; did you mean '{right}") as caught:
         BestCheckpoint(METRIC, **{wrong: "there"})
     assert "metric_key, directory, every_n_train_steps," in str(caught.value)

@@ -163,7 +163,7 @@ def test_names_of_the_trainer_lead_to_those_of_the_callback(wrong, right):
         BestCheckpoint(**{wrong: "loss"})
 
 
-def test_functions_on_a_new_best_would_be_lost_with_restored_callbacks(tmp_path):
+def test_functions_on_a_new_best_beside_restored_callbacks(tmp_path):
     with pytest.raises(ConfigError, match="on_new_best"):
         make_trainer(
             tmp_path, callbacks=[BestCheckpoint(on_new_best=print)], restore_callback_states_from_checkpoint=True

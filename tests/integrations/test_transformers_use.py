@@ -150,7 +150,7 @@ def test_evaluation_that_a_callback_cancels_is_not_warned_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("settings", [{"metric_key": "loss"}, {"id": "other"}])
-def test_callback_that_a_checkpoint_has_no_state_of_may_join_its_run(settings, tmp_path):
+def test_callback_without_a_state_in_a_checkpoint_may_join(settings, tmp_path):
     FACE.train(tmp_path, VALUES, fails_at=5)
     checkpoint = tmp_path / "checkpoint-4"
     name = "best_model.eval_loss" if "id" not in settings else "best_model.eval_score.id=other"

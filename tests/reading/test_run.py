@@ -124,7 +124,7 @@ def test_lock_file_of_anybody_is_no_error(content, tmp_path):
     assert read_owner(tmp_path / LOCK) is None
 
 
-def test_owner_is_read_while_a_shorter_note_replaces_a_longer_one(tmp_path):
+def test_owner_is_read_while_a_shorter_note_comes(tmp_path):
     lock = RunLock(tmp_path / LOCK)
     lock.acquire()
     lock.note("file:///copy", ["U1", "U2"])

@@ -154,7 +154,7 @@ BestKeeper(torch.nn.Linear(1, 1), directory=sys.argv[1], metric_key="loss")
 """
 
 
-def test_name_that_the_process_takes_for_another_encoding_is_refused(tmp_path):
+def test_name_in_another_encoding_of_the_process_is_refused(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-X", "utf8=0", "-c", IN_ASCII, str(tmp_path / "\u00fc")],
         env={**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},

@@ -218,7 +218,7 @@ def test_interrupted_cell_can_be_run_again(tmp_path):
     assert refs(tmp_path) == {BEST: "E3.r1"}
 
 
-def test_keeper_that_a_traceback_holds_is_released_as_the_message_says(tmp_path):
+def test_keeper_that_a_traceback_holds_is_released_as_said(tmp_path):
     cell = {"BestKeeper": BestKeeper, "model": nn.Linear(1, 1), "directory": tmp_path}
     with pytest.raises(KeyboardInterrupt) as last:  # as `sys.last_traceback` does
         exec(FUNCTION, cell | {"settings": {"async_save": True}, "first": 1, "stop": 2})

@@ -13,7 +13,7 @@ import torch
 from keepbest.staging.device import Devices
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms
-from tests.staging.test_copies import assert_same, expected_of, of_all_kinds, rooms_for
+from tests.staging.test_copies import differing, expected_of, of_all_kinds, rooms_for
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
@@ -125,7 +125,7 @@ def test_all_kinds_of_tensors_through_a_clone(device):
     values = of_all_kinds()
     expected = expected_of(values)
     found, rows, events = brought(Devices(share=0.5), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     assert sum(device.taken) <= bytes_of(rows)
     assert len(device.taken) == 1  # one piece, which goes back as a whole
     assert len(events) == 1
@@ -154,7 +154,7 @@ def test_no_memory_for_a_clone(device, setting, value):
     values = of_all_kinds()
     expected = expected_of(values)
     found, _, events = brought(Devices(share=0.5), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     assert not events  # all has arrived
     assert "clone" not in device.log
     assert not device.taken
@@ -164,7 +164,7 @@ def test_share_of_zero_asks_for_no_memory(device):
     values = of_all_kinds()
     expected = expected_of(values)
     found, _, events = brought(Devices(share=0.0), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     assert (events, device.taken) == ([], [])
 
 
@@ -175,7 +175,7 @@ def test_memory_for_some_of_the_rows(device, share):
     _, rows, _ = brought(Devices(share=0.0), values)
     device.free = bytes_of(rows)
     found, _, events = brought(Devices(share=share), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     assert sum(device.taken) <= share * device.free
     assert bool(events) == bool(device.taken)
     if share == 1.0:
@@ -187,7 +187,7 @@ def test_rows_of_which_some_values_do_not_come(device):
     some = {key: value for number, (key, value) in enumerate(values.items()) if number % 3}
     expected = expected_of(some)
     found, _, _ = brought(Devices(share=0.5), some, rooms_for(values))
-    assert_same(found, some, expected)
+    assert differing(found, some, expected) == []
     assert device.log[0] == "wait for all streams"
 
 
@@ -198,7 +198,7 @@ def test_several_rows_of_one_dtype_are_cloned_at_once(device, monkeypatch):
     found, rows, _ = brought(Devices(share=0.5), values)
     assert len(rows) > 1
     assert device.log.count("clone") == 1
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
 
 
 def test_clones_end_where_torch_could_not_copy_at_once(device, monkeypatch):
@@ -207,7 +207,7 @@ def test_clones_end_where_torch_could_not_copy_at_once(device, monkeypatch):
     monkeypatch.setattr("keepbest.staging.rooms._ROW", 120_000)
     expected = expected_of(values)
     found, _, _ = brought(Devices(share=0.5), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     dtypes = len({value.dtype for value in values.values()})
     assert device.log.count("clone") > dtypes
     assert len(device.taken) == 1
@@ -230,11 +230,11 @@ def test_copies_that_a_row_takes_on_the_device_count(device):
     _, rows, _ = brought(Devices(share=0.0), values)
     device.free = 4 * bytes_of(rows) - 1  # for the row and the copies it takes twice as much is needed
     found, _, _ = brought(Devices(share=0.5), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     assert not device.taken
     device.free += 1
     found, _, _ = brought(Devices(share=0.5), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []
     assert device.taken
 
 
@@ -250,4 +250,4 @@ def test_what_a_stream_has_still_to_write_is_in_the_copy(device, value):
     values, expected = {"value": value}, expected_of({"value": value + 1})
     device.unfinished.append(lambda: value.add_(1))
     found, _, _ = brought(Devices(share=0.5), values)
-    assert_same(found, values, expected)
+    assert differing(found, values, expected) == []

@@ -121,7 +121,7 @@ def test_settings_that_a_resumed_run_does_not_use_are_named(tmp_path, caplog):
     ]
 
 
-def test_learning_rate_of_the_config_is_named_where_it_is_not_used(tmp_path, caplog):
+def test_learning_rate_that_is_not_used_is_named(tmp_path, caplog):
     toys.make_trainer(tmp_path, updates=2, callbacks=[CHECKPOINTS]).train()
     faster = {"encoder": toys.ADAM, "decoder": partial(toys.MOMENTUM, lr=0.5)}
     trainer = toys.make_trainer(tmp_path, optimizers=faster, updates=3, callbacks=[CHECKPOINTS], resume="auto")
