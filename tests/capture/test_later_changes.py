@@ -61,12 +61,14 @@ def spoil(model):
                 tensor.zero_()
 
 
+def keeper_of(model, directory, file_format, in_background):
+    return BestKeeper(model, directory=directory, metric_key="loss", format=file_format, async_save=in_background)
+
+
 def bests_after(change, directory, file_format, in_background):
     """A keeper after each best that follows a change, and what the best must hold."""
     model = model_of()
-    with BestKeeper(
-        model, directory=directory, metric_key="loss", format=file_format, async_save=in_background
-    ) as keeper:
+    with keeper_of(model, directory, file_format, in_background) as keeper:
         keeper.observe(0.0, update(1))
         change(model)
         for number in (2, 3):
@@ -93,9 +95,7 @@ def test_change_between_two_bests_is_in_the_second(change, tmp_path, request):
 @pytest.mark.parametrize(("file_format", "in_background"), MODES)
 def test_kind_of_tensor_that_comes_later_is_refused(change, reason, file_format, in_background, tmp_path):
     model = model_of()
-    with BestKeeper(
-        model, directory=tmp_path, metric_key="loss", format=file_format, async_save=in_background
-    ) as keeper:
+    with keeper_of(model, tmp_path, file_format, in_background) as keeper:
         keeper.observe(1.0, update(1))
         change(model)
         with pytest.raises(ConfigError, match=f"'first.weight' is .*{reason}"):

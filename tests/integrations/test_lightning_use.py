@@ -125,6 +125,11 @@ def test_state_of_a_validated_checkpoint_is_not_continued(tmp_path):
     assert FACE.observed(tmp_path / "new") == [("E1_U2_B2", 5.0), ("E2_U4_B4", 3.0)]
 
 
+def note_what_is_tested(module, batch, batch_idx):
+    """A hook of modules."""
+    module.tested = weights_of(module.state_dict())
+
+
 class Sized(Model):
     """Has a hyperparameter, and something of its own in a checkpoint. Tests whether its weights are the expected."""
 
@@ -139,8 +144,7 @@ class Sized(Model):
     def on_load_checkpoint(self, checkpoint):
         self.words = checkpoint["words"]
 
-    def test_step(self, batch, batch_idx):
-        self.tested = weights_of(self.state_dict())
+    test_step = note_what_is_tested
 
 
 def make_sized(values, **settings):
@@ -332,8 +336,7 @@ def test_trainer_of_the_other_package_takes_the_callback(tmp_path):
         def validation_step(self, batch, batch_idx):
             self.log(METRIC, VALUES[self.current_epoch])
 
-        def test_step(self, batch, batch_idx):
-            self.tested = weights_of(self.state_dict())
+        test_step = note_what_is_tested
 
         configure_optimizers = Model.configure_optimizers
 

@@ -17,7 +17,7 @@ def numbers(*shape, dtype=torch.float32):
 
 
 def of_all_kinds():
-    """Tensors that one may take for another's: alike but for the first dimension, empty, or in another order."""
+    """Tensors that could be confused: only the first dimension differs, or their order in memory."""
     values = {
         "scalar": numbers(),
         "another scalar": numbers(),

@@ -232,7 +232,7 @@ class RunFolder:
         if self._is_interrupted and self._ledger is not None:
             self._ledger.sync()
             events, _ = read_ledger(self.path / LEDGER)
-            self.history = History.of(events)
+            self.history = History.of(events, self.path / LEDGER)
             self._is_interrupted = False
 
     @property
@@ -316,7 +316,7 @@ class RunFolder:
     def _collect_or_warn(self) -> None:
         try:
             self._collect()
-        except OSError as error:
+        except (OSError, LedgerError) as error:  # of a ledger that changed, the next commit raises
             _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
 
     def _collect(self) -> None:

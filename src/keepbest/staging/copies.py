@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 
 from keepbest.staging.device import Devices
-from keepbest.staging.rooms import Row, Run
+from keepbest.staging.rooms import Block, Row
 from keepbest.staging.slot import Batch
 
 
@@ -69,9 +69,9 @@ class Copies:
 
 
 def _copy(rows: Sequence[Row], rooms: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    filled = [run for row in rows for run in row.runs if _has_all(values, run.keys)]
-    for run in filled:
-        torch.cat(_those(values, run.keys), out=run.whole)
+    filled = [block for row in rows for block in row.blocks if _has_all(values, block.keys)]
+    for block in filled:
+        torch.cat(_those(values, block.keys), out=block.whole)
     if rest := _beside(filled, values):
         torch._foreach_copy_(_those(rooms, rest), _those(values, rest))  # see ADR 10
 
@@ -80,7 +80,7 @@ def _has_all(values: Mapping[str, torch.Tensor], keys: Iterable[str]) -> bool:
     return all(map(values.__contains__, keys))
 
 
-def _beside(filled: Sequence[Row] | Sequence[Run], values: Mapping[str, torch.Tensor]) -> list[str]:
+def _beside(filled: Sequence[Row] | Sequence[Block], values: Mapping[str, torch.Tensor]) -> list[str]:
     """Keys of the values that are in none of these."""
     found = set(chain.from_iterable(each.keys for each in filled))
     return [key for key in values if key not in found] if len(found) < len(values) else []

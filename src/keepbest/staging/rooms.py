@@ -16,7 +16,7 @@ _WORD = 16  # bytes
 _ROW = 1 << 26  # bytes: large enough for a device to copy at full speed, and pinned in a few milliseconds
 
 
-class Run(NamedTuple):
+class Block(NamedTuple):
     """Small tensors side by side that differ in their first dimension alone, so that torch can copy them at once.
 
     Attributes:
@@ -34,12 +34,12 @@ class Row(NamedTuple):
     Attributes:
         keys: Their keys, in order.
         whole: All of them, as one tensor of one dimension.
-        runs: Which of them can be copied at once.
+        blocks: Which of them can be copied at once.
     """
 
     keys: Sequence[str]
     whole: torch.Tensor
-    runs: Sequence[Run]
+    blocks: Sequence[Block]
 
 
 class Rooms:
@@ -123,14 +123,14 @@ class Rooms:
                 self._tensors[key] = torch.empty(tuple(shape), dtype=dtype, device="cpu")
             start += count
         whole = torch.from_numpy(memory).view(dtype)
-        self.rows.append(Row(tuple(shapes), whole, list(_runs(shapes, whole))))
+        self.rows.append(Row(tuple(shapes), whole, list(_blocks(shapes, whole))))
 
 
 def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
     """Which tensors lie in one row: those of one dtype and kind of device, up to the size of a row."""
     rows: list[tuple[Like, list[str]]] = []
     open_rows: dict[tuple[torch.dtype, str], tuple[int, list[str]]] = {}
-    for key, like in sorted(wanted.items(), key=lambda item: _run_of(item[1].shape, item[1].dtype)):
+    for key, like in sorted(wanted.items(), key=lambda item: _block_of(item[1].shape, item[1].dtype)):
         kind = like.dtype, like.device
         size, keys = open_rows.get(kind, (0, []))
         if not keys or size + like.nbytes > _ROW:
@@ -141,18 +141,18 @@ def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
     return rows
 
 
-def _runs(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterator[Run]:
+def _blocks(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterator[Block]:
     start = 0
-    for (_, is_small, dimensions, rest), group in groupby(shapes, key=lambda key: _run_of(shapes[key], whole.dtype)):
+    for (_, is_small, dimensions, rest), group in groupby(shapes, key=lambda key: _block_of(shapes[key], whole.dtype)):
         keys = list(group)
         end = start + sum(torch.Size(shapes[key]).numel() for key in keys)
         if is_small and dimensions and end > start:
-            yield Run(keys, whole[start:end].view(-1, *rest))
+            yield Block(keys, whole[start:end].view(-1, *rest))
         start = end
 
 
-def _run_of(shape: Sequence[int], dtype: torch.dtype) -> tuple[bool, bool, int, tuple[int, ...]]:
-    """What the tensors of one run have in common, in the order of the runs.
+def _block_of(shape: Sequence[int], dtype: torch.dtype) -> tuple[bool, bool, int, tuple[int, ...]]:
+    """What the tensors of one block have in common, in the order of the blocks.
 
     Those that do not fill whole words come last: on a CUDA device `torch.cat` copies what comes after them by values,
     and what comes before by words. Then: whether they are small, their dimensions, and the sizes of all but the first.
