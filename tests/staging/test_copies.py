@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.staging.batch import Batch
 from keepbest.staging.host import HostStaging
-from keepbest.staging.slot import Batch, Like
+from keepbest.staging.slot import Like
 
 LARGE = 1 << 15  # values, from which on torch copies a tensor on several threads
 
@@ -133,3 +134,18 @@ def test_many_small_tensors_lie_in_memory_of_their_own(staging):
     values = {str(number): numbers(2, 4) for number in range(50)}
     _, found = staged(staging, values)
     assert all(found[key].untyped_storage().nbytes() == 32 for key in values)  # else a file would have all of them
+
+
+def test_batch_that_is_copied_again_has_its_new_values(staging):
+    values = {key: value for key, value in of_all_kinds().items() if key != "expanded"}
+    batch = Batch(values)
+    for beside in ({}, {"beside": numbers(2, 4), "longer beside": numbers(LARGE)}, {}):
+        for value in values.values():
+            value.copy_(numbers(*value.shape).to(value.dtype))
+        expected = expected_of(values)
+        slot = staging.claim()
+        slot.reserve(rooms_for(values | beside))
+        found = slot.put_all(batch)
+        slot.seal()
+        assert differing(found, values, expected) == []
+        slot.release()

@@ -10,6 +10,7 @@ import contextlib
 import pytest
 import torch
 
+from keepbest.staging.batch import Series
 from keepbest.staging.device import Devices
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms
@@ -111,7 +112,7 @@ def brought(devices, values, wanted=None):
     singles = [key for key in values if not any(key in row.keys for row in rows)]
     events = devices.bring(
         CPU,
-        [(row, [values[key] for key in row.keys]) for row in rows],
+        [(row, Series([values[key] for key in row.keys])) for row in rows],
         ([rooms.made[key] for key in singles], [values[key] for key in singles]),
     )
     return {key: rooms.made[key] for key in values}, rows, events
@@ -129,6 +130,36 @@ def test_all_kinds_of_tensors_through_a_clone(device):
     assert sum(device.taken) <= bytes_of(rows)
     assert len(device.taken) == 1  # one piece, which goes back as a whole
     assert len(events) == 1
+
+
+def many_of_all_kinds():
+    values = {f"{key} {number}": value for number in range(40) for key, value in of_all_kinds().items()}
+    values |= {
+        f"{dimensions} dimensions {number}": torch.rand(number, *[2] * dimensions)
+        for dimensions in range(6)
+        for number in range(40)
+    }
+    return {key: value for key, value in values.items() if value.is_contiguous() and not value.is_neg()}
+
+
+@pytest.mark.parametrize("row", [1 << 26, 5000])
+def test_many_tensors_through_clones(device, monkeypatch, row):
+    monkeypatch.setattr("keepbest.staging.rooms._ROW", row)
+    values = many_of_all_kinds()
+    expected = expected_of(values)
+    found, rows, _ = brought(Devices(share=0.5), values)
+    assert differing(found, values, expected) == []
+    assert sum(device.taken) <= bytes_of(rows)
+
+
+def test_many_tensors_need_no_view_of_each(device, monkeypatch):
+    values = {str(number): torch.rand(number + 1, 4) for number in range(40)}
+    expected = expected_of(values)
+    flattened = []
+    monkeypatch.setattr(torch.Tensor, "flatten", flattened.append)
+    found, _, _ = brought(Devices(share=0.5), values)
+    assert differing(found, values, expected) == []
+    assert not flattened
 
 
 def test_order_of_waiting_and_copying(device):

@@ -33,7 +33,7 @@ from keepbest.modules.kinds import is_dtensor, local_of
 from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.unchanged import Structure
 from keepbest.ranks import Number, Ranks
-from keepbest.staging.slot import Batch
+from keepbest.staging.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

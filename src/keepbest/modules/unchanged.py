@@ -109,16 +109,20 @@ class _Tensors:
         self._values = values
         self._kinds = list(map(_kind_of, values))
         self._addresses = list(map(torch.Tensor.data_ptr, values))
-        self._strides = list(map(torch.Tensor.stride, values))
+        self._are_contiguous = list(map(torch.Tensor.is_contiguous, values))
+        # The shape of a contiguous tensor says where its elements lie, and needs no tuple of strides.
+        self._others = [value for value, is_one in zip(values, self._are_contiguous, strict=True) if not is_one]
+        self._strides = list(map(torch.Tensor.stride, self._others))
         self._signs = list(map(torch.Tensor.is_neg, values))
 
     def is_unchanged(self) -> bool:
         """Whether the same values would be read at the same places."""
         try:
             return (
-                all(map(operator.eq, map(_kind_of, self._values), self._kinds))
+                list(map(_kind_of, self._values)) == self._kinds
                 and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
-                and all(map(operator.eq, map(torch.Tensor.stride, self._values), self._strides))
+                and list(map(torch.Tensor.is_contiguous, self._values)) == self._are_contiguous
+                and list(map(torch.Tensor.stride, self._others)) == self._strides
                 and list(map(torch.Tensor.is_neg, self._values)) == self._signs
             )
         except RuntimeError:  # of torch: what has another layout now, or is nested, has no address or no shape

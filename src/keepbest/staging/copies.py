@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 
 import torch
 
+from keepbest.staging.batch import Batch, OnDevice
 from keepbest.staging.device import Devices
-from keepbest.staging.rooms import Block, Row
-from keepbest.staging.slot import Batch
+from keepbest.staging.rooms import Row
 
 
 class Copies:
@@ -56,34 +55,21 @@ class Copies:
         self._under_way.clear()
 
     def _bring(
-        self,
-        device: torch.device,
-        rows: Sequence[Row],
-        rooms: Mapping[str, torch.Tensor],
-        values: Mapping[str, torch.Tensor],
+        self, device: torch.device, rows: Sequence[Row], rooms: Mapping[str, torch.Tensor], values: OnDevice
     ) -> list[torch.cuda.Event]:
-        filled = [row for row in rows if _has_all(values, row.keys)]
-        rest = _beside(filled, values)
-        of_rows = [(row, _those(values, row.keys)) for row in filled]
-        return self._devices.bring(device, of_rows, (_those(rooms, rest), _those(values, rest)))
+        found = values.fill([row.keys for row in rows])
+        filled = [(row, series) for row, series in zip(rows, found.series, strict=True) if series is not None]
+        return self._devices.bring(device, filled, (_those(rooms, found.rest), _those(values.by_key, found.rest)))
 
 
-def _copy(rows: Sequence[Row], rooms: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    filled = [block for row in rows for block in row.blocks if _has_all(values, block.keys)]
-    for block in filled:
-        torch.cat(_those(values, block.keys), out=block.whole)
-    if rest := _beside(filled, values):
-        torch._foreach_copy_(_those(rooms, rest), _those(values, rest))  # see ADR 10
-
-
-def _has_all(values: Mapping[str, torch.Tensor], keys: Iterable[str]) -> bool:
-    return all(map(values.__contains__, keys))
-
-
-def _beside(filled: Sequence[Row] | Sequence[Block], values: Mapping[str, torch.Tensor]) -> list[str]:
-    """Keys of the values that are in none of these."""
-    found = set(chain.from_iterable(each.keys for each in filled))
-    return [key for key in values if key not in found] if len(found) < len(values) else []
+def _copy(rows: Sequence[Row], rooms: Mapping[str, torch.Tensor], values: OnDevice) -> None:
+    blocks = [block for row in rows for block in row.blocks if block.is_one and block.is_small]
+    found = values.fill([block.keys for block in blocks])
+    for block, series in zip(blocks, found.series, strict=True):
+        if series is not None:
+            torch.cat(series.values, out=block.whole)
+    if found.rest:
+        torch._foreach_copy_(_those(rooms, found.rest), _those(values.by_key, found.rest))  # see ADR 10
 
 
 def _those(tensors: Mapping[str, torch.Tensor], keys: Iterable[str]) -> list[torch.Tensor]:

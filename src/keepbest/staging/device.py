@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain, islice, product
 from typing import NamedTuple
 
 import torch
 
 from keepbest.modules.raw_bytes import raw_bytes
-from keepbest.staging.rooms import Row
+from keepbest.staging.batch import Series
+from keepbest.staging.rooms import Block, Row
 
 _CONCATENATED = frozenset(
     (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -19,28 +20,10 @@ _INDEXED = (1 << 31) - 1  # bytes: torch concatenates so many values by one kern
 # torch has a kernel for pieces of whole 16 bytes, one for those that begin at such, and one for all others.
 _KINDS_OF_PIECES = (slice(0, 512), slice(0, 8), slice(8, 16))
 _ALIGNED = 512  # bytes, as torch aligns what it allocates on a device
+_DIMENSIONS = 4  # torch concatenates tensors of more by one copy of each
+_MANY = 32  # tensors, of which the views take as long as a call
 
 Values = Sequence[torch.Tensor]
-
-
-class _Filled(NamedTuple):
-    """A row on the host, and what it is to hold.
-
-    Attributes:
-        row: Row on the host.
-        values: Value of each of its rooms.
-        is_in_order: Whether none has to be copied on the device to have its values, as they are read, side by side.
-    """
-
-    row: Row
-    values: Values
-    is_in_order: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device that it takes to clone it."""
-        copied = () if self.is_in_order else (value for value in self.values if not _are_in_order([value]))
-        return _aligned(self.row.whole.nbytes) + sum(value.nbytes for value in copied)
 
 
 class _Clone(NamedTuple):
@@ -48,19 +31,43 @@ class _Clone(NamedTuple):
 
     Attributes:
         rows: Rows on the host.
-        values: What they are to hold, one after the other.
+        series: What each is to hold.
         place: Room on the device for all of it, of one dimension: of that dtype, or of bytes.
-        is_in_order: Whether none of the values has to be copied first.
     """
 
     rows: Sequence[Row]
-    values: Values
+    series: Sequence[Series]
     place: torch.Tensor
-    is_in_order: bool
 
-    def in_one_row(self) -> list[torch.Tensor]:
-        """The values as torch can copy them into the place, one after the other. Some may be copied for it."""
-        return list(map(raw_bytes if self.place.dtype == torch.uint8 else torch.Tensor.flatten, self.values))
+    @property
+    def is_in_order(self) -> bool:
+        """Whether none of the values has to be copied first."""
+        return all(series.is_in_order for series in self.series)
+
+    def parts(self) -> Iterable[tuple[list[torch.Tensor], torch.Tensor]]:
+        """What torch is to concatenate, and where to. Some values may be copied for it."""
+        if self.place.dtype == torch.uint8 or not self.is_in_order:
+            flat = raw_bytes if self.place.dtype == torch.uint8 else torch.Tensor.flatten
+            return [(list(map(flat, chain.from_iterable(series.values for series in self.series))), self.place)]
+        return self._parts_in_order()
+
+    def _parts_in_order(self) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        pieces: list[torch.Tensor] = []
+        start = end = 0
+        for row, series in zip(self.rows, self.series, strict=True):
+            values = iter(series.values)
+            for block in row.blocks:
+                begin, end = end, end + block.whole.numel()
+                of_block = list(islice(values, len(block.keys)))
+                if not _is_copied_as_it_is(block):
+                    pieces += map(torch.Tensor.flatten, of_block)
+                    continue
+                if pieces:
+                    yield pieces, self.place[start:begin]
+                yield of_block, self.place[begin:end].view(block.whole.shape)
+                pieces, start = [], end
+        if pieces:
+            yield pieces, self.place[start:end]
 
 
 class Devices:
@@ -85,7 +92,7 @@ class Devices:
         self._stream(device).synchronize()
 
     def bring(
-        self, device: torch.device, rows: Sequence[tuple[Row, Values]], singles: tuple[Values, Values]
+        self, device: torch.device, rows: Sequence[tuple[Row, Series]], singles: tuple[Values, Values]
     ) -> list[torch.cuda.Event]:
         """Begin to copy values from a device, as they are now on all of its streams.
 
@@ -101,13 +108,14 @@ class Devices:
         with torch.cuda.device(device), torch.inference_mode():
             # All that can be done before the device is waited for, since it is idle from then on.
             clones, memory = self._clones(device, rows)
-            pieces = [clone.in_one_row() if clone.is_in_order else None for clone in clones]
-            for row, found in rows[sum(len(clone.rows) for clone in clones) :]:
-                rooms.extend(_split(row, found))
-                values.extend(found)
+            parts = [list(clone.parts()) if clone.is_in_order else None for clone in clones]
+            for row, series in rows[sum(len(clone.rows) for clone in clones) :]:
+                rooms.extend(_split(row, series.values))
+                values.extend(series.values)
             torch.cuda.synchronize()
-            for clone, piece in zip(clones, pieces, strict=True):
-                torch.cat(clone.in_one_row() if piece is None else piece, out=clone.place)
+            for clone, found in zip(clones, parts, strict=True):
+                for pieces, place in clone.parts() if found is None else found:
+                    torch.cat(pieces, out=place)
             if rooms:
                 torch._foreach_copy_(rooms, values, non_blocking=True)  # see ADR 10
             copied = torch.cuda.current_stream().record_event()
@@ -116,21 +124,20 @@ class Devices:
         return arrived
 
     def _clones(
-        self, device: torch.device, rows: Sequence[tuple[Row, Values]]
+        self, device: torch.device, rows: Sequence[tuple[Row, Series]]
     ) -> tuple[list[_Clone], torch.Tensor | None]:
         """Room on the device for the first rows, as many as there is memory for, and that memory."""
         room_left = int(self._share * _free_memory(device)) if rows and self._share else 0
-        fitting: list[_Filled] = []
-        for row, values in rows:
-            filled = _Filled(row, values, _are_in_order(values))
-            room_left -= filled.nbytes
+        fitting: list[tuple[Row, Series]] = []
+        for row, series in rows:
+            room_left -= _aligned(row.whole.nbytes) + series.bytes_out_of_order
             if room_left < 0:
                 break
-            fitting.append(filled)
+            fitting.append((row, series))
         if not fitting:
             return [], None
         groups = _at_once(fitting)
-        sizes = [sum(filled.row.whole.nbytes for filled in group) for group in groups]
+        sizes = [sum(row.whole.nbytes for row, _ in group) for group in groups]
         starts = list(accumulate(map(_aligned, sizes), initial=0))
         try:
             memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
@@ -138,10 +145,9 @@ class Devices:
             return [], None
         return [
             _Clone(
-                [filled.row for filled in group],
-                list(chain.from_iterable(filled.values for filled in group)),
-                memory[start : start + size].view(_copied_as(group[0].row.whole.dtype)),
-                all(filled.is_in_order for filled in group),
+                [row for row, _ in group],
+                [series for _, series in group],
+                memory[start : start + size].view(_copied_as(group[0][0].whole.dtype)),
             )
             for group, start, size in zip(groups, starts, sizes, strict=False)
         ], memory
@@ -210,24 +216,25 @@ def _copied_as(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _CONCATENATED else torch.uint8
 
 
-def _are_in_order(values: Values) -> bool:
-    """Whether no value has to be copied on the device to have its elements, as they are read, side by side."""
-    has_signs = any(map(torch.Tensor.is_conj, values)) or any(map(torch.Tensor.is_neg, values))
-    return all(map(torch.Tensor.is_contiguous, values)) and not has_signs
+def _is_copied_as_it_is(block: Block) -> bool:
+    """Whether it is worth a call of its own: a view of each tensor takes time too, and this needs none.
+
+    Values of whole words are copied by the same kernel as those of one dimension.
+    """
+    return block.is_one and block.has_words and block.whole.dim() <= _DIMENSIONS and len(block.keys) >= _MANY
 
 
-def _at_once(rows: Sequence[_Filled]) -> list[list[_Filled]]:
+def _at_once(rows: Sequence[tuple[Row, Series]]) -> list[list[tuple[Row, Series]]]:
     """Rows of one dtype together, as far as torch copies them by one kernel."""
-    groups: list[list[_Filled]] = []
-    latest: dict[torch.dtype, tuple[list[_Filled], int]] = {}
-    for filled in rows:
-        whole = filled.row.whole
-        group, count = latest.get(whole.dtype, ([], 0))
-        if not group or count + whole.nbytes > _INDEXED:
+    groups: list[list[tuple[Row, Series]]] = []
+    latest: dict[torch.dtype, tuple[list[tuple[Row, Series]], int]] = {}
+    for row, series in rows:
+        group, count = latest.get(row.whole.dtype, ([], 0))
+        if not group or count + row.whole.nbytes > _INDEXED:
             group, count = [], 0
             groups.append(group)
-        group.append(filled)
-        latest[whole.dtype] = group, count + whole.nbytes
+        group.append((row, series))
+        latest[row.whole.dtype] = group, count + row.whole.nbytes
     return groups
 
 

@@ -11,11 +11,12 @@ from queue import Empty, SimpleQueue
 import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
+from keepbest.staging.batch import Batch
 from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
-from keepbest.staging.slot import Batch, Like, Slot
+from keepbest.staging.slot import Like, Slot
 
 _SLOTS = 2  # while one is being written, the other can hold the next best
 _PATIENCE = 1.0  # seconds to wait for a slot, before garbage is collected that may hold one

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
+from keepbest.staging.batch import Batch
 from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
-from keepbest.staging.slot import Batch, Like
+from keepbest.staging.slot import Like
 
 
 class LiveSlot:

@@ -17,15 +17,22 @@ _ROW = 1 << 26  # bytes: large enough for a device to copy at full speed, and pi
 
 
 class Block(NamedTuple):
-    """Small tensors side by side that differ in their first dimension alone, so that torch can copy them at once.
+    """Tensors side by side that differ in their first dimension alone.
 
     Attributes:
         keys: Their keys, in order.
         whole: All of them, as one tensor.
+        is_one: Whether `whole` is what torch makes of them if it concatenates them. It cannot where they have no
+            dimension or no elements.
+        is_small: Whether torch copies each of them on one thread.
+        has_words: Whether each of them fills whole words of a device.
     """
 
     keys: Sequence[str]
     whole: torch.Tensor
+    is_one: bool
+    is_small: bool
+    has_words: bool
 
 
 class Row(NamedTuple):
@@ -34,7 +41,7 @@ class Row(NamedTuple):
     Attributes:
         keys: Their keys, in order.
         whole: All of them, as one tensor of one dimension.
-        blocks: Which of them can be copied at once.
+        blocks: The same, in blocks.
     """
 
     keys: Sequence[str]
@@ -143,11 +150,13 @@ def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
 
 def _blocks(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterator[Block]:
     start = 0
-    for (_, is_small, dimensions, rest), group in groupby(shapes, key=lambda key: _block_of(shapes[key], whole.dtype)):
-        keys = list(group)
+    for kind, group in groupby(shapes, key=lambda key: _block_of(shapes[key], whole.dtype)):
+        is_odd, is_small, dimensions, rest = kind
+        keys = tuple(group)
         end = start + sum(torch.Size(shapes[key]).numel() for key in keys)
-        if is_small and dimensions and end > start:
-            yield Block(keys, whole[start:end].view(-1, *rest))
+        is_one = dimensions > 0 and end > start
+        values = whole[start:end]
+        yield Block(keys, values.view(-1, *rest) if is_one else values, is_one, is_small, not is_odd)
         start = end
 
 

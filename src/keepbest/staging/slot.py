@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 
-from keepbest.modules.kinds import PLAIN_CLASSES
-
-_CPU = torch.device("cpu")
+from keepbest.staging.batch import Batch
 
 
 class Like(NamedTuple):
@@ -32,30 +29,6 @@ class Like(NamedTuple):
     def nbytes(self) -> int:
         """Number of bytes of its values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class Batch:
-    """Tensors that are copied at once. What they have in common is found out once, however often they are copied.
-
-    Args:
-        values: Each tensor, by the key of its room.
-    """
-
-    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
-        self.values = values
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether the values of all lie where torch says."""
-        return all(type(value) in PLAIN_CLASSES for value in self.values.values())
-
-    @cached_property
-    def by_device(self) -> Mapping[torch.device, Mapping[str, torch.Tensor]]:
-        """Those on each CUDA device, and those elsewhere, as on the CPU."""
-        found: dict[torch.device, dict[str, torch.Tensor]] = {}
-        for key, value in self.values.items():
-            found.setdefault(value.device if value.is_cuda else _CPU, {})[key] = value
-        return found
 
 
 class Slot(Protocol):
