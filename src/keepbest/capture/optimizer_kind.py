@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Adafactor, Optimizer
+
+from keepbest.capture.fsdp1 import is_flattened
+from keepbest.modules.kinds import is_dtensor
 
 _HOW = ("foreach", "fused", "capturable", "differentiable", "maximize")  # torch adds such options from time to time
 
@@ -23,6 +26,30 @@ def kind_of(optimizer: Optimizer) -> str:
 def is_by_element(optimizer: Optimizer) -> bool:
     """Whether what has the shape of a parameter in its state is known to belong to it element by element."""
     return _is_of_torch(type(unwrapped(optimizer)))
+
+
+def fault_in_shards(optimizer: Optimizer) -> str | None:
+    """Why the state of an optimizer is known, by its kind, not to be kept as its parameters are sharded.
+
+    The first step makes that state, so nothing else shows it before training.
+    """
+    inside = unwrapped(optimizer)
+    if not isinstance(inside, LBFGS | Adafactor):
+        return None
+    parameters = [parameter for group in inside.param_groups for parameter in group["params"]]
+    sharded = [each for each in parameters if is_dtensor(each)]
+    if isinstance(inside, LBFGS) and (sharded or any(map(is_flattened, parameters))):
+        return (
+            "the state of LBFGS belongs to all parameters together, so it cannot be put together from "
+            f"{'DTensors' if sharded else 'the shards of FSDP1'}. Use DDP, or leave the optimizer out of training_state"
+        )
+    if isinstance(inside, Adafactor) and (matrix := next((each for each in sharded if each.dim() > 1), None)) is not None:
+        return (
+            "Adafactor keeps one state for the rows of a matrix and one for its columns, and it is not known how to "
+            f"share these out where the matrix is a DTensor, such as its parameter of shape {list(matrix.shape)}. Use "
+            "DDP or FSDP1, or leave the optimizer out of training_state"
+        )
+    return None
 
 
 def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterable[Mapping[str, Any]]) -> str | None:

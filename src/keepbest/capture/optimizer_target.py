@@ -16,7 +16,7 @@ from keepbest.capture.alike import is_split
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
-from keepbest.capture.optimizer_kind import fault_of_kind, is_by_element, kind_of, options_for
+from keepbest.capture.optimizer_kind import fault_in_shards, fault_of_kind, is_by_element, kind_of, options_for
 from keepbest.capture.place import laid_out_like
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves
@@ -74,7 +74,7 @@ class OptimizerTarget:
             return
         groups = _united([each["param_groups"] for each in stored])
         kinds = [each["kind"] for each in stored if "kind" in each]
-        if (fault := fault_of_kind(self.optimizer, kinds, groups)) is not None:
+        if (fault := fault_of_kind(self.optimizer, kinds, groups) or fault_in_shards(self.optimizer)) is not None:
             self.faults.append(fault)
             return
         is_flat = is_of_units(self.optimizer)
@@ -85,7 +85,14 @@ class OptimizerTarget:
             )
             return
         self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
-        self._match(groups, self.names.of_groups(self.optimizer))
+        present = self.names.of_groups(self.optimizer)
+        if kind_of(self.optimizer) == "LBFGS" and not any(self._has_order(present, each) for each in stored):
+            self.faults.append(
+                "the state of LBFGS belongs to all parameters together, in their order. Make the optimizer of the "
+                "parameters that were saved with it, in the same order"
+            )
+            return
+        self._match(groups, present)
         for each in stored:
             self.rest |= each["other"]
             for name, values in each["state"].items():
@@ -136,6 +143,11 @@ class OptimizerTarget:
             found["param_groups"].append({**copy.deepcopy(group), _PARAMS: list(indices)})
             number = indices.stop
         return found
+
+    def _has_order(self, present: list[list[str]], stored: Mapping[str, Any]) -> bool:
+        """Whether what one rank saved is of the same parameters as the optimizer has, in the same order."""
+        there = [[self.names.first(name) for name in group[_PARAMS]] for group in stored["param_groups"]]
+        return there == present
 
     def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""

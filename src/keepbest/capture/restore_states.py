@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from keepbest.capture.contents import PartContents
 from keepbest.capture.feed import Feed
-from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_lbfgs, unit_state_to_load
+from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
 from keepbest.capture.optimizer import ParameterNames, is_groups
 from keepbest.capture.optimizer_target import OptimizerTarget
 from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
@@ -136,8 +136,6 @@ class StatesToLoad:
         compared: dict[str, Any] = {}
         for name, found in self._found.items():
             if isinstance(found.thing, Optimizer) and names is not None:
-                if is_of_units(found.thing):
-                    refuse_lbfgs(found.thing)
                 target = OptimizerTarget(found.thing, names)
                 target.compare(found.contents, found.data)
                 self._found[name] = _Found(found.thing, found.contents, found.data, target)
