@@ -37,6 +37,7 @@ class OptimizerTarget:
         groups: For each of its groups the options that it takes, and its names. How it computes is its own matter.
         data: State that is no tensor, by the name of the parameter that it belongs to.
         rest: State that belongs to no parameter.
+        beside: What its state dict has beside the groups and the state.
         templates: What each stored tensor is to be like, by its key: a sharded parameter, or `None` for a whole tensor.
         faults: What does not fit.
         lacks: Names of parameters that were in the saved optimizer, and are not in the model of this rank.
@@ -47,6 +48,7 @@ class OptimizerTarget:
     groups: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, dict[Any, Any]] = field(default_factory=dict)
     rest: dict[Any, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
     templates: dict[str, torch.Tensor | None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     lacks: list[str] = field(default_factory=list)
@@ -93,6 +95,7 @@ class OptimizerTarget:
             )
             return
         self._match(groups, present)
+        self._take_beside(present, stored)
         for each in stored:
             self.rest |= each["other"]
             for name, values in each["state"].items():
@@ -133,7 +136,7 @@ class OptimizerTarget:
     def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:
         """What the optimizer loads. Its arguments are those of `state_by_name`."""
         state = self.state_by_name(brought)
-        found: dict[str, Any] = {"state": copy.deepcopy(self.rest), "param_groups": []}
+        found: dict[str, Any] = {**copy.deepcopy(self.beside), "state": copy.deepcopy(self.rest), "param_groups": []}
         number = 0
         for group in self.groups:
             indices = range(number, number + len(group[_PARAMS]))
@@ -148,6 +151,16 @@ class OptimizerTarget:
         """Whether what one rank saved is of the same parameters as the optimizer has, in the same order."""
         there = [[self.names.first(name) for name in group[_PARAMS]] for group in stored["param_groups"]]
         return there == present
+
+    def _take_beside(self, present: list[list[str]], stored: list[Mapping[str, Any]]) -> None:
+        """Take what an optimizer of the same parameters had beside their state, or else what all had."""
+        there = [each for each in stored if each["param_groups"]]
+        same = [each for each in there if self._has_order(present, each)]
+        found = [each.get("beside", {}) for each in same or there]
+        self.beside = found[0] if found else {}
+        if any(not _is_same(each, self.beside) for each in found):
+            names = sorted({str(key) for each in found for key in each})
+            self.faults.append(f"{_listed(names)} of its state dict was saved with different values by several ranks")
 
     def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
@@ -258,6 +271,14 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    mine, theirs = list(leaves(one)), list(leaves(other))
+    paths = [path for path, _ in mine]
+    return paths == [path for path, _ in theirs] and all(
+        _equal(each, other_each) for (_, each), (_, other_each) in zip(mine, theirs, strict=True)
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from keepbest.capture.catalogue import Held, Name, data_entry, tensor_entry
 from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart, states_of_units
 from keepbest.capture.optimizer import ParameterNames, alike_in, group_entries, optimizer_entries
-from keepbest.capture.optimizer_kind import fault_in_shards, unwrapped
+from keepbest.capture.optimizer_kind import layers, refuse_in_shards
 from keepbest.capture.per_rank import PerRank, key_of_rank
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
@@ -59,12 +59,16 @@ def check_states(given: object, parts: list[str]) -> dict[str, Stateful]:
                 f"training_state: {name!r} is a {type(thing).__name__}, which lacks state_dict or load_state_dict"
             )
         zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-        if zero is not None and isinstance(thing, Optimizer) and isinstance(unwrapped(thing), zero.ZeroRedundancyOptimizer):
+        if zero is not None and _has_inside(thing, zero.ZeroRedundancyOptimizer):
             raise ConfigError(
                 f"training_state: {name!r} is a ZeroRedundancyOptimizer, of whose state each rank has a part. "
                 "Use FSDP2, which shards the state of any optimizer"
             )
     return dict(given)
+
+
+def _has_inside(thing: object, kind: type) -> bool:
+    return isinstance(thing, Optimizer) and any(isinstance(each, kind) for each in layers(thing))
 
 
 def add_states(held: Held, items: Items, ranks: Ranks) -> None:
@@ -100,8 +104,7 @@ def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name
     for part, thing in items.training_state.items():
         try:
             if isinstance(thing, Optimizer):
-                if (fault := fault_in_shards(thing)) is not None:
-                    raise ConfigError(fault)
+                refuse_in_shards(thing)
                 names = names or ParameterNames(items.model)
                 if is_of_units(thing):
                     refuse_units_apart(items.model, ranks.members)
