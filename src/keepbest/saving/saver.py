@@ -217,30 +217,36 @@ class Saver:
     def settle(self, step: str) -> Revision | None:
         """Wait for what is being written, and return what is recorded, if not all ranks know it. **Collective**.
 
+        What could not be written is raised by `write`, so that all ranks know before what there is.
+
         Raises:
-            StorageError: On every rank, if something could not be written.
+            StorageError: On every rank, if it cannot be known what is recorded.
         """
 
-        def wait(_: KeeperRecord) -> list[Any] | None:
-            if (failure := self.losses.take()) is not None:
-                raise failure
+        def wait(record: KeeperRecord) -> tuple[list[Any] | None, str | None]:
             revised = self.revised_state()
-            return None if revised is None else revised.to_json()
+            return None if revised is None else revised.to_json(), record.best_snapshot
 
-        news = self._on_main(step, wait)
+        news, self.best_snapshot = self._on_main(step, wait)
         return None if news is None else Revision.from_json(news)
 
     def write(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
-        """Let rank 0 write something that all must know to be there. **Collective**. Raises as `settle`."""
+        """Let rank 0 write something that all must know to be there. **Collective**.
+
+        Raises:
+            StorageError: On every rank, if this, or something before it, could not be written.
+        """
 
         def write_now(record: KeeperRecord) -> str | None:
+            if (failure := self.losses.take()) is not None:
+                raise failure
             write(record)
             return record.best_snapshot
 
         self.best_snapshot = self._on_main(step, write_now)
 
     def arrive(self, step: str) -> None:
-        """Wait until the remote copy, if there is one, has all that was committed. **Collective**. Raises as `settle`.
+        """Wait until the remote copy, if there is one, has all that was committed. **Collective**. Raises as `write`.
 
         Where training continues after a failure, it also ends after one.
         """
