@@ -13,7 +13,7 @@ from keepbest.capture.inventory import Inventory
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, StorageError
 from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
@@ -263,14 +263,21 @@ class Saver:
         if self._run.remote is not None:
             self._on_main(step, wait, remedy="")
 
-    def warn_if_nothing_is_kept(self, state: BestState, remedy: str) -> None:
-        """Say so where a run ends with nothing kept, neither now nor before. **Rank-local**, on rank 0.
+    def log_lost(self, iteration: TrainingIteration, error: StorageError) -> None:
+        """Log on every rank that a new best was not saved. **Collective**: what a handler raises, every rank raises."""
+        log = partial(_logger.warning, "%s: the new best at %s was not saved: %s", self._name, iteration, error)
+        self._ranks.agree(f"log that the new best at {iteration} was not saved", log)
+
+    def end(self, record: KeeperRecord, state: BestState, remedy: str) -> None:
+        """Record the end, and warn where nothing is kept, neither now nor before. **Rank-local**, on rank 0.
 
         Args:
+            record: Record of the keeper.
             state: Bookkeeping at the end.
             remedy: What to do where nothing was observed.
         """
-        if state.best is not None or self.best_snapshot is not None or not self._ranks.is_main:
+        record.end(state)
+        if state.best is not None or self.best_snapshot is not None:
             return
         if state.last_iteration is None:
             reason = f"nothing was observed: {remedy}"
