@@ -61,6 +61,11 @@ def test_start_can_be_repeated_where_its_log_raised(tmp_path):
     assert run_ranks(start_twice, 2, tmp_path) == [1.0, 1.0]
 
 
+def observe_and_flush(run: Run) -> None:
+    run.observe(1.0)
+    run.keeper.flush()
+
+
 def observe_a_new_best(directory: Path, is_async: bool) -> list:
     called: list[float] = []
     run = Run(
@@ -68,8 +73,7 @@ def observe_a_new_best(directory: Path, is_async: bool) -> list:
     )
     with run.keeper, raising("new best 1.0"):
         with pytest.raises(RankFailedError, match="no place for the log"):
-            run.observe(1.0)
-            run.keeper.flush()
+            observe_and_flush(run)
         run.observe(2.0, first=2)
         run.keeper.flush()
         assert run.keeper.best_path == directory / "checkpoints/snapshots/U1"
@@ -118,13 +122,17 @@ def test_no_weight_travels_where_the_log_raised_before(tmp_path):
     assert state["running_mean"].tolist() == [0.0]
 
 
+def close_all(keepers: list[BestKeeper]) -> None:
+    for keeper in keepers:
+        keeper.close()
+
+
 def close_two(directory: Path) -> list[str]:
     keepers = [BestKeeper(nn.Linear(1, 1), directory=directory / name, metric_key="loss") for name in "ab"]
     for keeper in keepers:
         keeper.start()
     with raising("no best is kept"), pytest.raises(RankFailedError, match="no place for the log"):
-        for keeper in keepers:
-            keeper.close()
+        close_all(keepers)
     keepers[1].close()
     return [keeper.name for keeper in keepers]
 
