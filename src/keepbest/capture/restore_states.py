@@ -19,7 +19,8 @@ from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
 from keepbest.capture.optimizer import ParameterNames, is_groups
 from keepbest.capture.optimizer_target import OptimizerTarget
 from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
-from keepbest.capture.states import WHOLE, Stateful
+from keepbest.capture.schedule_kind import fault_of_schedule
+from keepbest.capture.states import KIND, WHOLE, Stateful
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dense
 from keepbest.modules.raw_bytes import raw_bytes
@@ -49,6 +50,9 @@ class _Found:
         if self.target is not None:
             return self.target.faults
         expected = key_of_rank(rank) if isinstance(self.thing, PerRank) else WHOLE
+        fault = fault_of_schedule(self.thing, self.data.get(KIND), self.data.get(WHOLE))
+        if fault is not None:
+            return [fault]
         if expected in self.data or (isinstance(self.thing, PerRank) and any(map(is_of_a_rank, self.data))):
             return []
         if any(map(is_groups, self.data)):

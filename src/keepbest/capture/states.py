@@ -15,12 +15,14 @@ from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart, st
 from keepbest.capture.optimizer import ParameterNames, alike_in, group_entries, optimizer_entries
 from keepbest.capture.optimizer_kind import layers, refuse_in_shards
 from keepbest.capture.per_rank import PerRank, key_of_rank
+from keepbest.capture.schedule_kind import kind_of_schedule
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
 from keepbest.ranks import Ranks
 from keepbest.run.names import part_name
 
 WHOLE = "state"  # key of what an object gives that is no optimizer, and is the same on every rank
+KIND = "kind"  # key beside it of what kind of schedule that was
 
 
 @runtime_checkable
@@ -120,7 +122,8 @@ def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name
             elif isinstance(thing, PerRank):
                 entries = {key_of_rank(ranks.rank): thing.state_dict()}
             else:
-                entries = {WHOLE: thing.state_dict()}
+                kind = kind_of_schedule(thing)
+                entries = {WHOLE: thing.state_dict(), **({} if kind is None else {KIND: kind})}
         except ConfigError as error:
             raise ConfigError(f"training_state {part!r}: {error}") from error
         yield from ((Name(part, key), value) for key, value in entries.items())
