@@ -103,10 +103,10 @@ def test_metric_key_must_be_a_name(key, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, f"'{BEST}' (metric 'loss', lower is better) started, direction taken from the name"),
+        ({}, f"'{BEST}' (metric 'loss', lower is better) starts, direction taken from the name"),
         (
             {"metric_key": "score", "higher_is_better": True},
-            "'best_model.score' (metric 'score', higher is better) started, direction taken from higher_is_better",
+            "'best_model.score' (metric 'score', higher is better) starts, direction taken from higher_is_better",
         ),
     ],
 )

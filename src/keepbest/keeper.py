@@ -149,8 +149,6 @@ class BestKeeper(WorksInRun):
         self._state = BestState.from_json(facts["state"])
         self._saver.best_snapshot = facts["best"]
         self._phase = "started"
-        if self._ranks.is_main:
-            _logger.info("%s started, direction taken from %s", self._owner, self._direction_from)
 
     def observe(
         self,
@@ -263,12 +261,11 @@ class BestKeeper(WorksInRun):
             return
         self._run.refuse_elsewhere()
         try:
-            self._settle(f"close {self.name}", lambda record: record.end(self._state))
+            self._settle(f"close {self.name}", lambda mine: self._saver.end(mine, self._state, self._face.unobserved))
             self._saver.arrive(f"bring {self.name} to {self._settings.remote}")
             self._new_bests.call_hooks()
         finally:
             self._leave()
-        self._saver.warn_if_nothing_is_kept(self._state, self._face.unobserved)
 
     def abandon(self) -> None:
         """Leave the run as it is, for another process to resume, when training failed. **Rank-local**."""
@@ -322,6 +319,8 @@ class BestKeeper(WorksInRun):
             TrainingIteration.of(at, {})
         self._run.join(self.name, self._settings.remote, self)
         self._saver.get_ready()
+        if self._ranks.is_main:  # before anything is written, since a handler of the log may raise
+            _logger.info("%s starts, direction taken from %s", self._owner, self._direction_from)
 
     def _leave(self) -> None:
         self._saver.stop()
@@ -332,10 +331,11 @@ class BestKeeper(WorksInRun):
         self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]
     ) -> tuple[Observation, Revision | None]:
         """What all agree on, and what rank 0 has recorded, if not all know it. What it could not write comes first."""
-        failure = self._saver.take_failure()
+        failure: BaseException | None = None
         iteration: TrainingIteration | None = None
         revised: Revision | None = None
         try:
+            failure = self._saver.take_failure()
             iteration = find_iteration()
             revised = None if failure is not None else self._saver.revised_state()
         except BaseException as error:  # noqa: BLE001  # raised again on every rank: the others are waiting
@@ -376,9 +376,10 @@ class BestKeeper(WorksInRun):
         except StorageError as error:
             if self._settings.on_save_error == "raise":
                 raise
-            _logger.warning("%s: the new best at %s was not saved: %s", self.name, iteration, error)
             lost = replace(observation, durable=False)
-            return self._record(lost, *decide(self.policy, self._state, lost))
+            outcome = self._record(lost, *decide(self.policy, self._state, lost))
+            self._saver.log_lost(iteration, error)
+            return outcome
         self._state = state
         return Outcome(iteration, value, decision.is_new_best, decision.newly_exceeded, decision.enters_top)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest.capture.feed import Stored
+from keepbest.capture.refusals import refuse_mode
 from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import Stateful, check_states
 from keepbest.capture.ways import find_way
@@ -104,7 +105,8 @@ def load(
             parameters or groups. The model, and what `training_state` has, are then as they were.
         LedgerError: On every rank, if the ledger is damaged or of another version.
         ConfigError: On every rank, if the URL cannot be opened here, the snapshot has nothing that `only` names, an
-            optimizer has parameters that are not in the model, or no `ref` is given and there is not one best.
+            optimizer has parameters that are not in the model, no `ref` is given and there is not one best, or a mode
+            of torch such as `FakeTensorMode` is on.
         RankFailedError: On every rank, if a `load_state_dict` raises, of the model or of what `training_state` has, or
             a file is lost while it is read. Parts may be loaded then.
     """
@@ -205,6 +207,7 @@ def _load(
 
 
 def _check_model(model: object, ref: object) -> nn.Module:
+    refuse_mode()
     if isinstance(model, nn.Module) and isinstance(ref, str | None):
         return model
     given = f"load(run, {type(ref).__name__}, {type(model).__name__})"

@@ -233,10 +233,15 @@ def _real_of_tensor(value: torch.Tensor, what: str) -> float:
                 "each rank holds a part; call its full_tensor() on every rank and pass that"
             )
         value = value.to_local()  # type: ignore[attr-defined]  # of DTensor, which is not imported here
-    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or value.is_meta:
-        got = f"a {value.dtype} tensor of shape {tuple(value.shape)}{' on the meta device' if value.is_meta else ''}"
+    place = " on the meta device" if value.is_meta else " of FakeTensorMode" if _is_fake(value) else ""
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or place:
+        got = f"a {value.dtype} tensor of shape {tuple(value.shape)}{place}"
         raise InvalidMetricError(f"the {what} must be one real number, got {got}")
     return float(value.item())
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    return type(value).__name__ == "FakeTensor"
 
 
 def _real_of_array(value: Any, what: str) -> float:

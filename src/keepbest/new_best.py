@@ -131,12 +131,13 @@ class NewBests:
         """
         path = snapshots_folder(self._run.directory) / snapshot
         was = "the first" if before is None else f"before it {before}"
-        _logger.info("%s: new best %r at %s (%s): %s", self._name, observed.value, observed.iteration, was, path)
         if self._hooks and self._run.folder is not None:
             self._run.folder.hold(snapshot)
             self._committed.append(NewBest(str(observed.iteration), observed.value, enters_top, snapshot))
             # A keeper that is dropped, or open when the interpreter exits, does not come to `drop`.
             self._run.at_release(self._name, partial(_let_go_of, self._committed, self._name, self._run.folder))
+        # Last, since a handler of the log may raise, and the best is kept.
+        _logger.info("%s: new best %r at %s (%s): %s", self._name, observed.value, observed.iteration, was, path)
 
     def call_hooks(self) -> None:
         """Call the hooks on what is committed by now. **Collective**; it costs nothing where no new best is expected.

@@ -88,6 +88,24 @@ def test_next_call_tells_every_rank_of_a_save_that_failed(tmp_path, call):
     assert verify(tmp_path / "run") == []
 
 
+def best_after_a_flush_that_raised(directory: Path) -> tuple[str, float]:
+    with refusing(directory, "U4"):
+        run = Run(directory, async_save=True, tolerances=[0])
+        run.observe(5.0)
+        run.keeper.flush()
+        run.observe(4.0, 4.5, 3.0, first=2)  # the tolerance closes at the second, which is needed from there on
+        with pytest.raises(StorageError):
+            run.keeper.flush()
+        found = run.keeper.best_path.name, run.keeper.best_metric_value
+        run.keeper.abandon()
+    return found
+
+
+def test_best_path_is_there_after_a_flush_that_raised(tmp_path):
+    assert run_ranks(best_after_a_flush_that_raised, 2, tmp_path / "run") == [("U2", 4.0)] * 2
+    assert saved_at(tmp_path / "run", REF) == 2
+
+
 def go_on_after_a_lost_best(directory: Path) -> list:
     states = []
     with refusing(directory, "U3"):

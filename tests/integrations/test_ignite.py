@@ -272,6 +272,47 @@ def test_handler_is_attached_once(tmp_path):
         best.attach(engines.trainer, engines.evaluator)
 
 
+def attach_late(directory, name, once):
+    engines = make_engines(VALUES)
+    engines.trainer.add_event_handler(Events[name](once=once), lambda: engines.attach(directory))
+    with pytest.raises(
+        ConfigError, match=r"attached while the trainer ran, .* before trainer\.run\(\), or in a handler"
+    ):
+        engines.train(3)
+
+
+@pytest.mark.parametrize(("name", "once"), [("EPOCH_STARTED", 1), ("ITERATION_COMPLETED", 2), ("EPOCH_COMPLETED", 3)])
+def test_attaching_to_a_trainer_that_runs_is_an_error(name, once, tmp_path):
+    run_ranks(attach_late, 2, tmp_path, name, once)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_attaching_in_a_handler_of_the_start_observes_all(tmp_path):
+    engines = make_engines(VALUES)
+    engines.trainer.add_event_handler(Events.STARTED, lambda: engines.attach(tmp_path))
+    engines.train(2)
+    assert observed(tmp_path) == ["E1_U2", "E2_U4"]
+
+
+def test_attaching_after_a_run_that_failed_observes_the_next(tmp_path):
+    engines = make_engines(VALUES)
+    engines.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engines.train(2)
+    engines.attach(tmp_path)
+    engines.train(4)  # Ignite ends the run that failed first
+    engines.train(4)
+    assert observed(tmp_path)[-1].startswith("E4_")
+
+
+def test_attaching_at_the_end_of_a_run_observes_the_next(tmp_path):
+    engines = make_engines(VALUES)
+    engines.trainer.add_event_handler(Events.COMPLETED(once=1), lambda: engines.attach(tmp_path))
+    engines.train(1)
+    engines.train(3)
+    assert observed(tmp_path) == ["E2_U4", "E3_U6"]
+
+
 def test_example_of_the_documentation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).resolve().parents[2] / "docs" / "ignite.md").read_text()

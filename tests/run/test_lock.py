@@ -8,15 +8,19 @@ import json
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from keepbest.errors import RunExistsError
+from keepbest.remote.upload import upload
 from keepbest.run import lock as lock_module
 from keepbest.run.lock import RunLock
+from keepbest.run.maintenance import repair
 from tests.kit.child import pause
 from tests.kit.pool import start_ranks
+from tests.kit.runs import Run, update
 
 REFUSALS = ["ENOLCK", "ENOSYS", "ENOTSUP", "EINVAL", "EBADF", "EPERM", "EIO"]
 
@@ -52,6 +56,27 @@ def test_lock_outlives_a_copy_and_ends_with_its_process(tmp_path, caplog):
         finally:
             os.kill(child, signal.SIGKILL)
     assert [record.message for record in caplog.records if "waiting for another process" in record.message]
+
+
+def hold_a_run(directory):
+    with Run(directory).keeper as keeper:
+        keeper.observe(1.0, update(1))
+        pause("holding")
+        keeper.observe(0.5, update(2))
+
+
+def test_command_on_a_live_run_says_when_to_come_back(tmp_path):
+    run, elsewhere = tmp_path / "run", f"file://{tmp_path}/copy"
+    messages = []
+    with start_ranks(hold_a_run, 1, run, init=False) as ranks:
+        ranks.wait_for(0, "holding")
+        for command in (partial(repair, run), partial(upload, run, elsewhere)):
+            with pytest.raises(RunExistsError, match="in use by another process") as refused:
+                command()
+            messages.append(str(refused.value))
+    assert ["another directory" in message for message in messages] == [False, False]
+    assert "repair the run when it has ended" in messages[0]
+    assert "upload the run when it has ended, or let it follow by itself: remote='file://" in messages[1]
 
 
 @pytest.fixture

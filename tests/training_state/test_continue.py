@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "names": lambda model: torch.optim.Adam(model.named_parameters(), lr=0.05),
     "groups": grouped,
     "adafactor": of(torch.optim.Adafactor, lr=0.05),
+    "lbfgs": of(torch.optim.LBFGS, lr=0.05, max_iter=3),
 }
 SETTINGS = [
     {},
@@ -77,7 +78,7 @@ def test_plain_training_continues_from_the_best(tmp_path, request):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ddp_training_continues_from_the_best(world_size, tmp_path):
-    optimizers = ["sgd", "adamw fused", "groups"] if world_size == 2 else ["groups"]
+    optimizers = ["sgd", "adamw fused", "groups", "lbfgs"] if world_size == 2 else ["groups"]
     for found in run_ranks(continue_all, world_size, tmp_path, ddp, optimizers):
         assert {case: wrong for case, wrong in found.items() if wrong} == {}
 

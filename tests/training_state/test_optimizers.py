@@ -95,9 +95,10 @@ ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
         (torch.optim.SGD, ADAM, "'optimizer': it was saved from 'SGD', and is to be loaded into 'Adam'"),
         (ADAM, ADAMW, "it was saved from 'Adam', and is to be loaded into 'AdamW'"),
         (lambda them: Wrapped(ADAMW(them)), ADAM, "it was saved from 'AdamW', and is to be loaded into 'Adam'"),
+        (torch.optim.LBFGS, lambda them: torch.optim.LBFGS(them[::-1]), "all parameters together, in their order"),
         (Own, lambda them: Own(them, more=1), "it was saved without the options 'more', which 'Own' needs"),
     ],
-    ids=["other", "newer", "wrapped", "own"],
+    ids=["other", "newer", "wrapped", "order", "own"],
 )
 def test_state_of_another_kind_of_optimizer_is_refused(before, after, message, tmp_path):
     Training(single, lambda model: before(trained_of(model))).keep(tmp_path)

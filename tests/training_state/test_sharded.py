@@ -185,19 +185,45 @@ def test_plain_state_of_a_shard_is_refused(tmp_path):
     run_ranks(keep_shards, 2, tmp_path)
 
 
-def load_factors(directory):
-    other = Training(fsdp2, OPTIMIZERS["adafactor"], seed=2)
-    weight = other.everything()
-    with pytest.raises(
-        SnapshotError, match=r"module\.weight/row_var has shape \[8, 1\], and module\.weight is sharded"
-    ):
+def of_rows(model):
+    """An optimizer whose state for a matrix has one number for each row."""
+    return OfShards(model.parameters(), lambda parameter: parameter.detach().sum(dim=-1, keepdim=True))
+
+
+def load_rows(directory):
+    other = Training(fsdp2, of_rows, seed=2)
+    before = other.everything()
+    with pytest.raises(SnapshotError, match=r"module\.weight/seen has shape \[8, 1\], and module\.weight is sharded"):
         load(directory, BEST, other.model, training_state=other.state)
-    assert differing({0: other.everything()}, {0: weight}) == []
+    assert differing({0: other.everything()}, {0: before}) == []
 
 
 def test_state_that_nobody_can_share_out_is_refused(tmp_path):
-    Training(single, OPTIMIZERS["adafactor"]).keep(tmp_path)
-    run_ranks(load_factors, 2, tmp_path)
+    Training(single, of_rows).keep(tmp_path)
+    run_ranks(load_rows, 2, tmp_path)
+
+
+NOT_IN_SHARDS = {"lbfgs": "the state of LBFGS belongs to all parameters", "adafactor": "Adafactor keeps one state for"}
+
+
+def start_and_load(directory, name):
+    """What is refused where no optimizer has taken a step."""
+    for wrap in (fsdp2, fsdp2_replicated, tensor_parallel):
+        training = Training(wrap, OPTIMIZERS[name], seed=2)
+        before = training.everything()
+        with pytest.raises(ConfigError, match=f"training_state 'optimizer': {NOT_IN_SHARDS[name]}"):
+            BestKeeper(
+                training.model, directory=directory / "none", metric_key="loss", training_state=training.state
+            ).start()
+        with pytest.raises(SnapshotError, match=f"'optimizer': {NOT_IN_SHARDS[name]}.* Nothing was loaded"):
+            load(directory, BEST, training.model, training_state=training.state)
+        assert differing({0: training.everything()}, {0: before}) == []
+
+
+@pytest.mark.parametrize("name", NOT_IN_SHARDS)
+def test_optimizer_of_whole_tensors_is_refused_at_start(name, tmp_path):
+    Training(single, OPTIMIZERS[name]).keep(tmp_path)
+    run_ranks(start_and_load, 2, tmp_path, name)
 
 
 def load_squares(directory):

@@ -244,15 +244,22 @@ class BestCheckpointCallback(PeriodicCallback):
         key = f"best_model/{self._logged_name}"
         if self.keeper.state.best is not None:
             self.log_writer.add_scalar(key, self.best_metric_value)
-        for tolerance, is_exceeded in self.tolerances_is_exceeded.items():
-            value = self.metric_at_exceeded_tolerance[tolerance] if is_exceeded else self.best_metric_value
-            if math.isfinite(value):
+        for tolerance in self.tolerances_is_exceeded:
+            if math.isfinite(value := self._value_at(tolerance)):
                 self.log_writer.add_scalar(f"{key}/tolerance={tolerance}", value)
-            if self.ranks.is_main:
-                note = "" if is_exceeded else " (not exceeded)"
-                _logger.info("%s with tolerance=%d: %r%s", self.metric_key, tolerance, value, note)
+        # The others may wait for rank 0 after this.
+        self.ranks.agree(f"log the tolerances of {key}", self._log_tolerances)
         for child in self.eval_callbacks:
             child.after_training(**kwargs)
+
+    def _value_at(self, tolerance: int) -> float:
+        is_exceeded = self.tolerances_is_exceeded[tolerance]
+        return self.metric_at_exceeded_tolerance[tolerance] if is_exceeded else self.best_metric_value
+
+    def _log_tolerances(self) -> None:
+        for tolerance, is_exceeded in self.tolerances_is_exceeded.items() if self.ranks.is_main else ():
+            note = "" if is_exceeded else " (not exceeded)"
+            _logger.info("%s with tolerance=%d: %r%s", self.metric_key, tolerance, self._value_at(tolerance), note)
 
     def before_preemption(self, **_kwargs: Any) -> None:
         """Make everything durable that was observed. **Collective**."""

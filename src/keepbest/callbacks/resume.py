@@ -151,7 +151,7 @@ def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:
     step = f"resume from {found.ref} of {found.directory}"
     in_config = _settings(trainer)
     loaded = load_into(whole_model(trainer), found.directory, found.ref, ranks=ranks, step=step, training_state=states)
-    _warn_of_changes(in_config, _settings(trainer), ranks)
+    ranks.agree(step, lambda: _warn_of_changes(in_config, _settings(trainer)) if ranks.is_main else None)
     return Resumed(loaded.path, random.held if progress.is_of_as_many_ranks else None)
 
 
@@ -258,13 +258,13 @@ def _settings(trainer: TrainerView) -> dict[str, str]:
     return {name: repr(value) for name, value in found.items() if isinstance(value, _PLAIN)}
 
 
-def _warn_of_changes(in_config: Mapping[str, str], saved: Mapping[str, str], ranks: Ranks) -> None:
+def _warn_of_changes(in_config: Mapping[str, str], saved: Mapping[str, str]) -> None:
     changes = [
         f"{name} is {saved[name]} and not {value}"
         for name, value in in_config.items()
         if name in saved and saved[name] != value
     ]
-    if changes and ranks.is_main:
+    if changes:
         _logger.warning(
             "the run continues with settings that were saved, and not with those of its config by now: %s",
             "; ".join(changes),

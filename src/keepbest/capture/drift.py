@@ -110,8 +110,8 @@ class Drift:
             digests.setdefault(Name(each.part, each.key), set()).add(each.digest)
         if differing := [str(name) for name, each in digests.items() if len(each) > 1]:
             self._has_warned = True
-            if self._ranks.is_main:
-                _warn(differing)
+            # Weights travel next, so what a handler of the log raises on rank 0 must be known to all.
+            self._ranks.agree(step, lambda: _warn(differing) if self._ranks.is_main else None)
 
     def _prints(self, held: Held, union: Union) -> list[tuple[_Print, Sequence[int]]]:
         """Fingerprints, and the ranks of the keeper that hold the same."""

@@ -15,7 +15,6 @@ from keepbest.capture.alike import Alike
 from keepbest.capture.catalogue import Name
 from keepbest.capture.fsdp1 import flat_entries, is_flattened
 from keepbest.capture.optimizer import GROUPS, ParameterNames, state_key
-from keepbest.capture.optimizer_kind import unwrapped
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_fsdp1
@@ -51,19 +50,6 @@ def refuse_units_apart(model: nn.Module, members: list[int]) -> None:
     if len({getattr(inside, "_fsdp_use_orig_params", None) for inside in model.modules()} - {None}) > 1:
         raise ConfigError(
             "the state of an optimizer of FSDP1 cannot be kept where units differ in use_orig_params. Use one of both"
-        )
-
-
-def refuse_lbfgs(optimizer: Optimizer) -> None:
-    """Check that the state of an optimizer belongs to parameters one by one, as torch takes it for units.
-
-    Raises:
-        ConfigError: If it is known to belong to all of them together.
-    """
-    if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
-        raise ConfigError(
-            f"the state of LBFGS belongs to all parameters together, so torch cannot put it together from the shards "
-            f"of FSDP1. {_REMEDY}"
         )
 
 

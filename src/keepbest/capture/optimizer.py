@@ -23,6 +23,7 @@ from keepbest.capture.fsdp1 import flat_entries
 from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_dtensor, is_fsdp2
+from keepbest.modules.nested import leaves, spelled
 from keepbest.modules.wrappers import PlainNames
 
 GROUPS = "param_groups"
@@ -89,6 +90,7 @@ def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]
     rest = _rest(optimizer, optimizer.param_groups, named)
     # torch cuts what is no number as it cuts the parameter.
     rest["is_flat"] = True
+    rest |= _beside(optimizer.state_dict(), is_sharded=True)
     rest["by_element"] = sorted(
         {key for state in optimizer.state.values() for key, value in state.items() if _has_rows(key, value)}
     )
@@ -114,6 +116,7 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
     entries: dict[str, Any] = {}
     by_element = set[str]()
     rest = _rest(optimizer, groups, named)
+    rest |= _beside(state, is_sharded=any(is_split(names.parameters[name]) for name in by_index.values()))
     rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
@@ -129,8 +132,26 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
     return {**entries, f"{GROUPS}.{_digest(named)}": rest}
 
 
+def _beside(state: Mapping[str, Any], *, is_sharded: bool) -> dict[str, Any]:
+    """What the state dict of an optimizer of the user's own has beside the groups and the state of parameters."""
+    beside = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    parts = [
+        f"{key!r}{spelled(path)}" for key, value in beside.items() for path, each in leaves(value) if _is_long(each)
+    ]
+    if is_sharded and parts:
+        raise ConfigError(
+            f"state_dict() of the optimizer has {parts[0]} beside the state of its parameters, which are sharded. So "
+            "it is not known which part of it other ranks hold. Leave the optimizer out of training_state"
+        )
+    return {"beside": beside} if beside else {}
+
+
 def _has_rows(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 1
 
 
 def _rest(optimizer: Optimizer, groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:

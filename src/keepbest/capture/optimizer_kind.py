@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Adafactor, Optimizer
+
+from keepbest.capture.fsdp1 import is_flattened
+from keepbest.errors import ConfigError
+from keepbest.modules.kinds import is_dtensor
 
 _HOW = ("foreach", "fused", "capturable", "differentiable", "maximize")  # torch adds such options from time to time
 
@@ -23,6 +27,39 @@ def kind_of(optimizer: Optimizer) -> str:
 def is_by_element(optimizer: Optimizer) -> bool:
     """Whether what has the shape of a parameter in its state is known to belong to it element by element."""
     return _is_of_torch(type(unwrapped(optimizer)))
+
+
+def fault_in_shards(optimizer: Optimizer) -> str | None:
+    """Why the state of an optimizer is known, by its kind, not to be kept as its parameters are sharded.
+
+    The first step makes that state, so nothing else shows it before training.
+    """
+    inside = unwrapped(optimizer)
+    if not isinstance(inside, LBFGS | Adafactor):
+        return None
+    parameters = [parameter for group in inside.param_groups for parameter in group["params"]]
+    sharded = [each for each in parameters if is_dtensor(each)]
+    if isinstance(inside, LBFGS) and (sharded or any(map(is_flattened, parameters))):
+        return (
+            "the state of LBFGS belongs to all parameters together, so it cannot be put together from "
+            f"{'DTensors' if sharded else 'the shards of FSDP1'}. Use DDP, or leave the optimizer out of training_state"
+        )
+    if (
+        isinstance(inside, Adafactor)
+        and (matrix := next((each for each in sharded if each.dim() > 1), None)) is not None
+    ):
+        return (
+            "Adafactor keeps one state for the rows of a matrix and one for its columns, and it is not known how to "
+            f"share these out where the matrix is a DTensor, such as its parameter of shape {list(matrix.shape)}. Use "
+            "DDP or FSDP1, or leave the optimizer out of training_state"
+        )
+    return None
+
+
+def refuse_in_shards(optimizer: Optimizer) -> None:
+    """Raises `ConfigError` where `fault_in_shards` finds something."""
+    if (fault := fault_in_shards(optimizer)) is not None:
+        raise ConfigError(fault)
 
 
 def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterable[Mapping[str, Any]]) -> str | None:
@@ -66,11 +103,19 @@ def _like(value: Any, own: Any) -> Any:
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """What is inside of wrappers such as that of Accelerate."""
-    seen = set[int]()
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and id(inner) not in seen:
-        seen.add(id(inner))
-        optimizer = inner
-    return optimizer
+    return layers(optimizer)[-1]
+
+
+def layers(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and each one inside of it: wrappers call theirs `optimizer`, those of torch `optim`."""
+    found = [optimizer]
+    while inside := [
+        each
+        for name in ("optimizer", "optim")
+        if isinstance(each := getattr(found[-1], name, None), Optimizer) and all(each is not other for other in found)
+    ]:
+        found.append(inside[0])
+    return found
 
 
 def _is_of_torch(kind: type) -> bool:

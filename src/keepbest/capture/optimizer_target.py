@@ -16,7 +16,7 @@ from keepbest.capture.alike import is_split
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
-from keepbest.capture.optimizer_kind import fault_of_kind, is_by_element, kind_of, options_for
+from keepbest.capture.optimizer_kind import fault_in_shards, fault_of_kind, is_by_element, kind_of, options_for
 from keepbest.capture.place import laid_out_like
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves
@@ -37,6 +37,7 @@ class OptimizerTarget:
         groups: For each of its groups the options that it takes, and its names. How it computes is its own matter.
         data: State that is no tensor, by the name of the parameter that it belongs to.
         rest: State that belongs to no parameter.
+        beside: What its state dict has beside the groups and the state.
         templates: What each stored tensor is to be like, by its key: a sharded parameter, or `None` for a whole tensor.
         faults: What does not fit.
         lacks: Names of parameters that were in the saved optimizer, and are not in the model of this rank.
@@ -47,6 +48,7 @@ class OptimizerTarget:
     groups: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, dict[Any, Any]] = field(default_factory=dict)
     rest: dict[Any, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
     templates: dict[str, torch.Tensor | None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     lacks: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ class OptimizerTarget:
             return
         groups = _united([each["param_groups"] for each in stored])
         kinds = [each["kind"] for each in stored if "kind" in each]
-        if (fault := fault_of_kind(self.optimizer, kinds, groups)) is not None:
+        if (fault := fault_of_kind(self.optimizer, kinds, groups) or fault_in_shards(self.optimizer)) is not None:
             self.faults.append(fault)
             return
         is_flat = is_of_units(self.optimizer)
@@ -85,7 +87,15 @@ class OptimizerTarget:
             )
             return
         self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
-        self._match(groups, self.names.of_groups(self.optimizer))
+        present = self.names.of_groups(self.optimizer)
+        if kind_of(self.optimizer) == "LBFGS" and not any(self._has_order(present, each) for each in stored):
+            self.faults.append(
+                "the state of LBFGS belongs to all parameters together, in their order. Make the optimizer of the "
+                "parameters that were saved with it, in the same order"
+            )
+            return
+        self._match(groups, present)
+        self._take_beside(present, stored)
         for each in stored:
             self.rest |= each["other"]
             for name, values in each["state"].items():
@@ -126,7 +136,7 @@ class OptimizerTarget:
     def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:
         """What the optimizer loads. Its arguments are those of `state_by_name`."""
         state = self.state_by_name(brought)
-        found: dict[str, Any] = {"state": copy.deepcopy(self.rest), "param_groups": []}
+        found: dict[str, Any] = {**copy.deepcopy(self.beside), "state": copy.deepcopy(self.rest), "param_groups": []}
         number = 0
         for group in self.groups:
             indices = range(number, number + len(group[_PARAMS]))
@@ -136,6 +146,21 @@ class OptimizerTarget:
             found["param_groups"].append({**copy.deepcopy(group), _PARAMS: list(indices)})
             number = indices.stop
         return found
+
+    def _has_order(self, present: list[list[str]], stored: Mapping[str, Any]) -> bool:
+        """Whether what one rank saved is of the same parameters as the optimizer has, in the same order."""
+        there = [[self.names.first(name) for name in group[_PARAMS]] for group in stored["param_groups"]]
+        return there == present
+
+    def _take_beside(self, present: list[list[str]], stored: list[Mapping[str, Any]]) -> None:
+        """Take what an optimizer of the same parameters had beside their state, or else what all had."""
+        there = [each for each in stored if each["param_groups"]]
+        same = [each for each in there if self._has_order(present, each)]
+        found = [each.get("beside", {}) for each in same or there]
+        self.beside = found[0] if found else {}
+        if any(not _is_same(each, self.beside) for each in found):
+            names = sorted({str(key) for each in found for key in each})
+            self.faults.append(f"{_listed(names)} of its state dict was saved with different values by several ranks")
 
     def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
@@ -246,6 +271,14 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    mine, theirs = list(leaves(one)), list(leaves(other))
+    paths = [path for path, _ in mine]
+    return paths == [path for path, _ in theirs] and all(
+        _equal(each, other_each) for (_, each), (_, other_each) in zip(mine, theirs, strict=True)
+    )
 
 
 def _listed(names: list[str]) -> str:

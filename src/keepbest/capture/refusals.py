@@ -15,7 +15,7 @@ from keepbest.capture.catalogue import Form, Held, Name
 from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
-from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fsdp1, lacks_memory
+from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fake, is_fsdp1, kind_of_new, lacks_memory
 from keepbest.modules.nested import leaves, spelled
 from keepbest.ranks import Ranks
 
@@ -35,6 +35,7 @@ def refuse_what_cannot_be_kept(
     Raises:
         ConfigError: If not. It names the entry and the way out.
     """
+    refuse_mode()
     gathered = set[tuple[object, ...]]()  # meshes and placements that are gathered right: thousands have the same
     for name in names:
         entry = held.entries[name]
@@ -56,6 +57,15 @@ def refuse_what_cannot_be_kept(
     if form.capture == "local":
         for source in held.sources:
             _refuse_partly_sharded(source.module, ranks)
+
+
+def refuse_mode() -> None:
+    """Check that tensors that are made now have values. Raises `ConfigError` if a mode of torch changes that."""
+    if (kind := kind_of_new()) is not None:
+        raise ConfigError(
+            f"a mode of torch is on, such as FakeTensorMode, in which each new tensor is a {kind}. So what is copied "
+            "or read has no values. Leave the block of the mode first"
+        )
 
 
 def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | None:
@@ -89,6 +99,11 @@ def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
     inside = value.to_local().detach() if is_dtensor(value) else value
     if inside.is_meta:
         return "is on the meta device: it has no values that could be saved. Materialize it before the keeper starts"
+    if is_fake(inside):
+        return (
+            "is a FakeTensor, which has no values that could be saved. Make the model outside of FakeTensorMode, or "
+            "load its weights into a real one, before the keeper starts"
+        )
     if type(inside) not in PLAIN_CLASSES:
         kind = f"{type(inside).__module__}.{type(inside).__qualname__}"
         return (

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from keepbest.capture.contents import PartContents
 from keepbest.capture.feed import Feed
-from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_lbfgs, unit_state_to_load
+from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
 from keepbest.capture.optimizer import ParameterNames, is_groups
 from keepbest.capture.optimizer_target import OptimizerTarget
 from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
-from keepbest.capture.states import WHOLE, Stateful
+from keepbest.capture.schedule_kind import fault_of_schedule
+from keepbest.capture.states import KIND, WHOLE, Stateful
 from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import is_dense
 from keepbest.modules.raw_bytes import raw_bytes
@@ -49,6 +50,9 @@ class _Found:
         if self.target is not None:
             return self.target.faults
         expected = key_of_rank(rank) if isinstance(self.thing, PerRank) else WHOLE
+        fault = fault_of_schedule(self.thing, self.data.get(KIND), self.data.get(WHOLE))
+        if fault is not None:
+            return [fault]
         if expected in self.data or (isinstance(self.thing, PerRank) and any(map(is_of_a_rank, self.data))):
             return []
         if any(map(is_groups, self.data)):
@@ -129,15 +133,14 @@ class StatesToLoad:
     def _of_units(self, target: OptimizerTarget, brought: Mapping[str, Any]) -> dict[str, Any]:
         """What an optimizer of FSDP1 units loads. **Collective**."""
         state = target.state_by_name(brought)
-        return unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
+        found = unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
+        return {**copy.deepcopy(target.beside), **found}
 
     def _compare(self) -> dict[str, Any]:
         names = ParameterNames(self._model) if self._has_optimizer() else None
         compared: dict[str, Any] = {}
         for name, found in self._found.items():
             if isinstance(found.thing, Optimizer) and names is not None:
-                if is_of_units(found.thing):
-                    refuse_lbfgs(found.thing)
                 target = OptimizerTarget(found.thing, names)
                 target.compare(found.contents, found.data)
                 self._found[name] = _Found(found.thing, found.contents, found.data, target)

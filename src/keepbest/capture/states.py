@@ -11,15 +11,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.catalogue import Held, Name, data_entry, tensor_entry
-from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_lbfgs, refuse_units_apart, states_of_units
+from keepbest.capture.fsdp1_optimizer import is_of_units, refuse_units_apart, states_of_units
 from keepbest.capture.optimizer import ParameterNames, alike_in, group_entries, optimizer_entries
+from keepbest.capture.optimizer_kind import layers, refuse_in_shards
 from keepbest.capture.per_rank import PerRank, key_of_rank
+from keepbest.capture.schedule_kind import kind_of_schedule
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
 from keepbest.ranks import Ranks
 from keepbest.run.names import part_name
 
 WHOLE = "state"  # key of what an object gives that is no optimizer, and is the same on every rank
+KIND = "kind"  # key beside it of what kind of schedule that was
 
 
 @runtime_checkable
@@ -58,12 +61,16 @@ def check_states(given: object, parts: list[str]) -> dict[str, Stateful]:
                 f"training_state: {name!r} is a {type(thing).__name__}, which lacks state_dict or load_state_dict"
             )
         zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-        if zero is not None and isinstance(thing, zero.ZeroRedundancyOptimizer):
+        if zero is not None and _has_inside(thing, zero.ZeroRedundancyOptimizer):
             raise ConfigError(
                 f"training_state: {name!r} is a ZeroRedundancyOptimizer, of whose state each rank has a part. "
                 "Use FSDP2, which shards the state of any optimizer"
             )
     return dict(given)
+
+
+def _has_inside(thing: object, kind: type) -> bool:
+    return isinstance(thing, Optimizer) and any(isinstance(each, kind) for each in layers(thing))
 
 
 def add_states(held: Held, items: Items, ranks: Ranks) -> None:
@@ -99,10 +106,10 @@ def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name
     for part, thing in items.training_state.items():
         try:
             if isinstance(thing, Optimizer):
+                refuse_in_shards(thing)
                 names = names or ParameterNames(items.model)
                 if is_of_units(thing):
                     refuse_units_apart(items.model, ranks.members)
-                    refuse_lbfgs(thing)
                     entries = group_entries(thing, names)
                     held.alike.update(
                         (Name(part, key), states_of_units(part, thing, items.model, names)) for key in entries
@@ -115,7 +122,8 @@ def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name
             elif isinstance(thing, PerRank):
                 entries = {key_of_rank(ranks.rank): thing.state_dict()}
             else:
-                entries = {WHOLE: thing.state_dict()}
+                kind = kind_of_schedule(thing)
+                entries = {WHOLE: thing.state_dict(), **({} if kind is None else {KIND: kind})}
         except ConfigError as error:
             raise ConfigError(f"training_state {part!r}: {error}") from error
         yield from ((Name(part, key), value) for key, value in entries.items())

@@ -116,7 +116,8 @@ class BestCheckpoint:
     def attach(self, trainer: Engine, evaluator: Engine, *, data: Any = None) -> None:
         """Start and end with the runs of `trainer`, and observe those of `evaluator` in between. **Rank-local**.
 
-        On every rank, and before a `Checkpoint` is attached to `evaluator`.
+        On every rank, before a `Checkpoint` is attached to `evaluator`, and before `trainer` runs or in a handler of
+        its `Events.STARTED`. A trainer that runs already ends with a `ConfigError`, at its next iteration or its end.
 
         Args:
             trainer: Engine that trains the model.
@@ -132,6 +133,10 @@ class BestCheckpoint:
         self._trainer, self._data = trainer, data
         trainer.add_event_handler(Events.STARTED, self._start)
         evaluator.add_event_handler(Events.COMPLETED, self._observe, trainer)
+        # Nothing public says whether an engine runs. What follows a start does not come to these.
+        trainer.add_event_handler(Events.ITERATION_STARTED, self._refuse_without_start)
+        if trainer.last_event_name != Events.COMPLETED:  # whose handlers may attach this for the next run
+            trainer.add_event_handler(Events.COMPLETED, self._refuse_without_start)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the keeper; before there is one, what was loaded. **Collective** while the trainer runs.
@@ -159,6 +164,9 @@ class BestCheckpoint:
     def _start(self, trainer: Engine) -> None:
         """Take up the run folder. **Collective**. Raises as `BestKeeper` and its `start`."""
         self._let_go()
+        for event in (Events.ITERATION_STARTED, Events.COMPLETED):
+            if trainer.has_event_handler(self._refuse_without_start, event):
+                trainer.remove_event_handler(self._refuse_without_start, event)
         # A trainer that runs on, for example for more epochs, continues from where this handler was.
         runs_on = self.keeper is not None and trainer.state.iteration > 0
         state, self._loaded = self._state() if self._loaded or runs_on else {}, {}
@@ -176,6 +184,12 @@ class BestCheckpoint:
             if trainer.has_event_handler(_raise_again, Events.EXCEPTION_RAISED):
                 trainer.remove_event_handler(_raise_again, Events.EXCEPTION_RAISED)
             trainer.add_event_handler(Events.EXCEPTION_RAISED, _raise_again)
+
+    def _refuse_without_start(self, trainer: Engine) -> None:
+        raise ConfigError(
+            f"the BestCheckpoint of {self.metric_key} was attached while the trainer ran, after its start, so it could "
+            "observe nothing: attach it before trainer.run(), or in a handler of Events.STARTED"
+        )
 
     def _observe(self, evaluator: Engine, trainer: Engine) -> None:
         """Observe the metric. **Collective**. Raises as `BestKeeper.observe`."""

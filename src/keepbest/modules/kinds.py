@@ -77,6 +77,17 @@ def lacks_memory(tensor: torch.Tensor) -> bool:
     return (tensor.storage_offset() + last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
+def is_fake(value: object) -> bool:
+    """Whether a tensor has a shape and no values, as one that was made under `FakeTensorMode`."""
+    return isinstance(value, torch.Tensor) and type(value).__name__ == "FakeTensor"
+
+
+def kind_of_new() -> str | None:
+    """The class of new tensors where a mode of torch is on in which they are no plain ones, and may lack values."""
+    kind = type(torch.empty(0, device="cpu"))
+    return None if kind in PLAIN_CLASSES else kind.__name__
+
+
 def form_of(tensor: torch.Tensor) -> str:
     """Layout and class of a tensor, as far as they are not those of a dense one, which may be sharded, or to come."""
     is_plain = type(tensor) in PLAIN_CLASSES and tensor.layout == torch.strided

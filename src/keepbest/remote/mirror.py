@@ -64,6 +64,7 @@ class Mirror:
         self._lock = threading.Lock()
         self._newest = self._under_way = Committed()
         self._failure: OSError | None = None
+        self._reported = ""  # what `arrive` raised
         self._is_closing, self._is_over = threading.Event(), threading.Event()
         self._is_queued = False
         self._uploader = Threaded("keepbest-upload")
@@ -96,17 +97,22 @@ class Mirror:
         """
         self._uploader.drain()
         if (failure := self.failure) is not None:
+            self._reported = str(failure)
             raise failure
 
     def close(self) -> None:
-        """Wait for what is under way, but not for long, and end. A second call does nothing."""
+        """Wait for what is under way, but not for long, and end. A second call does nothing.
+
+        A warning says what did not arrive, unless `arrive` has raised the same.
+        """
         self._is_closing.set()
         try:
             has_ended = self._uploader.close(timeout=_PATIENCE_AT_THE_END)
         finally:
             self._is_over.set()
         if (failure := self.failure) is not None:
-            _logger.warning("%s", failure)
+            if str(failure) != self._reported:
+                _logger.warning("%s", failure)
         elif not has_ended:
             _logger.warning("%s lags behind %s: an upload was broken off", self._remote.url, self._folder)
 

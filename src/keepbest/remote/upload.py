@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from keepbest.errors import RunExistsError
@@ -11,6 +12,7 @@ from keepbest.remote.storage import check_remote
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
 from keepbest.run.history import History
+from keepbest.run.lock import RunLock
 from keepbest.run.reader import read_history
 
 
@@ -32,7 +34,8 @@ def upload(directory: Path, url: str, *, patience: float = 300.0) -> None:
     check_remote(url)
     read_history(directory)
     copy = FollowingCopy(url, time.monotonic, patience)
-    folder = RunFolder(directory, Files(), copy)
+    remedy = f"upload the run when it has ended, or let it follow by itself: remote={url!r} in its settings"
+    folder = RunFolder(directory, Files(), copy, lock=partial(RunLock, remedy=remedy))
 
     def refuse(place: str | Path, _: History) -> None:
         raise RunExistsError(f"{place} is ahead of {directory}; a resume of the run would bring that up to it")

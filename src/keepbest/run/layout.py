@@ -9,6 +9,7 @@
   lock
 """
 
+import re
 from pathlib import Path
 
 from keepbest.run.names import REF_PREFIX, RESUME_PREFIX
@@ -19,6 +20,8 @@ LEDGER = "ledger.jsonl"
 LOCK = "lock"
 MANIFEST = "snapshot.json"
 TEMPORARY = ".tmp-"
+
+_OF_SYSTEM = re.compile(r"\.DS_Store|\._.+|\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+")
 
 
 def snapshots_folder(directory: Path) -> Path:
@@ -34,3 +37,11 @@ def ref_paths(folder: Path) -> list[Path]:
 def unfinished_folder(snapshots: Path, name: str) -> Path:
     """Where a snapshot is written in the folder of the snapshots, until it is complete and has its name."""
     return snapshots / f"{TEMPORARY}{name}"
+
+
+def is_of_system(path: Path) -> bool:
+    """Whether something is a file that a file manager, or NFS, leaves where others write. It says nothing of a run.
+
+    Ask only for what no manifest and no ledger names.
+    """
+    return _OF_SYSTEM.fullmatch(path.name) is not None and not path.is_symlink() and not path.is_dir()

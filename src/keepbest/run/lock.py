@@ -61,10 +61,18 @@ class RunLock:
         path: File that is locked.
         patience: Seconds to wait for a process of this host, which may be on its way out.
         clock: Function that gives seconds.
+        remedy: What to do where another process holds it.
     """
 
-    def __init__(self, path: Path, *, patience: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._patience, self._clock = path, patience, clock
+    def __init__(
+        self,
+        path: Path,
+        *,
+        patience: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        remedy: str = "let it end, or choose another directory for this run",
+    ) -> None:
+        self._path, self._patience, self._clock, self._remedy = path, patience, clock, remedy
         self._close: weakref.finalize[Any, Any] | None = None
         self._noting = threading.RLock()
 
@@ -136,8 +144,7 @@ class RunLock:
             owner = os.pread(self._descriptor, _OWNER_BYTES, 0).decode(errors="replace")
             if self._clock() >= deadline or not _may_be_here(owner):
                 raise RunExistsError(
-                    f"{self._path.parent} is in use by another process ({owner or 'unknown'}); "
-                    "let it end, or choose another directory for this run"
+                    f"{self._path.parent} is in use by another process ({owner or 'unknown'}); {self._remedy}"
                 ) from refusal
             if not is_announced:
                 _logger.warning("%s: waiting for another process (%s) to end", self._path.parent, owner or "unknown")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
+from keepbest.run.lock import RunLock
 from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import read_history
 
@@ -23,7 +25,8 @@ def repair(directory: Path) -> None:
         OSError: Any refusal of the file system.
     """
     read_history(directory)
-    folder = RunFolder(directory, Files())
+    remedy = "it finishes itself what it has begun, so repair the run when it has ended"
+    folder = RunFolder(directory, Files(), lock=partial(RunLock, remedy=remedy))
     try:
         folder.claim()
         folder.repair()

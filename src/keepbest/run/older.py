@@ -29,6 +29,6 @@ def describe_unknown(folder: Path, unknown: set[str]) -> str:
     """Say what is wrong with the ledger of the run in `folder`, and what to do."""
     names = ", ".join(sorted(unknown))
     return (
-        f"{folder / LEDGER} does not know the snapshots {names}: it was lost, or is an older copy. Restore it, or "
-        "choose another directory"
+        f"{folder / LEDGER} does not know the snapshots {names}: it was lost, or is an older copy. Restore it. A "
+        "new run needs another directory"
     )

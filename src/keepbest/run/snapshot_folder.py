@@ -14,7 +14,7 @@ from pathlib import Path
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
 from keepbest.run.inside import open_file
-from keepbest.run.layout import MANIFEST, TEMPORARY, unfinished_folder
+from keepbest.run.layout import MANIFEST, TEMPORARY, is_of_system, unfinished_folder
 from keepbest.run.lines import SENSELESS
 from keepbest.run.manifest import Manifest, manifest_digest
 
@@ -59,7 +59,8 @@ class SnapshotFolder:
 
     def names(self) -> set[str]:
         """The names of all complete snapshots, whether the ledger knows them or not."""
-        return {path.name for path in self._path.iterdir() if not path.name.startswith(TEMPORARY)}
+        there = (path for path in self._path.iterdir() if not is_of_system(path))
+        return {path.name for path in there if not path.name.startswith(TEMPORARY)}
 
     def ledger_bytes(self, name: str) -> int:
         """The bytes that the ledger had at least when this snapshot was complete; 0 if it does not say."""
@@ -132,7 +133,7 @@ class SnapshotFolder:
             return
         self.finish_removal()
         self._swept = None
-        there = list(self._path.iterdir())
+        there = [path for path in self._path.iterdir() if not is_of_system(path)]
         removed = [self._without_name(path) for path in there if path.name not in kept]
         if not removed:
             self._swept = {path.name for path in there}

@@ -10,7 +10,7 @@ from keepbest.errors import SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.files import Files
 from keepbest.run.history import History
-from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, MANIFEST, SNAPSHOTS, TEMPORARY, ref_paths
+from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, MANIFEST, SNAPSHOTS, TEMPORARY, is_of_system, ref_paths
 from keepbest.run.ledger import read_ledger
 from keepbest.run.lock import read_owner
 from keepbest.run.older import describe_unknown, unknown_snapshots
@@ -125,16 +125,16 @@ def snapshot_faults(directory: Path, history: History, name: str) -> list[Fault]
             check_file(folder / file, record.digest)
         except SnapshotError as error:
             faults.append(Fault("damage", str(error)))
-    present = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    }
-    extra = sorted(present - {*manifest.files, MANIFEST})
+    there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    present = {path.relative_to(folder).as_posix(): path for path in there}
+    known = {*manifest.files, MANIFEST}
+    extra = sorted(file for file, path in present.items() if file not in known and not is_of_system(path))
     return [*faults, *(Fault("damage", f"{folder / file} was put there by somebody else") for file in extra)]
 
 
 def _leftovers(folder: Path, history: History) -> list[Fault]:
     # Without the folder of the snapshots, each of them is missing.
     present = (folder / SNAPSHOTS).iterdir() if (folder / SNAPSHOTS).exists() else ()
-    unnamed = {path.name for path in present} - history.kept()
+    unnamed = {path.name for path in present if not is_of_system(path)} - history.kept()
     paths = [*(folder / SNAPSHOTS / name for name in sorted(unnamed)), *sorted(folder.glob(f"{TEMPORARY}*"))]
     return [Fault("unfinished", f"{path} is left over; nothing needs it") for path in paths]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from keepbest.capture.inventory import Inventory
+from keepbest.capture.refusals import refuse_mode
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, StorageError
 from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
@@ -208,7 +209,11 @@ class Saver:
         """What every rank has to raise, since this one cannot save now, or could not write or upload. **Rank-local**.
 
         What could not be written or uploaded comes once.
+
+        Raises:
+            ConfigError: If a mode of torch is on in which copies have no values.
         """
+        refuse_mode()
         if is_capturing():
             return ConfigError(_IN_GRAPH)
         folder = self._run.folder
@@ -217,30 +222,36 @@ class Saver:
     def settle(self, step: str) -> Revision | None:
         """Wait for what is being written, and return what is recorded, if not all ranks know it. **Collective**.
 
+        What could not be written is raised by `write`, so that all ranks know before what there is.
+
         Raises:
-            StorageError: On every rank, if something could not be written.
+            StorageError: On every rank, if it cannot be known what is recorded.
         """
 
-        def wait(_: KeeperRecord) -> list[Any] | None:
-            if (failure := self.losses.take()) is not None:
-                raise failure
+        def wait(record: KeeperRecord) -> tuple[list[Any] | None, str | None]:
             revised = self.revised_state()
-            return None if revised is None else revised.to_json()
+            return None if revised is None else revised.to_json(), record.best_snapshot
 
-        news = self._on_main(step, wait)
+        news, self.best_snapshot = self._on_main(step, wait)
         return None if news is None else Revision.from_json(news)
 
     def write(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
-        """Let rank 0 write something that all must know to be there. **Collective**. Raises as `settle`."""
+        """Let rank 0 write something that all must know to be there. **Collective**.
+
+        Raises:
+            StorageError: On every rank, if this, or something before it, could not be written.
+        """
 
         def write_now(record: KeeperRecord) -> str | None:
+            if (failure := self.losses.take()) is not None:
+                raise failure
             write(record)
             return record.best_snapshot
 
         self.best_snapshot = self._on_main(step, write_now)
 
     def arrive(self, step: str) -> None:
-        """Wait until the remote copy, if there is one, has all that was committed. **Collective**. Raises as `settle`.
+        """Wait until the remote copy, if there is one, has all that was committed. **Collective**. Raises as `write`.
 
         Where training continues after a failure, it also ends after one.
         """
@@ -257,14 +268,21 @@ class Saver:
         if self._run.remote is not None:
             self._on_main(step, wait, remedy="")
 
-    def warn_if_nothing_is_kept(self, state: BestState, remedy: str) -> None:
-        """Say so where a run ends with nothing kept, neither now nor before. **Rank-local**, on rank 0.
+    def log_lost(self, iteration: TrainingIteration, error: StorageError) -> None:
+        """Log on every rank that a new best was not saved. **Collective**: what a handler raises, every rank raises."""
+        log = partial(_logger.warning, "%s: the new best at %s was not saved: %s", self._name, iteration, error)
+        self._ranks.agree(f"log that the new best at {iteration} was not saved", log)
+
+    def end(self, record: KeeperRecord, state: BestState, remedy: str) -> None:
+        """Record the end, and warn where nothing is kept, neither now nor before. **Rank-local**, on rank 0.
 
         Args:
+            record: Record of the keeper.
             state: Bookkeeping at the end.
             remedy: What to do where nothing was observed.
         """
-        if state.best is not None or self.best_snapshot is not None or not self._ranks.is_main:
+        record.end(state)
+        if state.best is not None or self.best_snapshot is not None:
             return
         if state.last_iteration is None:
             reason = f"nothing was observed: {remedy}"
