@@ -22,7 +22,8 @@ from keepbest.capture.alike import Alike, alike_of, is_split, refuse_a_part
 from keepbest.capture.fsdp1 import flat_entries
 from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
-from keepbest.modules.kinds import is_dtensor, is_fsdp2
+from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.sources import shard_again
 from keepbest.modules.wrappers import PlainNames
 
 GROUPS = "param_groups"
@@ -40,9 +41,7 @@ class ParameterNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if is_fsdp2(module):
-                module.reshard()  # after a forward pass the parameters may be whole ones, which no optimizer knows
+        shard_again(model)  # after a forward pass the parameters may be whole ones, which no optimizer knows
         names = PlainNames(model)
         found = [(names.plain(key), each) for key, each in model.named_parameters(remove_duplicate=False)]
         flat = list(flat_entries(model))
