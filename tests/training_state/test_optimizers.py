@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
 from keepbest import BestKeeper, load
 from keepbest.errors import ConfigError, KeepBestError, RankFailedError, SnapshotError
@@ -45,14 +46,50 @@ def test_hooks_of_the_optimizer_run(tmp_path):
 
     def note(_, state):
         state["param_groups"][0]["note"] = [1, "kept"]
+        state["beside"] = {"rounds": 3}
 
     optimizer.register_state_dict_post_hook(note)
     optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["param_groups"][0]["note"]))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["beside"]))
     states = {"optimizer": optimizer}
     with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state=states) as keeper:
         keeper.observe(1.0, update(1))
     load(tmp_path, BEST, model, training_state=states)
-    assert seen == [[1, "kept"]]
+    assert seen == [[1, "kept"], {"rounds": 3}]
+
+
+def average_and_continue(directory, settings):
+    """What differs in steps that ranks do alone between two averages: the optimizer counts them beside its state."""
+    batch = torch.full((1, 2), 1.0 + dist.get_rank())
+
+    def make():
+        torch.manual_seed(1)
+        model = nn.Linear(2, 2)
+        averager = PeriodicModelAverager(period=4, warmup_steps=0)
+        return model, PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), averager)
+
+    def train(model, optimizer, numbers):
+        for _ in numbers:
+            optimizer.zero_grad()
+            model(batch).square().sum().backward()
+            optimizer.step()
+            yield [parameter.tolist() for parameter in model.parameters()]
+
+    model, optimizer = make()
+    with BestKeeper(
+        model, directory=directory, metric_key="loss", training_state={"optimizer": optimizer}, **settings
+    ) as keeper:
+        list(train(model, optimizer, range(5)))
+        keeper.observe(1.0, update(1))
+    uninterrupted = list(train(model, optimizer, range(5)))
+    model, optimizer = make()
+    load(directory, BEST, model, training_state={"optimizer": optimizer})
+    return list(train(model, optimizer, range(5))) == uninterrupted
+
+
+@pytest.mark.parametrize("settings", [{"format": "torch", "async_save": True}, {"format": "dcp"}])
+def test_count_of_an_optimizer_beside_its_state_continues(settings, tmp_path):
+    assert run_ranks(average_and_continue, 2, tmp_path, settings) == [True, True]
 
 
 class Own(torch.optim.Optimizer):

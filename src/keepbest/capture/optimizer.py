@@ -28,6 +28,7 @@ from keepbest.modules.wrappers import PlainNames
 
 GROUPS = "param_groups"
 _OF_THE_MODEL = ("params", "param_names")  # of a group; the names depend on the wrappers
+_OF_TORCH = ("state", "param_groups")  # what each state_dict() of an optimizer has; some have more
 _REMEDY = "Make the optimizer of the parameters of the model that the keeper has, after it was wrapped"
 
 
@@ -114,6 +115,8 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
     by_element = set[str]()
     rest = _rest(optimizer, groups, named)
     rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
+    if beside := {key: value for key, value in state.items() if key not in _OF_TORCH}:
+        rest["beside"] = beside
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
         for key, value in of_parameter.items():

@@ -38,7 +38,7 @@ def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterabl
         return f"it was saved from {other!r}, and is to be loaded into {here!r}. Make an optimizer of the saved kind"
     if is_by_element(optimizer) and list(kinds):
         return None  # torch itself fills in the options that an older version had not
-    expected = unwrapped(optimizer).defaults.keys() - {*_HOW}
+    expected = getattr(unwrapped(optimizer), "defaults", {}).keys() - {*_HOW}  # a wrapper may have none
     lacking = sorted({key for group in groups for key in expected - group.keys()})
     if lacking:
         return (
@@ -65,12 +65,17 @@ def _like(value: Any, own: Any) -> Any:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """What is inside of wrappers such as that of Accelerate."""
+    """What is inside of wrappers such as that of Accelerate, or that of torch for local SGD."""
     seen = set[int]()
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and id(inner) not in seen:
+    while (inner := _inside(optimizer)) is not None and id(inner) not in seen:
         seen.add(id(inner))
         optimizer = inner
     return optimizer
+
+
+def _inside(optimizer: Optimizer) -> Optimizer | None:
+    held = (getattr(optimizer, name, None) for name in ("optimizer", "optim"))
+    return next((each for each in held if isinstance(each, Optimizer)), None)
 
 
 def _is_of_torch(kind: type) -> bool:

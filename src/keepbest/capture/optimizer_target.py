@@ -37,6 +37,7 @@ class OptimizerTarget:
         groups: For each of its groups the options that it takes, and its names. How it computes is its own matter.
         data: State that is no tensor, by the name of the parameter that it belongs to.
         rest: State that belongs to no parameter.
+        beside: What state_dict() of the saved optimizer had beside its state and its groups.
         templates: What each stored tensor is to be like, by its key: a sharded parameter, or `None` for a whole tensor.
         faults: What does not fit.
         lacks: Names of parameters that were in the saved optimizer, and are not in the model of this rank.
@@ -47,6 +48,7 @@ class OptimizerTarget:
     groups: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, dict[Any, Any]] = field(default_factory=dict)
     rest: dict[Any, Any] = field(default_factory=dict)
+    beside: dict[Any, Any] = field(default_factory=dict)
     templates: dict[str, torch.Tensor | None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     lacks: list[str] = field(default_factory=list)
@@ -88,6 +90,7 @@ class OptimizerTarget:
         self._match(groups, self.names.of_groups(self.optimizer))
         for each in stored:
             self.rest |= each["other"]
+            self.beside |= each.get("beside", {})
             for name, values in each["state"].items():
                 if (here := self.names.first(name)) is not None:
                     self.data.setdefault(here, {}).update(values)
@@ -126,7 +129,7 @@ class OptimizerTarget:
     def state_dict(self, brought: Mapping[str, Any]) -> dict[str, Any]:
         """What the optimizer loads. Its arguments are those of `state_by_name`."""
         state = self.state_by_name(brought)
-        found: dict[str, Any] = {"state": copy.deepcopy(self.rest), "param_groups": []}
+        found: dict[str, Any] = {**copy.deepcopy(self.beside), "state": copy.deepcopy(self.rest), "param_groups": []}
         number = 0
         for group in self.groups:
             indices = range(number, number + len(group[_PARAMS]))
