@@ -86,7 +86,7 @@ class ParameterNames:
 def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]:
     """The groups of an optimizer, by key. Raises `ConfigError` if it has a parameter that is not in the model."""
     named = names.of_groups(optimizer)
-    rest = _rest(optimizer, optimizer.param_groups, named)
+    rest = _rest(optimizer, optimizer.param_groups, named, optimizer.state_dict())
     # torch cuts what is no number as it cuts the parameter.
     rest["is_flat"] = True
     rest["by_element"] = sorted(
@@ -113,10 +113,8 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
     }
     entries: dict[str, Any] = {}
     by_element = set[str]()
-    rest = _rest(optimizer, groups, named)
+    rest = _rest(optimizer, groups, named, state)
     rest["other"] = {index: values for index, values in state["state"].items() if index not in by_index}
-    if beside := {key: value for key, value in state.items() if key not in _OF_TORCH}:
-        rest["beside"] = beside
     for index, name in by_index.items():
         of_parameter = state["state"].get(index, {})
         for key, value in of_parameter.items():
@@ -135,11 +133,15 @@ def _has_rows(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def _rest(optimizer: Optimizer, groups: list[dict[str, Any]], named: list[list[str]]) -> dict[str, Any]:
+def _rest(
+    optimizer: Optimizer, groups: list[dict[str, Any]], named: list[list[str]], state: Mapping[str, Any]
+) -> dict[str, Any]:
     """What is no tensor of a parameter: the kind of the optimizer, options and names of groups, room for the rest."""
     options = [{key: value for key, value in group.items() if key not in _OF_THE_MODEL} for group in groups]
     united = [{**group, "params": inside} for group, inside in zip(options, named, strict=True)]
-    return {"kind": kind_of(optimizer), "by_element": [], "param_groups": united, "state": {}, "other": {}}
+    rest = {"kind": kind_of(optimizer), "by_element": [], "param_groups": united, "state": {}, "other": {}}
+    beside = {key: value for key, value in state.items() if key not in _OF_TORCH}
+    return {**rest, "beside": beside} if beside else rest
 
 
 def state_key(name: str, key: str) -> str:

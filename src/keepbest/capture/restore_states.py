@@ -127,7 +127,8 @@ class StatesToLoad:
     def _of_units(self, target: OptimizerTarget, brought: Mapping[str, Any]) -> dict[str, Any]:
         """What an optimizer of FSDP1 units loads. **Collective**."""
         state = target.state_by_name(brought)
-        return unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
+        found = unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
+        return {**copy.deepcopy(target.beside), **found}
 
     def _compare(self) -> dict[str, Any]:
         names = ParameterNames(self._model) if self._has_optimizer() else None
