@@ -72,6 +72,9 @@ REFUSED = {
     "nested": (lambda: WithBuffer(torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])), ALL, "layout nested"),
     "mkldnn": (lambda: WithBuffer(torch.ones(2).to_mkldnn()), ALL, "'extra' is of layout _mkldnn"),
     "bits": (lambda: WithBuffer(torch.ones(2, dtype=torch.uint8).view(torch.bits8)), ("dcp",), "is torch.bits8"),
+    "int4": (lambda: WithBuffer(torch.ones(2, dtype=torch.uint8).view(torch.int4)), ALL, "'extra' is torch.int4"),
+    "uint1": (lambda: WithState([torch.ones(2, dtype=torch.uint8).view(torch.uint1)]), ALL[::2], "'_extra_state'"),
+    "metadata": (lambda: nn.ParameterDict({"__metadata__": torch.ones(2)}), ("safetensors",), "'__metadata__' has"),
     "complex128": (lambda: WithBuffer(torch.ones(2, dtype=torch.complex128)), ("safetensors",), "complex128"),
     "e8m0": (lambda: WithBuffer(torch.ones(2).to(torch.float8_e8m0fnu)), ("safetensors",), "float8_e8m0fnu"),
 }

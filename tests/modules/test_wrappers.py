@@ -101,6 +101,20 @@ class Decayed(AveragedModel):
 
 
 @FORMATS
+def test_torchscript_is_kept_and_loaded(file_format, tmp_path):
+    batch = torch.ones(1, 2)
+    model, other = (
+        torch.jit.trace(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))), batch) for _ in range(2)
+    )
+    with BestKeeper(
+        model, directory=tmp_path, metric_key="loss", format=file_format, model_names=["0", "1.0"]
+    ) as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, BEST, other)
+    assert torch.equal(other(batch), model(batch))
+
+
+@FORMATS
 def test_weight_of_a_wrapper_itself_is_kept_and_loaded(file_format, tmp_path):
     keep(Decayed(nn.Linear(1, 1), 0.5), tmp_path, format=file_format)
     load(tmp_path, BEST, model := Decayed(nn.Linear(1, 1), 0.1))

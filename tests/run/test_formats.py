@@ -87,6 +87,21 @@ def test_tied_tensors_are_one_in_safetensors_and_when_loaded(tmp_path):
     assert torch.equal(model.tied.first.weight, odd(0).tied.first.weight)
 
 
+@pytest.mark.parametrize("file_format", ["torch", "safetensors", "dcp"])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_one_storage_in_two_dtypes_is_kept(file_format, async_save, tmp_path):
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    for each, factor in ((model, 1.0), (other, 2.0)):
+        turns = torch.polar(torch.ones(3), torch.arange(3.0) * factor)
+        each.register_buffer("turns", turns)
+        each.register_buffer("parts", torch.view_as_real(turns))
+    with keeper_of(model, tmp_path, format=file_format, async_save=async_save) as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, BEST, other)
+    assert torch.equal(other.turns, model.turns)
+    assert torch.equal(other.parts, model.parts)
+
+
 def test_extra_state_survives_in_a_distributed_checkpoint(tmp_path):
     with keeper_of(WithState(2, 2), tmp_path, format="dcp") as keeper:
         keeper.observe(1.0, update(1))

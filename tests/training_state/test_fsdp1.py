@@ -210,6 +210,21 @@ def test_optimizers_of_a_unit_and_beside_it_are_kept(tmp_path):
         assert found == []
 
 
+def keep_more_than_state(directory, wrap, settings):
+    """What an optimizer is given that has more in its state dict than state and groups."""
+    training, seen = Training(WRAPS[wrap], OPTIMIZERS["sgd"]), []
+    training.optimizer.register_state_dict_post_hook(lambda _, state: {**state, "beside": {"rounds": 3}})
+    training.optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["beside"]))
+    training.keep(directory, **settings)
+    load(directory, BEST, training.model, training_state=training.state)
+    return seen
+
+
+@pytest.mark.parametrize(("wrap", "settings"), [("orig", SETTINGS[0]), ("flat", SETTINGS[-1])])
+def test_what_is_beside_the_state_is_kept(wrap, settings, tmp_path):
+    assert run_ranks(keep_more_than_state, 2, tmp_path, wrap, settings) == [[{"rounds": 3}]] * 2
+
+
 UNLIKE = (
     r"ranks 0, 1 differ in .* the keys of the state of the optimizer 'optimizer' for the unit of FSDP1 with 'module"
 )

@@ -45,14 +45,16 @@ def test_hooks_of_the_optimizer_run(tmp_path):
 
     def note(_, state):
         state["param_groups"][0]["note"] = [1, "kept"]
+        state["beside"] = {"rounds": 3}
 
     optimizer.register_state_dict_post_hook(note)
     optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["param_groups"][0]["note"]))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["beside"]))
     states = {"optimizer": optimizer}
     with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state=states) as keeper:
         keeper.observe(1.0, update(1))
     load(tmp_path, BEST, model, training_state=states)
-    assert seen == [[1, "kept"]]
+    assert seen == [[1, "kept"], {"rounds": 3}]
 
 
 class Own(torch.optim.Optimizer):
@@ -274,6 +276,7 @@ def test_state_of_untied_weights_is_not_mixed_where_tied(kind, tmp_path):
     model, optimizer = two_layers(1)
     model(torch.ones(1, 3)).square().sum().backward()
     optimizer.step()
+    model[2].load_state_dict(model[0].state_dict())  # the weights themselves could be tied
     with BestKeeper(
         model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer}, format=kind
     ) as keeper:

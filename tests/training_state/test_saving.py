@@ -195,6 +195,28 @@ def test_states_that_differ_between_ranks_are_refused(tmp_path):
         assert "a state of shape [2, 5], float32, strided on rank 1" in shape
 
 
+def keep_values_apart(directory, settings):
+    """What the ranks hear whose momentum is of their own gradients, while their weights are equal, as in local SGD."""
+    training = Training(ddp, SGD)
+    with keeper_of(training, directory, **settings) as keeper:
+        training.step(1)
+        keeper.observe(3.0, update(1))
+        for state in training.optimizer.state.values():
+            state["momentum_buffer"] += dist.get_rank()
+        with pytest.raises(ConfigError) as caught:
+            keeper.observe(2.0, update(2))
+        for state in training.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+        return str(caught.value), keeper.observe(1.0, update(3)).is_new_best
+
+
+@pytest.mark.parametrize("settings", [{"format": "torch"}, {"format": "dcp", "async_save": True}])
+def test_values_of_a_state_that_differ_are_refused(settings, tmp_path):
+    for message, is_kept_later in run_ranks(keep_values_apart, 2, tmp_path, settings):
+        assert "ranks 0, 1 differ in what must be equal: 'momentum_buffer' of the optimizer 'optimizer' for" in message
+        assert is_kept_later
+
+
 def load_what_does_not_fit(directory):
     """What the ranks hear of states that do not fit. Rank 1 alone has other objects."""
     Training(ddp, SGD, others={"counter": lambda _: Counter(3)}).keep(directory)

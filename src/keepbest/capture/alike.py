@@ -108,7 +108,8 @@ def refuse_unlike(found: Sequence[Alike]) -> None:
         raise ConfigError(
             f"ranks {', '.join(map(str, ranks[:_LISTED]))}{' and more' if len(ranks) > _LISTED else ''} differ in what "
             f"must be equal: {', '.join(list(differing)[:_LISTED])}{more}. Step the optimizer on every rank alike. Of "
-            f"what is no shard a snapshot has the state of one rank, and all would load that. {_WAY_OUT}"
+            f"what is no shard a snapshot has the state of one rank, and all would load that. {_WAY_OUT}. Where "
+            "nothing is sharded, PerRank(optimizer) keeps the state of each rank"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from torch.nn.parameter import is_lazy
 from keepbest.capture.contents import Kind, PartContents, is_extra_state, whole_key
 from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import form_of, has_shards, lacks_memory, local_of
+from keepbest.formats.tied import place_of
+from keepbest.modules.kinds import PLAIN_CLASSES, form_of, has_shards, is_dense, lacks_memory, local_of
 from keepbest.modules.parts import Part
+from keepbest.modules.raw_bytes import raw_bytes
 
 _LISTED_KEYS = 6
 _PART = "only=... loads a part"
@@ -51,22 +53,26 @@ class Comparison:
         lacks: For each part the keys that this model does not have. Other ranks may have them.
         casts: Values that must be looked at.
         absent: Paths of the parts that this model does not have.
+        tied: For each tensor of this model that is to take several stored ones, the part and key of each of them.
     """
 
     faults: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     lacks: dict[str, list[str]] = field(default_factory=dict)
     casts: list[Cast] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    tied: list[list[tuple[str, str]]] = field(default_factory=list)
+    _places: dict[Hashable, list[tuple[str, str]]] = field(default_factory=dict)
 
     def to_json(self) -> list[Any]:
         """JSON values only; `from_json` is the inverse."""
-        return [self.faults, self.lacks, self.casts, self.absent]
+        tied = [places for places in self._places.values() if len(places) > 1]
+        return [self.faults, self.lacks, self.casts, self.absent, tied]
 
     @classmethod
     def from_json(cls, content: Sequence[Any]) -> Comparison:
         """The inverse of `to_json`."""
-        faults, lacks, casts, absent = content
-        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent)
+        faults, lacks, casts, absent, tied = content
+        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent, [list(map(tuple, each)) for each in tied])
 
     def add(
         self, contents: PartContents, saved: Mapping[str, Kind], present: Mapping[str, Any], may_lack: set[str]
@@ -89,6 +95,7 @@ class Comparison:
         for key in sorted(saved.keys() & present.keys()):
             if is_extra_state(key):
                 continue  # its shape and kind are the matter of the module
+            self._note_place(contents, key, saved[key], present[key])
             target = _without_shards(present[key])
             if (fault := _misfit(saved[key], target)) is not None:
                 faults.setdefault(fault, []).append(key)
@@ -97,6 +104,14 @@ class Comparison:
                 self.casts.append(Cast(name, contents.names_to_keys[key], dtype))
         if found := {fault: keys for fault, keys in faults.items() if keys}:
             self.faults[name] = found
+
+    def _note_place(self, contents: PartContents, key: str, kind: Kind, target: object) -> None:
+        if kind.dtype is None or kind.form or not isinstance(target, torch.Tensor):
+            return
+        place = place_of(key, target) if type(target) in PLAIN_CLASSES and is_dense(target) else id(target)
+        stored = contents.part.name, contents.names_to_keys[key]
+        if stored not in (places := self._places.setdefault(place, [])):
+            places.append(stored)
 
 
 def refuse_misfits(parts: Iterable[Part], comparisons: Sequence[Comparison]) -> None:
@@ -124,6 +139,13 @@ def refuse_misfits(parts: Iterable[Part], comparisons: Sequence[Comparison]) -> 
             messages.append(f"{where}{listed}")
     if messages:
         raise SnapshotError(f"the snapshot does not fit the model: {'; '.join(messages)}. Nothing was loaded; {_PART}")
+
+
+def are_equal(one: object, other: object) -> bool:
+    """Whether two values are dense tensors with the same bits. **Rank-local**."""
+    if not (is_dense(one) and is_dense(other)):
+        return False
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(raw_bytes(one), raw_bytes(other))
 
 
 def refuse_losses(casts: Iterable[Cast], parts: Iterable[Part]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepbest.capture.alike import refuse_unlike
 from keepbest.capture.catalogue import Entry, Held, Name, Role
 from keepbest.capture.fingerprint import fingerprint, fingerprint_of_sample
+from keepbest.capture.optimizer import parameter_of
 from keepbest.capture.share import Items
 from keepbest.capture.union import Holding, Union, refuse_other_values
 from keepbest.modules.kinds import local_of
@@ -54,7 +56,8 @@ class Drift:
     """Compares, at each save, the values that nothing keeps equal.
 
     These are parameters outside of DDP, and those in it whose gradients it does not exchange. Until a warning, they are
-    also buffers that DDP does not broadcast. Some values of some of the other weights show whether DDP was called.
+    also buffers that DDP does not broadcast. Some values of some of the other weights show whether DDP was called, and
+    some of what optimizers hold whole whether they were stepped alike.
 
     Args:
         items: What is saved.
@@ -74,7 +77,7 @@ class Drift:
         **Rank-local**.
         """
         balance = 0
-        for (part, key, place, digest, _), holders in self._prints(held, union):
+        for (part, key, place, digest, _), holders in (*self._prints(held, union), *self._states(held, union)):
             found = hashlib.blake2b(f"{part} {key} {place} {digest}".encode(), digest_size=8).digest()
             balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
         for name, alike in held.alike.items():
@@ -92,6 +95,9 @@ class Drift:
 
         def mine() -> list[Any]:
             alike = {what: text for each in held.alike.values() for what, text in each.items()}
+            for each, _ in self._states(held, union):
+                name, key = parameter_of(each.key)
+                alike[f"{key!r} of the optimizer {each.part!r} for {name!r}"] = each.digest
             return [[each for each, _ in self._prints(held, union)], alike]
 
         found = self._ranks.gather_json(step, mine)
@@ -137,6 +143,22 @@ class Drift:
                 known[id(value)] = fingerprint(local_of(value) if place else value)
             prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
         return prints
+
+    def _states(self, held: Held, union: Union) -> Iterator[tuple[_Print, Sequence[int]]]:
+        """Fingerprints of some values of what optimizers hold whole, and the ranks of the keeper that hold the same."""
+        if self._ranks.world_size == 1 or not self._items.training_state:
+            return
+        whole = [
+            (name, holding.holders)
+            for name, holding in union.kept()
+            if holding.entry.form.role == "state" and not holding.entry.form.spread and "/" in name.key
+        ]
+        every = max(1, len(whole) // _SAMPLED)
+        while math.gcd(every, 30) > 1:  # the state of a parameter has a few keys, and each of them is to have its turn
+            every += 1
+        for name, holders in whole[::every]:
+            if len(holders) > 1 and name in held.values:
+                yield _Print(*name, "sample", fingerprint_of_sample(held.values[name]), must_be_equal=True), holders
 
     def _piece(self, entry: Entry, holding: Holding) -> tuple[str, Sequence[int]]:
         """Which piece this rank holds, and the ranks of the keeper that nothing of torch keeps equal to it there."""

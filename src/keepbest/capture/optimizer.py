@@ -22,12 +22,14 @@ from keepbest.capture.alike import Alike, alike_of, is_split, refuse_a_part
 from keepbest.capture.fsdp1 import flat_entries
 from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
-from keepbest.modules.kinds import is_dtensor, is_fsdp2
+from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves, spelled
+from keepbest.modules.sources import shard_again
 from keepbest.modules.wrappers import PlainNames
 
 GROUPS = "param_groups"
 _OF_THE_MODEL = ("params", "param_names")  # of a group; the names depend on the wrappers
+_OF_TORCH = ("state", "param_groups")  # what each state_dict() of an optimizer has; some have more
 _REMEDY = "Make the optimizer of the parameters of the model that the keeper has, after it was wrapped"
 
 
@@ -41,9 +43,7 @@ class ParameterNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if is_fsdp2(module):
-                module.reshard()  # after a forward pass the parameters may be whole ones, which no optimizer knows
+        shard_again(model)  # after a forward pass the parameters may be whole ones, which no optimizer knows
         names = PlainNames(model)
         found = [(names.plain(key), each) for key, each in model.named_parameters(remove_duplicate=False)]
         flat = list(flat_entries(model))
@@ -134,7 +134,7 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
 
 def _beside(state: Mapping[str, Any], *, is_sharded: bool) -> dict[str, Any]:
     """What the state dict of an optimizer of the user's own has beside the groups and the state of parameters."""
-    beside = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    beside = {key: value for key, value in state.items() if key not in _OF_TORCH}
     parts = [
         f"{key!r}{spelled(path)}" for key, value in beside.items() for path, each in leaves(value) if _is_long(each)
     ]

@@ -75,7 +75,7 @@ def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterabl
         return f"it was saved from {other!r}, and is to be loaded into {here!r}. Make an optimizer of the saved kind"
     if is_by_element(optimizer) and list(kinds):
         return None  # torch itself fills in the options that an older version had not
-    expected = unwrapped(optimizer).defaults.keys() - {*_HOW}
+    expected = getattr(unwrapped(optimizer), "defaults", {}).keys() - {*_HOW}  # a wrapper may have none
     lacking = sorted({key for group in groups for key in expected - group.keys()})
     if lacking:
         return (

@@ -24,6 +24,7 @@ _IN_A_UNIT_AROUND = (
     "seen. Make the keeper with the wrapped model, after it was wrapped"
 )
 
+_WITHOUT_VALUES = {getattr(torch, f"{kind}{bits}", None) for kind in ("int", "uint") for bits in range(1, 8)}
 _LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
@@ -45,7 +46,7 @@ def refuse_what_cannot_be_kept(
             _fault_of(held.values[name], entry.form, is_training_state=name.part in states)
             or _outside(entry.members, ranks)
             or (_gathered_wrongly(held.values[name], gathered) if form.capture == "gathered" else None)
-            or (form.for_state if name.part in states else form).cannot_hold(held.values[name])
+            or (form.for_state if name.part in states else form).cannot_hold(name.key, held.values[name])
         )
         if fault is not None:
             raise ConfigError(f"{str(name)!r} {fault}")
@@ -96,7 +97,11 @@ def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
         return _IN_A_UNIT_AROUND
     if is_dtensor(value) and any(placement.is_partial() for placement in value.placements):
         return "is a DTensor with a Partial placement, of which no rank holds values. Redistribute it first"
-    inside = value.to_local().detach() if is_dtensor(value) else value
+    return _fault_of_values(value.to_local().detach() if is_dtensor(value) else value)
+
+
+def _fault_of_values(inside: torch.Tensor) -> str | None:
+    """What is wrong with the values that this rank has of a tensor."""
     if inside.is_meta:
         return "is on the meta device: it has no values that could be saved. Materialize it before the keeper starts"
     if is_fake(inside):
@@ -110,6 +115,8 @@ def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
             f"is a {kind}, a subclass of Tensor, which could not be read again without code of its own. Keep a plain "
             "tensor, convert it with as_subclass(torch.Tensor), or leave it out (model_names, or save_frozen_weights)"
         )
+    if inside.dtype in _WITHOUT_VALUES:
+        return f"is {inside.dtype}, which torch neither copies nor saves. Keep its bytes: view(torch.uint8)"
     return _lost_memory(inside)
 
 

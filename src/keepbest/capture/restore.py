@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from keepbest.capture.catalogue import state_beside
-from keepbest.capture.compare import Comparison, refuse_losses, refuse_misfits
+from keepbest.capture.compare import Comparison, are_equal, refuse_losses, refuse_misfits
 from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.restore_states import StatesToLoad
@@ -207,8 +207,35 @@ def _compare(
     comparisons = [Comparison.from_json(each) for each in found]
     parts = [each.part for each in contents]
     refuse_misfits(parts, comparisons)
+    _refuse_different_values(
+        {places for comparison in comparisons for places in map(tuple, comparison.tied)}, contents, feed
+    )
     if casts := sorted({cast for comparison in comparisons for cast in comparison.casts}):
         refuse_losses(feed.losses(casts), parts)
+
+
+def _refuse_different_values(
+    tied: Iterable[tuple[tuple[str, str], ...]], contents: Sequence[PartContents], feed: Feed
+) -> None:
+    """Check that values which are for one tensor of a model are the same. **Collective**.
+
+    Args:
+        tied: Parts and keys of the values for each such tensor; the same on every rank.
+        contents: What there is.
+        feed: Where values come from.
+
+    Raises:
+        SnapshotError: On every rank, if they are not.
+    """
+    parts = {each.part.name: each for each in contents}
+    for places in sorted(tied):
+        values = [feed.bring(parts[part], [key], {key: None})[key] for part, key in places]
+        if not all(are_equal(values[0], value) for value in values[1:]):
+            names = " and ".join(whole_key(parts[part].part, key) for part, key in places)
+            raise SnapshotError(
+                f"the snapshot does not fit the model: {names} have different values there, and are one tensor in the "
+                "model, which is tied. Untie it. Nothing was loaded"
+            )
 
 
 def _load(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from keepbest.capture.compare import are_equal
 from keepbest.capture.contents import PartContents
 from keepbest.capture.feed import Feed
 from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
@@ -22,8 +22,6 @@ from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
 from keepbest.capture.schedule_kind import fault_of_schedule
 from keepbest.capture.states import KIND, WHOLE, Stateful
 from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import is_dense
-from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.ranks import Ranks
 
 _logger = logging.getLogger(__name__)
@@ -153,7 +151,7 @@ class StatesToLoad:
         """What is wrong with tensors that are for one place. **Collective**; the same on every rank."""
         values = self._feed.bring(self._found[name].contents, keys, dict.fromkeys(keys))
         first, *others = (values[key] for key in keys)
-        if all(_is_equal(first, other) for other in others):
+        if all(are_equal(first, other) for other in others):
             return []
         names = " and ".join(keys)
         return [f"{names} were saved with different values, and are for one parameter, which is tied here: untie it"]
@@ -173,9 +171,3 @@ class StatesToLoad:
             _logger.warning(
                 "rank %d keeps its own %s: it was saved on %d ranks", self._ranks.rank, name, len(found.data)
             )
-
-
-def _is_equal(one: Any, other: Any) -> bool:
-    if not (is_dense(one) and is_dense(other)):
-        return False
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(raw_bytes(one), raw_bytes(other))

@@ -58,7 +58,8 @@ class DistributedCheckpoint(Format):
     name = "dcp"
     capture = "local"
 
-    def cannot_hold(self, value: object) -> str | None:
+    def cannot_hold(self, key: str, value: object) -> str | None:
+        del key
         if isinstance(value, torch.Tensor) and (kind := special_kind(value)):
             return f"is {kind}, which format 'dcp' cannot hold; use format 'torch'"
         # Of these torch cannot plan the shares.

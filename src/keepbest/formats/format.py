@@ -116,9 +116,9 @@ class Format(ABC):
         """
         return  # a format needs torch alone, unless it says otherwise
 
-    def cannot_hold(self, value: object) -> str | None:
+    def cannot_hold(self, key: str, value: object) -> str | None:
         """Why the format cannot hold a value of a state dict, and the way out; `None` if it can."""
-        del value  # a format holds everything that torch saves, unless it says otherwise
+        del key, value  # a format holds everything that torch saves, unless it says otherwise
         return None
 
     @abstractmethod

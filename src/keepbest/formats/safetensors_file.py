@@ -26,6 +26,8 @@ from keepbest.modules.raw_bytes import buffer_of
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
 
+_METADATA = "__metadata__"
+_IS_NO_TENSOR = "has the name that a safetensors file has for what is no tensor"
 _TIED = "tied"  # key of the header's metadata: {name: name of the tensor that it is one with}, as JSON
 _ALIGNMENT = 8
 DTYPES = {
@@ -61,7 +63,9 @@ class SafetensorsFile(WholeFileFormat):
     def check(self) -> None:
         require_safetensors()
 
-    def cannot_hold(self, value: object) -> str | None:
+    def cannot_hold(self, key: str, value: object) -> str | None:
+        if key == _METADATA:
+            return f"{_IS_NO_TENSOR}; give it another name, or use format 'torch' or 'dcp'"
         if not isinstance(value, torch.Tensor):
             return (
                 f"in the state dict is a {type(value).__name__}, and format 'safetensors' holds tensors only; "
@@ -156,13 +160,15 @@ def _read_bytes(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     data = path.read_bytes()
     tensors = load(data)  # checks the header, too
     (size,) = struct.unpack_from("<Q", data)
-    return tensors, json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return tensors, json.loads(data[8 : 8 + size]).get(_METADATA, {})
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     end = 0
     for entry in entries:
+        if entry.key == _METADATA:
+            raise SnapshotError(f"{entry.key!r} {_IS_NO_TENSOR}; give it another name")
         if entry.dtype not in DTYPES:
             raise SnapshotError(f"a safetensors file cannot hold {entry.key!r}, which is {entry.dtype}")
         start, end = end, end + entry.bytes

@@ -34,7 +34,8 @@ class TorchFile(WholeFileFormat):
 
     def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
         tied = first_names({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
-        compact = {key: _compact(value) for key, value in state.items() if key not in tied}
+        dtypes: dict[int, torch.dtype] = {}
+        compact = {key: _compact(value, dtypes) for key, value in state.items() if key not in tied}
         compact |= {key: compact[first] for key, first in tied.items()}
         ordered = {key: compact[key] for key in state}
         with files.create(path) as file, without_crc32():
@@ -92,16 +93,22 @@ def without_crc32() -> Iterator[None]:
         set_crc32_options(compute_crc32=before)
 
 
-def _compact(value: Any) -> Any:
-    # A view would drag the whole storage that it looks into along into the file. What is sparse has none.
+def _compact(value: Any, dtypes: dict[int, torch.dtype]) -> Any:
+    """Return `value` with tensors that torch can save. `dtypes` has the dtype of each storage that was seen before."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        return value.clone(memory_format=torch.contiguous_format) if _is_view(value) else value
-    if type(value) not in (dict, list, tuple) or not any(_is_view(each) for _, each in leaves(value)):
+        return value.clone(memory_format=torch.contiguous_format) if _is_view(value, dtypes) else value
+    if type(value) not in (dict, list, tuple) or not any(_is_view(each, dtypes) for _, each in leaves(value)):
         return value
-    inside: Iterable[Any] = map(_compact, value.values() if isinstance(value, dict) else value)
+    inside: Iterable[Any] = (_compact(each, dtypes) for each in (value.values() if isinstance(value, dict) else value))
     return dict(zip(value, inside, strict=True)) if isinstance(value, dict) else type(value)(inside)
 
 
-def _is_view(value: object) -> bool:
-    return is_dense(value) and value.untyped_storage().nbytes() != value.nbytes
+def _is_view(value: object, dtypes: dict[int, torch.dtype]) -> bool:
+    """Whether a tensor needs a storage of its own."""
+    if not is_dense(value):
+        return False  # what is sparse has none
+    storage = value.untyped_storage()
+    # A view would drag the whole storage that it looks into along into the file, and torch writes one dtype of each.
+    is_of_another_dtype = value.numel() > 0 and dtypes.setdefault(storage.data_ptr(), value.dtype) != value.dtype
+    return storage.nbytes() != value.nbytes or is_of_another_dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from keepbest.errors import SnapshotError
-from keepbest.modules.kinds import is_fsdp1
+from keepbest.modules.kinds import is_fsdp1, is_fsdp2
 from keepbest.modules.parts import Part
 from keepbest.modules.state_dicts import state_dict_of
 from keepbest.modules.wrappers import PlainNames, modules_along
@@ -57,12 +58,25 @@ class Source:
         return key if part.holds(key) else None
 
 
+def shard_again(model: nn.Module) -> None:
+    """Put the shards back into the modules of FSDP2, where a forward pass has left whole parameters. **Rank-local**.
+
+    The whole ones may have another dtype, and are no place to load into. torch puts the shards back when a module is
+    asked for its state dict, unless the module has a parameter only since it is tied to that of another module.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        for module in model.modules():
+            if is_fsdp2(module):
+                module.reshard()
+
+
 def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights: bool) -> list[Source]:
-    """Return the sources that contain `parts` of `model`, in the order of the parts.
+    """Return the sources that contain `parts` of `model`, in the order of the parts. FSDP2 has its shards in it then.
 
     Raises:
         SnapshotError: If a part is not, or no longer, in the model.
     """
+    shard_again(model)
     sources: dict[str, Source] = {}
     for part in parts:
         along = modules_along(model, part.path)

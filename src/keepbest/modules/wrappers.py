@@ -213,7 +213,8 @@ def modules_along(module: nn.Module, path: str) -> list[tuple[str, nn.Module]] |
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module | None]:
-    return module._modules  # noqa: SLF001  # named_children() leaves out the further names of a child
+    children: Mapping[str, nn.Module | None] = module._modules  # noqa: SLF001  # named_children() leaves out names
+    return children if isinstance(children, dict) else dict(children.items())  # TorchScript has a class of its own
 
 
 def own_weights(module: nn.Module) -> frozenset[str]:
