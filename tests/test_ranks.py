@@ -28,6 +28,11 @@ from tests.kit.child import announce, pause
 from tests.kit.pool import run_ranks, start_ranks
 
 
+class OtherLibrary:
+    class StorageError(RuntimeError):
+        """It has a name of ours, and says nothing of the run folder."""
+
+
 def update(number):
     return TrainingIteration(update=number)
 
@@ -65,8 +70,9 @@ def fail_on(failing, error):
         (IterationError("ü" * 5000), IterationError, f"IterationError: {'ü' * 5000}"),
         (OSError(28, "disk full"), StorageError, "OSError: [Errno 28] disk full. Pull harder"),
         (RuntimeError(""), RankFailedError, "RuntimeError: "),
+        (OtherLibrary.StorageError("too heavy"), RankFailedError, "StorageError: too heavy"),
     ],
-    ids=["foreign", "ours", "long", "disk", "without words"],
+    ids=["foreign", "ours", "long", "disk", "without words", "named as ours"],
 )
 def test_failure_of_one_rank_is_raised_on_every_rank(error, kind, told):
     assert run_ranks(fail_on, 3, [1], error) == [(kind, f"failed to weigh the anchor on rank 1 of 3: {told}")] * 3

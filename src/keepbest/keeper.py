@@ -31,17 +31,19 @@ from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState, Owner
 from keepbest.saving.open_run import OpenRun, WorksInRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
+from keepbest.saving.turns import in_turn
 from keepbest.settings_dict import KeeperSettingsDict
 
 _logger = logging.getLogger(__name__)
 
 
+@in_turn("start", "observe", "observe_reading", "flush", "release", "close", "abandon")
 class BestKeeper(WorksInRun):
     """Keeps the best checkpoints of one metric of a run.
 
     Creating one is **collective** over the ranks of `process_group`, as are `start`, `observe`, `flush`, `release`,
     `close` and `restore_best`. In a `with` block it starts at the beginning and closes at the end. A block that is left
-    by an exception records nothing more.
+    by an exception records nothing more. Threads of one process take turns.
 
     Args:
         model: Model to save: plain, or wrapped by DDP, FSDP1, FSDP2, tensor parallelism, `torch.compile`.
@@ -60,6 +62,7 @@ class BestKeeper(WorksInRun):
     """
 
     _face = Face()  # an adapter has one of its own
+    _repr_html_ = fragment_of  # what a notebook shows of it
 
     def __init__(
         self,
@@ -278,8 +281,6 @@ class BestKeeper(WorksInRun):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         (self.close if kind is None else self.abandon)()
-
-    _repr_html_ = fragment_of  # what a notebook shows of it
 
     def __repr__(self) -> str:
         best = "nothing kept yet" if self._state.best is None else f"best {self._state.best.value}"

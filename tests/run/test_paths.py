@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest import BestKeeper, abandon, load, open_run
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, StorageError
 from keepbest.export import export
 from keepbest.remote.storage import local_path
 from keepbest.run.verify import verify
+from tests.faults.filled_run import VALUES, go_on, keeper_of, net, refs_hold
 from tests.kit.cli_runs import keepbest
 from tests.kit.pool import run_ranks
 
@@ -163,3 +164,25 @@ def test_name_in_another_encoding_of_the_process_is_refused(tmp_path):
     assert ended.returncode == 1
     assert "ConfigError" in ended.stderr
     assert "set PYTHONUTF8=1, since this process takes the names of files for ascii" in ended.stderr
+
+
+@pytest.mark.parametrize("settings", [{}, {"async_save": True}, {"format": "dcp"}], ids=["waits", "background", "dcp"])
+def test_run_that_is_moved_away_and_back_continues(settings, tmp_path):
+    run, elsewhere, model = tmp_path / "run", tmp_path / "elsewhere", net()
+    keeper = keeper_of(run, model, **settings)
+    go_on(keeper, model, VALUES[:2])
+    keeper.flush()
+    run.rename(elsewhere)
+
+    def observe_and_wait() -> None:
+        go_on(keeper, model, VALUES[:5])
+        keeper.flush()
+
+    with pytest.raises(StorageError, match="put back what was there"):
+        observe_and_wait()
+    assert not run.exists()
+    elsewhere.rename(run)
+    with keeper:
+        go_on(keeper, model)
+    assert verify(run) == []
+    assert refs_hold(run)["best_model.loss"] == 8

@@ -50,6 +50,23 @@ def test_one_record_for_each_iteration(tmp_path):
     ]
 
 
+def test_what_the_disk_refuses_is_written_once_it_can_be(tmp_path, caplog):
+    log = tmp_path / "log"
+    log.mkdir()  # in the place of the file
+    writer, counter = make_writer(log)
+    for value in (1.0, 2.0):
+        counter.next_update()
+        writer.add_scalar("loss", value)
+        writer.flush()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "Is a directory" in caplog.text
+    log.rmdir()
+    counter.next_update()
+    writer.add_scalar("loss", 3.0)
+    writer.flush()
+    assert [(record["update"], record["loss"]) for record in records(log)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 def test_other_ranks_write_nothing(tmp_path):
     writer, _ = make_writer(tmp_path / "log", is_main=False)
     writer.add_scalar("a", 1)

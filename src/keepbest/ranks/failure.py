@@ -21,6 +21,7 @@ class FailureReport(NamedTuple):
         message: Message of the exception.
         remedy: What the user can do if the file system refused.
         refused: Whether the file system refused.
+        is_ours: Whether the class is one of this library. Those of others may have the same names.
     """
 
     step: str
@@ -28,12 +29,14 @@ class FailureReport(NamedTuple):
     message: str
     remedy: str
     refused: bool
+    is_ours: bool
 
     @classmethod
     def of(cls, step: str, failure: BaseException, remedy: str) -> Self:
         """Return the report on `failure`."""
         refused = isinstance(failure, OSError) and not isinstance(failure, KeepBestError)
-        return cls(step, type(failure).__name__, text_of(failure), remedy, refused)
+        name = type(failure).__name__
+        return cls(step, name, text_of(failure), remedy, refused, is_ours=getattr(errors, name, None) is type(failure))
 
     def to_text(self) -> str:
         """Return the report as text. `from_text` is the inverse."""
@@ -47,8 +50,8 @@ class FailureReport(NamedTuple):
     @property
     def error_class(self) -> type[KeepBestError] | None:
         """The exception's class if it is one of this library."""
-        found = getattr(errors, self.error_name, None)
-        return found if isinstance(found, type) and issubclass(found, KeepBestError) else None
+        found: type[KeepBestError] | None = getattr(errors, self.error_name) if self.is_ours else None
+        return found
 
 
 def cause_of(failure: BaseException) -> BaseException:

@@ -55,7 +55,7 @@ class DurableFile:
         held = os.fstat(self._descriptor)
         try:
             return held.st_size == size and os.path.samestat(held, self.path.stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def flush(self) -> None:

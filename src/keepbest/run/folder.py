@@ -246,6 +246,13 @@ class RunFolder:
         """A name for a snapshot of `iteration`; `selection` is what is saved."""
         return self.snapshots.new_name(iteration, self.history.restarts, selection, self.history.manifests)
 
+    def begin_snapshot(self, name: str) -> None:
+        """Make the empty folder for the files of a snapshot, unless the run is somewhere else now. Raises `OSError`."""
+        if self._ledger is not None:
+            # Else a run that was moved away would get another folder in its old place, and could not be moved back.
+            self._ledger.check_is_in_place()
+        self.snapshots.begin(name)
+
     @property
     def durable_bytes(self) -> int:
         """The bytes of the ledger that are known to be on the disk."""

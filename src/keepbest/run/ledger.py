@@ -156,6 +156,16 @@ class LedgerFile:
         """Make all lines durable, those included that could not be written before. Raises as `append`."""
         self._write(durable=True)
 
+    def check_is_in_place(self) -> None:
+        """Check that nobody has removed, replaced or changed the file. Raises `OSError`."""
+        self._restore()
+        if not self._file.is_in_place(self._tail.end):
+            raise OSError(
+                errno.ENOENT,
+                "the ledger was removed, replaced or changed while the run was open; put back what was there",
+                str(self._path),
+            )
+
     @property
     def size(self) -> int:
         """The bytes of all lines that were written."""
@@ -191,13 +201,10 @@ class LedgerFile:
         self._is_closed = True
 
     def _write(self, *, durable: bool) -> None:
-        self._restore()
-        if durable and not self._file.is_in_place(self._tail.end):
-            raise OSError(
-                errno.ENOENT,
-                "the ledger was removed, replaced or changed while the run was open; put back what was there",
-                str(self._path),
-            )
+        if durable:
+            self.check_is_in_place()
+        else:
+            self._restore()
         lines = self._tail.lines
         missing = b"".join(lines[self._tail.written :])
         self._condition = "torn"

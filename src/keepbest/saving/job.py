@@ -168,7 +168,7 @@ class PendingSnapshot:
         drain()
         record = _of_rank_0(self._record)
         self._name = record.folder.new_name(self._iteration, self._selection)
-        record.folder.snapshots.begin(self._name)
+        record.folder.begin_snapshot(self._name)
         return self._name
 
     def _write(self, name: str) -> Receipt:

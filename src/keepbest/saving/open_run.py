@@ -36,6 +36,8 @@ class WorksInRun:
         TypeError: As objects of Python that cannot be copied do, if it is copied or pickled, with what holds it.
     """
 
+    _run: OpenRun
+
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"cannot copy or pickle {type(self).__name__}, since it has a run folder open: hold it outside of what is "
@@ -66,6 +68,7 @@ class OpenRun:
         remote: URL of a copy of the run; `None` if there is none.
         folder: On rank 0, the run folder; `None` before `open_folder` and elsewhere.
         worker: Who writes into the folder.
+        turn: Lock that is held during the calls of what works here, so that threads take turns.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class OpenRun:
         self._keepers: dict[str, weakref.finalize[..., Any]] = {}
         self._process: int | None = None
         self._is_over = False  # since the interpreter exits
-        self._lock = threading.RLock()
+        self.turn, self._lock = threading.RLock(), threading.RLock()
         self._newest: tuple[TrainingIteration, Hashable, PendingSnapshot, str] | None = None
         self._hurry: list[Callable[[], None]] = []
         self._at_release: dict[str, Callable[[], None]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol, cast
@@ -11,6 +13,8 @@ from torch import Tensor
 from keepbest.iteration import TrainingIteration
 from keepbest.training.counter import UpdateCounter
 from keepbest.training.trackers import Tracker
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class LogWriter:
         self._tracker = tracker
         self._update_counter = update_counter
         self._is_main = is_main
+        self._unwritten: deque[tuple[TrainingIteration, dict[str, float]]] = deque()  # by rank 0
+        self._is_refused = False
 
     @property
     def log_cache(self) -> dict[str, LoggedScalar]:
@@ -94,8 +100,8 @@ class LogWriter:
     def flush(self) -> None:
         """Pass the cached scalars to the tracker, one record for each iteration, and clear the cache. **Rank-local**.
 
-        Raises:
-            OSError: On rank 0, if the tracker cannot write.
+        What the file system refuses is a warning, once, since rank 0 alone writes and the others are in the next
+        update. These records go to the tracker at the next flush.
         """
         cached, self._log_cache = self._log_cache, {}
         if not self._is_main:
@@ -103,8 +109,15 @@ class LogWriter:
         records: dict[TrainingIteration, dict[str, float]] = {}
         for key, scalar in cached.items():
             records.setdefault(scalar.iteration, {})[key] = scalar.value
-        for iteration, scalars in records.items():
-            self._tracker.log(iteration, scalars)
+        self._unwritten += records.items()
+        try:
+            while self._unwritten:
+                self._tracker.log(*self._unwritten[0])
+                self._unwritten.popleft()
+        except OSError as error:
+            if not self._is_refused:
+                _logger.warning("what is logged cannot be written, and is kept until it can be: %s", error)
+        self._is_refused = bool(self._unwritten)
 
 
 @dataclass(frozen=True, slots=True)
