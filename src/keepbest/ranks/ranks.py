@@ -85,6 +85,14 @@ class Ranks:
             save_timeout=timeouts[1],
         )
 
+    def check_alone(self) -> None:
+        """Refuse to work alone if `connect` came too early, and warn if this seems to be one process of several. **Rank-local**.
+
+        Raises:
+            ConfigError: If torch.distributed was initialised with several ranks after `connect`.
+        """
+        self._control.check_alone()
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that reads and writes the run folder."""
