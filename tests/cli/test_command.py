@@ -75,3 +75,23 @@ def test_closed_pipe_of_the_users_code_is_shown(tmp_path, monkeypatch):
 def test_usage_brackets_once_what_may_be_left_out(command, name):
     [usage] = [line for line in runs.keepbest(command, "--help").stdout.splitlines() if "Usage:" in line]
     assert usage.split()[-1].removesuffix("...") in (name, f"[{name}]")  # typer 0.15 has no brackets there
+
+
+@pytest.mark.parametrize("command", ["train", "eval --config", "export RUN best --to", "plot RUN -o", "report RUN -o"])
+def test_empty_path_is_not_taken_for_the_present_folder(command, tmp_path, monkeypatch):
+    with Run(tmp_path / "run").keeper as keeper:
+        keeper.observe(1.0, update(1))
+    monkeypatch.chdir(tmp_path)
+    ref = keeper.name
+    words = [{"RUN": "run", "best": ref}.get(word, word) for word in command.split()]
+    ended = runs.keepbest(*words, "", *(["run"] if command.startswith("eval") else []))
+    assert (ended.exit_code, ended.stdout) == (1, "")
+    assert "expected a path, got an empty text" in ended.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("seconds", ["1e300", "inf", "nan", "0"])
+def test_timeout_that_no_clock_counts_is_refused(seconds, tmp_path):
+    ended = runs.keepbest("eval", tmp_path, "--timeout", seconds)
+    assert ended.exit_code == 2
+    assert "Invalid value for '--timeout'" in ended.stderr

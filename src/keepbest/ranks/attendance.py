@@ -36,9 +36,7 @@ def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int] 
         rank: Rank of this process in it. It is signed in too, and never absent.
         number: Number of the collective.
     """
-    return _look(
-        group.get_group_store(), rank, group.size(), number, _key, before=lambda: sign_in(group, rank, number)
-    )
+    return _look(group.get_group_store(), rank, group.size(), number, _key, before=lambda: sign_in(group, rank, number))
 
 
 def unconnected_ranks(store: Store, rank: int, world_size: int, key: str, number: int) -> list[int] | None:

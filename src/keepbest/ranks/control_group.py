@@ -105,8 +105,8 @@ class ControlGroup:
         rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if rank and world_size not in ("", "1") and not dist.is_initialized():
             _logger.warning(
-                "RANK is %s and WORLD_SIZE is %s, but torch.distributed is not initialised, so each process keeps a run "
-                "alone; to keep one together, call init_process_group() before the keeper is created",
+                "RANK is %s and WORLD_SIZE is %s, but torch.distributed is not initialised, so each process keeps "
+                "a run alone; to keep one together, call init_process_group() before the keeper is created",
                 rank,
                 world_size,
             )
