@@ -285,10 +285,11 @@ def check_settings(
     given = KeeperSettings.of(settings)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
-    _check_metric_key(metric_key)
+    check_metric_key(metric_key)
     given = given.model_copy(update={"remote": check_remote(given.remote)})
     higher_is_better = given.higher_is_better
     if higher_is_better is None:
+        _check_provider(metric_property_provider)
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
     states = check_states(training_state, [part.name for part in parts])
@@ -305,6 +306,18 @@ def check_settings(
     )
 
 
-def _check_metric_key(metric_key: object) -> None:
+def _check_provider(provider: object) -> None:
+    if isinstance(provider, type) or not (provider is None or callable(getattr(provider, "higher_is_better", None))):
+        raise ConfigError(f"metric_property_provider must be a MetricPropertyProvider(), got {provider!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is a bool. Of the settings of an adapter, which pydantic does not check."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be a valid boolean, found {value!r}")
+
+
+def check_metric_key(metric_key: object) -> None:
+    """Raise `ConfigError` unless `metric_key` is the name of a metric."""
     if not isinstance(metric_key, str) or not metric_key.strip():
         raise ConfigError(f"metric_key must be the name of a metric, such as 'loss/val/total', got {metric_key!r}")

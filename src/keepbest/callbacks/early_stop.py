@@ -72,8 +72,8 @@ class MetricEarlyStopper(PeriodicCallback):
     def state_dict(self) -> dict[str, Any]:
         return self._state.to_json()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = BestState.from_json(state)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = BestState.from_json(state_dict)
 
     def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
         """Observe the metric that was logged at this iteration. **Collective**: one exchange. Nothing in evaluation.
