@@ -44,6 +44,7 @@ def test_errors_have_no_color_where_none_is_wanted(no_color, is_red, tmp_path, m
     ended = CliRunner(**runs.APART).invoke(app, ["show", str(tmp_path)], color=True)
     assert ended.exit_code == 1
     assert ended.stderr.startswith("\x1b[31merror: " if is_red else f"error: {tmp_path}")
+    assert ("\x1b" in ended.stderr) == is_red
 
 
 @pytest.mark.parametrize("command", [["show"], ["show", "--json"], ["verify"], ["launch-script"]], ids=" ".join)
@@ -88,6 +89,15 @@ def test_empty_path_is_not_taken_for_the_present_folder(command, tmp_path, monke
     assert (ended.exit_code, ended.stdout) == (1, "")
     assert "expected a path, got an empty text" in ended.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_training_that_keeps_nothing_is_warned_of(tmp_path, caplog):
+    config = runs.write_config(tmp_path / "config.yaml", runs.describe_run(tmp_path / "run", epochs=1))
+    assert runs.keepbest("train", config, "trainer.callbacks=[]").exit_code == 0
+    assert "trainer.callbacks is empty, so nothing is evaluated and no weights are kept" in caplog.text
+    caplog.clear()
+    assert runs.keepbest("train", config, f"directory={tmp_path / 'kept'}").exit_code == 0
+    assert "no weights are kept" not in caplog.text
 
 
 @pytest.mark.parametrize("seconds", ["1e300", "inf", "nan", "0"])

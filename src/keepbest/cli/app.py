@@ -323,5 +323,5 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
         elif process.rank == 0 or isinstance(error, _OWN_ERRORS):
             text = "\n".join(describe(error, lambda _: ())) if isinstance(error, ValidationError) else str(error)
             color = None if os.environ.get("NO_COLOR") else typer.colors.RED  # which tables follow by themselves
-            typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=color)
+            typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=color, reset=color is not None)
         raise typer.Exit(1) from error
