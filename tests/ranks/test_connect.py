@@ -29,7 +29,7 @@ def create_on_rank_0_alone(directory: Path) -> str:
 def test_keeper_on_rank_0_alone_names_the_absent_ranks(world_size, absent, tmp_path):
     message, *_ = run_ranks(create_on_rank_0_alone, world_size, tmp_path)
     assert f"rank 0 of {world_size} waited 0.5 s to connect" in message
-    assert f"ranks that did not arrive: {absent}. Create the keeper on every rank" in message
+    assert f"ranks that did not arrive: {absent}. Create a keeper, or call load, on every rank" in message
     assert list(tmp_path.iterdir()) == []
 
 

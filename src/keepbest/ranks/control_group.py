@@ -251,8 +251,8 @@ class ControlGroup:
         self._poison_by_lost_contact(step)
         return RankTimeoutError(
             f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s to connect with the others; "
-            f"ranks that did not arrive: {', '.join(map(str, absent))}. Create the keeper on every rank, not on rank 0 "
-            "alone, and make the same calls on each. Raise rank_timeout if they only need more time."
+            f"ranks that did not arrive: {', '.join(map(str, absent))}. Create a keeper, or call load, on every rank "
+            "and not on some of them. Raise rank_timeout if they only need more time."
         )
 
     def _lost(self, step: str, error: RuntimeError) -> RankLostError:
