@@ -174,9 +174,11 @@ def test_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path):
 
 def test_state_is_loaded_before_the_start_and_must_be_one(tmp_path):
     run = Run(tmp_path)
-    for nonsense in ({}, {"run_id": "a", "timeline": 0, "state": {}}):
-        with pytest.raises(ConfigError, match="not the state of a keeper"):
+    weights = {f"layers.{number}": torch.ones(9) for number in range(99)}
+    for nonsense in ({}, {"run_id": "a", "timeline": 0, "state": {}}, weights, None, [1]):
+        with pytest.raises(ConfigError, match=r"state_dict\(\) of a keeper returned, found a \w+") as caught:
             run.keeper.load_state_dict(nonsense)
+        assert len(str(caught.value)) < 200
     with run.keeper, pytest.raises(ConfigError, match="too late"):
         run.keeper.load_state_dict(run.keeper.state_dict())
 

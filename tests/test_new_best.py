@@ -267,6 +267,27 @@ def test_what_is_no_hook_is_refused(hooks, tmp_path):
         Run(tmp_path, on_new_best=hooks)
 
 
+class Counted:
+    def __call__(self, outcome):
+        raise RuntimeError("nobody calls this")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda: None, EveryRank(lambda _: None), Counted(), Counted],
+    ids=["none", "one, on every rank", "one, in a class", "a class"],
+)
+def test_hook_that_takes_other_arguments_is_refused(hook, tmp_path):
+    with pytest.raises(ConfigError, match=r"which cannot be called with these two: .*argument"):
+        Run(tmp_path / "run", on_new_best=hook)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("hook", [print, partial(print, 1), max, EveryRank(dict.fromkeys)])
+def test_hook_that_takes_more_is_taken(hook, tmp_path):
+    assert Run(tmp_path, on_new_best=hook).keeper.state.best is None
+
+
 async def await_it(outcome, path):
     raise RuntimeError("nobody calls this")
 

@@ -21,6 +21,7 @@ from docs import settings_table
 from keepbest import BestKeeper
 from keepbest.callbacks import BestCheckpointCallbackConfig
 from keepbest.errors import ConfigError
+from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.settings import KeeperSettings
 from keepbest.settings_dict import KeeperSettingsDict
 from tests.faces import FACES
@@ -84,6 +85,32 @@ def test_adapter_refuses_a_setting_before_training(face):
         module.BestCheckpoint(*([nn.Linear(1, 1)] if face == "ignite" else []), "loss", directory="run", tolerence=[1])
 
 
+ADAPTERS = {
+    "lightning": [
+        ({"metric_key": 5}, "metric_key must be the name of a metric"),
+        ({"metric_key": " "}, "metric_key must be the name of a metric"),
+        ({"save_training_state": "no"}, "save_training_state must be a valid boolean, found 'no'"),
+        ({"every_n_train_steps": "5"}, "every_n_train_steps must be an integer of at least 1, found '5'"),
+        ({"every_n_train_steps": True}, "every_n_train_steps must be an integer of at least 1, found True"),
+    ],
+    "transformers": [
+        ({"metric_key": 5}, "metric_key must be the name of a metric"),
+        ({"metric_key": ""}, "metric_key must be the name of a metric"),
+        ({"save_training_state": "no"}, "save_training_state must be a valid boolean, found 'no'"),
+    ],
+    "ignite": [({"model": nn.Linear(1, 1), "metric_key": None}, "metric_key must be the name of a metric")],
+}
+
+
+@pytest.mark.parametrize("face", ADAPTERS)
+def test_adapter_takes_no_argument_of_its_own_for_another(face):
+    module = pytest.importorskip(f"keepbest.integrations.{face}")
+    for arguments, message in ADAPTERS[face]:
+        with pytest.raises(ConfigError) as caught:
+            module.BestCheckpoint(**{"metric_key": "loss", "directory": "run", **arguments})
+        assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("face", ["callback", "command_line"])
 def test_trainer_alone_says_when_a_run_is_resumed(face, tmp_path):
     with pytest.raises(ConfigError, match="there is no setting 'resume'"):
@@ -111,6 +138,8 @@ def test_trainer_alone_says_when_a_run_is_resumed(face, tmp_path):
         {"keep_top_k": True},
         {"on_nonfinite": None},
         {"id": 3},
+        {"id": ""},
+        {"id": " "},
         {"rank_timeout": 0},
         {"rank_timeout": float("inf")},
         {"save_timeout": 1e300},
@@ -122,6 +151,18 @@ def test_value_of_another_type_or_range_is_not_converted(settings):
     [name] = settings
     with pytest.raises(ConfigError, match=rf"^{name}(\.0)? must be .*, found "):
         KeeperSettings.of(settings)
+
+
+@pytest.mark.parametrize("metric_key", ["", "  ", "\n", None, 5])
+def test_metric_without_a_name_is_refused(metric_key, tmp_path):
+    with pytest.raises(ConfigError, match="metric_key must be the name of a metric, such as 'loss/val/total', got"):
+        BestKeeper(nn.Linear(1, 1), directory=tmp_path, metric_key=metric_key, higher_is_better=False)
+
+
+@pytest.mark.parametrize("provider", [MetricPropertyProvider, 5, {"loss": False}], ids=["class", "int", "dict"])
+def test_what_knows_no_direction_is_no_provider(provider, tmp_path):
+    with pytest.raises(ConfigError, match=r"^metric_property_provider must be a MetricPropertyProvider\(\), got"):
+        BestKeeper(nn.Linear(1, 1), directory=tmp_path, metric_key="loss", metric_property_provider=provider)
 
 
 def test_sequences_and_integers_are_taken_as_what_they_mean():

@@ -50,7 +50,7 @@ class Contents(NamedTuple):
 def export(
     run: Path | str,
     ref: str,
-    to: Path,
+    to: Path | str,
     *,
     part: str | None = None,
     only: str | Sequence[str] | None = None,

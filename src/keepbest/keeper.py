@@ -136,6 +136,7 @@ class BestKeeper(WorksInRun):
         self._run.refuse_elsewhere()
         if self._phase != "new":
             return
+        self._ranks.check_alone()
         resumes = f"loaded={self._loaded} at={at}".encode()
         step, from_ledger = self._opening, self._settings.resume == "ledger" or at is not None
         try:

@@ -79,12 +79,27 @@ def check_hooks(hooks: object) -> tuple[Hook, ...]:
         called = hook._hook if isinstance(hook, EveryRank) else hook  # noqa: SLF001  # of this module
         if not callable(called):
             raise ConfigError(f"EveryRank must have a function of an outcome and a path, found {called!r}")
+        _check_takes_both(called)
         if any(_does_nothing_yet(each) for each in (called, type(called).__call__)):
             raise ConfigError(
                 f"on_new_best must be an ordinary function of an outcome and a path, found {called!r}, whose body does "
                 "not run when it is called: it is async or a generator"
             )
     return tuple(given)
+
+
+def _check_takes_both(hook: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # of some functions written in C
+        return
+    try:
+        signature.bind("outcome", "path")
+    except TypeError as error:
+        raise ConfigError(
+            f"on_new_best must be a function of an outcome and a path, found {hook!r}, which cannot be called with "
+            f"these two: {error}"
+        ) from error
 
 
 def _does_nothing_yet(function: object) -> bool:

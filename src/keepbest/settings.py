@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -22,6 +23,7 @@ from keepbest.formats.registry import FormatName, check_format
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.modules.parts import select_parts
 from keepbest.new_best import Hook, check_hooks, hooks_to_compare
+from keepbest.ranks import LONGEST_TIMEOUT
 from keepbest.reduction import MetricReduction
 from keepbest.remote.storage import check_remote, local_path
 from keepbest.run.names import best_ref
@@ -29,11 +31,11 @@ from keepbest.settings_dict import KeeperSettingsDict
 from keepbest.validation import describe
 
 
-def _as_list(value: object) -> object:
+def _as_list(value: object, *, example: Sequence[object]) -> object:
     # A text is a sequence too, and pydantic says "an instance of Sequence", which is no word of YAML.
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        example = f" such as [{value!r}]" if isinstance(value, str | int | float) else ""
-        raise PydanticCustomError("list", "Input should be a list{example}", {"example": example})
+        shown = [value] if type(value) is type(example[0]) else list(example)
+        raise PydanticCustomError("list", "Input should be a list such as {shown}", {"shown": repr(shown)})
     return list(value)
 
 
@@ -64,13 +66,21 @@ def _sorted_if_unique(values: Sequence[int]) -> Sequence[int]:
     return tuple(sorted(values))
 
 
-# A timeout has to fit into the clocks of torch, and nobody waits for longer than 30 years.
-_Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+def _check_name(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("name", "Input should be a name or absent")
+    return value
+
+
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT, allow_inf_nan=False, strict=True)]
+"""A timeout."""
 _Tolerances = Annotated[
-    Sequence[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), AfterValidator(_sorted_if_unique)
+    Sequence[Annotated[int, Field(ge=0)]],
+    BeforeValidator(partial(_as_list, example=[2, 5])),
+    AfterValidator(_sorted_if_unique),
 ]
-_Direction = Annotated[bool | None, BeforeValidator(_check_direction)]
-_Names = Annotated[Sequence[str], BeforeValidator(_as_list), AfterValidator(tuple)]
+Direction = Annotated[bool | None, BeforeValidator(_check_direction)]
+_Names = Annotated[Sequence[str], BeforeValidator(partial(_as_list, example=["encoder"])), AfterValidator(tuple)]
 _TIMEOUTS = ("rank_timeout", "save_timeout")
 
 
@@ -96,7 +106,7 @@ class CommonSettings(BaseModel):
     save_frozen_weights: bool = Field(
         default=True, description="Whether to save parameters that do not require grad at that moment."
     )
-    higher_is_better: _Direction = Field(
+    higher_is_better: Direction = Field(
         default=None, description="Direction of the metric. `None` takes it from the name of the metric."
     )
     min_delta: float = Field(
@@ -143,7 +153,7 @@ class CommonSettings(BaseModel):
         description="Whether a save that fails raises, or only costs that best, so that training continues with the "
         "last one on the disk as the best to beat.",
     )
-    id: str | None = Field(
+    id: Annotated[str, AfterValidator(_check_name)] | None = Field(
         default=None, description="Name that distinguishes this keeper from others of the same metric."
     )
     remote: str | None = Field(
@@ -151,8 +161,8 @@ class CommonSettings(BaseModel):
         description="URL that fsspec knows, like `s3://bucket/runs/a`, where a copy of the run follows each commit in "
         "the background.",
     )
-    rank_timeout: _Seconds = Field(default=120.0, description="Seconds that ranks wait for each other.")
-    save_timeout: _Seconds = Field(default=1800.0, description="Seconds that ranks wait for rank 0 to write.")
+    rank_timeout: Seconds = Field(default=120.0, description="Seconds that ranks wait for each other.")
+    save_timeout: Seconds = Field(default=1800.0, description="Seconds that ranks wait for rank 0 to write.")
 
     @model_validator(mode="before")
     @classmethod
@@ -275,10 +285,11 @@ def check_settings(
     given = KeeperSettings.of(settings)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; its parts go by model_names")
-    _check_metric_key(metric_key)
+    check_metric_key(metric_key)
     given = given.model_copy(update={"remote": check_remote(given.remote)})
     higher_is_better = given.higher_is_better
     if higher_is_better is None:
+        _check_provider(metric_property_provider)
         higher_is_better = (metric_property_provider or MetricPropertyProvider()).higher_is_better(metric_key)
     parts = select_parts(model, given.model_names)
     states = check_states(training_state, [part.name for part in parts])
@@ -295,6 +306,18 @@ def check_settings(
     )
 
 
-def _check_metric_key(metric_key: object) -> None:
-    if not isinstance(metric_key, str) or not metric_key:
+def _check_provider(provider: object) -> None:
+    if isinstance(provider, type) or not (provider is None or callable(getattr(provider, "higher_is_better", None))):
+        raise ConfigError(f"metric_property_provider must be a MetricPropertyProvider(), got {provider!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is a bool. Of the settings of an adapter, which pydantic does not check."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be a valid boolean, found {value!r}")
+
+
+def check_metric_key(metric_key: object) -> None:
+    """Raise `ConfigError` unless `metric_key` is the name of a metric."""
+    if not isinstance(metric_key, str) or not metric_key.strip():
         raise ConfigError(f"metric_key must be the name of a metric, such as 'loss/val/total', got {metric_key!r}")

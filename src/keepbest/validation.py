@@ -30,10 +30,12 @@ _NAMES_ELSEWHERE = {
 
 # What pydantic calls by the name of a type of Python.
 _IN_YAML = {
-    "model_type": "a mapping with a kind",
+    "dict_type": "a mapping",
+    "list_type": "a list",
     "path_type": "a path",
     "tuple_type": "a list",
 }
+_KEY = "[key]"  # what pydantic adds to the place of a key that is wrong itself
 
 
 def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at: Place = ()) -> list[str]:
@@ -58,8 +60,15 @@ def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at
             parent = ".".join(map(str, place[:-1]))
             text = _unknown(str(place[-1]), list(known(place[:-1])))
             lines.append(f"{parent}: {text}" if parent else text)
+        elif place[-1:] == (_KEY,) or each["type"] == "invalid_key":
+            parent = ".".join(map(str, place[:-2] if place[-1] == _KEY else place[:-1]))
+            text = f"a key must be a text, found {each['input']!r}; put it in quotes"
+            lines.append(f"{parent}: {text}" if parent else text)
         elif each["type"] == "missing":
             lines.append(f"{where} is required")
+        elif each["type"] == "model_type":
+            holds = "with a kind" if each["ctx"]["class_name"] == "Component" else "of settings"
+            lines.append(f"{where} must be a mapping {holds}, found {each['input']!r}")
         elif (kind := _IN_YAML.get(each["type"])) is not None:
             lines.append(f"{where} must be {kind}, found {each['input']!r}")
         elif expected.startswith("Input should be "):
@@ -71,6 +80,8 @@ def describe(error: ValidationError, known: Callable[[Place], Iterable[str]], at
 
 def _unknown(name: str, known: list[str]) -> str:
     elsewhere = _NAMES_ELSEWHERE.get(name)
+    if elsewhere == "tolerances" and elsewhere not in known:
+        elsewhere = "tolerance"  # of a callback that has one
     near = [elsewhere] if elsewhere in known else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"there is no setting {name!r}{hint} The settings are: {', '.join(known) or 'none'}"

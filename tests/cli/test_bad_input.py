@@ -57,6 +57,10 @@ BAD = {
     "batch that the ranks cannot share": ({"trainer": {"effective_batch_size": 25}}, ["25", "2 ranks"]),
     "model without such an argument": ({"model": {"hiden": 3}}, ["tests.kit.toys.AutoEncoder", "hiden"]),
     "learning rate below 0": ({"optimizer": {"lr": -1.0}}, ["torch.optim.SGD", "-1.0"]),
+    "learning rate in quotes": (
+        {"optimizer": {"lr": "0.1"}},
+        ["cannot build torch.optim.SGD with lr='0.1', momentum="],
+    ),
     "strategy for one rank": ({"trainer": {"strategy": "single"}}, ["single", "ddp"]),
 }
 

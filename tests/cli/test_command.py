@@ -44,6 +44,7 @@ def test_errors_have_no_color_where_none_is_wanted(no_color, is_red, tmp_path, m
     ended = CliRunner(**runs.APART).invoke(app, ["show", str(tmp_path)], color=True)
     assert ended.exit_code == 1
     assert ended.stderr.startswith("\x1b[31merror: " if is_red else f"error: {tmp_path}")
+    assert ("\x1b" in ended.stderr) == is_red
 
 
 @pytest.mark.parametrize("command", [["show"], ["show", "--json"], ["verify"], ["launch-script"]], ids=" ".join)
@@ -75,3 +76,32 @@ def test_closed_pipe_of_the_users_code_is_shown(tmp_path, monkeypatch):
 def test_usage_brackets_once_what_may_be_left_out(command, name):
     [usage] = [line for line in runs.keepbest(command, "--help").stdout.splitlines() if "Usage:" in line]
     assert usage.split()[-1].removesuffix("...") in (name, f"[{name}]")  # typer 0.15 has no brackets there
+
+
+@pytest.mark.parametrize("command", ["train", "eval --config", "export RUN best --to", "plot RUN -o", "report RUN -o"])
+def test_empty_path_is_not_taken_for_the_present_folder(command, tmp_path, monkeypatch):
+    with Run(tmp_path / "run").keeper as keeper:
+        keeper.observe(1.0, update(1))
+    monkeypatch.chdir(tmp_path)
+    ref = keeper.name
+    words = [{"RUN": "run", "best": ref}.get(word, word) for word in command.split()]
+    ended = runs.keepbest(*words, "", *(["run"] if command.startswith("eval") else []))
+    assert (ended.exit_code, ended.stdout) == (1, "")
+    assert "expected a path, got an empty text" in ended.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_training_that_keeps_nothing_is_warned_of(tmp_path, caplog):
+    config = runs.write_config(tmp_path / "config.yaml", runs.describe_run(tmp_path / "run", epochs=1))
+    assert runs.keepbest("train", config, "trainer.callbacks=[]").exit_code == 0
+    assert "trainer.callbacks is empty, so nothing is evaluated and no weights are kept" in caplog.text
+    caplog.clear()
+    assert runs.keepbest("train", config, f"directory={tmp_path / 'kept'}").exit_code == 0
+    assert "no weights are kept" not in caplog.text
+
+
+@pytest.mark.parametrize("seconds", ["1e300", "inf", "nan", "0"])
+def test_timeout_that_no_clock_counts_is_refused(seconds, tmp_path):
+    ended = runs.keepbest("eval", tmp_path, "--timeout", seconds)
+    assert ended.exit_code == 2
+    assert "Invalid value for '--timeout'" in ended.stderr

@@ -7,6 +7,8 @@ from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.errors import ConfigError
 from tests.kit import cli_runs as runs
 
+STOPPER = {"name": "MetricEarlyStopper", "metric_key": "loss", "tolerance": 1, "every_n_epochs": 1}
+
 
 @pytest.mark.parametrize(
     ("text", "value"),
@@ -79,6 +81,26 @@ def test_unknown_key_is_refused_with_the_nearest(key, hint, tmp_path):
         ("trainer.callbacks.1", None, "trainer.callbacks.1: expected a mapping with a kind or a name; found None"),
         ("trainer.callbacks.1.on_new_best", "print", "trainer.callbacks.1.on_new_best must be a list, found 'print'"),
         ("seed", 2**64, "seed must be less than 9223372036854775808"),
+        ("seed", True, "seed must be a valid integer, found True"),
+        ("num_workers", "2", "num_workers must be a valid integer, found '2'"),
+        ("directory", "", "directory: expected a path, got an empty text, ''"),
+        ("directory", " ", "directory: expected a path, got an empty text, ' '"),
+        ("data", ["train"], "data must be a mapping, found ['train']"),
+        ("trainer", None, "trainer must be a mapping of settings, found None"),
+        ("trainer.clip_grad_norm", True, "trainer.clip_grad_norm must be a valid number, found True"),
+        ("trainer.rank_timeout", 1e300, "trainer.rank_timeout must be less than or equal to 1000000000, found 1e+300"),
+        ("trainer.callbacks", None, "trainer.callbacks must be a list, found None"),
+        ("trainer.callbacks.1.tolerances", "1,3", "tolerances must be a list such as [2, 5], found '1,3'"),
+        (
+            "trainer.callbacks.1.model_names",
+            "encoder",
+            "model_names must be a list such as ['encoder'], found 'encoder'",
+        ),
+        ("trainer.callbacks.1.id", " ", "trainer.callbacks.1.id must be a name or absent, found ' '"),
+        ("trainer.callbacks.1", STOPPER | {"patience": 1}, "no setting 'patience'; did you mean 'tolerance'?"),
+        ("trainer.callbacks.1", STOPPER | {"higher_is_better": "no"}, "higher_is_better must be true (higher values"),
+        ("trainer.callbacks.1", STOPPER | {"min_delta": True}, "min_delta must be a valid number, found True"),
+        ("trainer.callbacks.1", {"kind": "..Best"}, "kind '..Best' is not a dotted path like package.module.Name"),
     ],
 )
 def test_wrong_value_is_refused_in_the_words_of_the_file(key, value, message, tmp_path):
@@ -86,6 +108,42 @@ def test_wrong_value_is_refused_in_the_words_of_the_file(key, value, message, tm
     with pytest.raises(ConfigError) as error:
         RunFile.read(path, {key: value})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("5: 3\n", "a key must be a text, found 5; put it in quotes"),
+        ("data: {on: {kind: tests.kit.toys.Waves, length: 8}}\n", "data: a key must be a text, found True; put it in"),
+    ],
+)
+def test_key_that_is_no_text_is_refused(more, message, tmp_path):
+    content = runs.describe_run(tmp_path, epochs=1)
+    del content["data"]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(content) + more)
+    with pytest.raises(ConfigError) as error:
+        RunFile.read(path, {})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "more", ["seed: 3\n", "trainer: {epochs: 1}\n", "schedule: {kind: a.B, gamma: 1, 'gamma': 2}\n"]
+)
+def test_key_that_is_there_twice_is_refused(more, tmp_path):
+    path = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path, epochs=1))
+    first = more.partition("gamma")[1] or more.partition(":")[0]
+    path.write_text(path.read_text() + more)
+    with pytest.raises(ConfigError, match=rf"c\.yaml: .*(?s:.*)'{first}' is there twice(?s:.*)line \d+, column \d+"):
+        RunFile.read(path, {})
+
+
+def test_merged_key_may_be_replaced(tmp_path):
+    path = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path, epochs=1))
+    merged = "schedule: {kind: a.B, base: &b {gamma: 1, step: 2}, one: &c {<<: *b, gamma: 3}, two: {<<: *c, step: 4}}\n"
+    path.write_text(path.read_text() + merged)
+    schedule = RunFile.read(path, {}).config.schedule
+    assert schedule.model_extra["two"] == {"gamma": 3, "step": 4}
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "just text", ""])

@@ -36,6 +36,12 @@ def test_state_may_be_saved_before_the_start_and_after_the_end(tmp_path):
     assert FACE.observed(tmp_path / "best") == [(f"U{number}", value) for number, value in enumerate(VALUES, start=1)]
 
 
+@pytest.mark.parametrize("accelerator", [Model(), None], ids=["model", "nothing"])
+def test_what_is_no_accelerator_is_refused(accelerator, tmp_path):
+    with pytest.raises(ConfigError, match="expected an Accelerator first, and then the model; found"):
+        AcceleratedKeeper(accelerator, Model(), directory=tmp_path, metric_key="loss")
+
+
 def test_optimizer_of_the_best_can_be_loaded(tmp_path):
     loop, fresh = Loop(tmp_path), Loop(tmp_path)
     for each in (loop, fresh):

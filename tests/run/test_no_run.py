@@ -37,14 +37,15 @@ PLACES = {
     "a snapshot": ("runs/a/checkpoints/snapshots/U1", "give the run itself: RUNS/a"),
     "a ref": ("runs/a/checkpoints/best_model.loss", "give the run itself: RUNS/a"),
     "its ledger": ("runs/a/checkpoints/ledger.jsonl", "give the run itself: RUNS/a"),
-    "a folder of runs": ("runs", "it holds 2: a, b; give one of them, such as RUNS/a"),
+    "a folder of one run": ("runs/more", "it holds one; give that: RUNS/more/c"),
+    "a folder of runs": ("runs", "it holds 2 runs: a, b; give one of them, such as RUNS/a"),
 }
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("places")
-    for name in "ab":
+    for name in ("a", "b", "more/c"):
         with (run := Run(root / "runs" / name)).keeper:
             run.observe(1.0)
     (root / "file").write_text("mine")
@@ -56,7 +57,7 @@ def places(tmp_path_factory) -> Path:
 def test_every_command_says_what_to_give_instead(command, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place, (path, remedy) in PLACES.items():
-        if (command, place) == ("show", "a folder of runs"):
+        if command == "show" and place.startswith("a folder of"):
             continue  # which it ranks
         ended = runs.keepbest(*(str(places / path) if word == "RUN" else word for word in COMMANDS[command]))
         assert (ended.exit_code, type(ended.exception)) == (1, SystemExit), place

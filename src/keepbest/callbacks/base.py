@@ -88,8 +88,8 @@ class CallbackBase:
         """The state that a resumed run needs. **Rank-local**, and the same on every rank."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, which stays unchanged. **Rank-local**."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`, which stays unchanged. **Rank-local**."""
 
     def get_children(self) -> list[CallbackBase]:
         """Callbacks that this one calls itself. The trainer calls their tracking hooks too."""

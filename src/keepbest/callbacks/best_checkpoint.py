@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class BestCheckpointCallbackConfig(CommonSettings, CallBackBaseConfig):
     Attributes:
         metric_key: Key of the monitored metric in the log.
         eval_callbacks: Callbacks that run on each new best, by their `at_eval`. Their own schedule is ignored, and
-            their keys start with `best=<metric key, with dots for slashes>/`.
+            their keys start with `best=<metric key, with dots for slashes>/`, and then `id=<id>/` with an `id`.
         save_training_state: Whether optimizers, the place in the data and random states are kept with each best, so
             that `trainer.resume=best` continues from it.
         on_new_best: Functions that rank 0 calls with the outcome and the path of each new best when it is on the disk,
@@ -106,7 +107,8 @@ class BestCheckpointCallback(PeriodicCallback):
             **config.keeper_arguments(),
         )
         self.higher_is_better = self.keeper.policy.higher_is_better
-        prefix = f"best={self.metric_key.replace('/', '.')}/"
+        prefix = f"best={self.metric_key.replace('/', '.')}"
+        prefix += "/" if config.id is None else f"/id={config.id}/"
         context = {**kwargs, "log_writer": self.log_writer.prefixed(prefix)}
         self.eval_callbacks = assemble_callbacks(config.eval_callbacks or [], **context)
         self._is_resumed = False
@@ -154,11 +156,11 @@ class BestCheckpointCallback(PeriodicCallback):
         children = {child.state_key: child.state_dict() for child in self.eval_callbacks}
         return {"keeper": self.keeper.state_dict(), "children": children}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.keeper.load_state_dict(state["keeper"])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.keeper.load_state_dict(state_dict["keeper"])
         for child in self.eval_callbacks:
-            if child.state_key in state["children"]:
-                child.load_state_dict(state["children"][child.state_key])
+            if child.state_key in state_dict["children"]:
+                child.load_state_dict(state_dict["children"][child.state_key])
         self._is_resumed = True
 
     def before_training(self, *, update_counter: UpdateCounter, **kwargs: Any) -> None:
@@ -200,7 +202,13 @@ class BestCheckpointCallback(PeriodicCallback):
         return bool(self.ranks.broadcast("look for a ledger", lambda: ledger_exists(self.directory), saving=True))
 
     def periodic_callback(
-        self, *, interval_type: IntervalType, update_counter: UpdateCounter, batch_size: int, **_kwargs: Any
+        self,
+        *,
+        interval_type: IntervalType,
+        update_counter: UpdateCounter,
+        batch_size: int,
+        data_iter: Iterator[Any] | None = None,  # noqa: ARG002  # children have data loaders of their own
+        **kwargs: Any,
     ) -> None:
         """Observe the metric, save a new best, and evaluate it. **Collective**.
 
@@ -223,7 +231,7 @@ class BestCheckpointCallback(PeriodicCallback):
             if not outcome.is_new_best:
                 return
         for child in self.eval_callbacks:
-            child.at_eval(update_counter=update_counter, batch_size=batch_size)
+            child.at_eval(update_counter=update_counter, batch_size=batch_size, **kwargs)
 
     def _log_marks(self, outcome: Outcome, closed: AbstractSet[int]) -> None:
         """Log a new best, and what the tolerances have kept that were not `closed` before."""
@@ -261,13 +269,22 @@ class BestCheckpointCallback(PeriodicCallback):
             note = "" if is_exceeded else " (not exceeded)"
             _logger.info("%s with tolerance=%d: %r%s", self.metric_key, tolerance, self._value_at(tolerance), note)
 
-    def before_preemption(self, **_kwargs: Any) -> None:
+    def before_preemption(self, **kwargs: Any) -> None:
         """Make everything durable that was observed. **Collective**."""
         self.keeper.flush()
+        for child in self.eval_callbacks:
+            child.before_preemption(**kwargs)
 
-    def before_checkpoint(self, **_kwargs: Any) -> None:
+    def after_exception(self, **kwargs: Any) -> None:
+        """Pass it on to the children."""
+        for child in self.eval_callbacks:
+            child.after_exception(**kwargs)
+
+    def before_checkpoint(self, **kwargs: Any) -> None:
         """Make durable what the present state names, which the checkpoint keeps from then on. **Collective**."""
         self.keeper.flush()
+        for child in self.eval_callbacks:
+            child.before_checkpoint(**kwargs)
 
 
 def _build(hook: Component) -> Any:

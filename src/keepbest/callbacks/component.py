@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -39,7 +40,8 @@ class Component(BaseModel):
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"cannot build {self.kind} with {sorted(named)}: {error}") from error
+            given = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in named.items()) or "no settings"
+            raise ConfigError(f"cannot build {self.kind} with {given}: {error}") from error
 
 
 def _built(value: Any) -> Any:

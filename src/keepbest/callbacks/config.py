@@ -195,7 +195,7 @@ def import_path(path: str, *, known: list[str]) -> Any:
     """
     module_name, _, name = path.rpartition(".")
     hint = f"{_nearest(path, known)}; known: {_listed(known)}" if known else ""
-    if not module_name:
+    if not all(path.split(".")) or not module_name:
         raise ConfigError(f"kind {path!r} is not a dotted path like package.module.Name{hint}")
     try:
         module = importlib.import_module(module_name)

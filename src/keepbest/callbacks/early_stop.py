@@ -13,6 +13,7 @@ from keepbest.decision import BestState, Observation, Policy, decide
 from keepbest.interval import IntervalType
 from keepbest.metric import LOG_REMEDY, agree_on_metric, read_scalar
 from keepbest.reduction import MetricReduction
+from keepbest.settings import Direction
 
 if TYPE_CHECKING:
     from keepbest.training.counter import UpdateCounter
@@ -32,8 +33,8 @@ class MetricEarlyStopperConfig(CallBackBaseConfig):
     name: Literal["MetricEarlyStopper"] = "MetricEarlyStopper"
     metric_key: str
     tolerance: Annotated[int, Field(ge=0, strict=True)]
-    higher_is_better: bool | None = None
-    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    higher_is_better: Direction = None
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = 0.0
     metric_reduction: MetricReduction = "mean"
 
 
@@ -71,8 +72,8 @@ class MetricEarlyStopper(PeriodicCallback):
     def state_dict(self) -> dict[str, Any]:
         return self._state.to_json()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = BestState.from_json(state)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = BestState.from_json(state_dict)
 
     def periodic_callback(self, *, interval_type: IntervalType, update_counter: UpdateCounter, **_kwargs: Any) -> None:
         """Observe the metric that was logged at this iteration. **Collective**: one exchange. Nothing in evaluation.

@@ -157,7 +157,7 @@ def refuse_losses(casts: Iterable[Cast], parts: Iterable[Part]) -> None:
     if listed:
         what = "; ".join(_listed(f"what the model has as {dtype} for", keys) for dtype, keys in sorted(listed.items()))
         raise SnapshotError(
-            f"the snapshot has values beyond the range of the dtype of the model: {what}. Nothing was loaded"
+            f"the snapshot has values that the dtype of the model cannot hold: {what}. Nothing was loaded"
         )
 
 

@@ -21,7 +21,7 @@ def own_data(data: Any, slot: Slot) -> Any:
     """An extra state, or what else is no weight, as it stays until it is written. **Rank-local**."""
     if slot.is_live:
         return data
-    # The module may go on changing what it gave, and the tensors in it.
+    # The module may still change what it gave, and the tensors in it.
     torch.save(data, packed := io.BytesIO())
     packed.seek(0)
     return torch.load(packed, map_location="cpu", weights_only=True)

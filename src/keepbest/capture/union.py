@@ -236,8 +236,13 @@ def _change(before: Entry | None, now: Entry | None) -> str:
     if before.form._replace(is_frozen=False) == now.form._replace(is_frozen=False) and before.form != now.form:
         return "was frozen" if now.form.is_frozen else "is no longer frozen"
     if before.form == now.form:
-        return f"was on {before.device} and among ranks {before.members}, now {now.device} and {now.members}"
+        there, here = (f"{each.device}{_among(each.members)}" for each in (before, now))
+        return f"was on {there}, and is on {here}"
     return f"was {before.form}, and is {now.form}"
+
+
+def _among(members: Sequence[int]) -> str:
+    return f" and shared out among {listed(members)}" if members else ""
 
 
 def listed(ranks: Sequence[int]) -> str:

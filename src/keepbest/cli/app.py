@@ -28,6 +28,7 @@ from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLo
 from keepbest.export import export
 from keepbest.launch import Process, distributed
 from keepbest.printable import printable
+from keepbest.ranks import LONGEST_TIMEOUT
 from keepbest.remote.storage import local_path
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
@@ -54,12 +55,15 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file: trainer.epochs=3"),
 ]
 Timeout = Annotated[
-    float, typer.Option(min=1.0, help="Seconds that a rank waits for the others in a collective of torch's own.")
+    float,
+    typer.Option(
+        min=1.0, max=LONGEST_TIMEOUT, help="Seconds that a rank waits for the others in a collective of torch's own."
+    ),
 ]
 
 
 Destination = Annotated[
-    Path, typer.Option("--to", help="File that ends in .pt, .pth or .safetensors, or a folder for safetensors files.")
+    str, typer.Option("--to", help="File that ends in .pt, .pth or .safetensors, or a folder for safetensors files.")
 ]
 OnePart = Annotated[
     Optional[str],  # noqa: UP045  # as above
@@ -92,7 +96,7 @@ def options(
 @app.command("train")
 def train_command(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")],
     overrides: Overrides = None,
     timeout: Timeout = 600.0,
 ) -> None:
@@ -114,7 +118,7 @@ def eval_command(
         typer.Option(help="Name of the checkpoint. The default is the best of a run that monitors one metric."),
     ] = None,
     config: Annotated[
-        Optional[Path],  # noqa: UP045  # as above
+        Optional[str],  # noqa: UP045  # as above
         typer.Option(help="YAML file to use in the place of the config.yaml of RUN, whose classes would be run."),
     ] = None,
     timeout: Timeout = 600.0,
@@ -123,7 +127,11 @@ def eval_command(
 
     This runs the classes and functions that the config names. Of a run that you do not trust, pass --config.
     """
-    _run(lambda: evaluate(local_path(run), ref, overrides or [], config=config), timeout=timeout, debug=context.obj)
+
+    def evaluate_run() -> None:
+        evaluate(local_path(run), ref, overrides or [], config=None if config is None else local_path(config))
+
+    _run(evaluate_run, timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -147,7 +155,7 @@ def show_command(
 def plot_command(
     context: typer.Context,
     run: Run,
-    to: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
+    to: Annotated[str, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
     _run(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
@@ -157,7 +165,7 @@ def plot_command(
 def report_command(
     context: typer.Context,
     run: Run,
-    to: Annotated[Path, typer.Option("--output", "-o", help="The report, an HTML file.")],
+    to: Annotated[str, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
     _run(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
@@ -315,5 +323,5 @@ def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bo
         elif process.rank == 0 or isinstance(error, _OWN_ERRORS):
             text = "\n".join(describe(error, lambda _: ())) if isinstance(error, ValidationError) else str(error)
             color = None if os.environ.get("NO_COLOR") else typer.colors.RED  # which tables follow by themselves
-            typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=color)
+            typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=color, reset=color is not None)
         raise typer.Exit(1) from error

@@ -19,6 +19,8 @@ from keepbest.run.inside import check_own
 from keepbest.training.config import CONFIG_FILE, RunConfig, TrainerConfig
 from keepbest.validation import Place, describe
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
@@ -95,7 +97,19 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number, as YAML 1.2 does and as users expect of a learning rate."""
+    """Reads `1e-3` as a number, as YAML 1.2 does and as users expect of a learning rate, and each key only once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, since merges (`<<`) are not resolved yet: a key may replace one that was merged.
+        mapping = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Mark] = {}
+        for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            mark = first.setdefault((key.tag, key.value), key.start_mark)
+            if mark is not key.start_mark:
+                raise yaml.MarkedYAMLError("the key stands here", mark, f"{key.value!r} is there twice", key.start_mark)
+        return mapping
 
 
 _Loader.add_implicit_resolver(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from keepbest.run.reader import find_ref, only_best, read_history
 from keepbest.training.config import CONFIG_FILE
 from keepbest.training.trainer import build_trainer
 
+_logger = logging.getLogger(__name__)
+
 
 def train(config: Path, arguments: Sequence[str]) -> None:
     """Train as a config file says, and save its settings in the directory of the run.
@@ -34,6 +37,8 @@ def train(config: Path, arguments: Sequence[str]) -> None:
     ranks = Ranks.connect()
     run = _read(ranks, config, lambda: parse_settings(arguments))
     trainer = build_trainer(run.config)
+    if ranks.is_main and not run.config.trainer.callbacks:
+        _logger.warning("trainer.callbacks is empty, so nothing is evaluated and no weights are kept")
 
     def keep_config() -> None:
         save = run.save if ranks.is_main else lambda: None

@@ -72,6 +72,10 @@ class AcceleratedKeeper(BestKeeper):
         on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
+        if not hasattr(accelerator, "distributed_type"):
+            raise ConfigError(
+                f"expected an Accelerator first, and then the model; found {type(accelerator).__name__} in its place"
+            )
         if accelerator.distributed_type == DistributedType.MEGATRON_LM:
             raise ConfigError(
                 "expected a model on one device, or one of DDP, FSDP or DeepSpeed, but the accelerator has one of "

@@ -23,7 +23,7 @@ from keepbest.misspelling import nearest
 from keepbest.new_best import Hook
 from keepbest.remote.storage import local_path
 from keepbest.run.takeover import Existing
-from keepbest.settings import KeeperSettings
+from keepbest.settings import KeeperSettings, check_metric_key
 from keepbest.settings_dict import KeeperSettingsDict
 
 _logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class BestCheckpoint:
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings, taken_by=BestCheckpoint)
+        check_metric_key(metric_key)
         self.metric_key = metric_key
         self.keeper: BestKeeper | None = None
         self._resume = checked.resume

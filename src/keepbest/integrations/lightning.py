@@ -27,7 +27,7 @@ from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
 from keepbest.run.takeover import Existing
-from keepbest.settings import KeeperSettings
+from keepbest.settings import KeeperSettings, check_flag, check_metric_key
 from keepbest.settings_dict import KeeperSettingsDict
 
 if TYPE_CHECKING:
@@ -94,8 +94,10 @@ class BestCheckpoint(Callback):
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
         checked = KeeperSettings.of(settings, taken_by=BestCheckpoint)
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise ConfigError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        check_metric_key(metric_key)
+        check_flag("save_training_state", save_training_state)
+        if every_n_train_steps is not None and (type(every_n_train_steps) is not int or every_n_train_steps < 1):
+            raise ConfigError(f"every_n_train_steps must be an integer of at least 1, found {every_n_train_steps!r}")
         self.metric_key = metric_key
         self._every = every_n_train_steps
         self.keeper: BestKeeper | None = None

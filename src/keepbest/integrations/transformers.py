@@ -22,7 +22,7 @@ from keepbest.new_best import Hook, check_hooks
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
 from keepbest.run.takeover import Existing
-from keepbest.settings import KeeperSettings
+from keepbest.settings import KeeperSettings, check_flag, check_metric_key
 from keepbest.settings_dict import KeeperSettingsDict
 
 _logger = logging.getLogger(__name__)
@@ -98,6 +98,9 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._given = None if directory is None else str(directory)
         self._directory = None if directory is None else local_path(directory)
         self._settings = KeeperSettings.of(settings, taken_by=BestCheckpoint)
+        if metric_key is not None:
+            check_metric_key(metric_key)
+        check_flag("save_training_state", save_training_state)
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None

@@ -2,6 +2,6 @@
 
 from keepbest.ranks.flag import SharedFlag
 from keepbest.ranks.frame import Number
-from keepbest.ranks.ranks import Ranks
+from keepbest.ranks.ranks import LONGEST_TIMEOUT, Ranks
 
-__all__ = ["Number", "Ranks", "SharedFlag"]
+__all__ = ["LONGEST_TIMEOUT", "Number", "Ranks", "SharedFlag"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 _GRACE_PERIOD = 3.0  # seconds for ranks that run into their own timeout a little later
 
@@ -34,17 +36,40 @@ def absent_ranks(group: dist.ProcessGroup, rank: int, number: int) -> list[int] 
         rank: Rank of this process in it. It is signed in too, and never absent.
         number: Number of the collective.
     """
-    store = group.get_group_store()
+    return _look(group.get_group_store(), rank, group.size(), number, _key, before=lambda: sign_in(group, rank, number))
+
+
+def unconnected_ranks(store: Store, rank: int, world_size: int, key: str, number: int) -> list[int] | None:
+    """Return the ranks that have not come to a meeting in `store`. **Rank-local**, takes seconds; `None` as above.
+
+    Args:
+        store: Store in which the ranks meet.
+        rank: Rank of this process. It is never absent.
+        world_size: Number of ranks.
+        key: Start of the keys under which each rank counts its meetings. Its rank is the end.
+        number: Number of the meeting.
+    """
+    return _look(store, rank, world_size, number, lambda other: f"{key}{other}")
+
+
+def _look(
+    store: Store,
+    rank: int,
+    world_size: int,
+    number: int,
+    key_of: Callable[[int], str],
+    before: Callable[[], None] = lambda: None,
+) -> list[int] | None:
     deadline = time.monotonic() + _GRACE_PERIOD
-    absent = [other for other in range(group.size()) if other != rank]
+    absent = [other for other in range(world_size) if other != rank]
 
     def look() -> None:
         # Where the host of the store is gone nothing more can be known.
         with contextlib.suppress(RuntimeError):
-            sign_in(group, rank, number)
+            before()
             while absent and time.monotonic() < deadline:
                 for other in list(absent):
-                    if store.check([_key(other)]) and int(store.get(_key(other))) >= number:
+                    if store.check([key_of(other)]) and int(store.get(key_of(other))) >= number:
                         absent.remove(other)
                 time.sleep(0.05)  # the store cannot wait for any of several keys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from keepbest.errors import ConfigError, PoisonedError, RankLostError, RankTimeoutError
+from keepbest.errors import ConfigError, PoisonedError, RankLostError, RanksError, RankTimeoutError
+from keepbest.ranks.attendance import unconnected_ranks
 from keepbest.ranks.buffers import Buffers
 from keepbest.ranks.carrier import Alone, Carrier, InFlight
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.ring import Ring
 from keepbest.ranks.watch import Watch
+
+_logger = logging.getLogger(__name__)
 
 _WATCH_TAG = 1  # of messages that nobody sends; exchanges have 0
 
@@ -35,6 +39,7 @@ class ControlGroup:
         poison: Reason why no collective may run any more. `None` as long as they may.
         round: Number of exchanges that were started.
         process: Id of the process that is connected. One that was forked from it is alone.
+        is_early: Whether torch.distributed was not initialised yet, so that this process counts as the only one.
     """
 
     group: dist.ProcessGroup | None
@@ -44,6 +49,7 @@ class ControlGroup:
     poison: str | None = None
     round: int = 0
     process: int = field(default_factory=os.getpid)
+    is_early: bool = False
     _carrier: Carrier = field(default_factory=Alone)
     _gloo: dist.ProcessGroupGloo | None = None
     _store: Store | None = None
@@ -57,11 +63,13 @@ class ControlGroup:
 
         Raises:
             ConfigError: If this process is not a member of `process_group`, or torch.distributed is not initialised.
+            RankTimeoutError: If a rank does not come to connect. Names it.
+            RankLostError: If the ranks cannot be connected.
         """
         if not dist.is_initialized():
             if process_group is not None:
                 raise ConfigError("process_group was given, but torch.distributed is not initialised")
-            return cls(group=None, rank=0, world_size=1)
+            return cls(group=None, rank=0, world_size=1, is_early=True)
         parent = dist.group.WORLD if process_group is None else process_group
         if parent is None or dist.get_rank(parent) < 0:
             raise ConfigError(f"global rank {dist.get_rank()} is not a member of the process_group that it passed")
@@ -81,19 +89,39 @@ class ControlGroup:
             _control_groups[parent] = control
         return control
 
+    def check_alone(self) -> None:
+        """Warn, or refuse, where this process would work alone although there are other ranks. **Rank-local**.
+
+        Raises:
+            ConfigError: If torch.distributed has connected it with them since it joined.
+        """
+        if not self.is_early:
+            return
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"this keeper was created before torch.distributed was initialised, so that rank {dist.get_rank()} of "
+                f"{dist.get_world_size()} would keep a run alone: create it after init_process_group(), on every rank"
+            )
+        rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+        if rank and world_size not in ("", "1") and not dist.is_initialized():
+            _logger.warning(
+                "RANK is %s and WORLD_SIZE is %s, but torch.distributed is not initialised, so each process keeps "
+                "a run alone; to keep one together, call init_process_group() before the keeper is created",
+                rank,
+                world_size,
+            )
+
     def patient_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
         """Return a second gloo group, with the timeout of the first call. **Collective** on the first call.
 
         Raises:
+            RankTimeoutError: If a rank does not come to connect. Names it.
             RankLostError: If the ranks cannot be connected.
             PoisonedError: If an earlier failure left the ranks in different places.
         """
         if self.group is not None and self._patient is None:
             self.refuse_if_poisoned()
-            try:
-                self._patient, _ = self._new_group("patient", timeout)
-            except RuntimeError as error:
-                raise self._lost("connect the ranks", error) from error
+            self._patient, _ = self._new_group("patient", timeout)
         return self._patient
 
     def all_gather(self, mine: bytes, step: str, timeout: timedelta) -> list[bytes]:
@@ -189,10 +217,13 @@ class ControlGroup:
 
     def new_store(self, purpose: str) -> Store:
         """Return a store that the members alone use. **Rank-local**; equally often on each, so that they meet in it."""
+        return self._number_store(purpose)[0]
+
+    def _number_store(self, purpose: str) -> tuple[Store, int]:
         if self._store is None:
             self._store = HashStore()  # one rank meets itself
         number = self._store.add(f"keepbest/{purpose}/{self.rank}", 1)
-        return PrefixStore(f"keepbest/{purpose}/{number}", self._store)
+        return PrefixStore(f"keepbest/{purpose}/{number}", self._store), number
 
     def _new_group(self, purpose: str, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroupGloo]:
         """Return a new gloo group of the members, which is freed with the last reference to it, and its backend.
@@ -202,12 +233,27 @@ class ControlGroup:
         torch would keep one from `new_group` in its tables. It also names those after the number of groups of each
         rank: ranks with different numbers would not meet, and a name would come again, with old addresses in the store.
         """
-        store = self.new_store(purpose)
+        store, number = self._number_store(purpose)
         group = dist.ProcessGroup(store, self.rank, self.world_size)
-        gloo = dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout)
+        try:
+            gloo = dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout)
+        except RuntimeError as error:
+            raise self._unconnected(purpose, number, timeout, error) from error
         # torch has no other way to a group that it does not keep.
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # noqa: SLF001
         return group, gloo
+
+    def _unconnected(self, purpose: str, number: int, timeout: timedelta, error: RuntimeError) -> RanksError:
+        store, step = self._store, "connect the ranks"
+        absent = store and unconnected_ranks(store, self.rank, self.world_size, f"keepbest/{purpose}/", number)
+        if not absent:
+            return self._lost(step, error)
+        self._poison_by_lost_contact(step)
+        return RankTimeoutError(
+            f"rank {self.rank} of {self.world_size} waited {timeout.total_seconds():g} s to connect with the others; "
+            f"ranks that did not arrive: {', '.join(map(str, absent))}. Create a keeper, or call load, on every rank "
+            "and not on some of them. Raise rank_timeout if they only need more time."
+        )
 
     def _lost(self, step: str, error: RuntimeError) -> RankLostError:
         self._poison_by_lost_contact(step)

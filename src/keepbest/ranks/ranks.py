@@ -10,7 +10,6 @@ World size 1, with or without an initialised process group, uses the same calls 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -26,6 +25,9 @@ from keepbest.ranks.frame import Frame, Number, digest_place
 from keepbest.ranks.mailbox import Mailbox
 
 T = TypeVar("T")
+
+LONGEST_TIMEOUT = 1e9
+"""Seconds that the clocks of torch can count. It is 30 years."""
 
 _PLACE_WIDTH = 16384  # bytes of a step and its state that ranks in different places show each other
 _PATIENCE_FOR_NOTES = 0.9  # of save_timeout, so that who waits for rank 0 meanwhile learns how it ends
@@ -75,8 +77,9 @@ class Ranks:
             ConfigError: If a timeout is not a positive number, or this process is not in `process_group`.
         """
         for name, seconds in (("rank_timeout", rank_timeout), ("save_timeout", save_timeout)):
-            if not 0 < seconds < math.inf:
-                raise ConfigError(f"{name} must be a positive number of seconds, got {seconds!r}")
+            if not 0 < seconds <= LONGEST_TIMEOUT:
+                most = f"at most {LONGEST_TIMEOUT:,.0f}"
+                raise ConfigError(f"{name} must be a positive number of seconds, {most}, got {seconds!r}")
         timeouts = timedelta(seconds=rank_timeout), timedelta(seconds=max(rank_timeout, save_timeout))
         return cls(
             ControlGroup.of(process_group, timeouts[0]),
@@ -84,6 +87,14 @@ class Ranks:
             rank_timeout=timeouts[0],
             save_timeout=timeouts[1],
         )
+
+    def check_alone(self) -> None:
+        """Refuse to work alone if `connect` came too early, or warn if there seem to be other ranks. **Rank-local**.
+
+        Raises:
+            ConfigError: If torch.distributed was initialised with several ranks after `connect`.
+        """
+        self._control.check_alone()
 
     @property
     def is_main(self) -> bool:

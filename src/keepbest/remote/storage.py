@@ -46,8 +46,8 @@ def local_path(given: str | Path) -> Path:
         ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody, or an empty text, or nothing
             on a disk can have this path.
     """
-    if given == "":  # often a variable that is not set; as a path it would be the present directory
-        raise ConfigError("expected a path, got an empty text; the present directory is '.'")
+    if isinstance(given, str) and not given.strip():  # often a variable that is not set, which would be '.' as a path
+        raise ConfigError(f"expected a path, got an empty text, {given!r}; the present directory is '.'")
     try:
         path = Path(given)
     except TypeError as error:

@@ -50,8 +50,10 @@ def why_no_run(directory: Path) -> str:
     if not directory.is_dir():
         return f"{no_run}: it is a file"
     inner = sorted(path for path in directory.iterdir() if ledger_exists(path))
+    if len(inner) == 1:
+        return f"{no_run}: it holds one; give that: {inner[0]}"
     if inner:
         names = ", ".join(path.name for path in inner[:_SHOWN])
         more = ", ..." if len(inner) > _SHOWN else ""
-        return f"{no_run}: it holds {len(inner)}: {names}{more}; give one of them, such as {inner[0]}"
+        return f"{no_run}: it holds {len(inner)} runs: {names}{more}; give one of them, such as {inner[0]}"
     return f"{no_run}: {directory / CHECKPOINTS / LEDGER} is missing or empty"

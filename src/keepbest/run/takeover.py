@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class LoadedState:
         return {**self.keeper._asdict(), **state}
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> LoadedState:
+    def from_json(cls, given: Any) -> LoadedState:
         """The inverse of `to_json`.
 
         Raises:
@@ -65,7 +66,10 @@ class LoadedState:
             keeper = Owner(*(given[name] for name in Owner._fields))
             return cls(keeper, given["run_id"], given["timeline"], BestState.from_json(given["state"]))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"this is not the state of a keeper ({error!r}): {given!r}") from error
+            found = f"with the keys {reprlib.repr(list(given))}" if isinstance(given, Mapping) else reprlib.repr(given)
+            raise ConfigError(
+                f"expected what state_dict() of a keeper returned, found a {type(given).__name__} {found}"
+            ) from error
 
     def check_belongs_to(self, keeper: Owner) -> None:
         """Raise `ConfigError` unless this is a state of `keeper`."""

@@ -57,9 +57,9 @@ class Average:
         """What is needed to resume, in addition to the weights of `model`. **Rank-local**."""
         return {"updates": int(self._averaged.n_averaged)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from `state`. **Rank-local**."""
-        self._averaged.n_averaged.fill_(state["updates"])
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from `state_dict`. **Rank-local**."""
+        self._averaged.n_averaged.fill_(state_dict["updates"])
 
 
 def build_average(

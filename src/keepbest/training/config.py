@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
@@ -18,6 +18,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.models import Model
 from keepbest.random_state import seed_random_state
 from keepbest.remote.storage import local_path
+from keepbest.settings import Seconds
 from keepbest.training.strategy import OptimizerFactory, Precision, ScheduleFactory, StrategyName
 from keepbest.training.trackers import TrackerName
 
@@ -25,6 +26,11 @@ CONFIG_FILE = "config.yaml"
 """Name of the config in the directory of a run."""
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+
+
+def _as_path(given: object) -> object:
+    """`given` as an absolute path, if it can be one. As `Path`, an empty text would be the present directory."""
+    return local_path(given) if isinstance(given, str | Path) else given
 
 
 class TrainerConfig(BaseModel):
@@ -65,15 +71,15 @@ class TrainerConfig(BaseModel):
     accumulation_steps: PositiveInt = 1
     precision: Precision = "float32"
     strategy: StrategyName = "single"
-    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     train_dataset: str = "train"
     tracker: TrackerName = "jsonl"
     callbacks: list[Annotated[Any, Discriminated(CallBackBaseConfig)]] = []
     resume: str | None = None
     existing: Literal["refuse", "set_aside"] = "refuse"
-    rank_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
-    save_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
+    rank_timeout: Seconds = 120.0
+    save_timeout: Seconds = 1800.0
 
     @model_validator(mode="after")
     def _check_end(self) -> Self:
@@ -120,11 +126,11 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    directory: Annotated[Path, AfterValidator(local_path)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    directory: Annotated[Path, BeforeValidator(_as_path)]
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     model: Component
     data: dict[str, Component]
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Annotated[int, Field(ge=0, strict=True)] = 0
     optimizer: Component | None = None
     optimizers: dict[str, Component] | None = None
     schedule: Component | None = None

@@ -80,17 +80,17 @@ class UpdateCounter:
             "effective_batch_size": self.effective_batch_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. **Rank-local**.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`. **Rank-local**.
 
         Raises:
             ConfigError: If the epochs or batches of that run had another size, because its iterations would then mean
                 something else in this run.
         """
         for name in ("updates_per_epoch", "effective_batch_size"):
-            if state[name] != getattr(self, name):
+            if state_dict[name] != getattr(self, name):
                 raise ConfigError(
-                    f"the run to resume had {name}={state[name]}, this one has {getattr(self, name)}; "
+                    f"the run to resume had {name}={state_dict[name]}, this one has {getattr(self, name)}; "
                     "use the training set and the effective_batch_size of that run"
                 )
-        self._update = state["update"]
+        self._update = state_dict["update"]
