@@ -52,8 +52,7 @@ class BestKeeper(WorksInRun):
         metric_property_provider: What knows the direction of metrics by their names.
         process_group: Group of the ranks that keep the run together. `None` is the default group, or one process.
         training_state: Optimizers and what else is kept with each best to continue from it, by name (docs/own-loop.md).
-        on_new_best: Function, or several, that rank 0 calls with the outcome and the path of each new best when it is
-            on the disk; in `EveryRank`, every rank does (docs/own-loop.md).
+        on_new_best: Function, or several, that rank 0, or `EveryRank`, calls with each new best (docs/own-loop.md).
         **settings: The settings of `KeeperSettings`, the same on every rank; docs/settings.md has a table of them.
 
     Raises:
@@ -137,11 +136,10 @@ class BestKeeper(WorksInRun):
         if self._phase != "new":
             return
         self._ranks.check_alone()
-        resumes = f"loaded={self._loaded} at={at}".encode()
         step, from_ledger = self._opening, self._settings.resume == "ledger" or at is not None
         try:
             self._saver.look_at_weights(step)
-            self._ranks.agree(step, lambda: self._join(at), state=lambda _: resumes)
+            self._ranks.agree(step, lambda: self._join(at), state=lambda _: f"loaded={self._loaded} at={at}".encode())
             self._saver.check_folder(step)
             existing = self._face.existing._replace(sets_aside=self._settings.existing == "set_aside")
             begin = partial(self._saver.begin, self.metric_key, self._loaded, existing, from_ledger=from_ledger, at=at)
