@@ -21,8 +21,11 @@ WIDTH, UNITS = 64, 4
 def live_bytes() -> int:
     """Of all memory that a tensor of this process points to."""
     gc.collect()
-    storages = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    sizes = dict[int, int]()
+    for storage in [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]:
+        # A row begins where its first tensor does.
+        sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
+    return sum(sizes.values())
 
 
 def bytes_beside_the_buffer(wrap, is_nested):
