@@ -15,14 +15,17 @@ from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.restore_states import StatesToLoad
 from keepbest.capture.selection import Selection, unread_parts
+from keepbest.capture.versions import saved_versions
 from keepbest.errors import PartlyLoadedError, SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
 from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
-from keepbest.modules.state_dicts import load_state, loading_module
+from keepbest.modules.state_dicts import Version, load_state, loading_module
 from keepbest.modules.wrappers import PlainNames, modules_along, walk
 from keepbest.ranks import Ranks
+
+Versions = Mapping[str, Mapping[str, Version]] | None
 
 
 class Restored(NamedTuple):
@@ -136,7 +139,7 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
             if each.part in source.parts:
                 loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())
         complete = [source for source in target.sources if source.parts[-1] == each.part]
-        _load(complete, loaded, target, feed, ranks)
+        _load(complete, loaded, target, stored.manifest.versions, feed, ranks)
         for source in complete:  # the next ones need the memory; the names alone are reported
             loaded[source.path] = dict.fromkeys(loaded[source.path])
             target.state[source.path] = dict.fromkeys(target.state[source.path])
@@ -239,7 +242,12 @@ def _refuse_different_values(
 
 
 def _load(
-    sources: Sequence[Source], loaded: Mapping[str, StateDict], target: _Target, feed: Feed, ranks: Ranks
+    sources: Sequence[Source],
+    loaded: Mapping[str, StateDict],
+    target: _Target,
+    versions: Versions,
+    feed: Feed,
+    ranks: Ranks,
 ) -> None:
     """Load sources of which everything was brought. **Collective**, also where there is none on this rank."""
     step = "load the weights"
@@ -247,23 +255,23 @@ def _load(
         for source in sources:
             if source.holds_fsdp1:
                 with feed.loading(source.module):
-                    _load_source(source, loaded[source.path], {})
+                    _load_source(source, loaded[source.path], {}, versions)
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose(step, error)
 
     def load_others() -> None:
         for source in sources:
             if not source.holds_fsdp1:
-                _load_source(source, loaded[source.path], target.state[source.path])
+                _load_source(source, loaded[source.path], target.state[source.path], versions)
 
     ranks.agree(step, load_others)
 
 
-def _load_source(source: Source, loaded: StateDict, present: StateDict) -> None:
+def _load_source(source: Source, loaded: StateDict, present: StateDict, versions: Versions) -> None:
     module = loading_module(source.module)
     names = PlainNames(module)
     state, others = ({names.key(key): value for key, value in entries.items()} for entries in (loaded, present))
-    not_taken, missing = load_state(module, state, others)
+    not_taken, missing = load_state(module, state, others, saved_versions(source, versions, loaded))
     if missing and not source.holds_fsdp1:
         # An override may have loaded them by itself, in its own way.
         now = {names.key(key): value for key, value in plain_state_dict(source).items()}
