@@ -13,19 +13,19 @@ from keepbest.capture.catalogue import state_beside
 from keepbest.capture.compare import Comparison, are_equal, refuse_losses, refuse_misfits
 from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
+from keepbest.capture.resized import resized
 from keepbest.capture.restore_states import StatesToLoad
 from keepbest.capture.selection import Selection, unread_parts
-from keepbest.capture.versions import saved_versions
+from keepbest.capture.versions import RecordedVersions, saved_versions
 from keepbest.errors import PartlyLoadedError, SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
 from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
-from keepbest.modules.state_dicts import Version, load_state, loading_module
+from keepbest.modules.state_dicts import load_state, loading_module
 from keepbest.modules.wrappers import PlainNames, modules_along, walk
 from keepbest.ranks import Ranks
-
-Versions = Mapping[str, Mapping[str, Version]] | None
+from keepbest.run.manifest import Manifest
 
 
 class Restored(NamedTuple):
@@ -122,7 +122,7 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
     # A part that is empty is compared too, unless others were asked for.
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
     target = _find(model, [each.part for each in chosen], feed, ranks)
-    _compare(target, chosen, stored.manifest.left_out, feed, ranks, selection)
+    _compare(target, chosen, stored.manifest, feed, ranks, selection)
     beside = StatesToLoad(model, stored.training_state, read, feed, ranks)
     beside.compare()
     loaded: dict[str, StateDict] = {source.path: {} for source in target.sources}
@@ -190,7 +190,7 @@ def _find(model: nn.Module, parts: Sequence[Part], feed: Feed, ranks: Ranks) -> 
 def _compare(
     target: _Target,
     contents: Sequence[PartContents],
-    left_out: Mapping[str, Sequence[str]],
+    manifest: Manifest,
     feed: Feed,
     ranks: Ranks,
     selection: Selection,
@@ -202,8 +202,12 @@ def _compare(
         comparison = Comparison(absent=[each.part.path for each in contents if each.part not in here])
         for each in contents:
             saved = {key: each.kinds[each.names_to_keys[key]] for key in _wanted(each, selection)}
-            may_lack = set(left_out.get(each.part.name, ()))
-            comparison.add(each, saved, target.present(each.part, selection), may_lack)
+            may_lack = set(manifest.left_out.get(each.part.name, ()))
+            present, resizable = target.present(each.part, selection), set[str]()
+            for source in target.sources:
+                if each.part in source.parts:
+                    resizable |= resized(source, each.part, saved, present, manifest.versions)
+            comparison.add(each, saved, present, may_lack, resizable)
         return comparison.to_json()
 
     found = ranks.gather_json("compare the saved weights with the model", compare)
@@ -245,7 +249,7 @@ def _load(
     sources: Sequence[Source],
     loaded: Mapping[str, StateDict],
     target: _Target,
-    versions: Versions,
+    versions: RecordedVersions,
     feed: Feed,
     ranks: Ranks,
 ) -> None:
@@ -267,7 +271,7 @@ def _load(
     ranks.agree(step, load_others)
 
 
-def _load_source(source: Source, loaded: StateDict, present: StateDict, versions: Versions) -> None:
+def _load_source(source: Source, loaded: StateDict, present: StateDict, versions: RecordedVersions) -> None:
     module = loading_module(source.module)
     names = PlainNames(module)
     state, others = ({names.key(key): value for key, value in entries.items()} for entries in (loaded, present))

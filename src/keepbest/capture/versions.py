@@ -12,6 +12,9 @@ from keepbest.modules.sources import Source
 from keepbest.modules.state_dicts import UNRECORDED, Version, paths_above
 from keepbest.modules.wrappers import walk, wrapper_of
 
+RecordedVersions = Mapping[str, Mapping[str, Version]] | None
+"""For each part the recorded versions, by the path of the module in it; `None` if none were recorded."""
+
 
 def versions_of(source: Source) -> dict[tuple[Part, str], Version]:
     """The versions in a source that are not `UNRECORDED`, by the part and the path of the module in it."""
@@ -23,14 +26,12 @@ def versions_of(source: Source) -> dict[tuple[Part, str], Version]:
     return found
 
 
-def saved_versions(
-    source: Source, versions: Mapping[str, Mapping[str, Version]] | None, keys: Iterable[str]
-) -> dict[str, object]:
+def saved_versions(source: Source, versions: RecordedVersions, keys: Iterable[str]) -> dict[str, object]:
     """The versions that the modules of a source had when they were saved, by their plain paths in it.
 
     Args:
         source: Source that is loaded.
-        versions: For each part the recorded versions, by the path of the module; `None` if none were recorded.
+        versions: Recorded versions of the modules.
         keys: Plain keys of what is loaded. A module that gets nothing has nothing to migrate.
     """
     if versions is None:
