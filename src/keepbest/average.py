@@ -115,7 +115,7 @@ def _averaged(refs: Sequence[str], contents: Sequence[Contents]) -> Contents:
         is_averaged = (entry.dtype.is_floating_point or entry.dtype.is_complex) and not is_extra_state(entry.key)
         fetch = partial(_mean, [entry, *(each[entry.key] for each in by_key)]) if is_averaged else entry.fetch
         entries.append(entry._replace(fetch=fetch))
-    return Contents(entries, best.tied, best.others)
+    return best._replace(entries=entries)
 
 
 def _refuse_another_model(refs: str, best: Contents, other: Contents, theirs: Mapping[str, Entry]) -> None:
@@ -126,6 +126,9 @@ def _refuse_another_model(refs: str, best: Contents, other: Contents, theirs: Ma
         raise SnapshotError(f"{refs} cannot be averaged: what is tied, or sparse, in one is not in the other")
     if special := sorted(key for key, value in best.others.items() if isinstance(value, torch.Tensor)):
         raise SnapshotError(f"{special[0]} cannot be averaged: it is sparse or quantized")
+    if best.versions is not None and other.versions is not None and best.versions != other.versions:
+        paths = sorted(path for path, _ in best.versions.items() ^ other.versions.items())
+        raise SnapshotError(f"{refs} cannot be averaged: the class of {paths[0] or 'the model'} has another version")
     for entry in best.entries:
         found = theirs[entry.key]
         here, there = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (entry, found))

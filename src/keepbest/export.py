@@ -16,6 +16,7 @@ from keepbest.formats import safetensors_file, torch_file
 from keepbest.formats.entries import Entry, fetched
 from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
+from keepbest.modules.state_dicts import Version, with_versions
 from keepbest.remote.download import snapshot_of
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
@@ -40,11 +41,13 @@ class Contents(NamedTuple):
         entries: Tensors, each read when its turn comes.
         tied: Further names of these tensors, and the key of each.
         others: What is no tensor.
+        versions: Versions of modules that are recorded, by their paths; `None` if none were recorded.
     """
 
     entries: list[Entry]
     tied: dict[str, str]
     others: dict[str, Any]
+    versions: dict[str, Version] | None = None
 
 
 def export(
@@ -147,8 +150,8 @@ def _parts(manifest: Manifest, part: str | None) -> dict[str, str]:
 
 
 def _contents(found: FoundSnapshot, parts: Mapping[str, str], selection: Selection) -> Contents:
-    contents = Contents([], {}, {})
     manifest = found.manifest
+    contents = Contents([], {}, {}, _versions(manifest, parts))
     places = {each.name: each for each in chosen_parts(manifest, selection) if each.name in parts}
     readers = {name: find_format(manifest.format).reader(found.folder, manifest.files, name) for name in places}
     whole = {name: PartContents.of(places[name], reader) for name, reader in readers.items()}
@@ -167,6 +170,17 @@ def _contents(found: FoundSnapshot, parts: Mapping[str, str], selection: Selecti
     return contents
 
 
+def _versions(manifest: Manifest, parts: Mapping[str, str]) -> dict[str, Version] | None:
+    if manifest.versions is None:
+        return None
+    recorded = ((parts[part], modules) for part, modules in manifest.versions.items() if part in parts)
+    return {
+        f"{prefix}{path}".removesuffix("."): version
+        for prefix, modules in recorded
+        for path, version in modules.items()
+    }
+
+
 def _write_torch(to: Path, contents: Contents) -> Path:
     with _appearing(to) as path:
         # torch.save wants all tensors at once: they lie in one mapped file, so that the memory is that of the disk.
@@ -175,7 +189,9 @@ def _write_torch(to: Path, contents: Contents) -> Path:
         try:
             state = fetched(contents.entries, space)
             state |= {key: state[first] for key, first in contents.tied.items()}
-            torch_file.FORMAT.write_file(_files, path, {**state, **contents.others})
+            state |= contents.others
+            versioned = state if contents.versions is None else with_versions(state, contents.versions)
+            torch_file.FORMAT.write_file(_files, path, versioned)
         finally:
             _files.remove(space)
     return to

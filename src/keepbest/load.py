@@ -100,9 +100,10 @@ def load(
 
     Raises:
         SnapshotError: On every rank, if there is no such run or ref, a file is missing or damaged, or the snapshot is
-            of another model: it lacks something, has something more, or has another shape, another layout or a dtype
-            that loses numbers, or the model is on the meta device; or it lacks a training state, or has it with other
-            parameters or groups. The model, and what `training_state` has, are then as they were.
+            of another model: it lacks something, has something more, or has another shape that no module takes by
+            itself, another layout or a dtype that loses numbers, or the model is on the meta device; or it lacks a
+            training state, or has it with other parameters or groups. The model, and what `training_state` has, are
+            then as they were.
         LedgerError: On every rank, if the ledger is damaged or of another version.
         ConfigError: On every rank, if the URL cannot be opened here, the snapshot has nothing that `only` names, an
             optimizer has parameters that are not in the model, no `ref` is given and there is not one best, or a mode

@@ -73,6 +73,7 @@ FULL_MANIFEST = Manifest(
     {"model.pt": FULL_RECORD},
     {},
     9,
+    {"model": {"1": 2}},
 )
 
 

@@ -143,6 +143,9 @@ MANIFESTS = {
     "the folder itself": lambda manifest: {**manifest, "files": {".": manifest["files"]["model.pt"]}},
     "an iteration of nothing": lambda manifest: {**manifest, "iteration": "../x"},
     "parts of nothing": lambda manifest: {**manifest, "parts": 3},
+    "versions of another part": lambda manifest: {**manifest, "versions": {"head": {}}},
+    "versions that are a list": lambda manifest: {**manifest, "versions": {"model": [2]}},
+    "a version that is no version": lambda manifest: {**manifest, "versions": {"model": {"": [2]}}},
     "no left_out": lambda manifest: {**manifest, "left_out": None},
 }  # fmt: skip
 

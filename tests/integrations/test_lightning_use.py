@@ -269,6 +269,7 @@ def test_checkpoint_of_the_best_has_the_weights_of_lightnings(model, settings, t
     assert [
         key for key in expected if not key.endswith("n_averaged") and not torch.equal(expected[key], found[key])
     ] == []
+    assert found._metadata == expected._metadata
     assert found.keys() == expected.keys() == model.load_from_checkpoint(paths[1]).state_dict().keys()
 
 

@@ -14,9 +14,11 @@ from torch.nn.parameter import is_lazy
 from keepbest.capture.alike import Alike
 from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
+from keepbest.capture.versions import versions_of
 from keepbest.formats.tied import place_of
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
+from keepbest.modules.state_dicts import Version
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -104,6 +106,7 @@ class Held:
         entries: What there is, in the order of the state dicts.
         values: Value of each entry, as this rank has it: for a parameter in an FSDP1 unit the flat one.
         alike: For the groups of each optimizer what all ranks that hold them must have alike beside the shards.
+        versions: Versions of its modules that are recorded, by the part and the path of the module there.
     """
 
     sources: list[Source]
@@ -112,6 +115,7 @@ class Held:
     entries: dict[Name, Entry] = field(default_factory=dict)
     values: dict[Name, Any] = field(default_factory=dict)
     alike: dict[Name, Alike] = field(default_factory=dict)
+    versions: dict[Name, Version] = field(default_factory=dict)
 
 
 def look(items: Items, rank: int) -> Held:
@@ -129,6 +133,7 @@ def look(items: Items, rank: int) -> Held:
         else:
             state = held.states[source.path] = plain_state_dict(source)
         _add(held, source, state, flat, rank)
+        held.versions.update({Name(part.name, path): each for (part, path), each in versions_of(source).items()})
     return held
 
 

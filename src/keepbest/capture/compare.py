@@ -75,7 +75,12 @@ class Comparison:
         return cls(faults, lacks, [Cast(*cast) for cast in casts], absent, [list(map(tuple, each)) for each in tied])
 
     def add(
-        self, contents: PartContents, saved: Mapping[str, Kind], present: Mapping[str, Any], may_lack: set[str]
+        self,
+        contents: PartContents,
+        saved: Mapping[str, Kind],
+        present: Mapping[str, Any],
+        may_lack: set[str],
+        resized: set[str],
     ) -> None:
         """Compare one part. **Rank-local**.
 
@@ -84,6 +89,7 @@ class Comparison:
             saved: Those kinds in it that are to be loaded, by each of their names.
             present: What the model has in their place.
             may_lack: Keys of the model that need not be in the snapshot.
+            resized: Keys of what its module brings to the shape that was saved.
         """
         name = contents.part.name
         lacks = sorted(key for key in saved.keys() - present.keys() if not is_extra_state(key))
@@ -97,7 +103,7 @@ class Comparison:
                 continue  # its shape and kind are the matter of the module
             self._note_place(contents, key, saved[key], present[key])
             target = _without_shards(present[key])
-            if (fault := _misfit(saved[key], target)) is not None:
+            if (fault := _misfit(saved[key], target, is_resized=key in resized)) is not None:
                 faults.setdefault(fault, []).append(key)
             elif (saved_as := saved[key].dtype) is not None and judge(saved_as, target.dtype) == "depends":
                 dtype = str(target.dtype).removeprefix("torch.")
@@ -167,14 +173,14 @@ def _listed(what: str, keys: set[str]) -> str:
     return f"{what} {shown}{more}"
 
 
-def _misfit(saved: Kind, target: Any) -> str | None:
+def _misfit(saved: Kind, target: Any, *, is_resized: bool) -> str | None:
     """What is wrong with loading a value of this kind into `target`."""
     if saved.dtype is None or not isinstance(target, torch.Tensor):
         is_data = saved.dtype is None and not isinstance(target, torch.Tensor)
         return None if is_data else "only one of the two has a tensor for"
     if (reason := _closed(target)) is not None:
         return reason
-    if not is_lazy(target) and saved.shape != tuple(target.shape):
+    if not (is_resized or is_lazy(target)) and saved.shape != tuple(target.shape):
         return "shapes differ for"
     if saved.form != (form := form_of(target)):
         return f"the snapshot has {saved.form or 'dense'} tensors, the model has {form or 'dense'} ones for"

@@ -78,6 +78,7 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         left_out=inventory.plan.left_out,
         slot=room,
         writers=main_alone if ranks.is_main else nobody,
+        versions=agreed.union.versions,
     )
 
 

@@ -88,12 +88,12 @@ class Inventory:
         def report() -> tuple[tuple[Held, Report], Number]:
             held = self.look()
             self._check(held, held.entries)
-            found = Report(held.entries, self._prints(held, held.entries))
+            found = Report(held.entries, self._prints(held, held.entries), held.versions)
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 
         (held, found), digests = self.ranks.compare(f"look at the weights to {step}", report)
         if len({number.note for number in digests}) == 1:
-            self._adopt(found, same_everywhere(found.entries, self.ranks.world_size))
+            self._adopt(found, same_everywhere(found, self.ranks.world_size))
         else:
             self._adopt(found, unite(self._reports(step, found)))
         if self._format.capture == "local" or any(holding.owner != 0 for _, holding in self.union.kept()):
@@ -119,7 +119,7 @@ class Inventory:
         """
         if self._union is None:
             self.take(step)
-        before, union = self._report.entries, self._union
+        before, versions, union = self._report.entries, self._report.versions, self._union
         step = f"list the weights to {step}"
 
         def look_again() -> tuple[Held, Number]:
@@ -131,8 +131,8 @@ class Inventory:
                     self._check(held, held.entries)  # also what is as it was by its name, shape and dtype
                 except ConfigError as error:
                     raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
-            if changed or union is None:
-                return held, Number(None, None, describe(changed, before, held.entries))
+            if changed or held.versions != versions or union is None:
+                return held, Number(None, None, describe(changed, before, held.entries) or _OTHER_VERSIONS)
             claim(Agreed(held, union))
             return held, Number(self._drift.balance(held, union), None)
 
@@ -149,7 +149,7 @@ class Inventory:
         remade = {Name(*name): None for names in self.ranks.gather_json(step, lambda: mine) for name in names}
         prints = self.ranks.agree(step, lambda: self._prints(held, remade), saving=saving)
         try:
-            found = Report(held.entries, prints)
+            found = Report(held.entries, prints, held.versions)
             united = unite(self._reports(step, found))
             if union is not None:
                 refuse_other_parameters(union, united, self.ranks.world_size)
@@ -268,6 +268,9 @@ class Inventory:
                 known[id(value)] = fingerprint(local_of(value))
             found[name] = (place, known[id(value)])
         return found
+
+
+_OTHER_VERSIONS = "modules have other versions"
 
 
 def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Name, Any]:

@@ -93,6 +93,7 @@ class Local:
             slot=slot,
             writers=writers,
             plans=plans,
+            versions=agreed.union.versions,
         )
 
     def _writers_of_whole(self, union: Union) -> Mapping[Name, int]:

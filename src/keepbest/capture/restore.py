@@ -13,8 +13,10 @@ from keepbest.capture.catalogue import state_beside
 from keepbest.capture.compare import Comparison, are_equal, refuse_losses, refuse_misfits
 from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
+from keepbest.capture.resized import resized
 from keepbest.capture.restore_states import StatesToLoad
 from keepbest.capture.selection import Selection, unread_parts
+from keepbest.capture.versions import RecordedVersions, saved_versions
 from keepbest.errors import PartlyLoadedError, SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
@@ -23,6 +25,7 @@ from keepbest.modules.sources import Source, StateDict, list_sources, plain_stat
 from keepbest.modules.state_dicts import load_state, loading_module
 from keepbest.modules.wrappers import PlainNames, modules_along, walk
 from keepbest.ranks import Ranks
+from keepbest.run.manifest import Manifest
 
 
 class Restored(NamedTuple):
@@ -119,7 +122,7 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
     # A part that is empty is compared too, unless others were asked for.
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
     target = _find(model, [each.part for each in chosen], feed, ranks)
-    _compare(target, chosen, stored.manifest.left_out, feed, ranks, selection)
+    _compare(target, chosen, stored.manifest, feed, ranks, selection)
     beside = StatesToLoad(model, stored.training_state, read, feed, ranks)
     beside.compare()
     loaded: dict[str, StateDict] = {source.path: {} for source in target.sources}
@@ -136,7 +139,7 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
             if each.part in source.parts:
                 loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())
         complete = [source for source in target.sources if source.parts[-1] == each.part]
-        _load(complete, loaded, target, feed, ranks)
+        _load(complete, loaded, target, stored.manifest.versions, feed, ranks)
         for source in complete:  # the next ones need the memory; the names alone are reported
             loaded[source.path] = dict.fromkeys(loaded[source.path])
             target.state[source.path] = dict.fromkeys(target.state[source.path])
@@ -187,7 +190,7 @@ def _find(model: nn.Module, parts: Sequence[Part], feed: Feed, ranks: Ranks) -> 
 def _compare(
     target: _Target,
     contents: Sequence[PartContents],
-    left_out: Mapping[str, Sequence[str]],
+    manifest: Manifest,
     feed: Feed,
     ranks: Ranks,
     selection: Selection,
@@ -199,8 +202,12 @@ def _compare(
         comparison = Comparison(absent=[each.part.path for each in contents if each.part not in here])
         for each in contents:
             saved = {key: each.kinds[each.names_to_keys[key]] for key in _wanted(each, selection)}
-            may_lack = set(left_out.get(each.part.name, ()))
-            comparison.add(each, saved, target.present(each.part, selection), may_lack)
+            may_lack = set(manifest.left_out.get(each.part.name, ()))
+            present, resizable = target.present(each.part, selection), set[str]()
+            for source in target.sources:
+                if each.part in source.parts:
+                    resizable |= resized(source, each.part, saved, present, manifest.versions)
+            comparison.add(each, saved, present, may_lack, resizable)
         return comparison.to_json()
 
     found = ranks.gather_json("compare the saved weights with the model", compare)
@@ -239,7 +246,12 @@ def _refuse_different_values(
 
 
 def _load(
-    sources: Sequence[Source], loaded: Mapping[str, StateDict], target: _Target, feed: Feed, ranks: Ranks
+    sources: Sequence[Source],
+    loaded: Mapping[str, StateDict],
+    target: _Target,
+    versions: RecordedVersions,
+    feed: Feed,
+    ranks: Ranks,
 ) -> None:
     """Load sources of which everything was brought. **Collective**, also where there is none on this rank."""
     step = "load the weights"
@@ -247,23 +259,23 @@ def _load(
         for source in sources:
             if source.holds_fsdp1:
                 with feed.loading(source.module):
-                    _load_source(source, loaded[source.path], {})
+                    _load_source(source, loaded[source.path], {}, versions)
     except BaseException as error:  # noqa: BLE001  # lose raises
         ranks.lose(step, error)
 
     def load_others() -> None:
         for source in sources:
             if not source.holds_fsdp1:
-                _load_source(source, loaded[source.path], target.state[source.path])
+                _load_source(source, loaded[source.path], target.state[source.path], versions)
 
     ranks.agree(step, load_others)
 
 
-def _load_source(source: Source, loaded: StateDict, present: StateDict) -> None:
+def _load_source(source: Source, loaded: StateDict, present: StateDict, versions: RecordedVersions) -> None:
     module = loading_module(source.module)
     names = PlainNames(module)
     state, others = ({names.key(key): value for key, value in entries.items()} for entries in (loaded, present))
-    not_taken, missing = load_state(module, state, others)
+    not_taken, missing = load_state(module, state, others, saved_versions(source, versions, loaded))
     if missing and not source.holds_fsdp1:
         # An override may have loaded them by itself, in its own way.
         now = {names.key(key): value for key, value in plain_state_dict(source).items()}

@@ -11,6 +11,7 @@ from torch import nn
 from keepbest.formats.format import Receipt
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import StateDict
+from keepbest.modules.state_dicts import Version
 from keepbest.staging.slot import Slot, Staging
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Share:
         writers: How the ranks that write come together.
         plans: For each part what was planned for its format, with the tensors of this rank.
         training_state: Names of the training states.
+        versions: For each part the versions of modules that are recorded, by the path of the module in it.
     """
 
     parts: tuple[Part, ...]
@@ -81,6 +83,7 @@ class Share:
     writers: Writers
     plans: Mapping[str, Any] = field(default_factory=dict)
     training_state: tuple[str, ...] = ()
+    versions: Mapping[str, Mapping[str, Version]] = field(default_factory=dict)
 
 
 class Capture(Protocol):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from keepbest.capture.catalogue import Entry, Form, Name
 from keepbest.capture.optimizer import is_groups
 from keepbest.errors import ConfigError
+from keepbest.modules.state_dicts import Version
 
 _LISTED = 6
 _WAYS_OUT = (
@@ -26,26 +28,30 @@ class Report(NamedTuple):
         entries: What it holds.
         prints: Fingerprints of parameters that other ranks may hold too: which piece of it this rank holds, and the
             digest of the piece.
+        versions: Versions of its modules that are recorded.
     """
 
     entries: Mapping[Name, Entry]
     prints: Mapping[Name, tuple[str, str]]
+    versions: Mapping[Name, Version] = MappingProxyType({})
 
     def to_json(self) -> list[Any]:
         """JSON values only; `from_json` is the inverse."""
-        return [[*name, entry, self.prints.get(name)] for name, entry in self.entries.items()]
+        entries = [[*name, entry, self.prints.get(name)] for name, entry in self.entries.items()]
+        return [entries, [[*name, version] for name, version in self.versions.items()]]
 
     @classmethod
     def from_json(cls, report: Sequence[Any]) -> Report:
         """The inverse of `to_json`."""
         entries: dict[Name, Entry] = {}
         prints: dict[Name, tuple[str, str]] = {}
-        for part, key, ((role, shape, *rest), members, device, first), found in report:
+        listed, versions = report
+        for part, key, ((role, shape, *rest), members, device, first), found in listed:
             name = Name(part, key)
             entries[name] = Entry(Form(role, tuple(shape), *rest), tuple(members), device, first)
             if found is not None:
                 prints[name] = (found[0], found[1])
-        return cls(entries, prints)
+        return cls(entries, prints, {Name(part, path): version for part, path, version in versions})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +81,19 @@ class Union:
 
     Args:
         holdings: Entries by name, in the same order on every rank.
+        versions: Versions of modules that are recorded.
+
+    Attributes:
+        versions: For each part these versions, by the path of the module in it.
     """
 
-    def __init__(self, holdings: Mapping[Name, Holding]) -> None:
+    def __init__(
+        self, holdings: Mapping[Name, Holding], versions: Mapping[Name, Version] = MappingProxyType({})
+    ) -> None:
         self.holdings = holdings
+        self.versions: dict[str, dict[str, Version]] = {}
+        for name, version in versions.items():
+            self.versions.setdefault(name.part, {})[name.key] = version
         self._frozen_parts = {
             part
             for part in {name.part for name in holdings}
@@ -112,10 +127,11 @@ class Union:
         return [holding for name, holding in self.holdings.items() if name.part == part]
 
 
-def same_everywhere(entries: Mapping[Name, Entry], world_size: int) -> Union:
-    """The union where every rank holds the same."""
+def same_everywhere(report: Report, world_size: int) -> Union:
+    """The union where every rank reports the same."""
     ranks = range(world_size)
-    return Union({name: Holding(number, entry, ranks) for number, (name, entry) in enumerate(entries.items())})
+    holdings = {name: Holding(number, entry, ranks) for number, (name, entry) in enumerate(report.entries.items())}
+    return Union(holdings, report.versions)
 
 
 def unite(reports: Sequence[Report]) -> Union:
@@ -141,7 +157,8 @@ def unite(reports: Sequence[Report]) -> Union:
             entry = entry._replace(first=first.entry.first or entry.first if is_same else "")
         groups = tuple(dict.fromkeys(reports[rank].entries[name].members for rank in ranks))
         holdings[name] = Holding(number, entry, ranks, groups if len(groups) > 1 else ())
-    return Union(holdings)
+    # That of the lowest rank that records one: a stage may have a mere placeholder where another has the module.
+    return Union(holdings, {name: each for report in reversed(reports) for name, each in report.versions.items()})
 
 
 def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequence[int]]) -> None:

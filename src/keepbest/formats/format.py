@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 
+from keepbest.modules.state_dicts import Version
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
 
@@ -30,6 +31,7 @@ class ToWrite(Protocol):
             nothing.
         training_state: Names of those parts that are no weights.
         plans: For each part what the capture has planned for the format, where it plans anything.
+        versions: For each part the versions of modules that are recorded.
     """
 
     @property
@@ -38,6 +40,8 @@ class ToWrite(Protocol):
     def training_state(self) -> Collection[str]: ...
     @property
     def plans(self) -> Mapping[str, Any]: ...
+    @property
+    def versions(self) -> Mapping[str, Mapping[str, Version]]: ...
 
 
 class Receipt(NamedTuple):

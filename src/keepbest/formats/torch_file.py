@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class TorchFile(WholeFileFormat):
         dtypes: dict[int, torch.dtype] = {}
         compact = {key: _compact(value, dtypes) for key, value in state.items() if key not in tied}
         compact |= {key: compact[first] for key, first in tied.items()}
-        ordered = {key: compact[key] for key in state}
+        ordered = _like(state, {key: compact[key] for key in state})
         with files.create(path) as file, without_crc32():
             sink = DigestingFile(file)
             if _is_small(compact.values()):
@@ -98,10 +99,20 @@ def _compact(value: Any, dtypes: dict[int, torch.dtype]) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach()
         return value.clone(memory_format=torch.contiguous_format) if _is_view(value, dtypes) else value
-    if type(value) not in (dict, list, tuple) or not any(_is_view(each, dtypes) for _, each in leaves(value)):
+    if type(value) not in (dict, OrderedDict, list, tuple) or not any(
+        _is_view(each, dtypes) for _, each in leaves(value)
+    ):
         return value
     inside: Iterable[Any] = (_compact(each, dtypes) for each in (value.values() if isinstance(value, dict) else value))
-    return dict(zip(value, inside, strict=True)) if isinstance(value, dict) else type(value)(inside)
+    return _like(value, dict(zip(value, inside, strict=True))) if isinstance(value, dict) else type(value)(inside)
+
+
+def _like(original: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """`state`, with what torch notes beside the keys of a state dict, if `original` is one of torch's."""
+    if not isinstance(original, OrderedDict):
+        return state
+    vars(made := OrderedDict(state)).update(vars(original))
+    return made
 
 
 def _is_view(value: object, dtypes: dict[int, torch.dtype]) -> bool:

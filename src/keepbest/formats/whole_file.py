@@ -15,6 +15,7 @@ from keepbest.errors import SnapshotError
 from keepbest.formats.format import Format, Receipt, StateDict, TensorKind, ToWrite
 from keepbest.formats.tied import first_names
 from keepbest.modules.kinds import is_dense
+from keepbest.modules.state_dicts import with_versions
 from keepbest.run.digest import Digest
 from keepbest.run.files import Files
 from keepbest.run.manifest import FileRecord
@@ -88,9 +89,11 @@ class WholeFileFormat(Format):
     def write(self, files: Files, folder: Path, share: ToWrite) -> Receipt:
         records = {}
         for part, state in share.files.items():
-            form = self.for_state if part in share.training_state else self
+            is_state = part in share.training_state
+            form = self.for_state if is_state else self
             name = f"{part_name(part)}{form.ending}"
-            digest = form.write_file(files, folder / name, state)
+            content = state if is_state else with_versions(state, share.versions.get(part, {}))
+            digest = form.write_file(files, folder / name, content)
             records[name] = FileRecord(part, digest, sum(isinstance(value, torch.Tensor) for value in state.values()))
         return Receipt(records)
 

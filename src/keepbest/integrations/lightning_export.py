@@ -14,6 +14,7 @@ from keepbest.export import verified_contents, write_contents
 from keepbest.formats import torch_file
 from keepbest.integrations.lightning_packages import CHECKPOINTS, VERSION, Checkpoint, monitors
 from keepbest.modules.kinds import is_dtensor
+from keepbest.modules.state_dicts import UNRECORDED, paths_above, versioned_for
 from keepbest.modules.wrappers import PlainNames
 from keepbest.remote.download import every_file, snapshot_of
 from keepbest.remote.live import read_snapshots
@@ -103,7 +104,11 @@ def _as_in(module: LightningModule, saved: Mapping[str, Any], manifest: Manifest
         state[names.key(plain)] = value.detach()
     buffers = dict(module.named_buffers(remove_duplicate=False))
     # Of an average in the module: of how many weights it is one.
-    return state | {key: buffer for key, buffer in buffers.items() if not names.plain_state({key: buffer})}
+    state |= {key: buffer for key, buffer in buffers.items() if not names.plain_state({key: buffer})}
+    if manifest.versions is None:
+        return state
+    versions = dict.fromkeys(paths_above(saved), UNRECORDED) | dict(manifest.versions.get("model", {}))
+    return versioned_for(module, state, versions)
 
 
 def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:

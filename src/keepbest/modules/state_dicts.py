@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,8 +16,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from keepbest.modules.kinds import is_fsdp1
-from keepbest.modules.wrappers import own_weights, wrapper_of
+from keepbest.modules.wrappers import PlainNames, own_weights, wrapper_of
 
+Version = int | float | str
+"""Of the class of a module. A newer one migrates what an older one saved: torch hands it the version then."""
+UNRECORDED = 1  # the version that torch gives to each module without one of its own
+
+_METADATA = "_metadata"  # where torch has the versions of a state dict
 _STATE_DICT_ARGUMENTS = ("destination", "prefix", "keep_vars")
 
 
@@ -57,29 +62,67 @@ class NotLoaded(NamedTuple):
     missing: list[str]
 
 
-def load_state(module: nn.Module, state: Mapping[str, Any], others: Mapping[str, Any]) -> NotLoaded:
+def load_state(
+    module: nn.Module, state: Mapping[str, Any], others: Mapping[str, Any], versions: Mapping[str, object]
+) -> NotLoaded:
     """Load `state` by the `load_state_dict` of `module`. **Collective** where it holds FSDP1 units.
 
     Args:
         module: What `loading_module` returned.
         state: Entries that are loaded, by the keys of its state dict.
         others: The other entries of its state dict, for a `load_state_dict` that wants all of them.
+        versions: Versions of the modules in it when they were saved, by their plain paths. The others get their own.
 
     Returns:
         Keys of `state` that were not loaded, or may not have been.
     """
-    with_versions = OrderedDict(state)
-    # As torch does: modules read from it whether the state dict is of an older version, and is to be converted.
-    modules = module.named_modules(remove_duplicate=False)
-    versions = {name: {"version": inner._version} for name, inner in modules}  # noqa: SLF001  # torch's own protocol
-    vars(with_versions)["_metadata"] = versions
+    versioned = versioned_for(module, state, versions)
     if _takes(module.load_state_dict, "strict"):
-        result: object = module.load_state_dict(with_versions, strict=False)
+        result: object = module.load_state_dict(versioned, strict=False)
     else:
-        with_versions.update((key, value) for key, value in others.items() if key not in state)
-        result = module.load_state_dict(with_versions)
+        versioned.update((key, value) for key, value in others.items() if key not in state)
+        result = module.load_state_dict(versioned)
     unused, missing = (getattr(result, name, ()) for name in ("unexpected_keys", "missing_keys"))
     return NotLoaded(*([key for key in keys if key in state] for keys in (unused, missing)))
+
+
+def with_versions(state: Mapping[str, Any], versions: Mapping[str, Version]) -> OrderedDict[str, Any]:
+    """`state` as torch gives it: with the version of each module, which torch saves with it.
+
+    Args:
+        state: State dict.
+        versions: Versions of the modules in it that are not `UNRECORDED`, by their paths.
+    """
+    versioned = OrderedDict(state)
+    paths = sorted(paths_above(state))
+    vars(versioned)[_METADATA] = {path: {"version": versions.get(path, UNRECORDED)} for path in paths}
+    return versioned
+
+
+def paths_above(keys: Iterable[str]) -> set[str]:
+    """The paths of all modules that have one of these keys, or are above one."""
+    found: set[str] = set()
+    for path in keys:
+        while path and (path := path.rpartition(".")[0]) not in found:
+            found.add(path)
+    return found
+
+
+def versioned_for(module: nn.Module, state: Mapping[str, Any], versions: Mapping[str, object]) -> OrderedDict[str, Any]:
+    """`state`, of `module`, as torch gives it: modules read from it whether it is of an older version.
+
+    Args:
+        module: Module, plain or wrapped.
+        state: State dict with the keys of the module.
+        versions: Versions of the modules in it, by their plain paths. The others get their own.
+    """
+    names, metadata = PlainNames(module), dict[str, dict[str, object]]()
+    for name, inner in module.named_modules(remove_duplicate=False):
+        present: object = inner._version  # noqa: SLF001  # torch's own protocol
+        is_own = wrapper_of(inner) is None
+        metadata[name] = {"version": versions.get(names.plain(name), present) if is_own else present}
+    vars(versioned := OrderedDict(state))[_METADATA] = metadata
+    return versioned
 
 
 @contextmanager

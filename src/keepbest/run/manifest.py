@@ -73,6 +73,8 @@ class Manifest:
         left_out: For each part the keys, relative to the part, that were frozen and not saved.
         ledger_bytes: Bytes of the ledger that were on the disk when the snapshot was complete. A ledger with fewer is
             an older one.
+        versions: For each part the versions of the modules in it that are not 1, by their paths; parts without such
+            modules are absent. `None` in a snapshot that was written before they were recorded.
     """
 
     run: str
@@ -86,6 +88,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     left_out: Mapping[str, Sequence[str]]
     ledger_bytes: int
+    versions: Mapping[str, Mapping[str, int | float | str]] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -119,6 +122,8 @@ class Manifest:
             "left_out": self.left_out,
             "ledger_bytes": self.ledger_bytes,
         }
+        if self.versions is not None:
+            content["versions"] = self.versions
         return json.dumps(content, indent=1).encode()
 
     @classmethod
@@ -145,6 +150,7 @@ class Manifest:
             files={name: FileRecord.from_json(record) for name, record in content["files"].items()},
             left_out={name: list(keys) for name, keys in content["left_out"].items()},
             ledger_bytes=content["ledger_bytes"],
+            versions=content.get("versions"),
         )
 
 
@@ -174,6 +180,17 @@ def _check(content: Any) -> None:
             raise ValueError(f"this is no file of a snapshot: {record!r}")
     if unknown := content["left_out"].keys() - parts:
         raise ValueError(f"keys of parts that it does not have were left out: {', '.join(sorted(unknown))}")
+    _check_versions(content.get("versions"), parts)
+
+
+def _check_versions(versions: Any, parts: set[Any]) -> None:
+    if versions is None:
+        return
+    if unknown := versions.keys() - parts:
+        raise ValueError(f"it has versions of parts that it does not have: {', '.join(sorted(unknown))}")
+    for version in (version for modules in versions.values() for version in modules.values()):
+        if not isinstance(version, int | float | str):
+            raise TypeError(f"the version of a module is {version!r}")
 
 
 def manifest_digest(text: bytes) -> str:

@@ -196,6 +196,7 @@ class PendingSnapshot:
             training_state=share.training_state,
             files=self._format.complete(self._files, folder, share, written),
             left_out=share.left_out,
+            versions=share.versions,
             ledger_bytes=record.folder.durable_bytes,
         )
         return Written(self._name, record.folder.snapshots.publish(self._name, manifest))
