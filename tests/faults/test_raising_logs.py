@@ -15,6 +15,7 @@ from torch import nn
 from keepbest import BestKeeper
 from keepbest.errors import RankFailedError
 from tests.faults.test_background import refusing
+from tests.kit import toys
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, saved_at, update
 
@@ -139,3 +140,15 @@ def close_two(directory: Path) -> list[str]:
 
 def test_end_whose_log_raised_is_an_error_on_every_rank(tmp_path):
     assert run_ranks(close_two, 2, tmp_path) == [[REF, REF]] * 2
+
+
+def train_two_epochs(directory: Path) -> str:
+    trainer = toys.make_trainer(directory, epochs=2, strategy="ddp")
+    with raising("epoch 1: "), pytest.raises(RankFailedError, match="no place for the log"):
+        trainer.train()
+    return str(trainer.update_counter.iteration)
+
+
+def test_epoch_whose_log_raised_ends_training_on_every_rank(tmp_path):
+    [iteration] = set(run_ranks(train_two_epochs, 2, tmp_path))
+    assert iteration.startswith("E1_")

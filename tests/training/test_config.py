@@ -89,7 +89,7 @@ def test_config_that_cannot_be_right(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"kind": "tests.kit.toys.AutoEncoder", "hiden": 3}}, r"AutoEncoder with \['hiden'\].*hiden"),
+        ({"model": {"kind": "tests.kit.toys.AutoEncoder", "hiden": 3}}, "AutoEncoder with hiden=3: .*hiden"),
         ({"model": {"kind": "tests.kit.toys.Auto"}}, "has no 'Auto'"),
         ({"model": {"kind": "torch.nn.Identity"}}, "expected a keepbest Model"),
         ({"data": {"train": {"kind": "nowhere.Waves"}}}, "no module 'nowhere'"),

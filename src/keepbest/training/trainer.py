@@ -176,7 +176,7 @@ class Trainer:
             PreemptedError: On every rank, if a signal stopped training.
             KeepBestError: What a callback raises.
         """
-        with Preemption(self.ranks) as preemption, closing(self.tracker):
+        with Preemption(self.ranks) as preemption, closing(self.log_writer):
             random_state = self._load_resume_checkpoint()
             # Only now, since a schedule continues with the length that it was saved with.
             check_lengths(self._update_step.schedules, self.update_counter.end_update)
@@ -215,7 +215,7 @@ class Trainer:
         Raises:
             KeepBestError: What a callback raises.
         """
-        with closing(self.tracker):
+        with closing(self.log_writer):
             self.update_counter.load_state_dict({**self.update_counter.state_dict(), "update": update})
             self._hooks.at_eval()
             logged = {key: scalar.value for key, scalar in self.log_writer.log_cache.items()}
@@ -298,9 +298,14 @@ class Trainer:
         if self.update_counter.is_full_epoch:
             log_epoch(self._losses, self.optimizers, self.log_writer, self.ranks)
         self._hooks.after_update(data_iter)
-        if self.update_counter.is_full_epoch and self.ranks.is_main:
-            logger.info("%s", line_of_epoch(self.update_counter.iteration, self.log_writer))
+        if self.update_counter.is_full_epoch:
+            # The others may wait for rank 0 after this.
+            self.ranks.agree(f"log the epoch at {self.update_counter.iteration}", self._log_line_of_epoch)
         self.log_writer.flush()
+
+    def _log_line_of_epoch(self) -> None:
+        if self.ranks.is_main:
+            logger.info("%s", line_of_epoch(self.update_counter.iteration, self.log_writer))
 
     def _preempt(self, preemption: Preemption) -> NoReturn:
         self._hooks.before_preemption()
