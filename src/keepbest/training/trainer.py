@@ -198,8 +198,9 @@ class Trainer:
                     progress.advance()
                     if preemption.is_agreed() and not self.is_done:
                         self._preempt(preemption)
-            if self._stop_reason is not None and self.ranks.is_main:
-                logger.info("training stopped at %s: %s", self.update_counter.iteration, self._stop_reason)
+            if self._stop_reason is not None:
+                stopped = partial(logger.info, "training stopped at %s: %s", self.update_counter.iteration)
+                self._log_on_main("why training stopped", partial(stopped, self._stop_reason))
             self._hooks.after_training()
             self.log_writer.flush()
 
@@ -299,20 +300,19 @@ class Trainer:
             log_epoch(self._losses, self.optimizers, self.log_writer, self.ranks)
         self._hooks.after_update(data_iter)
         if self.update_counter.is_full_epoch:
-            # The others may wait for rank 0 after this.
-            self.ranks.agree(f"log the epoch at {self.update_counter.iteration}", self._log_line_of_epoch)
+            iteration = self.update_counter.iteration
+            self._log_on_main("the epoch", lambda: logger.info("%s", line_of_epoch(iteration, self.log_writer)))
         self.log_writer.flush()
 
-    def _log_line_of_epoch(self) -> None:
-        if self.ranks.is_main:
-            logger.info("%s", line_of_epoch(self.update_counter.iteration, self.log_writer))
+    def _log_on_main(self, what: str, log: Callable[[], None]) -> None:
+        """Log on rank 0. **Collective**: what a handler raises, every rank raises, and none waits for rank 0."""
+        self.ranks.agree(f"log {what}", lambda: log() if self.ranks.is_main else None)
 
     def _preempt(self, preemption: Preemption) -> NoReturn:
         self._hooks.before_preemption()
-        if self.ranks.is_main and not any(isinstance(callback, CheckpointCallback) for callback in self.callbacks):
-            logger.warning(
-                "there is no CheckpointCallback: when this run is started again, it trains from the beginning"
-            )
+        if not any(isinstance(callback, CheckpointCallback) for callback in self.callbacks):
+            text = "there is no CheckpointCallback: when this run is started again, it trains from the beginning"
+            self._log_on_main("what a restart does", lambda: logger.warning(text))
         preemption.stop(self.update_counter.iteration)
 
 
