@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
@@ -283,7 +283,22 @@ def test_hook_that_takes_other_arguments_is_refused(hook, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("hook", [print, partial(print, 1), max, EveryRank(dict.fromkeys)])
+def with_a_client(function):
+    @wraps(function)
+    def call(*arguments):
+        return function("client", *arguments)
+
+    return call
+
+
+@with_a_client
+def upload(client, outcome, path):
+    raise RuntimeError("nobody calls this")
+
+
+@pytest.mark.parametrize(
+    "hook", [print, partial(print, 1), max, EveryRank(dict.fromkeys), upload, EveryRank(partial(upload))]
+)
 def test_hook_that_takes_more_is_taken(hook, tmp_path):
     assert Run(tmp_path, on_new_best=hook).keeper.state.best is None
 

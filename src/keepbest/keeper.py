@@ -37,7 +37,7 @@ from keepbest.settings_dict import KeeperSettingsDict
 _logger = logging.getLogger(__name__)
 
 
-@in_turn("start", "observe", "observe_reading", "flush", "release", "close", "abandon")
+@in_turn("start", "observe", "observe_reading", "flush", "release", "close", "abandon", "restore_best")
 class BestKeeper(WorksInRun):
     """Keeps the best checkpoints of one metric of a run.
 

@@ -90,7 +90,8 @@ def check_hooks(hooks: object) -> tuple[Hook, ...]:
 
 def _check_takes_both(hook: Callable[..., Any]) -> None:
     try:
-        signature = inspect.signature(hook)
+        # Of what is called itself: a decorator may add or take arguments of the function inside of it.
+        signature = inspect.signature(hook, follow_wrapped=False)
     except (TypeError, ValueError):  # of some functions written in C
         return
     try:

@@ -47,6 +47,25 @@ def load_into_tied(directory, wrap, settings):
     return str(caught.value), found
 
 
+def count_exchanges(directory, layers):
+    """What a load costs where each of so many layers is tied to one that was saved beside it."""
+    model = nn.ModuleList([Pair(1, is_tied=False) for _ in range(layers)])
+    for pair in model:
+        pair.second.load_state_dict(pair.first.state_dict())
+    with BestKeeper(WRAPS["ddp"](model), directory=directory, metric_key="loss", format="dcp") as keeper:
+        keeper.observe(1.0, update(1))
+    for pair in model:
+        pair.second.weight = pair.first.weight
+    before = keeper._ranks._control.round
+    keeper.restore_best()
+    return keeper._ranks._control.round - before
+
+
+def test_ties_are_compared_in_one_exchange(tmp_path):
+    [one], [several] = (set(run_ranks(count_exchanges, 2, tmp_path / str(layers), layers)) for layers in (1, 5))
+    assert one == several
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp1", "fsdp2"])
 @pytest.mark.parametrize(
     ("settings", "names"),

@@ -15,6 +15,7 @@ from torch import nn
 from keepbest import BestKeeper
 from keepbest.errors import RankFailedError
 from tests.faults.test_background import refusing
+from tests.kit import toys
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, saved_at, update
 
@@ -139,3 +140,20 @@ def close_two(directory: Path) -> list[str]:
 
 def test_end_whose_log_raised_is_an_error_on_every_rank(tmp_path):
     assert run_ranks(close_two, 2, tmp_path) == [[REF, REF]] * 2
+
+
+def train_two_epochs(directory: Path, text: str, reason: str | None) -> str:
+    trainer = toys.make_trainer(directory, epochs=2, strategy="ddp")
+    if reason is not None:
+        trainer.stop(reason)
+    with raising(text), pytest.raises(RankFailedError, match="no place for the log"):
+        trainer.train()
+    return str(trainer.update_counter.iteration)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "epoch"), [("epoch 1: ", None, "E1_"), ("training stopped", "enough", "E0_")]
+)
+def test_log_of_training_that_raised_ends_it_on_every_rank(text, reason, epoch, tmp_path):
+    [iteration] = set(run_ranks(train_two_epochs, 2, tmp_path, text, reason))
+    assert iteration.startswith(epoch)

@@ -73,6 +73,26 @@ def test_one_keeper_on_several_threads_records_in_order(in_background, tmp_path)
     assert refs(tmp_path) == {"best_model.loss": lines[-1]}
 
 
+def test_best_is_restored_after_the_save_of_another_thread(tmp_path):
+    model, has_waited = nn.Linear(8, 8), []
+    first = BestKeeper(model, directory=tmp_path / "run", metric_key="loss/first")
+    thread = threading.Thread(target=first.restore_best)
+
+    def restore_meanwhile(*_):
+        thread.start()
+        thread.join(1.0)
+        has_waited.append(thread.is_alive())
+
+    with BestKeeper(
+        model, directory=tmp_path / "run", metric_key="loss/second", on_new_best=restore_meanwhile
+    ) as second:
+        with first:
+            first.observe(1.0, epoch=1)
+        second.observe(1.0, epoch=1)
+        thread.join()
+    assert has_waited == [True]
+
+
 def test_hook_uses_its_keeper_on_its_own_thread(tmp_path):
     keeper = BestKeeper(nn.Linear(8, 8), directory=tmp_path, metric_key="loss", on_new_best=lambda *_: keeper.flush())
     assert on_threads(lambda _: keeper.start()) == []

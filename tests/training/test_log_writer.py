@@ -12,6 +12,7 @@ from keepbest.iteration import TrainingIteration
 from keepbest.training.counter import UpdateCounter
 from keepbest.training.log_writer import LoggedScalar, LogWriter
 from keepbest.training.trackers import JsonLinesTracker, build_tracker
+from tests.kit import toys
 
 
 def make_writer(path: Path, *, is_main: bool = True) -> tuple[LogWriter, UpdateCounter]:
@@ -65,6 +66,17 @@ def test_what_the_disk_refuses_is_written_once_it_can_be(tmp_path, caplog):
     writer.add_scalar("loss", 3.0)
     writer.flush()
     assert [(record["update"], record["loss"]) for record in records(log)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_what_is_lost_at_the_end_is_a_warning(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    trainer = toys.make_trainer(tmp_path, epochs=2, tracker="jsonl")
+    trainer.train()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(":")[0] for text in warnings] == [
+        "what is logged cannot be written, and is kept until it can be",
+        "of what was logged 2 records could not be written, and are lost",
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path):

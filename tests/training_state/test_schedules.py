@@ -132,10 +132,19 @@ def test_older_state_of_fewer_schedules_is_refused(tmp_path):
         load(tmp_path, BEST, model, training_state={"schedule": schedule})
 
 
+class OfOwnNames(StepLR):
+    """Has a name of torch's for something else."""
+
+    def __init__(self, optimizer, **settings):
+        self._schedulers = None
+        super().__init__(optimizer, step_size=7, **settings)
+
+
 halved = partial(Halved, step_size=7)
 SAME = [
     (steps, halved),
     (halved, steps),
+    (OfOwnNames, OfOwnNames),
     (steps, lambda optimizer, **more: Wrapped(steps(optimizer, **more))),
     (lambda optimizer: Plain(steps(optimizer).state_dict()), steps),
     (partial(LambdaLR, lr_lambda=lambda _: 0.5), partial(LambdaLR, lr_lambda=lambda _: 0.25)),

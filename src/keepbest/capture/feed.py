@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from keepbest.capture.compare import Cast, StandIn
+from keepbest.capture.compare import Cast, StandIn, are_equal
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.conversion import survives
 from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
@@ -25,6 +25,9 @@ from keepbest.modules.sources import Source, StateDict
 from keepbest.ranks import Ranks
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot
+
+Places = Sequence[tuple[str, str]]
+"""Names of parts and keys in them, of stored values that are for one place in the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,12 @@ class Feed(Protocol):
 
     def losses(self, casts: Sequence[Cast]) -> list[Cast]:
         """Those of `casts`, which are the same on every rank, whose values would change. **Collective**."""
+
+    def differing(self, groups: Sequence[Places]) -> list[int]:
+        """Which of `groups`, the same on every rank, have values that differ within the group. **Collective**.
+
+        No value travels, and one rank has two of them at a time.
+        """
 
     def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
         """Values of one part, in tensors of their own. **Collective**.
@@ -129,6 +138,12 @@ class FromMain(_Read):
     def losses(self, casts: Sequence[Cast]) -> list[Cast]:
         found = self.ranks.broadcast(self.step, lambda: _lost(casts, self._readers), saving=True)
         return [Cast(*cast) for cast in found]
+
+    def differing(self, groups: Sequence[Places]) -> list[int]:
+        found: list[int] = self.ranks.broadcast(
+            self.step, lambda: _differing(enumerate(groups), self._readers), saving=True
+        )
+        return found
 
     def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
         reader = self._readers.get(contents.part.name)
@@ -189,6 +204,11 @@ class FromFiles(_Read):
         found = self.ranks.gather_json(self.step, lambda: _lost(mine, self._readers), saving=True)
         return [Cast(*cast) for casts in found for cast in casts]
 
+    def differing(self, groups: Sequence[Places]) -> list[int]:
+        mine = list(enumerate(groups))[self.ranks.rank :: self.ranks.world_size]
+        found = self.ranks.gather_json(self.step, lambda: _differing(mine, self._readers), saving=True)
+        return sorted(number for numbers in found for number in numbers)
+
     def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
         return self.ranks.agree(self.step, lambda: self._read(contents, keys, targets), saving=True)
 
@@ -216,6 +236,21 @@ class FromFiles(_Read):
 
 def _lost(casts: Sequence[Cast], readers: Mapping[str, PartReader]) -> list[Cast]:
     return [cast for cast in casts if not survives(readers[cast.part].fetch(cast.key), getattr(torch, cast.dtype))]
+
+
+def _differing(groups: Iterable[tuple[int, Places]], readers: Mapping[str, PartReader]) -> list[int]:
+    return [number for number, places in groups if not _are_one(places, readers)]
+
+
+def _are_one(places: Places, readers: Mapping[str, PartReader]) -> bool:
+    values = (_read_whole(readers[part], key) for part, key in places)
+    first = next(values)
+    return all(are_equal(first, value) for value in values)
+
+
+def _read_whole(reader: PartReader, key: str) -> object:
+    others = reader.others
+    return others[key] if key in others else reader.fetch(key)
 
 
 def _stand_in(_: str, value: torch.Tensor) -> torch.Tensor:

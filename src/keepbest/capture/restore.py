@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from keepbest.capture.catalogue import state_beside
-from keepbest.capture.compare import Comparison, are_equal, refuse_losses, refuse_misfits
+from keepbest.capture.compare import Comparison, refuse_losses, refuse_misfits
 from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.resized import resized
@@ -234,15 +234,16 @@ def _refuse_different_values(
     Raises:
         SnapshotError: On every rank, if they are not.
     """
-    parts = {each.part.name: each for each in contents}
-    for places in sorted(tied):
-        values = [feed.bring(parts[part], [key], {key: None})[key] for part, key in places]
-        if not all(are_equal(values[0], value) for value in values[1:]):
-            names = " and ".join(whole_key(parts[part].part, key) for part, key in places)
-            raise SnapshotError(
-                f"the snapshot does not fit the model: {names} have different values there, and are one tensor in the "
-                "model, which is tied. Untie it. Nothing was loaded"
-            )
+    groups = sorted(tied)
+    if not groups:
+        return
+    parts = {each.part.name: each.part for each in contents}
+    if differing := feed.differing(groups):
+        names = " and ".join(whole_key(parts[part], key) for part, key in groups[differing[0]])
+        raise SnapshotError(
+            f"the snapshot does not fit the model: {names} have different values there, and are one tensor in the "
+            "model, which is tied. Untie it. Nothing was loaded"
+        )
 
 
 def _load(

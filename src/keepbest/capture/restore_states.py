@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from keepbest.capture.compare import are_equal
 from keepbest.capture.contents import PartContents
 from keepbest.capture.feed import Feed
 from keepbest.capture.fsdp1_optimizer import is_of_units, unit_state_to_load
@@ -102,8 +101,7 @@ class StatesToLoad:
         for name in self._found:
             lacks = set.intersection(*(set(each[name][1]) for each in found))
             faults[name] += [f"it was saved with {', '.join(sorted(lacks)[:4])}, which no model has"] if lacks else []
-            for several in sorted({tuple(keys) for each in found for keys in each[name][2]}):
-                faults[name] += self._differing(name, several)
+            faults[name] += self._differing(name, sorted({tuple(keys) for each in found for keys in each[name][2]}))
         if wrong := [f"{name!r}: {'; '.join(dict.fromkeys(each))}" for name, each in faults.items() if each]:
             raise SnapshotError(f"the training state does not fit: {'. '.join(wrong)}. Nothing was loaded")
 
@@ -147,14 +145,19 @@ class StatesToLoad:
                 compared[name] = found.faults(self._ranks.rank), [], []
         return compared
 
-    def _differing(self, name: str, keys: tuple[str, ...]) -> list[str]:
-        """What is wrong with tensors that are for one place. **Collective**; the same on every rank."""
-        values = self._feed.bring(self._found[name].contents, keys, dict.fromkeys(keys))
-        first, *others = (values[key] for key in keys)
-        if all(are_equal(first, other) for other in others):
-            return []
-        names = " and ".join(keys)
-        return [f"{names} were saved with different values, and are for one parameter, which is tied here: untie it"]
+    def _differing(self, name: str, several: Sequence[tuple[str, ...]]) -> list[str]:
+        """What is wrong with tensors that are for one place. **Collective**; the same on every rank.
+
+        Args:
+            name: Name of the training state.
+            several: For each such place the keys of the tensors.
+        """
+        differing = self._feed.differing([[(name, key) for key in keys] for keys in several]) if several else []
+        return [
+            f"{' and '.join(several[number])} were saved with different values, and are for one parameter, which is "
+            "tied here: untie it"
+            for number in differing
+        ]
 
     def _has_optimizer(self) -> bool:
         return any(isinstance(found.thing, Optimizer) for found in self._found.values())

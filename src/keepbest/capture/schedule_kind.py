@@ -18,7 +18,10 @@ def kind_of_schedule(thing: object) -> str | None:
         return None
     kind = type(schedule)
     name = next((each.__name__ for each in kind.__mro__ if _is_of_torch(each)), kind.__name__)
-    inside = [kind_of_schedule(each) or type(each).__name__ for each in vars(schedule).get(_INSIDE, ())]
+    combined = vars(schedule).get(_INSIDE)
+    if not isinstance(combined, list | tuple):  # a class of the user's own may use the name for something else
+        return name
+    inside = [kind_of_schedule(each) or type(each).__name__ for each in combined]
     return f"{name}({', '.join(inside)})" if inside else name
 
 

@@ -61,7 +61,7 @@ class LogWriter:
         self._update_counter = update_counter
         self._is_main = is_main
         self._unwritten: deque[tuple[TrainingIteration, dict[str, float]]] = deque()  # by rank 0
-        self._is_refused = False
+        self._refusal: OSError | None = None
 
     @property
     def log_cache(self) -> dict[str, LoggedScalar]:
@@ -110,14 +110,33 @@ class LogWriter:
         for key, scalar in cached.items():
             records.setdefault(scalar.iteration, {})[key] = scalar.value
         self._unwritten += records.items()
+        before = self._refusal
+        self._write()
+        if self._refusal is not None and before is None:
+            _logger.warning("what is logged cannot be written, and is kept until it can be: %s", self._refusal)
+
+    def close(self) -> None:
+        """Close the tracker. A warning says so if it lacks records that still cannot be written. **Rank-local**."""
+        try:
+            self._write()
+            if self._refusal is not None:
+                _logger.warning(
+                    "of what was logged %d records could not be written, and are lost: %s",
+                    len(self._unwritten),
+                    self._refusal,
+                )
+        finally:
+            self._unwritten.clear()
+            self._tracker.close()
+
+    def _write(self) -> None:
+        self._refusal = None
         try:
             while self._unwritten:
                 self._tracker.log(*self._unwritten[0])
                 self._unwritten.popleft()
         except OSError as error:
-            if not self._is_refused:
-                _logger.warning("what is logged cannot be written, and is kept until it can be: %s", error)
-        self._is_refused = bool(self._unwritten)
+            self._refusal = error
 
 
 @dataclass(frozen=True, slots=True)

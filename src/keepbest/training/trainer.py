@@ -176,7 +176,7 @@ class Trainer:
             PreemptedError: On every rank, if a signal stopped training.
             KeepBestError: What a callback raises.
         """
-        with Preemption(self.ranks) as preemption, closing(self.tracker):
+        with Preemption(self.ranks) as preemption, closing(self.log_writer):
             random_state = self._load_resume_checkpoint()
             # Only now, since a schedule continues with the length that it was saved with.
             check_lengths(self._update_step.schedules, self.update_counter.end_update)
@@ -198,8 +198,9 @@ class Trainer:
                     progress.advance()
                     if preemption.is_agreed() and not self.is_done:
                         self._preempt(preemption)
-            if self._stop_reason is not None and self.ranks.is_main:
-                logger.info("training stopped at %s: %s", self.update_counter.iteration, self._stop_reason)
+            if self._stop_reason is not None:
+                stopped = partial(logger.info, "training stopped at %s: %s", self.update_counter.iteration)
+                self._log_on_main("why training stopped", partial(stopped, self._stop_reason))
             self._hooks.after_training()
             self.log_writer.flush()
 
@@ -215,7 +216,7 @@ class Trainer:
         Raises:
             KeepBestError: What a callback raises.
         """
-        with closing(self.tracker):
+        with closing(self.log_writer):
             self.update_counter.load_state_dict({**self.update_counter.state_dict(), "update": update})
             self._hooks.at_eval()
             logged = {key: scalar.value for key, scalar in self.log_writer.log_cache.items()}
@@ -298,16 +299,20 @@ class Trainer:
         if self.update_counter.is_full_epoch:
             log_epoch(self._losses, self.optimizers, self.log_writer, self.ranks)
         self._hooks.after_update(data_iter)
-        if self.update_counter.is_full_epoch and self.ranks.is_main:
-            logger.info("%s", line_of_epoch(self.update_counter.iteration, self.log_writer))
+        if self.update_counter.is_full_epoch:
+            iteration = self.update_counter.iteration
+            self._log_on_main("the epoch", lambda: logger.info("%s", line_of_epoch(iteration, self.log_writer)))
         self.log_writer.flush()
+
+    def _log_on_main(self, what: str, log: Callable[[], None]) -> None:
+        """Log on rank 0. **Collective**: what a handler raises, every rank raises, and none waits for rank 0."""
+        self.ranks.agree(f"log {what}", lambda: log() if self.ranks.is_main else None)
 
     def _preempt(self, preemption: Preemption) -> NoReturn:
         self._hooks.before_preemption()
-        if self.ranks.is_main and not any(isinstance(callback, CheckpointCallback) for callback in self.callbacks):
-            logger.warning(
-                "there is no CheckpointCallback: when this run is started again, it trains from the beginning"
-            )
+        if not any(isinstance(callback, CheckpointCallback) for callback in self.callbacks):
+            text = "there is no CheckpointCallback: when this run is started again, it trains from the beginning"
+            self._log_on_main("what a restart does", lambda: logger.warning(text))
         preemption.stop(self.update_counter.iteration)
 
 
