@@ -14,7 +14,7 @@ from keepbest.capture.catalogue import Entry, Held, Name, extra_states, look, st
 from keepbest.capture.drift import Drift, is_balanced
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
-from keepbest.capture.refusals import refuse_what_cannot_be_kept
+from keepbest.capture.refusals import refuse_mode, refuse_what_cannot_be_kept
 from keepbest.capture.share import Items
 from keepbest.capture.states import add_states, marks_of_states
 from keepbest.capture.union import (
@@ -123,6 +123,7 @@ class Inventory:
         step = f"list the weights to {step}"
 
         def look_again() -> tuple[Held, Number]:
+            refuse_mode()
             held = self.look()
             self.mark = self.mark_now() if self.is_watched else ""
             changed = changes(before, held.entries)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from keepbest.capture.inventory import Inventory
-from keepbest.capture.refusals import refuse_mode
 from keepbest.capture.share import Items
 from keepbest.capture.ways import find_way
 from keepbest.decision import Best, BestState, Observation, Policy
@@ -209,11 +208,7 @@ class Saver:
         """What every rank has to raise, since this one cannot save now, or could not write or upload. **Rank-local**.
 
         What could not be written or uploaded comes once.
-
-        Raises:
-            ConfigError: If a mode of torch is on in which copies have no values.
         """
-        refuse_mode()
         if is_capturing():
             return ConfigError(_IN_GRAPH)
         folder = self._run.folder

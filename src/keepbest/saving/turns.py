@@ -35,16 +35,19 @@ def _waiting(call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def wait_and_call(self: WorksInRun, *arguments: Any, **settings: Any) -> Any:
         run = self._run
-        if run.is_elsewhere:  # the thread whose turn it was is not in a forked child, where the call itself refuses
-            return call(self, *arguments, **settings)
-        if not run.turn.acquire(timeout=_PATIENCE):
-            raise ConfigError(
-                f"another thread has been in a call of a keeper in {run.directory} for {_PATIENCE:.0f} s: call the "
-                "keepers of a run on one thread, and let no hook wait for a thread that calls them"
-            )
+        has_turn = run.turn.acquire(blocking=False)
+        # The thread whose turn it was is not in a forked child, where the call itself refuses.
+        if not has_turn and not run.is_elsewhere:
+            has_turn = run.turn.acquire(timeout=_PATIENCE)
+            if not has_turn:
+                raise ConfigError(
+                    f"another thread has been in a call of a keeper in {run.directory} for {_PATIENCE:.0f} s: call the "
+                    "keepers of a run on one thread, and let no hook wait for a thread that calls them"
+                )
         try:
             return call(self, *arguments, **settings)
         finally:
-            run.turn.release()
+            if has_turn:
+                run.turn.release()
 
     return wait_and_call
