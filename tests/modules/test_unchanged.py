@@ -83,6 +83,18 @@ def test_change_in_a_module_that_hides_is_noticed():
     assert not structure.is_unchanged()
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_negation_at_the_same_place_is_noticed(count):
+    pairs = torch.ones(count, 2)
+    model = holding(pairs[:, 1])
+    structure = Structure(model, [model.value])
+    assert structure.is_unchanged()
+    negated = torch.view_as_complex(pairs).conj().imag
+    assert negated.data_ptr() == model.value.data_ptr()
+    model.value.data = negated
+    assert not structure.is_unchanged()
+
+
 def holding(value):
     model = nn.Module()
     model.register_buffer("value", value)

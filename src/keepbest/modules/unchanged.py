@@ -110,10 +110,15 @@ class _Tensors:
         self._kinds = list(map(_kind_of, values))
         self._addresses = list(map(torch.Tensor.data_ptr, values))
         self._are_contiguous = list(map(torch.Tensor.is_contiguous, values))
-        # The shape of a contiguous tensor says where its elements lie, and needs no tuple of strides.
-        self._others = [value for value, is_one in zip(values, self._are_contiguous, strict=True) if not is_one]
+        # The shape of a contiguous tensor says where its elements lie. And none of several elements is a negation:
+        # that is a view of imaginary parts, between which the real ones lie.
+        self._others = [
+            value
+            for value, is_one in zip(values, self._are_contiguous, strict=True)
+            if not is_one or value.numel() == 1
+        ]
         self._strides = list(map(torch.Tensor.stride, self._others))
-        self._signs = list(map(torch.Tensor.is_neg, values))
+        self._signs = list(map(torch.Tensor.is_neg, self._others))
 
     def is_unchanged(self) -> bool:
         """Whether the same values would be read at the same places."""
@@ -123,7 +128,7 @@ class _Tensors:
                 and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
                 and list(map(torch.Tensor.is_contiguous, self._values)) == self._are_contiguous
                 and list(map(torch.Tensor.stride, self._others)) == self._strides
-                and list(map(torch.Tensor.is_neg, self._values)) == self._signs
+                and list(map(torch.Tensor.is_neg, self._others)) == self._signs
             )
         except RuntimeError:  # of torch: what has another layout now, or is nested, has no address or no shape
             return False
