@@ -87,16 +87,13 @@ def rooms_to_gather(inventory: Inventory) -> Mapping[str, Like]:
     return inventory.plan.rooms if inventory.ranks.is_main else {}
 
 
-def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[str, StateDict]:
+def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> Mapping[str, StateDict]:
     """State dicts of the parts, of values that rank 0 holds all of."""
     if not inventory.ranks.is_main:
         return {}
     copied = slot.put_all(inventory.batch_of(agreed.held))
     slot.seal()
-    # Thousands of keys, while training waits: in C.
-    return {
-        part: dict(zip(keys, map(copied.__getitem__, rooms), strict=True)) for part, keys, rooms in inventory.plan.files
-    }
+    return inventory.plan.files_in(copied)
 
 
 def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:

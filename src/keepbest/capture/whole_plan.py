@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from keepbest.capture.catalogue import Name
 from keepbest.capture.share import Items
 from keepbest.capture.union import Holding, Union
+from keepbest.modules.sources import StateDict
 from keepbest.staging.slot import Like
 
 
@@ -21,7 +22,7 @@ class WholePlan:
         union: What the ranks agreed to hold.
         rooms: Key of each room, and what it is wanted for.
         copied: Each tensor that is copied, and the key of its room.
-        files: Each part, its keys, and the room of each.
+        files: For each part its keys, and the room of each.
         left_out: For each part the keys that are left out because they are frozen.
         is_simple: Whether rank 0 holds all of it whole, so that nothing travels among the ranks, and all of it is dense
             tensors of the model.
@@ -30,7 +31,7 @@ class WholePlan:
     union: Union
     rooms: Mapping[str, Like]
     copied: Sequence[tuple[Name, str]]
-    files: Sequence[tuple[str, Sequence[str], Sequence[str]]]
+    files: Mapping[str, tuple[Sequence[str], Sequence[str]]]
     left_out: Mapping[str, Sequence[str]]
     is_simple: bool
 
@@ -56,10 +57,33 @@ class WholePlan:
             union,
             rooms,
             [(name, room_of(name)) for name, holding in kept.items() if not holding.entry.first],
-            [(part, list(files[part]), list(files[part].values())) for part in items.names if part in files],
+            {part: (list(files[part]), list(files[part].values())) for part in items.names if part in files},
             left_out,
             is_simple=not items.training_state and all(map(_is_simple, kept.values())),
         )
+
+    def files_in(self, rooms: Mapping[str, torch.Tensor]) -> Mapping[str, StateDict]:
+        """State dicts of the parts, of what is in the rooms when they are asked for."""
+        return _Files(self.files, rooms)
+
+
+class _Files(Mapping[str, StateDict]):
+    """Puts a state dict together when it is asked for, since training need not wait for thousands of keys."""
+
+    def __init__(
+        self, places: Mapping[str, tuple[Sequence[str], Sequence[str]]], rooms: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._places, self._rooms = places, rooms
+
+    def __getitem__(self, part: str) -> StateDict:
+        keys, rooms = self._places[part]
+        return dict(zip(keys, map(self._rooms.__getitem__, rooms), strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def room_of(name: Name) -> str:
