@@ -131,6 +131,13 @@ def test_fingerprint_on_an_accelerator_covers_bytes_and_places():
     assert len({_reduced(each) for each in (values, values.clone(), swapped, changed)}) == 3
 
 
+def test_fingerprint_on_an_accelerator_covers_places_in_each_piece(monkeypatch):
+    monkeypatch.setattr("keepbest.capture.fingerprint._WORDS_AT_ONCE", 4)  # what it really is takes long
+    values = torch.arange(100, dtype=torch.int64)
+    moved, within = values.roll(4), torch.cat([values[:1].roll(0), values[1:4].roll(1), values[4:]])
+    assert len({_reduced(each.view(torch.uint8)) for each in (values, values.clone(), moved, within)}) == 3
+
+
 def three_layers():
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
     for number, layer in enumerate(model):

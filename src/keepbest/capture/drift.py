@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepbest.capture.alike import refuse_unlike
 from keepbest.capture.catalogue import Entry, Held, Name, Role
-from keepbest.capture.fingerprint import fingerprint, fingerprint_of_sample
+from keepbest.capture.fingerprint import fingerprint, fingerprints_of_samples
 from keepbest.capture.optimizer import parameter_of
 from keepbest.capture.share import Items
 from keepbest.capture.union import Holding, Union, refuse_other_values
@@ -126,7 +126,7 @@ class Drift:
         synchronized = _Synchronized(self._items, self._ranks.members, self._trained)
         every = max(1, len(union.holdings) // _SAMPLED)
         known: dict[int, str] = {}  # a tensor may have several names, and a flat parameter has many entries
-        prints = list[tuple[_Print, Sequence[int]]]()
+        prints, sampled = list[tuple[_Print, Sequence[int]]](), list[tuple[Name, torch.Tensor, bool, Sequence[int]]]()
         for name, holding in union.kept():
             if holding.entry.form.role in ("data", "state") or name not in held.values:
                 continue
@@ -137,17 +137,17 @@ class Drift:
             value: torch.Tensor = held.values[name]
             if is_equal:
                 if holding.number % every == 0:
-                    prints.append((_Print(*name, "sample", fingerprint_of_sample(value), must_be_equal), holders))
+                    sampled.append((name, value, must_be_equal, holders))
                 continue
             if id(value) not in known:
                 known[id(value)] = fingerprint(local_of(value) if place else value)
             prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
-        return prints
+        return prints + _prints_of_samples(sampled)
 
-    def _states(self, held: Held, union: Union) -> Iterator[tuple[_Print, Sequence[int]]]:
+    def _states(self, held: Held, union: Union) -> list[tuple[_Print, Sequence[int]]]:
         """Fingerprints of some values of what optimizers hold whole, and the ranks of the keeper that hold the same."""
         if self._ranks.world_size == 1 or not self._items.training_state:
-            return
+            return []
         whole = [
             (name, holding.holders)
             for name, holding in union.kept()
@@ -156,9 +156,13 @@ class Drift:
         every = max(1, len(whole) // _SAMPLED)
         while math.gcd(every, 30) > 1:  # the state of a parameter has a few keys, and each of them is to have its turn
             every += 1
-        for name, holders in whole[::every]:
-            if len(holders) > 1 and name in held.values:
-                yield _Print(*name, "sample", fingerprint_of_sample(held.values[name]), must_be_equal=True), holders
+        return _prints_of_samples(
+            [
+                (name, held.values[name], True, holders)
+                for name, holders in whole[::every]
+                if len(holders) > 1 and name in held.values
+            ]
+        )
 
     def _piece(self, entry: Entry, holding: Holding) -> tuple[str, Sequence[int]]:
         """Which piece this rank holds, and the ranks of the keeper that nothing of torch keeps equal to it there."""
@@ -168,6 +172,16 @@ class Drift:
         members = self._ranks.members
         index = entry.members.index(members[self._ranks.rank])
         return str(index), sorted(members.index(group[index]) for group in holding.groups)
+
+
+def _prints_of_samples(
+    sampled: Sequence[tuple[Name, torch.Tensor, bool, Sequence[int]]],
+) -> list[tuple[_Print, Sequence[int]]]:
+    digests = fingerprints_of_samples([value for _, value, _, _ in sampled])
+    return [
+        (_Print(*name, "sample", digest, must_be_equal), holders)
+        for (name, _, must_be_equal, holders), digest in zip(sampled, digests, strict=True)
+    ]
 
 
 def is_balanced(balances: Iterable[float]) -> bool:

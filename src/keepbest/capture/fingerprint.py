@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import xxhash
@@ -12,7 +12,7 @@ from keepbest.capture.refusals import is_plain_data
 from keepbest.modules.kinds import lacks_memory
 from keepbest.modules.raw_bytes import buffer_of, raw_bytes
 
-_WORDS_AT_ONCE = 1 << 22  # of a tensor on an accelerator, so that what is computed in between stays small
+_WORDS_AT_ONCE = 1 << 20  # of a tensor on an accelerator, so that what is computed in between stays small
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no word is lost when it is multiplied modulo 2**64
 _SAMPLED = 256  # elements of each tensor that show whether its values were exchanged
 
@@ -29,11 +29,13 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return f"{_reduced(values) & ((1 << 64) - 1):016x}"
 
 
-def fingerprint_of_sample(tensor: torch.Tensor) -> str:
-    """A digest of some values of a plain tensor. It shows what trained apart, which changes nearly all of them."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return fingerprint(tensor)
-    return xxhash.xxh3_64_hexdigest(buffer_of(_some_of(tensor)))
+def fingerprints_of_samples(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """A digest of some values of each plain tensor. It shows what trained apart, which changes nearly all of them."""
+    packed = {at: fingerprint(tensor) for at, tensor in enumerate(tensors) if _is_packed(tensor)}
+    samples = iter(_samples_of([tensor for at, tensor in enumerate(tensors) if at not in packed]))
+    return [
+        packed[at] if at in packed else xxhash.xxh3_64_hexdigest(buffer_of(next(samples))) for at in range(len(tensors))
+    ]
 
 
 def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
@@ -43,21 +45,39 @@ def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
     into `parameter.data` does. It costs next to nothing.
     """
     seen = xxhash.xxh3_64()
+    in_memory: list[torch.Tensor] = []
     for tensor in tensors:
         seen.update(f"{_version_of(tensor)} {tuple(tensor.shape)}".encode())
-        if tensor.layout != torch.strided or tensor.is_quantized or lacks_memory(tensor):
-            continue
-        seen.update(f"{tensor.data_ptr()}".encode())
-        seen.update(buffer_of(_some_of(tensor)))
+        if not (_is_packed(tensor) or lacks_memory(tensor)):
+            seen.update(f"{tensor.data_ptr()}".encode())
+            in_memory.append(tensor)
+    for values in _samples_of(in_memory):
+        seen.update(buffer_of(values))
     for value in data:
         # What cannot be pickled cannot be kept either, and is refused by who keeps it.
         seen.update(pickle.dumps(value) if is_plain_data(value) else b"")
     return seen.hexdigest()
 
 
-def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+def _is_packed(tensor: torch.Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_quantized
+
+
+def _samples_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Bytes of some values of each tensor, on the CPU. All of a device come at once, since each copy waits for it."""
+    samples = list(map(_sample_of, tensors))
+    for device in {sample.device for sample in samples}:
+        places = [at for at, sample in enumerate(samples) if sample.device == device]
+        found = torch.cat([samples[at] for at in places]).cpu()
+        sizes = [samples[at].numel() for at in places]
+        for at, values in zip(places, torch.split(found, sizes), strict=True):
+            samples[at] = values
+    return samples
+
+
+def _sample_of(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
+    return raw_bytes(flat[:: max(1, flat.numel() // _SAMPLED)])
 
 
 def _version_of(tensor: torch.Tensor) -> int:
@@ -76,9 +96,11 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 def _reduced(values: torch.Tensor) -> int:
     whole = values.numel() // 8 * 8
     words = [values[:whole].view(torch.int64), values[whole:].to(torch.int64)]
-    total = 0
+    factors = torch.arange(1, min(_WORDS_AT_ONCE, max(map(len, words))) + 1, dtype=torch.int64, device=values.device)
+    factors.mul_(_FACTOR).add_(1)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)  # read once, since that waits for the device
     for number, piece in enumerate(each for part in words for each in torch.split(part, _WORDS_AT_ONCE)):
         # Each word counts by its place. Sums of integers are the same in any order.
-        places = torch.arange(1, piece.numel() + 1, dtype=torch.int64, device=piece.device)
-        total += (number + 1) * int(((piece ^ (piece >> 29)) * (places * _FACTOR + 1)).sum().item())
-    return total
+        mixed = (piece >> 29).bitwise_xor_(piece).mul_(factors[: len(piece)])
+        total += mixed.sum() * (number + 1)
+    return int(total.item())
