@@ -31,11 +31,6 @@ class Series:
         """Whether each has its elements, as they are read, side by side in memory."""
         return are_in_order(self.values)
 
-    @cached_property
-    def bytes_out_of_order(self) -> int:
-        """Bytes of those that have to be copied to have their elements side by side."""
-        return 0 if self.is_in_order else sum(value.nbytes for value in self.values if not are_in_order([value]))
-
 
 class Filling(NamedTuple):
     """How tensors fill places.

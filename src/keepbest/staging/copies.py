@@ -51,7 +51,8 @@ class Copies:
     def wait(self) -> None:
         """Wait until all has arrived; on any thread."""
         for event in self._under_way:
-            event.synchronize()
+            with torch.cuda.device(event.device):  # else CUDA may make a context on the first device for this thread
+                event.synchronize()
         self._under_way.clear()
 
     def _bring(

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 
 import torch
@@ -110,11 +111,15 @@ class HostStaging:
             self._take_back(Rooms(self._memory))
 
     def prepare(self, wanted: Mapping[str, Like]) -> None:
-        dtypes = {like.dtype for like in wanted.values() if like.device == "cuda"}
+        dtypes, sizes = {like.dtype for like in wanted.values() if like.device == "cuda"}, sizes_of(wanted)
         get_ready = None
         if dtypes:
-            get_ready = partial(self._devices.get_ready, torch.device("cuda", torch.cuda.current_device()), dtypes)
-        self._memory.prepare(sizes_of(wanted), get_ready)
+            device, of_device = (
+                torch.device("cuda", torch.cuda.current_device()),
+                filter(attrgetter("is_pinned"), sizes),
+            )
+            get_ready = partial(self._devices.get_ready, device, dtypes, [size.nbytes for size in of_device])
+        self._memory.prepare(sizes, get_ready)
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""

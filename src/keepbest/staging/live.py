@@ -37,7 +37,7 @@ class LiveSlot:
         self._pinned.make(pinned)
         for key, like in wanted.items():
             if key not in pinned and not (like.is_live and like.device == "cpu"):
-                self._rooms[key] = torch.empty(tuple(like.shape), dtype=like.dtype, device="cpu")
+                self._rooms[key] = like.empty()
 
     def put(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if value.is_cuda and type(value) in PLAIN_CLASSES and is_dense(value):
@@ -58,7 +58,7 @@ class LiveSlot:
         if like.device == "cuda":
             return self._pinned.get(key, like)
         room = self._rooms.pop(key, None)
-        return torch.empty(tuple(like.shape), dtype=like.dtype, device="cpu") if room is None else room
+        return like.empty() if room is None else room
 
     def seal(self) -> None:
         self._copies.begin(self._pinned.rows)

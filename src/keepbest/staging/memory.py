@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import mmap
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,15 +17,20 @@ import torch
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
-_ALIGNMENT = 64  # bytes: a cache line
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+# Of Linux. MADV_HUGEPAGE: a page takes as long to find, and to pin, however large it is. MADV_WIPEONFORK: no child has
+# a use for this memory, and workers that load data are forked again and again. Each would get a copy at once of all
+# that is pinned, and of the rest when the next snapshot is taken.
+_ADVICE = (14, 18)
+
+_log = logging.getLogger(__name__)
 
 
 class Size(NamedTuple):
     """What is wanted.
 
     Attributes:
-        nbytes: Number of bytes.
+        nbytes: Number of bytes, more than none.
         is_pinned: Whether a CUDA device copies into it.
     """
 
@@ -29,34 +38,75 @@ class Size(NamedTuple):
     is_pinned: bool
 
 
+class NotPinnedError(RuntimeError):
+    """CUDA cannot pin memory."""
+
+
 def allocate(size: Size) -> Bytes:
-    """Memory whose pages are there. Neither the GIL nor a device is held for long.
+    """Memory whose pages are there, and which no child process has. Neither the GIL nor a device is held for long.
 
     Raises:
         MemoryError: If there is none.
-        RuntimeError: If CUDA cannot pin it.
+        NotPinnedError: If CUDA cannot pin it.
     """
-    # From numpy, whose large arrays lie in huge pages where the system has them. It aligns them to 16 bytes alone, and
-    # a copy to there takes a seventh longer.
-    whole = np.empty(size.nbytes + _ALIGNMENT, dtype=np.uint8)
-    start = -whole.ctypes.data % _ALIGNMENT
-    memory = whole[start : start + size.nbytes]
-    if size.nbytes:
-        torch.from_numpy(memory).zero_()
-    if size.is_pinned and size.nbytes:
-        runtime, address = _runtime(), memory.ctypes.data
-        torch.cuda.check_error(int(runtime.cudaHostRegister(address, size.nbytes, _PORTABLE)))
-        weakref.finalize(memory, _unpin, os.getpid(), address).atexit = False
+    try:
+        pages = mmap.mmap(-1, size.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size.nbytes} bytes: {error}") from error
+    for advice in _ADVICE if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # a kernel that does not know it
+            pages.madvise(advice)
+    memory = np.frombuffer(pages, dtype=np.uint8)
+    torch.from_numpy(memory).zero_()
+    if size.is_pinned:
+        _pin(memory)
     return memory
+
+
+def _pin(memory: Bytes) -> None:
+    device, address, codes = torch.cuda.current_device(), memory.ctypes.data, list[int]()
+
+    def register() -> None:
+        torch.cuda.set_device(device)
+        codes.append(int(_runtime().cudaHostRegister(address, memory.nbytes, _PORTABLE)))
+
+    # On a thread that ends then: CUDA reports a failure to the next kernel of the same thread, too.
+    thread = threading.Thread(target=register, name="keepbest-pin", daemon=True)
+    thread.start()
+    thread.join()
+    if codes != [0]:
+        raise NotPinnedError(f"{memory.nbytes} bytes: CUDA error {codes}")
+    weakref.finalize(memory, _unpin, os.getpid(), device, address).atexit = False
 
 
 def _runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # of torch
 
 
-def _unpin(process: int, address: int) -> None:
+def _unpin(process: int, device: int, address: int) -> None:
     if process == os.getpid():  # a forked child has no CUDA
-        torch.cuda.check_error(int(_runtime().cudaHostUnregister(address)))
+        with torch.cuda.device(device):  # else CUDA may make a context on the first device for this thread
+            torch.cuda.check_error(int(_runtime().cudaHostUnregister(address)))
+
+
+class _Source:
+    """Allocates memory, and pins it as far as CUDA can."""
+
+    def __init__(self) -> None:
+        self._can_pin = True
+
+    def allocate(self, size: Size) -> Bytes:
+        if size.is_pinned and self._can_pin:
+            try:
+                return allocate(size)
+            except NotPinnedError as error:
+                self._can_pin = False
+                _log.warning(
+                    "the memory of the host for snapshots is not pinned, so a new best holds up training for longer: "
+                    "%s. Look at the limit of locked memory (ulimit -l) of this process and of its container",
+                    error,
+                )
+        return allocate(size._replace(is_pinned=False))
 
 
 class Memory:
@@ -66,6 +116,7 @@ class Memory:
     """
 
     def __init__(self) -> None:
+        self._source = _Source()
         self._ready: list[tuple[Size, Bytes]] = []
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -80,7 +131,7 @@ class Memory:
         self.end()
         self._is_over = threading.Event()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
-        arguments = (list(sizes), self._is_over, self._ready, device, get_ready)
+        arguments = (self._source, list(sizes), self._is_over, self._ready, device, get_ready)
         self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
         # An interpreter that ends while the thread is in torch would abort.
         weakref.finalize(self, _end, self._is_over, weakref.ref(self._thread))
@@ -90,13 +141,13 @@ class Memory:
         """Memory of these sizes: what is ready, and the rest now. What else was prepared is freed.
 
         Raises:
-            MemoryError, RuntimeError: As `allocate`.
+            MemoryError: As `allocate`.
         """
         self.end()
         taken: list[Bytes] = []
         for size in sizes:
             place = next((place for place, (ready, _) in enumerate(self._ready) if ready == size), None)
-            taken.append(allocate(size) if place is None else self._ready.pop(place)[1])
+            taken.append(self._source.allocate(size) if place is None else self._ready.pop(place)[1])
         self._ready.clear()
         return taken
 
@@ -116,20 +167,21 @@ def _end(is_over: threading.Event, thread: weakref.ref[threading.Thread]) -> Non
 
 
 def _prepare(
+    source: _Source,
     sizes: Sequence[Size],
     is_over: threading.Event,
     ready: list[tuple[Size, Bytes]],
     device: int | None,
     get_ready: Callable[[], None] | None,
 ) -> None:
-    try:
+    # Who needs what cannot be had asks again, and raises it on every rank.
+    with contextlib.suppress(RuntimeError):
         if device is not None:
             torch.cuda.set_device(device)  # of this thread
         if get_ready is not None:
             get_ready()
+    with contextlib.suppress(MemoryError, RuntimeError):
         for size in sizes:
             if is_over.is_set():
                 return
-            ready.append((size, allocate(size)))
-    except (MemoryError, RuntimeError):
-        return  # who needs it asks again, and raises it on every rank
+            ready.append((size, source.allocate(size)))

@@ -23,7 +23,7 @@ class Block(NamedTuple):
         keys: Their keys, in order.
         whole: All of them, as one tensor.
         is_one: Whether `whole` is what torch makes of them if it concatenates them. It cannot where they have no
-            dimension or no elements.
+            dimension.
         is_small: Whether torch copies each of them on one thread.
         has_words: Whether each of them fills whole words of a device.
     """
@@ -68,7 +68,7 @@ class Rooms:
         """Make room for what has none yet, or none of this shape. The values in other rooms may be gone.
 
         Raises:
-            MemoryError, RuntimeError: If there is no memory for it.
+            MemoryError: If there is no memory for it.
         """
         if wanted is self._wanted:
             return
@@ -81,6 +81,7 @@ class Rooms:
         in_rows = {key for row in self.rows for key in row.keys}.difference(*broken)
         lacking = {key: like for key, like in wanted.items() if key in lacking or (like.nbytes and key not in in_rows)}
         self.drop(lacking)  # what is no longer needed makes room first
+        self._tensors |= {key: like.empty() for key, like in lacking.items() if not like.nbytes}
         rows = rows_of(lacking)
         for (like, keys), memory in zip(rows, self._memory.take(sizes_of(lacking)), strict=True):
             self._lay_out(like.dtype, {key: lacking[key].shape for key in keys}, memory)
@@ -114,30 +115,26 @@ class Rooms:
         return held is not None and held.dtype == like.dtype and held.shape == tuple(like.shape)
 
     def _lay_out(self, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], memory: Bytes) -> None:
-        if not memory.size:
-            self._tensors |= {
-                key: torch.empty(tuple(shape), dtype=dtype, device="cpu") for key, shape in shapes.items()
-            }
-            return
         start = 0
         for key, shape in shapes.items():
             count = torch.Size(shape).numel() * dtype.itemsize
-            if count:
-                # From a buffer, so that it is no view: a view would drag the whole row along into a file.
-                values = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
-                self._tensors[key] = values.view(dtype).view(tuple(shape))
-            else:
-                self._tensors[key] = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+            # From a buffer, so that it is no view: a view would drag the whole row along into a file.
+            values = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
+            self._tensors[key] = values.view(dtype).view(tuple(shape))
             start += count
         whole = torch.from_numpy(memory).view(dtype)
         self.rows.append(Row(tuple(shapes), whole, list(_blocks(shapes, whole))))
 
 
 def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:
-    """Which tensors lie in one row: those of one dtype and kind of device, up to the size of a row."""
+    """Which tensors lie in one row: those of one dtype and kind of device, up to the size of a row.
+
+    Those without elements lie in none: a single one would have torch concatenate the others by its slowest kernel.
+    """
     rows: list[tuple[Like, list[str]]] = []
     open_rows: dict[tuple[torch.dtype, str], tuple[int, list[str]]] = {}
-    for key, like in sorted(wanted.items(), key=lambda item: _block_of(item[1].shape, item[1].dtype)):
+    filled = ((key, like) for key, like in wanted.items() if like.nbytes)
+    for key, like in sorted(filled, key=lambda item: _block_of(item[1].shape, item[1].dtype)):
         kind = like.dtype, like.device
         size, keys = open_rows.get(kind, (0, []))
         if not keys or size + like.nbytes > _ROW:
@@ -154,7 +151,7 @@ def _blocks(shapes: Mapping[str, Sequence[int]], whole: torch.Tensor) -> Iterato
         is_odd, is_small, dimensions, rest = kind
         keys = tuple(group)
         end = start + sum(torch.Size(shapes[key]).numel() for key in keys)
-        is_one = dimensions > 0 and end > start
+        is_one = dimensions > 0
         values = whole[start:end]
         yield Block(keys, values.view(-1, *rest) if is_one else values, is_one, is_small, not is_odd)
         start = end

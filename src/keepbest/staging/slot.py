@@ -30,6 +30,10 @@ class Like(NamedTuple):
         """Number of bytes of its values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def empty(self) -> torch.Tensor:
+        """Room for it, with a storage of its own."""
+        return torch.empty(tuple(self.shape), dtype=self.dtype, device="cpu")
+
 
 class Slot(Protocol):
     """Room for one snapshot on the CPU. **Rank-local**.

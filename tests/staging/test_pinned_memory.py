@@ -1,0 +1,113 @@
+"""Memory of the host that CUDA pins, with a runtime of CUDA that only writes down what it was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from keepbest.staging.memory import Memory, Size
+
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+class Runtime:
+    """Attributes:
+    answer: Error code of each registration.
+    registered: Bytes by address.
+    threads: Threads that registered, one for each call.
+    """
+
+    def __init__(self):
+        self.answer, self.registered, self.threads = 0, {}, []
+
+    def cudaHostRegister(self, address, nbytes, _flags):  # noqa: N802  # the name in CUDA
+        self.threads.append(threading.current_thread())
+        if not self.answer:
+            self.registered[address] = nbytes
+        return self.answer
+
+    def cudaHostUnregister(self, address):  # noqa: N802  # the name in CUDA
+        del self.registered[address]
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """There is no CUDA here."""
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None if code == 0 else pytest.fail(f"error {code}"))
+    return runtime
+
+
+def test_memory_is_pinned_by_whole_pages_until_it_is_freed(runtime):
+    taken = Memory().take([Size(5 * PAGE + 1, is_pinned=True), Size(10, is_pinned=False)])
+    assert list(runtime.registered.values()) == [5 * PAGE + 1]
+    assert all(address % PAGE == 0 for address in runtime.registered)
+    tensor = torch.from_numpy(taken[0])
+    del taken
+    gc.collect()
+    assert runtime.registered
+    del tensor
+    gc.collect()
+    assert not runtime.registered
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(runtime, is_prepared, caplog):
+    runtime.answer = 2  # cudaErrorMemoryAllocation
+    memory, sizes = Memory(), [Size(PAGE, is_pinned=True)] * 3
+    with caplog.at_level(logging.WARNING):
+        if is_prepared:
+            memory.prepare(sizes)
+        taken = memory.take(sizes)
+    assert [each.nbytes for each in taken] == [PAGE] * 3
+    (warning,) = caplog.messages
+    assert "not pinned" in warning
+    # CUDA would report the failure once more to the thread that it happened on.
+    assert not {thread for thread in runtime.threads if thread.is_alive()}
+    assert threading.main_thread() not in runtime.threads
+
+
+def test_memory_is_prepared_where_a_device_cannot_get_ready(runtime):
+    def get_ready():
+        raise torch.OutOfMemoryError
+
+    memory, sizes = Memory(), [Size(PAGE, is_pinned=True)] * 3
+    memory.prepare(sizes, get_ready)
+    memory._thread.join()
+    prepared = dict(runtime.registered)
+    assert len(prepared) == 3
+    taken = memory.take(sizes)
+    assert sorted(each.ctypes.data for each in taken) == sorted(prepared)
+
+
+IN_A_CHILD = """
+import os
+from keepbest.staging.memory import Size, allocate
+memory = allocate(Size(1 << 20, is_pinned=False))
+memory[:] = 7
+child = os.fork()
+if not child:
+    is_without = not memory.any()
+    del memory  # it was never given to the child, which must be able to free it all the same
+    os._exit(0 if is_without else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert (memory == 7).all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems copy all memory to a child")
+def test_child_process_gets_no_copy():
+    subprocess.run([sys.executable, "-c", IN_A_CHILD], check=True, timeout=60)
