@@ -130,3 +130,21 @@ def test_training_changes_nothing():
     model.zero_grad()
     model.load_state_dict(model_of().state_dict())
     assert structure.is_unchanged()
+
+
+class Asked(torch.overrides.TorchFunctionMode):
+    """Counts what torch is asked."""
+
+    count = 0
+
+    def __torch_function__(self, function, _types, arguments=(), named=None):
+        self.count += 1
+        return function(*arguments, **(named or {}))
+
+
+def test_mode_of_torch_is_not_asked_about_each_tensor():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
+    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    with Asked() as asked:
+        assert structure.is_unchanged()
+    assert asked.count == 0

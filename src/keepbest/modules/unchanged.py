@@ -62,7 +62,9 @@ class Structure:
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
-        return all(piece.is_unchanged() for piece in self._pieces)
+        # They are plain, and a mode such as torch.set_default_device would run Python for all that is asked of each.
+        with torch._C.DisableTorchFunction():  # noqa: SLF001  # see ADR 10
+            return all(piece.is_unchanged() for piece in self._pieces)
 
 
 class _Modules:
