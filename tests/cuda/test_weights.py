@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import pytest
 import torch
 from torch import nn
 
@@ -49,6 +50,8 @@ def odd() -> Weights:
     tensors["transposed"] = torch.randn(6, 4, device=DEVICE).t()
     tensors["strided"] = torch.randn(9, 8, device=DEVICE)[:, ::2]
     tensors["inside"] = torch.randn(100, device=DEVICE)[30:43]
+    tensors["channels_last"] = torch.randn(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    tensors["complex"] = torch.randn(3, 4, dtype=torch.complex64, device=DEVICE)
     return Weights(tensors)
 
 
@@ -76,6 +79,27 @@ def test_two_bests_in_quick_succession(tmp_path, file_format, async_save):
                 keeper.flush()  # else the second may replace the first in the queue
     assert_same(kept(tmp_path, model), expected[1])
     assert_same(kept(tmp_path, model, f"{REF}.top=2"), expected[0])
+
+
+def views(conjugated, negated) -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("conjugated", conjugated)
+    model.register_buffer("negated", negated)
+    return model
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_conjugated_and_negated_views(tmp_path, async_save, share):
+    values = torch.randn(2000, 300, dtype=torch.complex64, device=DEVICE)
+    model = views(values.conj(), values.conj().imag)
+    expected = {name: value.resolve_conj().resolve_neg() for name, value in copied(model).items()}
+    with keeper_of(model, tmp_path, "torch", async_save, staging_device_share=share) as keeper:
+        for epoch in (1, 2):
+            keeper.observe(-float(epoch), epoch=epoch)
+            keeper.flush()
+    target = views(torch.zeros_like(values), torch.zeros(values.shape, device=DEVICE))
+    load(tmp_path, REF, target)
+    assert_same(copied(target), expected)
 
 
 def test_bests_without_a_pause(tmp_path, file_format):
