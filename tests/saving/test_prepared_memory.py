@@ -16,6 +16,7 @@ from keepbest import BestKeeper
 from keepbest.staging import memory
 from keepbest.staging.host import HostStaging
 from keepbest.staging.memory import Memory, Size
+from keepbest.staging.rooms import Rooms
 from keepbest.staging.slot import Like
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
@@ -81,6 +82,26 @@ def test_prepared_memory_is_what_snapshots_need(wrap, world_size, file_format, t
     else:
         assert sum(prepared) == WEIGHTS
         assert max(prepared) < WEIGHTS * 0.7 or world_size == 1
+
+
+@pytest.mark.parametrize("file_format", ["torch", "safetensors"])
+def test_rooms_of_the_first_snapshot_are_there_beforehand(file_format, tmp_path, monkeypatch):
+    made_by, lay_out = [], Rooms._lay_out
+
+    def note(*arguments):
+        made_by.append(threading.current_thread().name)
+        lay_out(*arguments)
+
+    monkeypatch.setattr(Rooms, "_lay_out", note)
+    model, settings = Layers(), {"metric_key": "loss", "async_save": True, "format": file_format}
+    with BestKeeper(model, directory=tmp_path, **settings) as keeper:
+        for thread in threading.enumerate():
+            if thread.name == "keepbest-memory":
+                thread.join()
+        for number in (1, 2):
+            keeper.observe(-number, update(number))
+            keeper.flush()
+    assert set(made_by) == {"keepbest-memory"}
 
 
 def test_units_of_fsdp1_prepare_no_more_than_they_need(tmp_path):

@@ -110,7 +110,7 @@ class HostStaging:
         for _ in range(_SLOTS):
             self._take_back(Rooms(self._memory))
 
-    def prepare(self, wanted: Mapping[str, Like]) -> None:
+    def prepare(self, wanted: Mapping[str, Like], *, is_sure: bool) -> None:
         dtypes, sizes = {like.dtype for like in wanted.values() if like.device == "cuda"}, sizes_of(wanted)
         get_ready = None
         if dtypes:
@@ -119,10 +119,11 @@ class HostStaging:
                 filter(attrgetter("is_pinned"), sizes),
             )
             get_ready = partial(self._devices.get_ready, device, dtypes, [size.nbytes for size in of_device])
-        self._memory.prepare(sizes, get_ready)
+        self._memory.prepare(sizes, get_ready, partial(self._free[-1].make, wanted) if is_sure else None)
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""
+        self._memory.end()  # what is prepared for the first one
         try:
             self._released.get_nowait()
         except Empty:

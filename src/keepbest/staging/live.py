@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -86,11 +87,12 @@ class Unstaged:
         self._memory = Memory()
         self._pinned = Rooms(self._memory)
 
-    def prepare(self, wanted: Mapping[str, Like]) -> None:
+    def prepare(self, wanted: Mapping[str, Like], *, is_sure: bool) -> None:
         if pinned := _on_cuda(wanted):
-            self._memory.prepare(sizes_of(pinned))
+            self._memory.prepare(sizes_of(pinned), use=partial(self._pinned.make, pinned) if is_sure else None)
 
     def claim(self) -> LiveSlot:
+        self._memory.end()  # what is prepared for the first one
         return LiveSlot(self._pinned)
 
     def close(self) -> None:

@@ -121,17 +121,24 @@ class Memory:
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def prepare(self, sizes: Sequence[Size], get_ready: Callable[[], None] | None = None) -> None:
+    def prepare(
+        self,
+        sizes: Sequence[Size],
+        get_ready: Callable[[], None] | None = None,
+        use: Callable[[], None] | None = None,
+    ) -> None:
         """Begin to allocate these, which `take` hands out.
 
         Args:
             sizes: Sizes of what will be taken.
             get_ready: Function that the thread calls first.
+            use: Function that the thread calls when all of it is there, and which may take it.
         """
         self.end()
         self._is_over = threading.Event()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
-        arguments = (self._source, list(sizes), self._is_over, self._ready, device, get_ready)
+        work = _Work(list(sizes), device, get_ready, use)
+        arguments = (self._source, work, self._ready, self._is_over)
         self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
         # An interpreter that ends while the thread is in torch would abort.
         weakref.finalize(self, _end, self._is_over, weakref.ref(self._thread))
@@ -153,6 +160,8 @@ class Memory:
 
     def end(self) -> None:
         """Prepare no more. What is being allocated is waited for."""
+        if self._thread is threading.current_thread():
+            return
         self._is_over.set()
         if self._thread is not None and self._thread.ident is not None:  # else it could not be started
             self._thread.join()
@@ -166,22 +175,26 @@ def _end(is_over: threading.Event, thread: weakref.ref[threading.Thread]) -> Non
         running.join()
 
 
-def _prepare(
-    source: _Source,
-    sizes: Sequence[Size],
-    is_over: threading.Event,
-    ready: list[tuple[Size, Bytes]],
-    device: int | None,
-    get_ready: Callable[[], None] | None,
-) -> None:
+class _Work(NamedTuple):
+    """What a thread prepares: see `Memory.prepare`."""
+
+    sizes: list[Size]
+    device: int | None
+    get_ready: Callable[[], None] | None
+    use: Callable[[], None] | None
+
+
+def _prepare(source: _Source, work: _Work, ready: list[tuple[Size, Bytes]], is_over: threading.Event) -> None:
     # Who needs what cannot be had asks again, and raises it on every rank.
     with contextlib.suppress(RuntimeError):
-        if device is not None:
-            torch.cuda.set_device(device)  # of this thread
-        if get_ready is not None:
-            get_ready()
+        if work.device is not None:
+            torch.cuda.set_device(work.device)  # of this thread
+        if work.get_ready is not None:
+            work.get_ready()
     with contextlib.suppress(MemoryError, RuntimeError):
-        for size in sizes:
+        for size in work.sizes:
             if is_over.is_set():
                 return
             ready.append((size, source.allocate(size)))
+        if work.use is not None:
+            work.use()

@@ -83,8 +83,13 @@ class Staging(Protocol):
     @property
     def waits(self) -> bool: ...
 
-    def prepare(self, wanted: Mapping[str, Like]) -> None:
-        """Begin to allocate memory for what the first snapshot will need, on a thread."""
+    def prepare(self, wanted: Mapping[str, Like], *, is_sure: bool) -> None:
+        """Begin to allocate memory for what the first snapshot will need, on a thread.
+
+        Args:
+            wanted: What room is needed for.
+            is_sure: Whether the slot will be asked for just these rooms, so that they can be made, too.
+        """
 
     def claim(self) -> Slot:
         """A slot to fill."""
