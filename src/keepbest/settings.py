@@ -146,7 +146,7 @@ class CommonSettings(BaseModel):
         le=1,
         allow_inf_nan=False,
         description="With `async_save` on CUDA devices, the share of the free memory of a device that a copy of the "
-        "weights may take until it is on the host. Where it does not suffice, training waits for the host.",
+        "weights may take, for this best and the next. Where it does not suffice, training waits for the host.",
     )
     on_save_error: Literal["raise", "warn"] = Field(
         default="raise",
