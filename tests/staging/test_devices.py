@@ -31,6 +31,7 @@ class Pretended:
         backend: How torch allocates its memory.
         is_fragmented: Whether there is no room in one piece, however much is free.
         values: Values on it that `copies` copies to the host.
+        interruption: What ends the wait for a clone, if anything does.
         log: What was done.
         taken: Bytes that were allocated on it.
         unfinished: Functions that write what its streams have not written yet, until they are waited for.
@@ -38,7 +39,7 @@ class Pretended:
 
     def __init__(self):
         self.free, self.fraction, self.reserved, self.given_back, self.is_fragmented = GIB, 1.0, 0, 0, False
-        self.backend, self.values = "native", []
+        self.backend, self.values, self.interruption = "native", [], None
         self.log, self.taken, self.unfinished = [], [], []
 
     def empty(self, size, *, dtype, device=None):
@@ -59,6 +60,8 @@ class Event:
         self.pretended.log.append(f"record {self.name}")
 
     def synchronize(self):
+        if self.pretended.interruption is not None:
+            raise self.pretended.interruption
         self.pretended.log.append(f"wait for {self.name}")
 
 
@@ -202,6 +205,13 @@ def test_no_memory_for_a_clone(device, setting, value):
     assert not device.taken
 
 
+def test_interruption_leaves_nothing_on_its_way(device):
+    device.interruption = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        brought(Devices(share=0.5), {"a": torch.ones(3)})
+    assert device.log[-1] == "wait for all streams"
+
+
 def test_share_of_zero_asks_for_no_memory(device):
     values = of_all_kinds()
     expected = expected_of(values)
@@ -319,6 +329,9 @@ STRANGE = [
     pytest.param(lambda: transposed(2), id="transposed"),
     pytest.param(lambda: torch.arange(24.0).view(2, 3, 4)[:, 1], id="sliced"),
     pytest.param(lambda: torch.arange(3.0).expand(2, 3), id="expanded"),
+    pytest.param(lambda: torch.arange(24.0).view(4, 3, 2)[1:].permute(2, 0, 1), id="permuted"),
+    pytest.param(lambda: torch.randn(3, 4, dtype=torch.complex64).conj().t(), id="adjoint"),
+    pytest.param(lambda: torch.randn(3, 4, dtype=torch.complex64).conj().imag, id="imaginary"),
     pytest.param(lambda: torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last), id="channels last"),
 ]
 

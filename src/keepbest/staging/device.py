@@ -87,12 +87,16 @@ class Devices:
                 rooms.extend(_split(row, series.values))
                 values.extend(series.values)
             torch.cuda.synchronize()
-            for copy in copies:
-                copy.make()
-            _copy_to_host(rooms, values)
-            copied = stream.record_event()
-            arrived = [_send(clones, stream)] if clones else []
-            copied.synchronize()
+            try:
+                for copy in copies:
+                    copy.make()
+                _copy_to_host(rooms, values)
+                copied = stream.record_event()
+                arrived = [_send(clones, stream)] if clones else []
+                copied.synchronize()
+            except BaseException:
+                torch.cuda.synchronize()  # else values could still arrive when the rooms belong to others
+                raise
         return arrived
 
     def _take(self, device: torch.device, sizes: Sequence[int]) -> tuple[int, torch.Tensor | None]:
