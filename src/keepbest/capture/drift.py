@@ -127,7 +127,7 @@ class Drift:
         every = max(1, len(union.holdings) // _SAMPLED)
         known: dict[int, str] = {}  # a tensor may have several names, and a flat parameter has many entries
         prints = list[tuple[_Print, Sequence[int]]]()
-        for name, holding in union.kept():
+        for name, holding in union.kept.items():
             if holding.entry.form.role in ("data", "state") or name not in held.values:
                 continue
             place, holders = self._piece(held.entries[name], holding)
@@ -150,7 +150,7 @@ class Drift:
             return
         whole = [
             (name, holding.holders)
-            for name, holding in union.kept()
+            for name, holding in union.kept.items()
             if holding.entry.form.role == "state" and not holding.entry.form.spread and "/" in name.key
         ]
         every = max(1, len(whole) // _SAMPLED)

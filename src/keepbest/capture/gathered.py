@@ -75,7 +75,7 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         parts=inventory.items.parts,
         training_state=tuple(inventory.items.training_state),
         files=files,
-        left_out=inventory.plan.left_out,
+        left_out=agreed.union.left_out,
         slot=room,
         writers=main_alone if ranks.is_main else nobody,
         versions=agreed.union.versions,
@@ -102,7 +102,7 @@ def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[str, StateDi
 def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:
     """On rank 0 all that is kept, whole. Every rank goes through the entries in the same order."""
     ranks = inventory.ranks
-    kept = dict(agreed.union.kept())
+    kept = agreed.union.kept
     foreign = {name: holding for name, holding in kept.items() if holding.owner != 0 and not holding.entry.first}
     rooms = {
         name: slot.room(room_of(name), like(holding))
@@ -135,7 +135,7 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     if not inventory.ranks.is_main:
         return {}
     files: dict[str, StateDict] = {}
-    for name, holding in agreed.union.kept():
+    for name, holding in agreed.union.kept.items():
         first = Name(name.part, holding.entry.first or name.key)
         if (value := found.get(name, found.get(first, _NOTHING))) is _NOTHING:
             if holding.owner == 0 and not holding.entry.form.is_in_unit:
@@ -145,11 +145,8 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     for name, value in found.items():
         if name not in agreed.union.holdings:  # what hooks of state_dict() add, which FSDP1 alone can call
             files.setdefault(name.part, {})[name.key] = value
-    # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
-    for part in inventory.items.parts:
-        if part.name not in files and not (agreed.union.left_out(part.name) or part.apart):
-            files[part.name] = {}
-    return {part: files[part] for part in inventory.items.names if part in files}
+    written = files.keys() | agreed.union.files_of(inventory.items)
+    return {part: files.get(part, {}) for part in inventory.items.names if part in written}
 
 
 _NOTHING = object()
@@ -161,7 +158,7 @@ class _Receiver:
     def __init__(
         self,
         agreed: Agreed,
-        kept: dict[Name, Holding],
+        kept: Mapping[Name, Holding],
         ranks: Ranks,
         slot: Slot,
         shards: ShardTransfer,

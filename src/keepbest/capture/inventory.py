@@ -96,10 +96,10 @@ class Inventory:
             self._adopt(found, same_everywhere(found, self.ranks.world_size))
         else:
             self._adopt(found, unite(self._reports(step, found)))
-        if self._format.capture == "local" or any(holding.owner != 0 for _, holding in self.union.kept()):
+        if self._format.capture == "local" or any(holding.owner != 0 for holding in self.union.kept.values()):
             # Now, and not at the first save: who is being connected does not notice that another rank dies.
             self.ranks.patient_group()
-        if any(holding.entry.form.is_in_unit for _, holding in self.union.kept()):
+        if any(holding.entry.form.is_in_unit for holding in self.union.kept.values()):
             self._check_state_dicts_of_units(held, f"look at the state dict to {step}")
 
     def settle(self, step: str, claim: Callable[[Agreed], None], *, saving: bool) -> Agreed:
@@ -219,7 +219,7 @@ class Inventory:
     def _adopt(self, report: Report, union: Union) -> None:
         if union.holdings.keys() <= (states := {name for name in union.holdings if self._is_state(name)}):
             raise ConfigError("what is selected to be saved has no weights on any rank: nothing to save")
-        if all(name in states for name, _ in union.kept()):
+        if union.kept.keys() <= states:
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )

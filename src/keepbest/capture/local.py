@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -69,16 +69,15 @@ class Local:
     def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
         ranks, items = inventory.ranks, inventory.items
         writers = self._writers(ranks, slot, step)
-        left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
         gone = set[Name]()
         on_devices = every_stream(entry.device for entry in agreed.held.entries.values())
         with _losing(writers, ranks, "list the shards"), on_devices:
             found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
-            tensors, data = _sorted_out(found, agreed, items, left_out, slot)
+            tensors, data = _sorted_out(found, agreed, items, slot)
         layout = self._layout
         if layout is None or layout.union is not agreed.union or _holds_units(agreed, items):
             tied: dict[str, dict[str, str]] = {part: {} for part in tensors}
-            for name, holding in agreed.union.kept():
+            for name, holding in agreed.union.kept.items():
                 if holding.entry.first and name not in gone:
                     tied[name.part][name.key] = holding.entry.first
             layout = self._layout = plan_layout(agreed.union, tensors, tied, ranks, step)
@@ -89,7 +88,7 @@ class Local:
             parts=items.parts,
             training_state=tuple(items.training_state),
             files=data,
-            left_out=left_out,
+            left_out=agreed.union.left_out,
             slot=slot,
             writers=writers,
             plans=plans,
@@ -110,11 +109,11 @@ class Local:
 
 def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
     """What room the share of this rank will probably need; none where that is known late. **Rank-local**."""
-    if any(holding.entry.form.is_in_unit for _, holding in inventory.union.kept()):
+    if any(holding.entry.form.is_in_unit for holding in inventory.union.kept.values()):
         return {}  # of all parameters in a unit of FSDP1 this rank has the same flat one
     writers, held, rank = spread_over_holders(inventory.union), inventory.look(), inventory.ranks.rank
     rooms: dict[str, Like] = {}
-    for name, holding in inventory.union.kept():
+    for name, holding in inventory.union.kept.items():
         value = held.values.get(name)
         if value is None or holding.entry.first or holding.entry.form.is_packed:
             continue
@@ -138,13 +137,11 @@ def _losing(writers: Writers, ranks: Ranks, step: str) -> Iterator[None]:
 
 
 def _sorted_out(
-    found: Mapping[Name, Any], agreed: Agreed, items: Items, left_out: Collection[str], slot: Slot
+    found: Mapping[Name, Any], agreed: Agreed, items: Items, slot: Slot
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
     """For each part, the same on every rank, the tensors of what was found, and what is no weight."""
-    kept = dict(agreed.union.kept())
-    parts = {name.part for name in kept}
-    parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
-    tensors: dict[str, dict[str, torch.Tensor]] = {part: {} for part in items.names if part in parts}
+    kept = agreed.union.kept
+    tensors: dict[str, dict[str, torch.Tensor]] = {part: {} for part in agreed.union.files_of(items)}
     data: dict[str, dict[str, Any]] = {part: {} for part in tensors}
     for name, value in found.items():
         if name.part not in tensors:
@@ -159,7 +156,7 @@ def _sorted_out(
 
 def _holds_units(agreed: Agreed, items: Items) -> bool:
     """Whether a rank has units of FSDP1, whose shards are made anew by each `state_dict()`, hooks and all."""
-    in_units = (holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
+    in_units = (holding.entry.form.is_in_unit for holding in agreed.union.kept.values())
     return any(in_units) or any(map(is_of_units, items.training_state.values()))
 
 
@@ -169,7 +166,7 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
     What is no tensor goes to rank 0, which alone writes such. A tensor with several names is written under the first.
     Hooks of state_dict() beside units of FSDP1, which it alone can call, may add names, and leave out others: `gone`.
     """
-    ranks, kept = inventory.ranks, dict(agreed.union.kept())
+    ranks, kept = inventory.ranks, agreed.union.kept
     data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
     found: dict[Name, Any] = {}
     added: dict[Name, Any] = {}
@@ -191,7 +188,7 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
 
 def _first_values(agreed: Agreed, items: Items, gone: set[Name], added: dict[Name, Any]) -> Iterator[tuple[Name, Any]]:
     """What of the kept this rank holds, each under its first name."""
-    kept, held = dict(agreed.union.kept()), agreed.held
+    kept, held = agreed.union.kept, agreed.held
     for source in held.sources:
         state = sharded_state_dict(source) if source.holds_fsdp1 else held.states[source.path]
         inside = {part.name: source.path_of(part) for part in source.parts}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from keepbest.capture.catalogue import Entry, Form, Name
 from keepbest.capture.optimizer import is_groups
+from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
 from keepbest.modules.state_dicts import Version
 
@@ -84,7 +86,10 @@ class Union:
         versions: Versions of modules that are recorded.
 
     Attributes:
-        versions: For each part these versions, by the path of the module in it.
+        holdings: As passed.
+        kept: Those of them that are saved.
+        left_out: For each part the keys that are not saved since they are frozen; parts without such are absent.
+        versions: For each part the versions, by the path of the module in it.
     """
 
     def __init__(
@@ -94,26 +99,17 @@ class Union:
         self.versions: dict[str, dict[str, Version]] = {}
         for name, version in versions.items():
             self.versions.setdefault(name.part, {})[name.key] = version
-        self._frozen_parts = {
-            part
-            for part in {name.part for name in holdings}
-            if any(each.entry.form.is_frozen for each in self._of(part))
-            and all(each.entry.form.is_frozen or each.entry.form.role == "buffer" for each in self._of(part))
-        }
-
-    def kept(self) -> Iterator[tuple[Name, Holding]]:
-        """What is saved."""
-        for name, holding in self.holdings.items():
-            if name.part not in self._frozen_parts and not holding.entry.form.is_frozen:
-                yield name, holding
-
-    def left_out(self, part: str) -> list[str]:
-        """Keys of a part that are not saved since they are frozen."""
-        return sorted(
-            name.key
-            for name, holding in self.holdings.items()
-            if name.part == part and (part in self._frozen_parts or holding.entry.form.is_frozen)
-        )
+        forms = [(name.part, holding.entry.form) for name, holding in holdings.items()]
+        # A part whose parameters are frozen is left out with its buffers, unless it has something else.
+        frozen = {part for part, form in forms if form.is_frozen}
+        frozen -= {part for part, form in forms if not form.is_frozen and form.role != "buffer"}
+        self.kept: dict[Name, Holding] = {}
+        self.left_out: dict[str, list[str]] = {}
+        for name, holding in holdings.items():
+            if name.part in frozen or holding.entry.form.is_frozen:
+                insort(self.left_out.setdefault(name.part, []), name.key)
+            else:
+                self.kept[name] = holding
 
     def apart(self, world_size: int) -> list[Name]:
         """The parameters that not every rank holds."""
@@ -123,8 +119,12 @@ class Union:
             if holding.entry.form.role == "parameter" and len(holding.holders) < world_size
         ]
 
-    def _of(self, part: str) -> list[Holding]:
-        return [holding for name, holding in self.holdings.items() if name.part == part]
+    def files_of(self, items: Items) -> list[str]:
+        """The parts and training states of `items` that have a file. A part that is frozen as a whole has none."""
+        written = {name.part for name in self.kept}
+        # What a composite has beside its submodels may be nothing. All else has a file, also where it has no weights.
+        written |= {part.name for part in items.parts if not (part.name in self.left_out or part.apart)}
+        return [name for name in items.names if name in written]
 
 
 def same_everywhere(report: Report, world_size: int) -> Union:
