@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from keepbest.capture.union import (
     Report,
     Union,
     changes,
-    describe,
+    describe_changes,
     refuse_other_parameters,
     same_everywhere,
     unite,
@@ -87,7 +87,7 @@ class Inventory:
 
         def report() -> tuple[tuple[Held, Report], Number]:
             held = self.look()
-            self._check(held, held.entries)
+            self._check(held)
             found = Report(held.entries, self._prints(held, held.entries), held.versions)
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 
@@ -119,41 +119,54 @@ class Inventory:
         """
         if self._union is None:
             self.take(step)
-        before, versions, union = self._report.entries, self._report.versions, self._union
+        before, union = self._report, self.union
         step = f"list the weights to {step}"
 
         def look_again() -> tuple[Held, Number]:
             refuse_mode()
             held = self.look()
             self.mark = self.mark_now() if self.is_watched else ""
-            changed = changes(before, held.entries)
+            changed = describe_changes(before.entries, held.entries)
             if not self._is_checked:
                 try:
-                    self._check(held, held.entries)  # also what is as it was by its name, shape and dtype
+                    self._check(held)  # also what is as it was by its name, shape and dtype
                 except ConfigError as error:
-                    raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
-            if changed or held.versions != versions or union is None:
-                return held, Number(None, None, describe(changed, before, held.entries) or _OTHER_VERSIONS)
+                    raise ConfigError(f"{error}. {_since(changed)}") from error
+            if changed or held.versions != before.versions:
+                return held, Number(None, None, changed or _OTHER_VERSIONS)
             claim(Agreed(held, union))
             return held, Number(self._drift.balance(held, union), None)
 
         held, numbers = self.ranks.compare(step, look_again, saving=saving)
         notes = {rank: number.note for rank, number in enumerate(numbers) if number.note}
-        if not notes and union is not None:
-            agreed = Agreed(held, union)
-            if not is_balanced(number.value or 0.0 for number in numbers):
-                self._drift.compare(step, held, union)
-            return agreed
-        changed = changes(before, held.entries)
+        if notes:
+            return self._agree_anew(step, held, notes, claim, saving=saving)
+        if not is_balanced(number.value or 0.0 for number in numbers):
+            self._drift.compare(step, held, union)
+        return Agreed(held, union)
+
+    def _agree_anew(
+        self, step: str, held: Held, notes: Mapping[int, str], claim: Callable[[Agreed], None], *, saving: bool
+    ) -> Agreed:
+        """Agree on what the ranks hold after a change, if it can be kept right. **Collective**.
+
+        Args:
+            step: What is being done, in words.
+            held: What this rank holds now.
+            notes: What has changed, in words, by the rank that noticed it; the same on every rank.
+            claim: As `settle` takes it.
+            saving: As `settle` takes it.
+        """
+        before, union = self._report.entries, self.union
         # Also what is the same here, if another rank has remade it, or has it now for the first time.
+        changed = changes(before, held.entries)
         mine = [name for name in changed if _is_remade(before.get(name), held.entries.get(name))]
         remade = {Name(*name): None for names in self.ranks.gather_json(step, lambda: mine) for name in names}
         prints = self.ranks.agree(step, lambda: self._prints(held, remade), saving=saving)
         try:
             found = Report(held.entries, prints, held.versions)
             united = unite(self._reports(step, found))
-            if union is not None:
-                refuse_other_parameters(union, united, self.ranks.world_size)
+            refuse_other_parameters(union, united, self.ranks.world_size)
             self._adopt(found, united)
         except ConfigError as error:
             what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
@@ -167,14 +180,16 @@ class Inventory:
         """What shows whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
         items = self.items
         sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
-        tensors = [stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources]
-        data = [extra_states(source.module) for source in sources]
-        states = list(marks_of_states(items))
-        tensors.append(value for value in states if isinstance(value, torch.Tensor))
-        data.append(value for value in states if not isinstance(value, torch.Tensor))
-        return sample(
-            (local_of(tensor) for each in tensors for tensor in each), (value for each in data for value in each)
-        )
+        tensors, data = list[torch.Tensor](), list[object]()
+        for source in sources:
+            tensors += stored_tensors(source.module, with_frozen=items.save_frozen_weights)
+            data += extra_states(source.module)
+        for value in marks_of_states(items):
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+            else:
+                data.append(value)
+        return sample(map(local_of, tensors), data)
 
     def _is_state(self, name: Name) -> bool:
         return name.part in self.items.training_state
@@ -212,8 +227,8 @@ class Inventory:
         """Keep no weights that are no longer in the model. **Rank-local**."""
         self._seen = self._batch = None
 
-    def _check(self, held: Held, names: Iterable[Name]) -> None:
-        refuse_what_cannot_be_kept(held, names, self._format, self.ranks, self.items.training_state)
+    def _check(self, held: Held) -> None:
+        refuse_what_cannot_be_kept(held, self._format, self.ranks, self.items.training_state)
         self._is_checked = self._seen is not None
 
     def _adopt(self, report: Report, union: Union) -> None:

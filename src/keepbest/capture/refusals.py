@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from keepbest.capture.catalogue import Form, Held, Name
+from keepbest.capture.catalogue import Form, Held
 from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
@@ -28,18 +28,15 @@ _WITHOUT_VALUES = {getattr(torch, f"{kind}{bits}", None) for kind in ("int", "ui
 _LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
-def refuse_what_cannot_be_kept(
-    held: Held, names: Iterable[Name], form: Format, ranks: Ranks, states: Container[str] = ()
-) -> None:
-    """Check that what this rank holds under `names` can be kept in a format, and loaded again.
+def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: Container[str]) -> None:
+    """Check that what this rank holds can be kept in a format, and loaded again. `states` names the training states.
 
     Raises:
         ConfigError: If not. It names the entry and the way out.
     """
     refuse_mode()
     gathered = set[tuple[object, ...]]()  # meshes and placements that are gathered right: thousands have the same
-    for name in names:
-        entry = held.entries[name]
+    for name, entry in held.entries.items():
         if entry.form.is_frozen:
             continue  # it is not saved
         fault = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -240,9 +240,9 @@ def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Nam
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
-def describe(names: Iterable[Name], before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> str:
-    """Changes in words, the first few of them."""
-    names = list(names)
+def describe_changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> str:
+    """The `changes` in words, the first few of them; empty if there are none."""
+    names = changes(before, now)
     lines = [f"{str(name)!r} {_change(before.get(name), now.get(name))}" for name in names[:_LISTED]]
     return "; ".join([*lines, f"{len(names) - _LISTED} more"] if len(names) > _LISTED else lines)
 
