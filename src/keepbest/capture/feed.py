@@ -62,7 +62,15 @@ class Stored:
 
 
 class Feed(Protocol):
-    """Gives each rank the values that its model wants."""
+    """Gives each rank the values of a snapshot that its model wants."""
+
+    @property
+    def stored(self) -> Stored:
+        """The snapshot."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of the model."""
 
     def contents(self) -> list[PartContents]:
         """Verify the files, and return what the snapshot holds of each part. **Collective**.
