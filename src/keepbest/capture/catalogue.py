@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from keepbest.capture.alike import Alike
+from keepbest.capture.contents import EXTRA_STATE, is_extra_state
 from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
 from keepbest.capture.versions import versions_of
@@ -22,8 +23,6 @@ from keepbest.modules.state_dicts import Version
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
 
 _IN_UNIT = "in a unit of FSDP1"
 
@@ -203,7 +202,7 @@ def _identity(key: str, value: torch.Tensor) -> Hashable:
 
 def _entry_of(source: Source, key: str, value: Any, role: Role, meshes: Meshes, flat: FlatEntry | None) -> Entry:
     is_frozen = source.is_frozen(key)
-    if key.rpartition(".")[2] == EXTRA_STATE or not isinstance(value, torch.Tensor):
+    if is_extra_state(key) or not isinstance(value, torch.Tensor):
         return data_entry(is_frozen=is_frozen)
     return tensor_entry(value, role, meshes, is_frozen=is_frozen, flat=flat)
 

@@ -27,7 +27,7 @@ from keepbest.staging.slot import Like, Slot, Staging
 
 
 class Local:
-    """What each rank holds is written by that rank. `capture` is a `Capture`, of one keeper.
+    """Captures what each rank holds, for that rank to write. Each keeper has one, which remembers what was planned.
 
     Who writes what is planned when weights are captured for the first time, and again when they lie among the ranks in
     another way. Else a capture costs one exchange. (Units of FSDP1 are planned and gathered each time.)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,12 +41,6 @@ class Restored(NamedTuple):
     keys: tuple[str, ...]
     left_alone: tuple[str, ...]
     unused: tuple[str, ...]
-
-
-class Restore(Protocol):
-    """Loads a snapshot into a model. **Collective**."""
-
-    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored: ...
 
 
 def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -12,10 +12,7 @@ from keepbest.formats.format import Receipt
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import StateDict
 from keepbest.modules.state_dicts import Version
-from keepbest.staging.slot import Slot, Staging
-
-if TYPE_CHECKING:
-    from keepbest.capture.inventory import Inventory
+from keepbest.staging.slot import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +81,3 @@ class Share:
     plans: Mapping[str, Any] = field(default_factory=dict)
     training_state: tuple[str, ...] = ()
     versions: Mapping[str, Mapping[str, Version]] = field(default_factory=dict)
-
-
-class Capture(Protocol):
-    """Brings weights to where they are written from. **Collective**; opens no file."""
-
-    def __call__(self, inventory: Inventory, staging: Staging, step: str) -> Share: ...
