@@ -19,6 +19,7 @@ from keepbest.capture.fingerprint import fingerprint, fingerprint_of_sample
 from keepbest.capture.optimizer import parameter_of
 from keepbest.capture.share import Items
 from keepbest.capture.union import Holding, Union, refuse_other_values
+from keepbest.listing import listed
 from keepbest.modules.kinds import local_of
 from keepbest.modules.wrappers import PlainNames, walk
 from keepbest.ranks import Ranks
@@ -224,12 +225,10 @@ class _Synchronized:
 
 
 def _warn(names: list[str]) -> None:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     _logger.warning(
-        "buffers differ between the ranks: %s%s (what is frozen in DDP counts as a buffer). The snapshots have those "
+        "buffers differ between the ranks: %s (what is frozen in DDP counts as a buffer). The snapshots have those "
         "of the lowest rank that holds them, so a model that is loaded from them may not reproduce the metric. "
         "Synchronize them: use torch.nn.SyncBatchNorm for BatchNorm, or broadcast or average the buffers before each "
         "evaluation",
-        ", ".join(names[:4]),
-        more,
+        listed(names),
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet, quiet_about_missing_shards
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
@@ -104,7 +105,7 @@ def check_own_state_dict(source: Source, keys: Iterable[str]) -> None:
     except SnapshotError as error:
         raise ConfigError(str(error)) from error
     if missing := [key for key in keys if key not in state]:
-        raise ConfigError(f"the state dict lacks {', '.join(missing[:4])}. {_OWN_STATE_DICT}")
+        raise ConfigError(f"the state dict lacks {listed(missing)}. {_OWN_STATE_DICT}")
 
 
 _OWN_STATE_DICT = (

@@ -29,6 +29,7 @@ from keepbest.capture.union import (
 from keepbest.capture.whole_plan import WholePlan
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
+from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor, local_of
 from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.unchanged import Structure
@@ -169,8 +170,8 @@ class Inventory:
             refuse_other_parameters(union, united, self.ranks.world_size)
             self._adopt(found, united)
         except ConfigError as error:
-            what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
-            raise ConfigError(f"{error}. {_since(what)}") from error
+            what = (f"on rank {rank}: {note}" for rank, note in notes.items())
+            raise ConfigError(f"{error}. {_since(listed(what, separator='; '))}") from error
         agreed = Agreed(held, self.union)
         self._drift.compare(step, held, agreed.union)
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)

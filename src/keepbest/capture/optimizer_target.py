@@ -18,12 +18,12 @@ from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
 from keepbest.capture.optimizer_kind import fault_in_shards, fault_of_kind, is_by_element, kind_of, options_for
 from keepbest.capture.place import laid_out_like
+from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves
 
 _STEP = "step"  # torch keeps it as a plain number of its own, also where the parameter is sharded
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # options of how it computes here, not of what
-_LISTED = 4
 _PARAMS = "params"
 
 
@@ -160,7 +160,7 @@ class OptimizerTarget:
         self.beside = found[0] if found else {}
         if any(not _is_same(each, self.beside) for each in found):
             names = sorted({str(key) for each in found for key in each})
-            self.faults.append(f"{_listed(names)} of its state dict was saved with different values by several ranks")
+            self.faults.append(f"{listed(names)} of its state dict was saved with different values by several ranks")
 
     def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
@@ -182,15 +182,15 @@ class OptimizerTarget:
         if spare := sorted({name for inside, numbers in free.items() if numbers for name in inside}):
             inside_now = {name for names in present for name in names}
             if gone := [name for name in spare if name not in inside_now]:
-                self.faults.append(f"it was saved with {_listed(gone)}, which the optimizer does not have")
+                self.faults.append(f"it was saved with {listed(gone)}, which the optimizer does not have")
 
     def _explain(self, number: int, names: list[str], where: Mapping[str, int]) -> None:
         if new := [name for name in names if name not in where]:
-            self.faults.append(f"group {number} has {_listed(new)}, which were not saved with it")
+            self.faults.append(f"group {number} has {listed(new)}, which were not saved with it")
         else:
             places = sorted({where[name] for name in names})
             self.faults.append(
-                f"group {number} has {_listed(names)}, which were saved in group "
+                f"group {number} has {listed(names)}, which were saved in group "
                 f"{' and '.join(map(str, places))}, together with others or apart from each other"
             )
 
@@ -279,8 +279,3 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return paths == [path for path, _ in theirs] and all(
         _equal(each, other_each) for (_, each), (_, other_each) in zip(mine, theirs, strict=True)
     )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown

@@ -22,6 +22,7 @@ from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
 from keepbest.capture.schedule_kind import fault_of_schedule
 from keepbest.capture.states import KIND, WHOLE, Stateful
 from keepbest.errors import SnapshotError
+from keepbest.listing import listed
 
 _logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class StatesToLoad:
             faults, lacks, several = zip(*(each[name] for each in found), strict=True)  # each by rank
             messages: list[str] = [*chain.from_iterable(faults)]
             if nowhere := sorted(set.intersection(*map(set, lacks))):
-                messages.append(f"it was saved with {', '.join(nowhere[:4])}, which no model has")
+                messages.append(f"it was saved with {listed(nowhere)}, which no model has")
             messages += self._differing(name, sorted({tuple(keys) for each in several for keys in each}))
             if messages:
                 wrong.append(f"{name!r}: {'; '.join(dict.fromkeys(messages))}")

@@ -12,9 +12,9 @@ from keepbest.capture.catalogue import Entry, Form, Name
 from keepbest.capture.optimizer import is_groups
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
+from keepbest.listing import listed, listed_ranks
 from keepbest.modules.state_dicts import Version
 
-_LISTED = 6
 _WAYS_OUT = (
     "A snapshot has one tensor for each name, so it would hold the weights of one rank and lose the others. Weights "
     "that belong to a rank alone (experts, hand-made tensor parallelism) need names of their own, or have to be "
@@ -167,7 +167,7 @@ def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequen
         for rank in ranks:
             forms.setdefault(reports[rank].entries[name].form, []).append(rank)
         if len(forms) > 1:
-            found = "; ".join(f"{form} on {listed(of)}" for form, of in forms.items())
+            found = "; ".join(f"{form} on {listed_ranks(of)}" for form, of in forms.items())
             if len({form._replace(is_frozen=False) for form in forms}) == 1:
                 raise ConfigError(
                     f"the ranks do not agree on whether {str(name)!r} is frozen, and save_frozen_weights is false: "
@@ -184,8 +184,8 @@ def _refuse_other_states(reports: Sequence[Report], holders: Mapping[Name, Seque
             among = {rank for each in ranks for rank in peers.get((name.part, each), ())}
             if lacking := sorted(among.difference(ranks)):
                 raise ConfigError(
-                    f"{str(name)!r} is on {listed(ranks)}, and not on {listed(lacking)}, whose optimizers have the "
-                    "same parameters. Step the optimizer on every rank alike"
+                    f"{str(name)!r} is on {listed_ranks(ranks)}, and not on {listed_ranks(lacking)}, whose optimizers "
+                    "have the same parameters. Step the optimizer on every rank alike"
                 )
 
 
@@ -207,11 +207,8 @@ def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]], ways_o
             if known != digest:
                 differing.setdefault(str(name), set()).update((first, rank))
     if differing:
-        names = list(differing)
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        ranks = listed(sorted(set().union(*differing.values())))
-        shown = f"{', '.join(names[:_LISTED])}{more}"
-        raise ConfigError(f"{ranks} hold different weights under the same name: {shown}. {ways_out}")
+        ranks = listed_ranks(sorted(set().union(*differing.values())))
+        raise ConfigError(f"{ranks} hold different weights under the same name: {listed(differing)}. {ways_out}")
 
 
 def refuse_other_parameters(before: Union, now: Union, world_size: int) -> None:
@@ -225,10 +222,9 @@ def refuse_other_parameters(before: Union, now: Union, world_size: int) -> None:
     """
     if before.apart(world_size) or not (apart := now.apart(world_size)):
         return
-    found = "; ".join(f"{str(name)!r} on {listed(now.holdings[name].holders)}" for name in apart[:_LISTED])
-    more = f" and {len(apart) - _LISTED} more" if len(apart) > _LISTED else ""
+    found = (f"{str(name)!r} on {listed_ranks(now.holdings[name].holders)}" for name in apart)
     raise ConfigError(
-        f"the ranks had the same parameters, and now some have others: {found}{more}. "
+        f"the ranks had the same parameters, and now some have others: {listed(found, separator='; ')}. "
         "Change the model on every rank alike, or start a keeper after the change"
     )
 
@@ -242,9 +238,8 @@ def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Nam
 
 def describe_changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> str:
     """The `changes` in words, the first few of them; empty if there are none."""
-    names = changes(before, now)
-    lines = [f"{str(name)!r} {_change(before.get(name), now.get(name))}" for name in names[:_LISTED]]
-    return "; ".join([*lines, f"{len(names) - _LISTED} more"] if len(names) > _LISTED else lines)
+    lines = (f"{str(name)!r} {_change(before.get(name), now.get(name))}" for name in changes(before, now))
+    return listed(lines, separator="; ")
 
 
 def _change(before: Entry | None, now: Entry | None) -> str:
@@ -259,10 +254,4 @@ def _change(before: Entry | None, now: Entry | None) -> str:
 
 
 def _among(members: Sequence[int]) -> str:
-    return f" and shared out among {listed(members)}" if members else ""
-
-
-def listed(ranks: Sequence[int]) -> str:
-    """Ranks in words."""
-    shown = ", ".join(map(str, ranks[:_LISTED])) + (" and more" if len(ranks) > _LISTED else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f" and shared out among {listed_ranks(members)}" if members else ""

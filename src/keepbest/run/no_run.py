@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from keepbest.errors import ConfigError
+from keepbest.listing import listed
 from keepbest.run.layout import CHECKPOINTS, LEDGER
-
-_SHOWN = 5  # of the runs in a folder
 
 
 def ledger_exists(directory: Path) -> bool:
@@ -53,7 +52,6 @@ def why_no_run(directory: Path) -> str:
     if len(inner) == 1:
         return f"{no_run}: it holds one; give that: {inner[0]}"
     if inner:
-        names = ", ".join(path.name for path in inner[:_SHOWN])
-        more = ", ..." if len(inner) > _SHOWN else ""
-        return f"{no_run}: it holds {len(inner)} runs: {names}{more}; give one of them, such as {inner[0]}"
+        names = listed(path.name for path in inner)
+        return f"{no_run}: it holds {len(inner)} runs: {names}; give one of them, such as {inner[0]}"
     return f"{no_run}: {directory / CHECKPOINTS / LEDGER} is missing or empty"
