@@ -77,13 +77,17 @@ class Drift:
         Of what n ranks hold, the lowest adds the fingerprint n - 1 times, and each of the others subtracts it once.
         **Rank-local**.
         """
+        values = [
+            (f"{part} {key} {place} {digest}", holders)
+            for (part, key, place, digest, _), holders in (*self._prints(held, union), *self._states(held, union))
+        ]
+        values += [
+            (json.dumps([name, alike], sort_keys=True), union.holdings[name].holders)
+            for name, alike in held.alike.items()
+        ]
         balance = 0
-        for (part, key, place, digest, _), holders in (*self._prints(held, union), *self._states(held, union)):
-            found = hashlib.blake2b(f"{part} {key} {place} {digest}".encode(), digest_size=8).digest()
-            balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
-        for name, alike in held.alike.items():
-            found = hashlib.blake2b(json.dumps([name, alike], sort_keys=True).encode(), digest_size=8).digest()
-            holders = union.holdings[name].holders
+        for text, holders in values:
+            found = hashlib.blake2b(text.encode(), digest_size=8).digest()
             balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
         return float(balance % _EXACT)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -171,6 +170,13 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
             yield FlatEntry(name, shapes[first], firsts[first], flat, members)
 
 
+def other_ranks_of_units(module: nn.Module, members: list[int]) -> list[int] | None:
+    """The ranks, other than `members`, over which a unit of FSDP1 is sharded; `None` if there is no such unit."""
+    groups = (unit.process_group for unit in module.modules() if is_fsdp1(unit))
+    ranks = (dist.get_process_group_ranks(group) for group in groups if isinstance(group, dist.ProcessGroup))
+    return next((each for each in ranks if each != members), None)
+
+
 def is_flattened(parameter: object) -> bool:
     """Whether a parameter is, or lies in, the flat parameter of an FSDP1 unit."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
@@ -181,12 +187,10 @@ def full_fsdp1_state(module: nn.Module, *, rank0_only: bool) -> Iterator[None]:
     """State dicts of `module` hold full tensors in this block, also of the FSDP1 units in it."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
+    # Deprecated, but what is to replace it leaves the full weights on every rank.
     config = FullStateDictConfig(rank0_only=rank0_only)
-    with warnings.catch_warnings():
-        # Deprecated, but what is to replace it leaves the full weights on every rank.
-        warnings.filterwarnings("ignore", r"FSDP\.state_dict_type", FutureWarning)
-        with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
-            yield
+    with quiet(), FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+        yield
 
 
 def sharded_state_dict(source: Source) -> StateDict:
