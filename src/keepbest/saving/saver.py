@@ -223,12 +223,12 @@ class Saver:
             StorageError: On every rank, if it cannot be known what is recorded.
         """
 
-        def wait(record: KeeperRecord) -> tuple[list[Any] | None, str | None]:
+        def wait(record: KeeperRecord) -> tuple[str | None, str | None]:
             revised = self.revised_state()
-            return None if revised is None else revised.to_json(), record.best_snapshot
+            return None if revised is None else revised.to_text(), record.best_snapshot
 
         news, self.best_snapshot = self._on_main(step, wait)
-        return None if news is None else Revision.from_json(news)
+        return None if news is None else Revision.from_text(news)
 
     def write(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
         """Let rank 0 write something that all must know to be there. **Collective**.
