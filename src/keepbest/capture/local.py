@@ -21,6 +21,7 @@ from keepbest.capture.spread import spread_over_holders
 from keepbest.capture.union import Union
 from keepbest.capture.writers import AllNow, EachAlone
 from keepbest.modules.kinds import has_shards, local_of
+from keepbest.modules.sources import StateDict
 from keepbest.ranks import Ranks
 from keepbest.staging.device import every_stream
 from keepbest.staging.slot import Like, Slot, Staging
@@ -69,10 +70,9 @@ class Local:
     def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
         ranks, items = inventory.ranks, inventory.items
         writers = self._writers(ranks, slot, step)
-        gone = set[Name]()
         on_devices = every_stream(entry.device for entry in agreed.held.entries.values())
         with _losing(writers, ranks, "list the shards"), on_devices:
-            found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
+            found, gone = _own_share(agreed, inventory, self._writers_of_whole(agreed.union))
             tensors, data = _sorted_out(found, agreed, items, slot)
         layout = self._layout
         if layout is None or layout.union is not agreed.union or _holds_units(agreed, items):
@@ -160,20 +160,22 @@ def _holds_units(agreed: Agreed, items: Items) -> bool:
     return any(in_units) or any(map(is_of_units, items.training_state.values()))
 
 
-def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int], gone: set[Name]) -> dict[Name, Any]:
-    """What this rank writes: its shards, and of what ranks hold whole that of which it is the writer.
+def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]) -> tuple[dict[Name, Any], set[Name]]:
+    """What this rank writes: its shards, and of what ranks hold whole that of which it is the writer. **Collective**.
 
     What is no tensor goes to rank 0, which alone writes such. A tensor with several names is written under the first.
-    Hooks of state_dict() beside units of FSDP1, which it alone can call, may add names, and leave out others: `gone`.
+    Hooks of state_dict() beside units of FSDP1, which it alone can call, may add names, and leave out others: these are
+    returned too.
     """
-    ranks, kept = inventory.ranks, agreed.union.kept
+    ranks, items, kept, sources = inventory.ranks, inventory.items, agreed.union.kept, agreed.held.sources
+    of_units = unit_states(items, ranks, is_whole=False)
+    found: dict[Name, Any] = {name: value for name, value in of_units if ranks.is_main or has_shards(value)}
+    held = agreed.held.states
+    states = {each.path: sharded_state_dict(each) if each.holds_fsdp1 else held[each.path] for each in sources}
+    values, gone = _first_values(agreed, items, states)
     data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
-    found: dict[Name, Any] = {}
-    added: dict[Name, Any] = {}
-    of_units = unit_states(inventory.items, ranks, is_whole=False)
-    found |= {name: value for name, value in of_units if ranks.is_main or has_shards(value)}
     with ForeignTransfer(ranks, data, {}) as elsewhere:
-        for name, value in _first_values(agreed, inventory.items, gone, added):
+        for name, value in values.items():
             holding = kept[name]
             if has_shards(value):
                 found[name] = value
@@ -183,23 +185,24 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
                 else:
                     is_tensor = isinstance(value, torch.Tensor)
                     found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
-    return {**found, **(added if ranks.is_main else {}), **elsewhere.received}
+    for source in sources if ranks.is_main else ():
+        if source.holds_fsdp1:
+            found |= added_by_hooks(source, states[source.path], agreed)
+    return {**found, **elsewhere.received}, gone
 
 
-def _first_values(agreed: Agreed, items: Items, gone: set[Name], added: dict[Name, Any]) -> Iterator[tuple[Name, Any]]:
-    """What of the kept this rank holds, each under its first name."""
+def _first_values(agreed: Agreed, items: Items, states: Mapping[str, StateDict]) -> tuple[dict[Name, Any], set[Name]]:
+    """What of the kept this rank holds, each under its first name, and what the `states` of its sources leave out."""
     kept, held = agreed.union.kept, agreed.held
+    values, gone = dict[Name, Any](), set[Name]()
     for source in held.sources:
-        state = sharded_state_dict(source) if source.holds_fsdp1 else held.states[source.path]
+        state = states[source.path]
         inside = {part.name: source.path_of(part) for part in source.parts}
         for name in (each for each in kept if each.part in inside and each in held.entries):
             key = inside[name.part] + name.key
             if source.holds_fsdp1 and key not in state:
                 gone.add(name)
             elif not kept[name].entry.first:
-                yield name, state[key]
-        if source.holds_fsdp1:
-            added |= added_by_hooks(source, state, agreed)
-    for name in kept:
-        if name.part in items.training_state and name in held.values:
-            yield name, held.values[name]
+                values[name] = state[key]
+    of_states = (name for name in kept if name.part in items.training_state and name in held.values)
+    return values | {name: held.values[name] for name in of_states}, gone
