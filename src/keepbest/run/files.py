@@ -1,6 +1,6 @@
 """The operations that change a run folder: each one small, and durable where it says so.
 
-Everything that the store writes goes through a `Files`, so that a test can stop, refuse or reorder any operation.
+Everything that is written there goes through a `Files`, so that a test can stop, refuse or reorder any operation.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class DurableFile:
 
 
 class Files:
-    """A file system as the store sees it. All paths of one operation lie in the same run folder."""
+    """The file system of a run folder. All paths of one operation lie in the same run folder."""
 
     _folders_are_synced = True
 

@@ -25,8 +25,8 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
+from keepbest.run.lost_ledger import describe_unknown, unknown_snapshots
 from keepbest.run.no_run import check_can_be_made, run_around
-from keepbest.run.older import describe_unknown, unknown_snapshots
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from keepbest.errors import ConfigError
 from keepbest.listing import listed
-from keepbest.run.layout import CHECKPOINTS, LEDGER
+from keepbest.run.layout import CHECKPOINTS, ledger_path
 
 
 def ledger_exists(directory: Path) -> bool:
     """Whether there is a ledger in `directory`."""
-    return (directory / CHECKPOINTS / LEDGER).is_file()
+    return ledger_path(directory).is_file()
 
 
 def run_around(place: Path) -> Path | None:
@@ -54,4 +54,4 @@ def why_no_run(directory: Path) -> str:
     if inner:
         names = listed(path.name for path in inner)
         return f"{no_run}: it holds {len(inner)} runs: {names}; give one of them, such as {inner[0]}"
-    return f"{no_run}: {directory / CHECKPOINTS / LEDGER} is missing or empty"
+    return f"{no_run}: {ledger_path(directory)} is missing or empty"
