@@ -121,7 +121,7 @@ def look(items: Items, rank: int) -> Held:
     """List what this rank, `rank` in the default group, holds of `items`.
 
     Raises:
-        SnapshotError: If a part is no longer in the model.
+        ConfigError: If a part is no longer in the model.
     """
     held = Held(list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights))
     for source in held.sources:

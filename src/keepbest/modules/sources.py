@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from keepbest.errors import SnapshotError
+from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_fsdp1, is_fsdp2
 from keepbest.modules.parts import Part
 from keepbest.modules.state_dicts import state_dict_of
@@ -74,14 +74,17 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
     """Return the sources that contain `parts` of `model`, in the order of the parts. FSDP2 has its shards in it then.
 
     Raises:
-        SnapshotError: If a part is not, or no longer, in the model.
+        ConfigError: If a part is no longer in the model.
     """
     shard_again(model)
     sources: dict[str, Source] = {}
     for part in parts:
         along = modules_along(model, part.path)
         if along is None:
-            raise SnapshotError(f"the snapshot is not of this model: there is no submodel {part.path!r} in it")
+            raise ConfigError(
+                f"the model has no submodel {part.path!r} any more, which is to be saved. Put it back, or make a "
+                "keeper of what the model has now"
+            )
         # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit. Only its root has them.
         path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
         if path not in sources:
