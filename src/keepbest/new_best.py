@@ -236,7 +236,10 @@ def _let_go_of(committed: deque[NewBest], name: str, folder: RunFolder) -> None:
     while committed:
         left = committed.popleft()
         _logger.warning(
-            "%s: on_new_best was not called for %r at %s, since the run was left before", name, *left[1::-1]
+            "%s: on_new_best was not called for %r at %s, since the run was left before",
+            name,
+            left.value,
+            left.iteration,
         )
         folder.let_go(left.snapshot)
 

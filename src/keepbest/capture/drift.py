@@ -41,16 +41,21 @@ class _Print(NamedTuple):
     Attributes:
         part: Part that it is in.
         key: Key there.
-        place: Which piece of it this is, among ranks that share it out, or that these are some values; empty for all.
+        piece: Which piece of it this is, among ranks that share it out, or that these are some values; empty for all.
         digest: Fingerprint of its values.
         must_be_equal: Whether it is a weight, of which other values are an error. Others are a warning.
     """
 
     part: str
     key: str
-    place: str
+    piece: str
     digest: str
     must_be_equal: bool
+
+    @property
+    def name(self) -> Name:
+        """The name of the entry."""
+        return Name(self.part, self.key)
 
 
 class Drift:
@@ -78,8 +83,8 @@ class Drift:
         **Rank-local**.
         """
         values = [
-            (f"{part} {key} {place} {digest}", holders)
-            for (part, key, place, digest, _), holders in (*self._prints(held, union), *self._states(held, union))
+            (f"{part} {key} {piece} {digest}", holders)
+            for (part, key, piece, digest, _), holders in (*self._prints(held, union), *self._states(held, union))
         ]
         values += [
             (json.dumps([name, alike], sort_keys=True), union.holdings[name].holders)
@@ -108,17 +113,14 @@ class Drift:
         found = self._ranks.gather_json(step, mine)
         refuse_unlike([alike for _, alike in found])
         prints = [[_Print(*each) for each in printed] for printed, _ in found]
-        weights = {(each.part, each.key) for mine in prints for each in mine if each.must_be_equal}
+        weights = {each.name for mine in prints for each in mine if each.must_be_equal}
         refuse_other_values(
-            [
-                {Name(each.part, each.key): (each.place, each.digest) for each in mine if each[:2] in weights}
-                for mine in prints
-            ],
+            [{each.name: (each.piece, each.digest) for each in mine if each.name in weights} for mine in prints],
             _DRIFTED,
         )
         digests: dict[Name, set[str]] = {}
-        for each in (each for mine in prints for each in mine if each[:2] not in weights):
-            digests.setdefault(Name(each.part, each.key), set()).add(each.digest)
+        for each in (each for mine in prints for each in mine if each.name not in weights):
+            digests.setdefault(each.name, set()).add(each.digest)
         if differing := [str(name) for name, each in digests.items() if len(each) > 1]:
             self._has_warned = True
             # Weights travel next, so what a handler of the log raises on rank 0 must be known to all.
@@ -135,7 +137,7 @@ class Drift:
         for name, holding in union.kept.items():
             if holding.entry.form.role in ("data", "state") or name not in held.values:
                 continue
-            place, holders = self._piece(held.entries[name], holding)
+            piece, holders = self._piece(held.entries[name], holding)
             is_equal, must_be_equal = synchronized.find(name, holding.entry.form.role, holders)
             if len(holders) < 2 or (not must_be_equal and (is_equal or self._has_warned)):
                 continue
@@ -145,8 +147,8 @@ class Drift:
                     prints.append((_Print(*name, "sample", fingerprint_of_sample(value), must_be_equal), holders))
                 continue
             if id(value) not in known:
-                known[id(value)] = fingerprint(local_of(value) if place else value)
-            prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
+                known[id(value)] = fingerprint(local_of(value) if piece else value)
+            prints.append((_Print(*name, piece, known[id(value)], must_be_equal), holders))
         return prints
 
     def _states(self, held: Held, union: Union) -> Iterator[tuple[_Print, Sequence[int]]]:

@@ -278,12 +278,12 @@ class Inventory:
             entry, value = held.entries[name], held.values[name]
             if entry.form.role != "parameter" or entry.form.is_frozen:
                 continue
-            place, has_copies = _place_of(entry, value, me)
+            piece, has_copies = _piece_of(entry, value, me)
             if not has_copies and set(entry.members) == set(self.ranks.members):
                 continue  # no other rank has the same piece
             if id(value) not in known:
                 known[id(value)] = fingerprint(local_of(value))
-            found[name] = (place, known[id(value)])
+            found[name] = (piece, known[id(value)])
         return found
 
 
@@ -301,7 +301,7 @@ def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Nam
     return found
 
 
-def _place_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
+def _piece_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
     """Which piece of an entry this rank holds, and whether other members hold the same piece."""
     if is_dtensor(value):
         where = list(value.device_mesh.get_coordinate() or ())

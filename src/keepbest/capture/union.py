@@ -202,8 +202,8 @@ def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]], ways_o
     differing: dict[str, set[int]] = {}
     seen: dict[tuple[Name, str], tuple[str, int]] = {}
     for rank, each in enumerate(prints):
-        for name, (place, digest) in each.items():
-            known, first = seen.setdefault((name, place), (digest, rank))
+        for name, (piece, digest) in each.items():
+            known, first = seen.setdefault((name, piece), (digest, rank))
             if known != digest:
                 differing.setdefault(str(name), set()).update((first, rank))
     if differing:
