@@ -170,9 +170,7 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:
-    parameters = {
-        source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)
-    } | flat.keys()
+    parameters = source.requires_grad.keys() | flat.keys()
     firsts: dict[tuple[str, bool, Hashable], str] = {}  # a tensor that is kept is none that is left out
     for part in source.parts:
         is_whole = not source.path_of(part) and not part.apart
