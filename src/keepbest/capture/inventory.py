@@ -192,9 +192,6 @@ class Inventory:
                 data.append(value)
         return sample(map(local_of, tensors), data)
 
-    def _is_state(self, name: Name) -> bool:
-        return name.part in self.items.training_state
-
     @property
     def plan(self) -> WholePlan:
         """Where on rank 0 what the ranks agreed to hold would stand."""
@@ -233,9 +230,10 @@ class Inventory:
         self._is_checked = self._seen is not None
 
     def _adopt(self, report: Report, union: Union) -> None:
-        if union.holdings.keys() <= (states := {name for name in union.holdings if self._is_state(name)}):
+        weights = [name for name in union.holdings if name.part not in self.items.training_state]
+        if not weights:
             raise ConfigError("what is selected to be saved has no weights on any rank: nothing to save")
-        if union.kept.keys() <= states:
+        if union.kept.keys().isdisjoint(weights):
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )
