@@ -14,7 +14,7 @@ from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import fsdp1_state_dict
 from keepbest.capture.fsdp1_optimizer import unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
-from keepbest.capture.share import Share
+from keepbest.capture.share import Share, claiming
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.capture.union import Holding
 from keepbest.capture.whole import whole_tensor
@@ -45,38 +45,30 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         RankFailedError: On a rank that fails while weights are on their way, and, once the timeout of the process group
             that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
-    ranks, slot = inventory.ranks, list[Slot]()
+    ranks = inventory.ranks
+    with claiming(staging) as claim:
 
-    def claim(_: Agreed) -> None:
-        if ranks.is_main:
-            if not slot:
-                slot.append(staging.claim())
-            # While a lack of memory is an error that every rank can raise.
-            slot[0].reserve(inventory.plan.rooms)
+        def reserve(_: Agreed) -> None:
+            if ranks.is_main:
+                # While a lack of memory is an error that every rank can raise.
+                claim().reserve(inventory.plan.rooms)
 
-    try:
-        agreed = inventory.settle(step, claim, saving=staging.waits)  # rank 0 may have to wait for a write
-    except BaseException:
-        # Nothing moved, and the ranks may continue: a slot that is not given back would be waited for in vain.
-        for each in slot:
-            each.release()
-        raise
-    room = slot[0] if slot else LiveSlot()
-    try:
-        if inventory.plan.is_simple:
-            files = _take(inventory, agreed, room)
-        else:
-            with every_stream(entry.device for entry in agreed.held.entries.values()):
-                files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
-    except BaseException as error:  # noqa: BLE001  # lose raises
-        room.release()
-        ranks.lose("gather the weights", error)
+        agreed = inventory.settle(step, reserve, saving=staging.waits)  # rank 0 may have to wait for a write
+        slot = claim() if ranks.is_main else LiveSlot()
+        try:
+            if inventory.plan.is_simple:
+                files = _take(inventory, agreed, slot)
+            else:
+                with every_stream(entry.device for entry in agreed.held.entries.values()):
+                    files = _files_of(inventory, _gather(inventory, agreed, slot), agreed)
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            ranks.lose("gather the weights", error)
     return Share(
         parts=inventory.items.parts,
         training_state=tuple(inventory.items.training_state),
         files=files,
         left_out=agreed.union.left_out,
-        slot=room,
+        slot=slot,
         writers=main_alone if ranks.is_main else nobody,
         versions=agreed.union.versions,
     )

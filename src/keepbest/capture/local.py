@@ -16,7 +16,7 @@ from keepbest.capture.fsdp1 import sharded_state_dict
 from keepbest.capture.fsdp1_optimizer import is_of_units, unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.plan import Layout, plan_layout
-from keepbest.capture.share import Items, Share, Writers
+from keepbest.capture.share import Items, Share, Writers, claiming
 from keepbest.capture.spread import spread_over_holders
 from keepbest.capture.union import Union
 from keepbest.capture.writers import AllNow, EachAlone
@@ -50,22 +50,16 @@ class Local:
         Raises:
             KeepBestError, RankFailedError: As `gathered`.
         """
-        slot, layout = list[Slot](), self._layout
+        layout = self._layout
+        with claiming(staging) as claim:
 
-        def claim(agreed: Agreed) -> None:
-            if not slot:
-                slot.append(staging.claim())
-            if layout is not None and layout.union is agreed.union:
-                layout.reserve(slot[0], agreed.held)
+            def reserve(agreed: Agreed) -> None:
+                slot = claim()
+                if layout is not None and layout.union is agreed.union:
+                    layout.reserve(slot, agreed.held)
 
-        try:
-            agreed = inventory.settle(step, claim, saving=staging.waits)
-            return self._share(inventory, agreed, slot[0], step)
-        except BaseException:
-            # A slot that is not given back would be waited for in vain.
-            for each in slot:
-                each.release()
-            raise
+            agreed = inventory.settle(step, reserve, saving=staging.waits)
+            return self._share(inventory, agreed, claim(), step)
 
     def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
         ranks, items = inventory.ranks, inventory.items

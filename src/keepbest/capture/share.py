@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from keepbest.formats.format import Receipt
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import StateDict
 from keepbest.modules.state_dicts import Version
-from keepbest.staging.slot import Slot
+from keepbest.staging.slot import Slot, Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,24 @@ class Writers(Protocol):
 
 
 Receipts = Callable[[], list[Receipt]]
+
+
+@contextmanager
+def claiming(staging: Staging) -> Iterator[Callable[[], Slot]]:
+    """Function that claims a slot, the same one at each call. If the block fails it is given back. **Rank-local**."""
+    claimed: list[Slot] = []
+
+    def claim() -> Slot:
+        if not claimed:
+            claimed.append(staging.claim())
+        return claimed[0]
+
+    try:
+        yield claim
+    except BaseException:
+        for slot in claimed:
+            slot.release()  # else it would be waited for in vain
+        raise
 
 
 @dataclass(frozen=True, slots=True)
