@@ -25,6 +25,7 @@ from keepbest.run.events import (
     refs_of,
 )
 from keepbest.run.layout import LEDGER
+from keepbest.run.lines import RESTORE
 from keepbest.run.names import RESUME_PREFIX
 
 
@@ -241,7 +242,9 @@ class History:
             try:
                 history.apply(event)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise LedgerError(f"{ledger}, line {number} makes no sense ({error!r}): {event!r}") from error
+                raise LedgerError(
+                    f"{ledger}, line {number} makes no sense ({error!r}): {event!r}; {RESTORE}"
+                ) from error
         return history
 
     @property
