@@ -50,6 +50,23 @@ class Agreed:
     union: Union
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What this rank held when it was looked at last, where it shows whether that is unchanged.
+
+    Attributes:
+        held: What it held.
+        structure: By which a change is seen.
+        is_checked: Whether it was found that all of it can be kept.
+        batch: The tensors that are copied for a plan, and that plan.
+    """
+
+    held: Held
+    structure: Structure
+    is_checked: bool = False
+    batch: tuple[WholePlan, Batch] | None = None
+
+
 class Inventory:
     """The catalogue of every rank, and what follows from all of them.
 
@@ -70,9 +87,7 @@ class Inventory:
         self._report = Report({}, {})  # what this rank reported when the union was made
         self._union: Union | None = None
         self._plan: WholePlan | None = None
-        self._seen: tuple[Held, Structure] | None = None
-        self._batch: tuple[Held, WholePlan, Batch] | None = None  # of what was seen
-        self._is_checked = False  # what was seen
+        self._seen: _Seen | None = None
         self.is_watched = False
         self.mark = ""
         self._drift = Drift(items, ranks)
@@ -128,7 +143,7 @@ class Inventory:
             held = self.look()
             self.mark = self.mark_now() if self.is_watched else ""
             changed = describe_changes(before.entries, held.entries)
-            if not self._is_checked:
+            if self._seen is None or not self._seen.is_checked:
                 try:
                     self._check(held)  # also what is as it was by its name, shape and dtype
                 except ConfigError as error:
@@ -201,33 +216,31 @@ class Inventory:
 
     def batch_of(self, held: Held) -> Batch:
         """The tensors that are copied, where rank 0 holds all of them whole. **Rank-local**."""
-        plan = self.plan
-        if self._batch is not None and self._batch[0] is held and self._batch[1] is plan:
-            return self._batch[2]
-        batch = Batch({room: held.values[name] for name, room in plan.copied})
-        is_seen = self._seen is not None and self._seen[0] is held
-        self._batch = (held, plan, batch) if is_seen else None
-        return batch
+        plan, seen = self.plan, self._seen
+        if seen is None or seen.held is not held:
+            return _batch_of(held, plan)
+        if seen.batch is None or seen.batch[0] is not plan:
+            seen.batch = plan, _batch_of(held, plan)
+        return seen.batch[1]
 
     def look(self) -> Held:
         """What this rank holds now: the same object as before where that is unchanged. **Rank-local**."""
-        if self._seen is not None and self._seen[1].is_unchanged():
-            return self._seen[0]
-        self._is_checked = False
-        self._batch = None
+        if self._seen is not None and self._seen.structure.is_unchanged():
+            return self._seen.held
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
         is_known = not self.items.training_state and Structure.is_known(self.items.model, held.values.values())
-        self._seen = (held, Structure(self.items.model, held.values.values())) if is_known else None
+        self._seen = _Seen(held, Structure(self.items.model, held.values.values())) if is_known else None
         return held
 
     def forget(self) -> None:
         """Keep no weights that are no longer in the model. **Rank-local**."""
-        self._seen = self._batch = None
+        self._seen = None
 
     def _check(self, held: Held) -> None:
         refuse_what_cannot_be_kept(held, self._format, self.ranks, self.items.training_state)
-        self._is_checked = self._seen is not None
+        if self._seen is not None:
+            self._seen.is_checked = True
 
     def _adopt(self, report: Report, union: Union) -> None:
         weights = [name for name in union.holdings if name.part not in self.items.training_state]
@@ -297,6 +310,10 @@ def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Nam
             if name is not None and name not in agreed.union.holdings and not source.is_frozen(key):
                 found[name] = value
     return found
+
+
+def _batch_of(held: Held, plan: WholePlan) -> Batch:
+    return Batch({room: held.values[name] for name, room in plan.copied})
 
 
 def _piece_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
