@@ -53,26 +53,31 @@ class Comparison:
         lacks: For each part the keys that this model does not have. Other ranks may have them.
         casts: Values that must be looked at.
         absent: Paths of the parts that this model does not have.
-        tied: For each tensor of this model that is to take several stored ones, the part and key of each of them.
     """
 
     faults: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     lacks: dict[str, list[str]] = field(default_factory=dict)
     casts: list[Cast] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
-    tied: list[list[tuple[str, str]]] = field(default_factory=list)
-    _places: dict[Hashable, list[tuple[str, str]]] = field(default_factory=dict)
+    _places: dict[Hashable, list[tuple[str, str]]] = field(default_factory=dict)  # for each tensor what it takes
+
+    @property
+    def tied(self) -> list[tuple[tuple[str, str], ...]]:
+        """For each tensor of this model that is to take several stored ones, the part and key of each of them."""
+        return [tuple(places) for places in self._places.values() if len(places) > 1]
 
     def to_json(self) -> list[Any]:
         """JSON values only; `from_json` is the inverse."""
-        tied = [places for places in self._places.values() if len(places) > 1]
-        return [self.faults, self.lacks, self.casts, self.absent, tied]
+        return [self.faults, self.lacks, self.casts, self.absent, self.tied]
 
     @classmethod
     def from_json(cls, content: Sequence[Any]) -> Comparison:
         """The inverse of `to_json`."""
         faults, lacks, casts, absent, tied = content
-        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent, [list(map(tuple, each)) for each in tied])
+        places: dict[Hashable, list[tuple[str, str]]] = {
+            number: [*map(tuple, each)] for number, each in enumerate(tied)
+        }
+        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent, places)
 
     def add(
         self,

@@ -207,9 +207,7 @@ def _compare(target: _Target, contents: Sequence[PartContents], feed: Feed) -> N
     comparisons = [Comparison.from_json(each) for each in found]
     parts = [each.part for each in contents]
     refuse_misfits(parts, comparisons)
-    _refuse_different_values(
-        {places for comparison in comparisons for places in map(tuple, comparison.tied)}, contents, feed
-    )
+    _refuse_different_values({places for comparison in comparisons for places in comparison.tied}, contents, feed)
     if casts := sorted({cast for comparison in comparisons for cast in comparison.casts}):
         refuse_losses(feed.losses(casts), parts)
 
