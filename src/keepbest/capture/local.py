@@ -19,6 +19,7 @@ from keepbest.capture.plan import Layout, plan_layout
 from keepbest.capture.share import Items, Share, Writers, claiming
 from keepbest.capture.spread import spread_over_holders
 from keepbest.capture.union import Union
+from keepbest.capture.whole_plan import room_of
 from keepbest.capture.writers import AllNow, EachAlone
 from keepbest.modules.kinds import has_shards, local_of
 from keepbest.modules.sources import StateDict
@@ -113,7 +114,7 @@ def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
             continue
         if has_shards(value) or writers.get(name, holding.owner) == rank:
             local = local_of(value)
-            rooms["/".join(name)] = Like(local.shape, local.dtype, local.device.type)
+            rooms[room_of(name)] = Like(local.shape, local.dtype, local.device.type)
     return rooms
 
 
