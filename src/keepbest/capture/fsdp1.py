@@ -33,9 +33,9 @@ def fsdp1_state_dict(
 
     Args:
         source: Source in the model.
-        take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
-            gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
-            it; `None` if it need not be there.
+        take: Function of a plain key and the full parameter of a unit, which is gone after the call. Ranks other than 0
+            pass what they have of it. It returns the tensor that stands for the parameter in the state dict, and for
+            those that are tied to it; `None` if it need not be there.
         rank0_only: Whether the parameters of the units are in the state dict of rank 0 alone.
     """
     module, names = source.module, source.names

@@ -113,7 +113,7 @@ class Inventory:
         else:
             self._adopt(found, unite(self._reports(step, found)))
         if self._format.capture == "local" or any(holding.owner != 0 for holding in self.union.kept.values()):
-            # Now, and not at the first save: who is being connected does not notice that another rank dies.
+            # Now, and not at the first save: a rank that is being connected does not notice that another one dies.
             self.ranks.patient_group()
         if any(holding.entry.form.is_in_unit for holding in self.union.kept.values()):
             self._check_state_dicts_of_units(held, f"look at the state dict to {step}")

@@ -31,7 +31,7 @@ from keepbest.staging.slot import Like, Slot, Staging
 class Local:
     """Captures what each rank holds, for that rank to write. Each keeper has one, which remembers what was planned.
 
-    Who writes what is planned when weights are captured for the first time, and again when they lie among the ranks in
+    Which rank writes what is planned when weights are captured for the first time, and again when they are laid out in
     another way. Else a capture costs one exchange. (Units of FSDP1 are planned and gathered each time.)
     """
 

@@ -81,7 +81,7 @@ class DurableFile:
         if not hasattr(os, "posix_fadvise"):  # not every system has it
             return
         # Linux begins to write what it is asked to forget.
-        with contextlib.suppress(OSError):  # it is advice: who refuses it waits in `sync`, which reports what failed
+        with contextlib.suppress(OSError):  # it is advice: without it `sync` waits longer, and reports what failed
             os.posix_fadvise(self._descriptor, start, self._written - start, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> DurableFile:

@@ -1,4 +1,4 @@
-"""What somebody meant who gave a place that is no run, and what to give instead. **Rank-local**."""
+"""Whether a place that a user gave is a run, or has room for one, and what to give instead. **Rank-local**."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class KeeperRecord:
     def lose(self, observation: Observation) -> None:
         """Record a best whose weights could not be written. Raises as `observe`.
 
-        What follows for the next ones is worked out here until the `revision`, since who decides does not know of it.
+        What follows for the next ones is worked out here until the `revision`, since the ranks do not know of it yet.
         """
         self._is_ahead = True
         self.observe(replace(observation, durable=False), {})

@@ -30,7 +30,7 @@ class Written(NamedTuple):
 
 
 class Record(Protocol):
-    """Who commits a snapshot: the record of a keeper, or that of the resume checkpoints, which have no metric."""
+    """What commits a snapshot: the record of a keeper, or that of the resume checkpoints, which have no metric."""
 
     @property
     def folder(self) -> RunFolder: ...
@@ -53,7 +53,7 @@ class PendingSnapshot:
         directory: Directory of the run.
         files: Operations that change the folder.
         selection: What is saved; distinguishes snapshots of one iteration.
-        record: On rank 0, the record of who took it; `None` elsewhere.
+        record: On rank 0, the record of the keeper or saver that took it; `None` elsewhere.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class PendingSnapshot:
         with self._lock:
             if self._is_needed:
                 return
-            self._written = None  # who needs it from now on has to do without it
+            self._written = None  # a keeper that needs it from now on has to do without it
         self._drop()
 
     def _begin(self, drain: Callable[[], None]) -> str:
