@@ -106,12 +106,12 @@ class Saver:
         Raises:
             StorageError: On every rank, if they do not.
         """
-        if self._way.is_spread:
+        if self._way.is_local:
             check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def get_ready(self) -> None:
         """Start the threads of a rank that writes. **Rank-local**. Raises `ConfigError` if they cannot be started."""
-        if self._in_background and (self._ranks.is_main or self._way.is_spread):
+        if self._in_background and (self._ranks.is_main or self._way.is_local):
             self._run.write_in_the_background(self._ranks.leave)
         self._staging.prepare(self._way.rooms(self._inventory))
 
@@ -289,7 +289,7 @@ class Saver:
         if not self._in_background:
             return Unstaged()
         # One rank alone cannot know which save all others have only queued.
-        make_room = (lambda: None) if self._way.is_spread else self._give_up_the_queued
+        make_room = (lambda: None) if self._way.is_local else self._give_up_the_queued
         return HostStaging(make_room, device_share=self._device_share)
 
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
