@@ -252,7 +252,7 @@ class OpenRun:
             _unreleased.discard(self)
 
     @property
-    def is_shared(self) -> bool:
+    def has_several_keepers(self) -> bool:
         """Whether several keepers work here, on every rank alike."""
         return len(self._keepers.keys() - {RESUME_SAVER}) > 1
 

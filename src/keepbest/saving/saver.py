@@ -295,7 +295,7 @@ class Saver:
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""
         self._has_given_up = False
-        self._inventory.is_watched = self._run.is_shared
+        self._inventory.is_watched = self._run.has_several_keepers
         try:
             # What a user evaluates in inference mode must not decide what tensors, which are used again, are made of.
             with torch.inference_mode(mode=False), torch.no_grad():
