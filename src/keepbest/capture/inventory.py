@@ -229,8 +229,8 @@ class Inventory:
             return self._seen.held
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
-        is_known = not self.items.training_state and Structure.is_known(self.items.model, held.values.values())
-        self._seen = _Seen(held, Structure(self.items.model, held.values.values())) if is_known else None
+        structure = None if self.items.training_state else Structure.of(self.items.model, held.values.values())
+        self._seen = None if structure is None else _Seen(held, structure)
         return held
 
     def forget(self) -> None:
