@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -94,30 +93,26 @@ def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[str, StateDi
 def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:
     """On rank 0 all that is kept, whole. Every rank goes through the entries in the same order."""
     ranks = inventory.ranks
-    kept = agreed.union.kept
-    foreign = {name: holding for name, holding in kept.items() if holding.owner != 0 and not holding.entry.first}
+    kept = agreed.union.kept.items()
+    foreign = {name: holding for name, holding in kept if holding.owner != 0 and not holding.entry.first}
     rooms = {
         name: slot.room(room_of(name), like(holding))
         for name, holding in foreign.items()
         if ranks.is_main and not holding.entry.form.is_packed
     }
     found: dict[Name, Any] = {}
-    with ExitStack() as stack:
-        elsewhere = stack.enter_context(ForeignTransfer(ranks, foreign.items(), rooms))
-        shards = stack.enter_context(ShardTransfer(ranks))
-        stack.enter_context(torch.no_grad())
+    with ForeignTransfer(ranks, foreign.items(), rooms) as elsewhere, ShardTransfer(ranks) as shards, torch.no_grad():
+        new_receiver = partial(_Receiver, agreed, ranks, slot, shards, elsewhere)
         for source in agreed.held.sources:
-            receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
+            receiver = new_receiver()
             if source.holds_fsdp1:
                 state = fsdp1_state_dict(source, partial(receiver.take, source))
             else:
                 state = agreed.held.states[source.path]
             found |= receiver.receive(source, state)
-        receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
-        found |= receiver.receive_states(inventory.items.training_state)
-        for name, value in unit_states(inventory.items, ranks, is_whole=True):
-            is_tensor = isinstance(value, torch.Tensor)
-            found[name] = slot.copy(room_of(name), value) if is_tensor else own_data(value, slot)
+        found |= new_receiver().receive_states(inventory.items.training_state)
+        of_units = unit_states(inventory.items, ranks, is_whole=True)
+        found |= {name: _copied(name, value, slot) for name, value in of_units}
     slot.seal()
     return {**found, **elsewhere.received}
 
@@ -144,20 +139,24 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
 _NOTHING = object()
 
 
+def _copied(name: Name, value: Any, slot: Slot) -> Any:
+    """What only this state dict has, and is about to be gone."""
+    return slot.copy(room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
+
+
 class _Receiver:
     """Brings each tensor of one source to the slot of rank 0, full, once. Other ranks keep nothing."""
 
     def __init__(
         self,
         agreed: Agreed,
-        kept: Mapping[Name, Holding],
         ranks: Ranks,
         slot: Slot,
         shards: ShardTransfer,
         elsewhere: ForeignTransfer,
     ) -> None:
         self._agreed = agreed
-        self._kept = kept
+        self._kept = agreed.union.kept
         self._ranks = ranks
         self._slot = slot
         self._shards = shards
@@ -194,7 +193,8 @@ class _Receiver:
                     else:
                         found[name] = self._receive(name, holding, state[key])
         if source.holds_fsdp1 and self._ranks.is_main:
-            found |= self._added_by_hooks(source, state)
+            added = added_by_hooks(source, state, self._agreed)
+            found |= {name: _copied(name, value, self._slot) for name, value in added.items()}
         return found
 
     def receive_states(self, parts: Container[str]) -> dict[Name, Any]:
@@ -215,13 +215,6 @@ class _Receiver:
         if place not in self._moved:
             self._moved[place] = self._move(name, holding, value)
         return self._moved[place]
-
-    def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
-        added, slot = added_by_hooks(source, state, self._agreed), self._slot
-        return {
-            name: slot.copy(room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
-            for name, value in added.items()
-        }
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):
