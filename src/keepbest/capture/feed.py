@@ -18,9 +18,9 @@ from keepbest.capture.compare import Cast, StandIn, are_equal
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.conversion import survives
 from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
-from keepbest.capture.place import localized, room_for
 from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import Stateful
+from keepbest.capture.target_room import localized, room_for
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict

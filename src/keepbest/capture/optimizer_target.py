@@ -17,7 +17,7 @@ from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
 from keepbest.capture.optimizer_kind import HOW, fault_in_shards, fault_of_kind, is_by_element, kind_of, options_for
-from keepbest.capture.place import laid_out_like
+from keepbest.capture.target_room import laid_out_like
 from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves
