@@ -38,7 +38,7 @@ class Entry:
     is_best: bool = True
 
 
-class Checkpoint(NamedTuple):
+class ResumeCheckpoint(NamedTuple):
     """A resume checkpoint: its iteration, and the snapshots that the states in it name."""
 
     iteration: TrainingIteration
@@ -227,7 +227,7 @@ class History:
     refs: dict[str, str] = field(default_factory=dict)
     pins: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     manifests: dict[str, str] = field(default_factory=dict)
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    checkpoints: dict[str, ResumeCheckpoint] = field(default_factory=dict)
     abandoned: frozenset[str] = frozenset()
 
     @classmethod
@@ -310,7 +310,7 @@ class History:
                 self.keepers[event.keeper].has_ended |= isinstance(event, KeeperEnded)
             case CheckpointSaved():
                 self.manifests.setdefault(event.snapshot, event.manifest)
-                self.checkpoints[event.snapshot] = Checkpoint(event.iteration, frozenset(event.needs))
+                self.checkpoints[event.snapshot] = ResumeCheckpoint(event.iteration, frozenset(event.needs))
                 self.abandoned = frozenset()
             case Rewound():
                 self.abandoned = frozenset(event.abandoned)
