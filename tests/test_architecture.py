@@ -93,6 +93,7 @@ PURE = [
     "errors.py",
     "interval.py",
     "iteration.py",
+    "listing.py",
     "metric_properties.py",
     "misspelling.py",
     "printable.py",
@@ -134,6 +135,7 @@ PATH = [
     "misspelling",
     "metric_properties",
     "errors",
+    "listing",
     "printable",
 ]
 SHELLS = ["__main__", "callbacks", "cli", "data", "integrations", "launch", "random_state", "training"]

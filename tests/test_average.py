@@ -143,7 +143,7 @@ def sparse(number):
     ("make", "message"),
     [
         (resized, r"best_model\.loss\.top=1 and .*top=2 .* 0\.weight is .*shape \(1, 1\), and .*shape \(1, 2\)"),
-        (renamed, r"not the same names, so they cannot be averaged: 0\.bias"),
+        (renamed, r"do not have the same names, so they cannot be averaged: 0\.bias"),
         (retyped, r"0 is torch\.float32 of shape \(2,\), and torch\.int64"),
         (sparse, "0 cannot be averaged: it is sparse"),
     ],

@@ -13,6 +13,7 @@ from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import Contents, check_target, exported_files, verified_contents, write_contents
 from keepbest.formats.entries import Entry
+from keepbest.listing import listed
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
 from keepbest.run.history import History
@@ -121,7 +122,7 @@ def _averaged(refs: Sequence[str], contents: Sequence[Contents]) -> Contents:
 def _refuse_another_model(refs: str, best: Contents, other: Contents, theirs: Mapping[str, Entry]) -> None:
     mine = {entry.key for entry in best.entries}
     if different := sorted({*mine, *best.tied, *best.others} ^ {*theirs, *other.tied, *other.others}):
-        raise SnapshotError(f"{refs} have not the same names, so they cannot be averaged: {', '.join(different[:5])}")
+        raise SnapshotError(f"{refs} do not have the same names, so they cannot be averaged: {listed(different)}")
     if best.tied != other.tied or best.others.keys() != other.others.keys():
         raise SnapshotError(f"{refs} cannot be averaged: what is tied, or sparse, in one is not in the other")
     if special := sorted(key for key, value in best.others.items() if isinstance(value, torch.Tensor)):

@@ -104,7 +104,7 @@ class RunExistsError(KeepBestError, FileExistsError):
 
 
 class LedgerError(KeepBestError):
-    """The ledger is damaged, or was written by a newer format."""
+    """The ledger is damaged or lost, or was written by another version."""
 
     _keep = ""  # it quotes what anybody may have written, which must not look like a line of ours
 

@@ -75,7 +75,7 @@ class BestKeeper(WorksInRun):
         on_new_best: Hook | Sequence[Hook] | None = None,
         **settings: Unpack[KeeperSettingsDict],
     ) -> None:
-        # pydantic takes longer to import than all of keepbest, and who only loads does not need it.
+        # pydantic takes longer to import than all of keepbest, and a process that only loads does not need it.
         from keepbest.settings import CheckedSettings, check_settings, timeouts_to_connect
 
         self._ranks = Ranks.connect(process_group, **timeouts_to_connect(settings))

@@ -16,7 +16,7 @@ from keepbest.capture.feed import Stored
 from keepbest.capture.refusals import refuse_mode
 from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import Stateful, check_states
-from keepbest.capture.ways import find_way
+from keepbest.capture.ways import Way, find_way
 from keepbest.errors import ConfigError, PartlyLoadedError, SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
@@ -174,7 +174,7 @@ def _load(
         def find() -> list[str]:
             nonlocal found
             # Where every rank reads, each brings a copy to its own host, below.
-            copy = local_copy(place, snapshot_of(ref), files=lambda each: () if _is_spread(each) else files(each))
+            copy = local_copy(place, snapshot_of(ref), files=lambda each: () if _way_of(each).is_local else files(each))
             directory = stack.enter_context(copy)
             history = read_history(directory)
             name = only_best(place, history) if ref is None else ref
@@ -184,8 +184,8 @@ def _load(
 
         name, text, ref = ranks.broadcast(step, find, saving=True)
         manifest = Manifest.from_bytes(text.encode())
-        way = find_way(find_format(manifest.format).capture)
-        if way.is_spread:
+        way = _way_of(manifest)
+        if way.is_local:
             copy = local_copy(place, lambda _: {name}, files=files)
             directory = ranks.agree(step, lambda: stack.enter_context(copy), saving=True)
             found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
@@ -223,5 +223,5 @@ def _refuse_absent(wanted: Iterable[str], present: Sequence[str], ref: str) -> N
         )
 
 
-def _is_spread(manifest: Manifest) -> bool:
-    return find_way(find_format(manifest.format).capture).is_spread
+def _way_of(manifest: Manifest) -> Way:
+    return find_way(find_format(manifest.format).capture)

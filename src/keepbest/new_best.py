@@ -178,7 +178,7 @@ class NewBests:
         if not self._run.is_elsewhere:
             self._is_expected, self._is_left = False, True
             if self._run.folder is not None:
-                # By who commits, after what is under way.
+                # On the worker, after what is under way.
                 let_go = partial(_let_go_of, self._committed, self._name, self._run.folder)
                 self._run.worker.submit(let_go, lambda _: None)
 
@@ -227,7 +227,7 @@ class NewBests:
 
     def _let_go(self, snapshot: str) -> None:
         if self._run.folder is not None:
-            # As all that changes the folder, by who writes there.
+            # On the worker, as all that changes the folder.
             folder = self._run.folder
             self._run.worker.submit(lambda: folder.let_go(snapshot), lambda _: None)
 
@@ -236,7 +236,10 @@ def _let_go_of(committed: deque[NewBest], name: str, folder: RunFolder) -> None:
     while committed:
         left = committed.popleft()
         _logger.warning(
-            "%s: on_new_best was not called for %r at %s, since the run was left before", name, *left[1::-1]
+            "%s: on_new_best was not called for %r at %s, since the run was left before",
+            name,
+            left.value,
+            left.iteration,
         )
         folder.let_go(left.snapshot)
 

@@ -16,7 +16,7 @@ class _Job(NamedTuple):
 
 
 class Worker(Protocol):
-    """Somebody who does work. **Rank-local**."""
+    """Does work that is submitted to it. **Rank-local**."""
 
     def submit(self, work: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         """Have `work` done after everything that was submitted before; `failed` gets the error if it could not be."""
@@ -48,8 +48,8 @@ class Inline:
 class Threaded:
     """Works on a thread of its own, until it is closed.
 
-    Who waits here may be interrupted at any moment. So both sides share nothing but a queue and a lock of C. The lock
-    of a condition can be left taken by an interruption, and would stop the thread for good.
+    A thread that waits here may be interrupted at any moment. So both sides share nothing but a queue and a lock of C.
+    An interruption can leave the lock of a condition taken, which would stop the thread for good.
 
     Args:
         name: Name of the thread.

@@ -145,6 +145,17 @@ def test_frozen_weight_that_becomes_a_buffer_is_kept(tmp_path):
     assert state.keys() == model.state_dict().keys()
 
 
+def test_submodel_that_is_removed_later_is_refused(tmp_path):
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", model_names=["encoder", "head"]) as keeper:
+        keeper.observe(2.0, update(1))
+        head = model.pop("head")
+        with pytest.raises(ConfigError, match="the model has no submodel 'head' any more"):
+            keeper.observe(1.0, update(2))
+        model["head"] = head
+        assert keeper.observe(1.0, update(3)).is_new_best
+
+
 def test_parts_that_overlap_have_what_changed(tmp_path):
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
     names = {"all": None, "body": ["body"], "both": ["body.1", "head"]}

@@ -52,6 +52,14 @@ def test_names_that_cannot_be_right_are_refused(model_names, message):
         select_parts(nested(), model_names)
 
 
+def test_error_says_how_many_names_it_leaves_out():
+    layers = nn.Sequential(*(nn.Identity() for _ in range(45)))
+    with pytest.raises(ConfigError, match=r"no submodel 'head'; there are: 0, 1, 10, .* and 5 more$"):
+        select_parts(layers, ["head"])
+    with pytest.raises(ConfigError, match=r"no submodel '40'; there are: 0, 1, 10, .*, 9$"):
+        select_parts(layers[:40], ["40"])
+
+
 def test_names_that_differ_only_in_case_are_refused():
     with pytest.raises(ConfigError, match="upper and lower case are one name"):
         select_parts(Bare({"head": nn.Linear(1, 1), "Head": nn.Linear(1, 1)}))

@@ -31,6 +31,14 @@ def test_page_names_every_shell():
     assert re.findall(r"`(\w+)`", named) == SHELLS
 
 
+def test_page_names_every_module_of_the_large_rooms():
+    section = re.search(r"^## Inside the two large rooms$(.*?)^## ", TEXT, flags=re.MULTILINE | re.DOTALL)[1]
+    for room in ("capture", "run"):
+        there = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+        [listed] = re.findall(rf"`{room}/`[^:]*:\n\n((?:[- ] .*\n)+)", section)
+        assert set(re.findall(r"`(\w+)`", listed)) == there
+
+
 def test_signatures_of_the_tour_are_those_of_the_sources():
     rows = re.findall(r"^\| `([\w.]+)\((.*)\) -> (.+)` \| `([\w/]+)\.py` \|", TEXT, flags=re.MULTILINE)
     assert len(rows) == TEXT.count("` | `")
@@ -52,7 +60,7 @@ def parameters_of(signature: inspect.Signature) -> list[str]:
 
 def test_page_speaks_of_names_and_files_that_are_there():
     code = [each for each in CODE if "/" not in each and ".py" not in each]
-    assert missing_names(word for each in code for word in re.findall(r"[A-Za-z_.]+", each)) == set()
+    assert missing_names(word for each in code for word in re.findall(r"[A-Za-z_.][\w.]*", each)) == set()
     files = {code for code in CODE if re.fullmatch(r"[\w/]+\.py", code)}
     assert [file for file in files if not ((PACKAGE / file).exists() or (ROOT / file).exists())] == []
 

@@ -14,8 +14,7 @@ from tests.kit.changes import CHANGES, Doubled, Stateful, model_of, swap_in_a_ne
 def test_change_is_noticed(change):
     model = model_of()
     values = model.state_dict(keep_vars=True).values()
-    assert Structure.is_known(model, values)
-    structure = Structure(model, values)
+    structure = Structure.of(model, values)
     assert structure.is_unchanged()
     change(model)
     assert not structure.is_unchanged()
@@ -48,7 +47,7 @@ def patch_save_to_state_dict_of_all(patch, model):
 )
 def test_class_with_another_method_is_noticed(change, monkeypatch):
     model = model_of()
-    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
     change(monkeypatch, model)
     assert not structure.is_unchanged()
 
@@ -56,11 +55,11 @@ def test_class_with_another_method_is_noticed(change, monkeypatch):
 @pytest.mark.parametrize("place", [0, 255, 256, 299])
 def test_change_is_noticed_in_any_of_many_modules(place):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
-    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
     assert structure.is_unchanged()
     model[place].weight.data = torch.zeros(2, 2)
     assert not structure.is_unchanged()
-    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
     model[place].bias = nn.Parameter(torch.zeros(2))
     assert not structure.is_unchanged()
 
@@ -78,7 +77,7 @@ class Hiding(nn.Module):
 
 def test_change_in_a_module_that_hides_is_noticed():
     model = Hiding()
-    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
     model.hidden.register_buffer("late", torch.ones(1))
     assert not structure.is_unchanged()
 
@@ -117,12 +116,12 @@ def holding(value):
 )
 def test_model_that_torch_alone_does_not_decide_is_unknown(make):
     model = make()
-    assert not Structure.is_known(model, model.state_dict(keep_vars=True).values())
+    assert Structure.of(model, model.state_dict(keep_vars=True).values()) is None
 
 
 def test_training_changes_nothing():
     model = model_of()
-    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
     optimizer = torch.optim.Adam(model.parameters())
     model.norm(model.last(model.first(torch.randn(3, 4)))).sum().backward()
     optimizer.step()

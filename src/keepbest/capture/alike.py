@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from keepbest.errors import ConfigError
+from keepbest.listing import listed, listed_ranks
 from keepbest.modules.kinds import is_dense, is_dtensor, local_of
 from keepbest.modules.nested import leaves, spelled
 from keepbest.modules.raw_bytes import raw_bytes
 
 _WAY_OUT = "Leave the optimizer out of training_state, or use one whose state is made of DTensors"
-_LISTED = 4
 
 Alike = dict[str, str]
 """By the name of a parameter and the key of its state, in words: a text that is equal where the values are."""
@@ -103,13 +103,11 @@ def refuse_unlike(found: Sequence[Alike]) -> None:
         if len({found[rank][what] for rank in ranks}) > 1:
             differing[what] = ranks
     if differing:
-        more = f", and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         ranks = sorted({rank for each in differing.values() for rank in each})
         raise ConfigError(
-            f"ranks {', '.join(map(str, ranks[:_LISTED]))}{' and more' if len(ranks) > _LISTED else ''} differ in what "
-            f"must be equal: {', '.join(list(differing)[:_LISTED])}{more}. Step the optimizer on every rank alike. Of "
-            f"what is no shard a snapshot has the state of one rank, and all would load that. {_WAY_OUT}. Where "
-            "nothing is sharded, PerRank(optimizer) keeps the state of each rank"
+            f"{listed_ranks(ranks)} differ in what must be equal: {listed(differing)}. Step the optimizer on every "
+            "rank alike. Of what is no shard a snapshot has the state of one rank, and all would load that. "
+            f"{_WAY_OUT}. Where nothing is sharded, PerRank(optimizer) keeps the state of each rank"
         )
 
 

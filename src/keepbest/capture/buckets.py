@@ -27,7 +27,7 @@ class _Bucket(NamedTuple):
 class Buckets:
     """Brings bytes of the ranks of a group to its rank 0. **Collective**: all make the same calls, in the same order.
 
-    NCCL has no tags: what two ranks send and receive is matched by its order. So every rank reckons with the bytes of
+    NCCL has no tags: what two ranks send and receive is matched by its order. So every rank counts the bytes of
     all ranks, and ends each bucket at the same byte. Other collectives of the group may run in between.
 
     A rank other than 0 sends from where the values are. Rank 0 has up to two buckets on the device, one of which is

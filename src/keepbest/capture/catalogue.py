@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from keepbest.capture.alike import Alike
+from keepbest.capture.contents import EXTRA_STATE, is_extra_state
 from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
 from keepbest.capture.versions import versions_of
@@ -22,8 +23,6 @@ from keepbest.modules.state_dicts import Version
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-EXTRA_STATE = "_extra_state"  # how torch names what get_extra_state() returns
 
 _IN_UNIT = "in a unit of FSDP1"
 
@@ -122,7 +121,7 @@ def look(items: Items, rank: int) -> Held:
     """List what this rank, `rank` in the default group, holds of `items`.
 
     Raises:
-        SnapshotError: If a part is no longer in the model.
+        ConfigError: If a part is no longer in the model.
     """
     held = Held(list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights))
     for source in held.sources:
@@ -171,9 +170,7 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:
-    parameters = {
-        source.names.plain(key) for key, _ in source.module.named_parameters(remove_duplicate=False)
-    } | flat.keys()
+    parameters = source.requires_grad.keys() | flat.keys()
     firsts: dict[tuple[str, bool, Hashable], str] = {}  # a tensor that is kept is none that is left out
     for part in source.parts:
         is_whole = not source.path_of(part) and not part.apart
@@ -203,7 +200,7 @@ def _identity(key: str, value: torch.Tensor) -> Hashable:
 
 def _entry_of(source: Source, key: str, value: Any, role: Role, meshes: Meshes, flat: FlatEntry | None) -> Entry:
     is_frozen = source.is_frozen(key)
-    if key.rpartition(".")[2] == EXTRA_STATE or not isinstance(value, torch.Tensor):
+    if is_extra_state(key) or not isinstance(value, torch.Tensor):
         return data_entry(is_frozen=is_frozen)
     return tensor_entry(value, role, meshes, is_frozen=is_frozen, flat=flat)
 

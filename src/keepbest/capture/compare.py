@@ -13,11 +13,11 @@ from keepbest.capture.contents import Kind, PartContents, is_extra_state, whole_
 from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
 from keepbest.formats.tied import place_of
+from keepbest.listing import listed
 from keepbest.modules.kinds import PLAIN_CLASSES, form_of, has_shards, is_dense, lacks_memory, local_of
 from keepbest.modules.parts import Part
 from keepbest.modules.raw_bytes import raw_bytes
 
-_LISTED_KEYS = 6
 _PART = "only=... loads a part"
 
 
@@ -53,26 +53,31 @@ class Comparison:
         lacks: For each part the keys that this model does not have. Other ranks may have them.
         casts: Values that must be looked at.
         absent: Paths of the parts that this model does not have.
-        tied: For each tensor of this model that is to take several stored ones, the part and key of each of them.
     """
 
     faults: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     lacks: dict[str, list[str]] = field(default_factory=dict)
     casts: list[Cast] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
-    tied: list[list[tuple[str, str]]] = field(default_factory=list)
-    _places: dict[Hashable, list[tuple[str, str]]] = field(default_factory=dict)
+    _places: dict[Hashable, list[tuple[str, str]]] = field(default_factory=dict)  # for each tensor what it takes
+
+    @property
+    def tied(self) -> list[tuple[tuple[str, str], ...]]:
+        """For each tensor of this model that is to take several stored ones, the part and key of each of them."""
+        return [tuple(places) for places in self._places.values() if len(places) > 1]
 
     def to_json(self) -> list[Any]:
         """JSON values only; `from_json` is the inverse."""
-        tied = [places for places in self._places.values() if len(places) > 1]
-        return [self.faults, self.lacks, self.casts, self.absent, tied]
+        return [self.faults, self.lacks, self.casts, self.absent, self.tied]
 
     @classmethod
     def from_json(cls, content: Sequence[Any]) -> Comparison:
         """The inverse of `to_json`."""
         faults, lacks, casts, absent, tied = content
-        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent, [list(map(tuple, each)) for each in tied])
+        places: dict[Hashable, list[tuple[str, str]]] = {
+            number: [*map(tuple, each)] for number, each in enumerate(tied)
+        }
+        return cls(faults, lacks, [Cast(*cast) for cast in casts], absent, places)
 
     def add(
         self,
@@ -141,8 +146,8 @@ def refuse_misfits(parts: Iterable[Part], comparisons: Sequence[Comparison]) -> 
             lacks = [set(found.lacks.get(part.name, ())) for found in comparisons]
             faults["the model lacks"] = set.intersection(*lacks)
         where = f"in submodel {part.path!r}, " if part.path else ""
-        if listed := "; ".join(_listed(fault, keys) for fault, keys in faults.items() if keys):
-            messages.append(f"{where}{listed}")
+        if wrong := "; ".join(f"{fault} {listed(sorted(keys))}" for fault, keys in faults.items() if keys):
+            messages.append(f"{where}{wrong}")
     if messages:
         raise SnapshotError(f"the snapshot does not fit the model: {'; '.join(messages)}. Nothing was loaded; {_PART}")
 
@@ -157,20 +162,14 @@ def are_equal(one: object, other: object) -> bool:
 def refuse_losses(casts: Iterable[Cast], parts: Iterable[Part]) -> None:
     """Raise `SnapshotError` if there are values that would not stay what they are. **Rank-local**."""
     places = {part.name: part for part in parts}
-    listed: dict[str, set[str]] = {}
+    keys: dict[str, set[str]] = {}
     for cast in casts:
-        listed.setdefault(cast.dtype, set()).add(whole_key(places[cast.part], cast.key))
-    if listed:
-        what = "; ".join(_listed(f"what the model has as {dtype} for", keys) for dtype, keys in sorted(listed.items()))
+        keys.setdefault(cast.dtype, set()).add(whole_key(places[cast.part], cast.key))
+    if keys:
+        what = "; ".join(f"what the model has as {dtype} for {listed(sorted(keys[dtype]))}" for dtype in sorted(keys))
         raise SnapshotError(
             f"the snapshot has values that the dtype of the model cannot hold: {what}. Nothing was loaded"
         )
-
-
-def _listed(what: str, keys: set[str]) -> str:
-    shown = ", ".join(sorted(keys)[:_LISTED_KEYS])
-    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
-    return f"{what} {shown}{more}"
 
 
 def _misfit(saved: Kind, target: Any, *, is_resized: bool) -> str | None:

@@ -15,7 +15,8 @@ from keepbest.modules.kinds import form_of
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source
 
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
+"""How torch names what `get_extra_state()` of a module returns."""
 
 
 class Kind(NamedTuple):
@@ -105,4 +106,4 @@ def whole_key(place: Part | Source, key: str) -> str:
 
 def is_extra_state(key: str) -> bool:
     """Whether `key` is what a module keeps beside its weights, which comes and goes with its version."""
-    return key.rpartition(".")[2] == _EXTRA_STATE
+    return key.rpartition(".")[2] == EXTRA_STATE

@@ -19,6 +19,7 @@ from keepbest.capture.fingerprint import fingerprint, fingerprints_of_samples
 from keepbest.capture.optimizer import parameter_of
 from keepbest.capture.share import Items
 from keepbest.capture.union import Holding, Union, refuse_other_values
+from keepbest.listing import listed
 from keepbest.modules.kinds import local_of
 from keepbest.modules.wrappers import PlainNames, walk
 from keepbest.ranks import Ranks
@@ -40,16 +41,21 @@ class _Print(NamedTuple):
     Attributes:
         part: Part that it is in.
         key: Key there.
-        place: Which piece of it this is, among ranks that share it out, or that these are some values; empty for all.
+        piece: Which piece of it this is, among ranks that share it out, or that these are some values; empty for all.
         digest: Fingerprint of its values.
         must_be_equal: Whether it is a weight, of which other values are an error. Others are a warning.
     """
 
     part: str
     key: str
-    place: str
+    piece: str
     digest: str
     must_be_equal: bool
+
+    @property
+    def name(self) -> Name:
+        """The name of the entry."""
+        return Name(self.part, self.key)
 
 
 class Drift:
@@ -76,13 +82,17 @@ class Drift:
         Of what n ranks hold, the lowest adds the fingerprint n - 1 times, and each of the others subtracts it once.
         **Rank-local**.
         """
+        values = [
+            (f"{part} {key} {piece} {digest}", holders)
+            for (part, key, piece, digest, _), holders in (*self._prints(held, union), *self._states(held, union))
+        ]
+        values += [
+            (json.dumps([name, alike], sort_keys=True), union.holdings[name].holders)
+            for name, alike in held.alike.items()
+        ]
         balance = 0
-        for (part, key, place, digest, _), holders in (*self._prints(held, union), *self._states(held, union)):
-            found = hashlib.blake2b(f"{part} {key} {place} {digest}".encode(), digest_size=8).digest()
-            balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
-        for name, alike in held.alike.items():
-            found = hashlib.blake2b(json.dumps([name, alike], sort_keys=True).encode(), digest_size=8).digest()
-            holders = union.holdings[name].holders
+        for text, holders in values:
+            found = hashlib.blake2b(text.encode(), digest_size=8).digest()
             balance += int.from_bytes(found, "big") * (len(holders) - 1 if holders[0] == self._ranks.rank else -1)
         return float(balance % _EXACT)
 
@@ -103,17 +113,14 @@ class Drift:
         found = self._ranks.gather_json(step, mine)
         refuse_unlike([alike for _, alike in found])
         prints = [[_Print(*each) for each in printed] for printed, _ in found]
-        weights = {(each.part, each.key) for mine in prints for each in mine if each.must_be_equal}
+        weights = {each.name for mine in prints for each in mine if each.must_be_equal}
         refuse_other_values(
-            [
-                {Name(each.part, each.key): (each.place, each.digest) for each in mine if each[:2] in weights}
-                for mine in prints
-            ],
+            [{each.name: (each.piece, each.digest) for each in mine if each.name in weights} for mine in prints],
             _DRIFTED,
         )
         digests: dict[Name, set[str]] = {}
-        for each in (each for mine in prints for each in mine if each[:2] not in weights):
-            digests.setdefault(Name(each.part, each.key), set()).add(each.digest)
+        for each in (each for mine in prints for each in mine if each.name not in weights):
+            digests.setdefault(each.name, set()).add(each.digest)
         if differing := [str(name) for name, each in digests.items() if len(each) > 1]:
             self._has_warned = True
             # Weights travel next, so what a handler of the log raises on rank 0 must be known to all.
@@ -127,10 +134,10 @@ class Drift:
         every = max(1, len(union.holdings) // _SAMPLED)
         known: dict[int, str] = {}  # a tensor may have several names, and a flat parameter has many entries
         prints, sampled = list[tuple[_Print, Sequence[int]]](), list[tuple[Name, torch.Tensor, bool, Sequence[int]]]()
-        for name, holding in union.kept():
+        for name, holding in union.kept.items():
             if holding.entry.form.role in ("data", "state") or name not in held.values:
                 continue
-            place, holders = self._piece(held.entries[name], holding)
+            piece, holders = self._piece(held.entries[name], holding)
             is_equal, must_be_equal = synchronized.find(name, holding.entry.form.role, holders)
             if len(holders) < 2 or (not must_be_equal and (is_equal or self._has_warned)):
                 continue
@@ -140,8 +147,8 @@ class Drift:
                     sampled.append((name, value, must_be_equal, holders))
                 continue
             if id(value) not in known:
-                known[id(value)] = fingerprint(local_of(value) if place else value)
-            prints.append((_Print(*name, place, known[id(value)], must_be_equal), holders))
+                known[id(value)] = fingerprint(local_of(value) if piece else value)
+            prints.append((_Print(*name, piece, known[id(value)], must_be_equal), holders))
         return prints + _prints_of_samples(sampled)
 
     def _states(self, held: Held, union: Union) -> list[tuple[_Print, Sequence[int]]]:
@@ -150,7 +157,7 @@ class Drift:
             return []
         whole = [
             (name, holding.holders)
-            for name, holding in union.kept()
+            for name, holding in union.kept.items()
             if holding.entry.form.role == "state" and not holding.entry.form.spread and "/" in name.key
         ]
         every = max(1, len(whole) // _SAMPLED)
@@ -238,12 +245,10 @@ class _Synchronized:
 
 
 def _warn(names: list[str]) -> None:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     _logger.warning(
-        "buffers differ between the ranks: %s%s (what is frozen in DDP counts as a buffer). The snapshots have those "
+        "buffers differ between the ranks: %s (what is frozen in DDP counts as a buffer). The snapshots have those "
         "of the lowest rank that holds them, so a model that is loaded from them may not reproduce the metric. "
         "Synchronize them: use torch.nn.SyncBatchNorm for BatchNorm, or broadcast or average the buffers before each "
         "evaluation",
-        ", ".join(names[:4]),
-        more,
+        listed(names),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,9 @@ from keepbest.capture.compare import Cast, StandIn, are_equal
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.conversion import survives
 from keepbest.capture.fsdp1 import fsdp1_state_dict, full_fsdp1_state, sharded_fsdp1_state, sharded_state_dict
-from keepbest.capture.place import localized, room_for
 from keepbest.capture.selection import Selection, chosen_parts
 from keepbest.capture.states import Stateful
+from keepbest.capture.target_room import localized, room_for
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict
@@ -26,6 +28,7 @@ from keepbest.ranks import Ranks
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot
 
+T = TypeVar("T")
 Places = Sequence[tuple[str, str]]
 """Names of parts and keys in them, of stored values that are for one place in the model."""
 
@@ -61,47 +64,9 @@ class Stored:
         return {part.name: self.format.reader(found.folder, files, part.name) for part in self.parts}
 
 
-class Feed(Protocol):
-    """Gives each rank the values that its model wants."""
-
-    def contents(self) -> list[PartContents]:
-        """Verify the files, and return what the snapshot holds of each part. **Collective**.
-
-        Raises:
-            SnapshotError: On every rank, if a file is missing or damaged.
-        """
-
-    def layout(self, source: Source) -> StateDict:
-        """What stands for the state dict of a source with FSDP1 units, with plain keys. **Collective**."""
-
-    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
-        """Those of `casts`, which are the same on every rank, whose values would change. **Collective**."""
-
-    def differing(self, groups: Sequence[Places]) -> list[int]:
-        """Which of `groups`, the same on every rank, have values that differ within the group. **Collective**.
-
-        No value travels, and one rank has two of them at a time.
-        """
-
-    def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
-        """Values of one part, in tensors of their own. **Collective**.
-
-        Args:
-            contents: What the snapshot holds of the part.
-            keys: Keys under which the values are stored; the same on every rank.
-            targets: What the model of this rank has in their place, by each of their names.
-
-        Raises:
-            KeepBestError: On every rank, or as `Ranks.lose`.
-        """
-
-    def loading(self, module: nn.Module) -> AbstractContextManager[None]:
-        """FSDP1 units of `module` take what `bring` gives in this block."""
-
-
 @dataclass(slots=True)
-class _Read:
-    """A read of a snapshot.
+class Feed(ABC):
+    """Gives each rank the values of a snapshot that its model wants.
 
     Attributes:
         stored: Snapshot, found by the ranks that read.
@@ -114,6 +79,58 @@ class _Read:
     step: str
     _readers: Mapping[str, PartReader] = field(default_factory=dict)
 
+    @abstractmethod
+    def contents(self) -> list[PartContents]:
+        """Verify the files, and return what the snapshot holds of each part. **Collective**.
+
+        Raises:
+            SnapshotError: On every rank, if a file is missing or damaged.
+        """
+
+    @abstractmethod
+    def layout(self, source: Source) -> StateDict:
+        """What stands for the state dict of a source with FSDP1 units, with plain keys. **Collective**."""
+
+    @abstractmethod
+    def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
+        """Values of one part, in tensors of their own. **Collective**.
+
+        Args:
+            contents: What the snapshot holds of the part.
+            keys: Keys under which the values are stored; the same on every rank.
+            targets: What the model of this rank has in their place, by each of their names.
+
+        Raises:
+            KeepBestError: On every rank, or as `Ranks.lose`.
+        """
+
+    @abstractmethod
+    def loading(self, module: nn.Module) -> AbstractContextManager[None]:
+        """FSDP1 units of `module` take what `bring` gives in this block."""
+
+    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
+        """Those of `casts`, which are the same on every rank, whose values would change. **Collective**."""
+        return [casts[number] for number in self._which(casts, self._is_lost)]
+
+    def differing(self, groups: Sequence[Places]) -> list[int]:
+        """Which of `groups`, the same on every rank, have values that differ within the group. **Collective**.
+
+        No value travels, and one rank has two of them at a time.
+        """
+        return self._which(groups, self._differs)
+
+    @abstractmethod
+    def _which(self, things: Sequence[T], is_one: Callable[[T], bool]) -> list[int]:
+        """The numbers of those of `things`, the same on every rank, of which `is_one` holds. **Collective**."""
+
+    def _is_lost(self, cast: Cast) -> bool:
+        return not survives(self._readers[cast.part].fetch(cast.key), getattr(torch, cast.dtype))
+
+    def _differs(self, places: Places) -> bool:
+        values = (_read_whole(self._readers[part], key) for part, key in places)
+        first = next(values)
+        return not all(are_equal(first, value) for value in values)
+
     def _open(self, *share: int) -> list[PartContents]:
         """Verify the files, or a share of them, and open the parts. **Rank-local**, on a rank that reads."""
         found = self.stored.found
@@ -125,8 +142,8 @@ class _Read:
 
 
 @dataclass(slots=True)
-class FromMain(_Read):
-    """Rank 0 reads, and sends each value once: `Feed`."""
+class FromMain(Feed):
+    """Rank 0 reads, and sends each value once."""
 
     def contents(self) -> list[PartContents]:
         contents = self.ranks.broadcast(self.step, lambda: [each.to_json() for each in self._open()], saving=True)
@@ -134,16 +151,6 @@ class FromMain(_Read):
 
     def layout(self, source: Source) -> StateDict:
         return fsdp1_state_dict(source, _stand_in, rank0_only=False)
-
-    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
-        found = self.ranks.broadcast(self.step, lambda: _lost(casts, self._readers), saving=True)
-        return [Cast(*cast) for cast in found]
-
-    def differing(self, groups: Sequence[Places]) -> list[int]:
-        found: list[int] = self.ranks.broadcast(
-            self.step, lambda: _differing(enumerate(groups), self._readers), saving=True
-        )
-        return found
 
     def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
         reader = self._readers.get(contents.part.name)
@@ -160,6 +167,13 @@ class FromMain(_Read):
 
     def loading(self, module: nn.Module) -> AbstractContextManager[None]:
         return full_fsdp1_state(module, rank0_only=False)
+
+    def _which(self, things: Sequence[T], is_one: Callable[[T], bool]) -> list[int]:
+        all_of_them = range(len(things))
+        found: list[int] = self.ranks.broadcast(
+            self.step, lambda: [number for number in all_of_them if is_one(things[number])], saving=True
+        )
+        return found
 
     def _sent(self, key: str, kind: Kind, reader: PartReader | None) -> Any:
         if kind.dtype is None or kind.form:
@@ -186,8 +200,8 @@ class FromMain(_Read):
 
 
 @dataclass(slots=True)
-class FromFiles(_Read):
-    """Every rank reads the shards that its model holds: `Feed`.
+class FromFiles(Feed):
+    """Every rank reads the shards that its model holds.
 
     Every rank verifies its share of the files first, or all of them, if others do not see the same ones.
     """
@@ -199,21 +213,18 @@ class FromFiles(_Read):
     def layout(self, source: Source) -> StateDict:
         return sharded_state_dict(source)
 
-    def losses(self, casts: Sequence[Cast]) -> list[Cast]:
-        mine = casts[self.ranks.rank :: self.ranks.world_size]
-        found = self.ranks.gather_json(self.step, lambda: _lost(mine, self._readers), saving=True)
-        return [Cast(*cast) for casts in found for cast in casts]
-
-    def differing(self, groups: Sequence[Places]) -> list[int]:
-        mine = list(enumerate(groups))[self.ranks.rank :: self.ranks.world_size]
-        found = self.ranks.gather_json(self.step, lambda: _differing(mine, self._readers), saving=True)
-        return sorted(number for numbers in found for number in numbers)
-
     def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
         return self.ranks.agree(self.step, lambda: self._read(contents, keys, targets), saving=True)
 
     def loading(self, module: nn.Module) -> AbstractContextManager[None]:
         return sharded_fsdp1_state(module)
+
+    def _which(self, things: Sequence[T], is_one: Callable[[T], bool]) -> list[int]:
+        mine = range(self.ranks.rank, len(things), self.ranks.world_size)
+        found = self.ranks.gather_json(
+            self.step, lambda: [number for number in mine if is_one(things[number])], saving=True
+        )
+        return sorted(chain.from_iterable(found))
 
     def _read(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
         reader = self._readers[contents.part.name]
@@ -232,20 +243,6 @@ class FromFiles(_Read):
                 brought[name] = rooms[place]
         reader.fill(wanted)
         return brought
-
-
-def _lost(casts: Sequence[Cast], readers: Mapping[str, PartReader]) -> list[Cast]:
-    return [cast for cast in casts if not survives(readers[cast.part].fetch(cast.key), getattr(torch, cast.dtype))]
-
-
-def _differing(groups: Iterable[tuple[int, Places]], readers: Mapping[str, PartReader]) -> list[int]:
-    return [number for number, places in groups if not _are_one(places, readers)]
-
-
-def _are_one(places: Places, readers: Mapping[str, PartReader]) -> bool:
-    values = (_read_whole(readers[part], key) for part, key in places)
-    first = next(values)
-    return all(are_equal(first, value) for value in values)
 
 
 def _read_whole(reader: PartReader, key: str) -> object:

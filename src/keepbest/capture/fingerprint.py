@@ -54,7 +54,7 @@ def sample(tensors: Iterable[torch.Tensor], data: Iterable[object]) -> str:
     for values in _samples_of(in_memory):
         seen.update(buffer_of(values))
     for value in data:
-        # What cannot be pickled cannot be kept either, and is refused by who keeps it.
+        # What cannot be pickled cannot be kept either. The check before each save refuses it.
         seen.update(pickle.dumps(value) if is_plain_data(value) else b"")
     return seen.hexdigest()
 

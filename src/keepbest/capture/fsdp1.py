@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keepbest.errors import ConfigError, SnapshotError
+from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet, quiet_about_missing_shards
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
@@ -33,9 +33,9 @@ def fsdp1_state_dict(
 
     Args:
         source: Source in the model.
-        take: from a plain key and the full parameter of a unit (on ranks other than 0, what there is of it), which is
-            gone after the call, to the tensor that is to stand for it in the state dict and for those that are tied to
-            it; `None` if it need not be there.
+        take: Function of a plain key and the full parameter of a unit, which is gone after the call. Ranks other than 0
+            pass what they have of it. It returns the tensor that stands for the parameter in the state dict, and for
+            those that are tied to it; `None` if it need not be there.
         rank0_only: Whether the parameters of the units are in the state dict of rank 0 alone.
     """
     module, names = source.module, source.names
@@ -104,7 +104,7 @@ def check_own_state_dict(source: Source, keys: Iterable[str]) -> None:
     except SnapshotError as error:
         raise ConfigError(str(error)) from error
     if missing := [key for key in keys if key not in state]:
-        raise ConfigError(f"the state dict lacks {', '.join(missing[:4])}. {_OWN_STATE_DICT}")
+        raise ConfigError(f"the state dict lacks {listed(missing)}. {_OWN_STATE_DICT}")
 
 
 _OWN_STATE_DICT = (
@@ -170,6 +170,13 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
             yield FlatEntry(name, shapes[first], firsts[first], flat, members)
 
 
+def other_ranks_of_units(module: nn.Module, members: list[int]) -> list[int] | None:
+    """The ranks, other than `members`, over which a unit of FSDP1 is sharded; `None` if there is no such unit."""
+    groups = (unit.process_group for unit in module.modules() if is_fsdp1(unit))
+    ranks = (dist.get_process_group_ranks(group) for group in groups if isinstance(group, dist.ProcessGroup))
+    return next((each for each in ranks if each != members), None)
+
+
 def is_flattened(parameter: object) -> bool:
     """Whether a parameter is, or lies in, the flat parameter of an FSDP1 unit."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
@@ -180,12 +187,10 @@ def full_fsdp1_state(module: nn.Module, *, rank0_only: bool) -> Iterator[None]:
     """State dicts of `module` hold full tensors in this block, also of the FSDP1 units in it."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
+    # Deprecated, but what is to replace it leaves the full weights on every rank.
     config = FullStateDictConfig(rank0_only=rank0_only)
-    with warnings.catch_warnings():
-        # Deprecated, but what is to replace it leaves the full weights on every rank.
-        warnings.filterwarnings("ignore", r"FSDP\.state_dict_type", FutureWarning)
-        with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
-            yield
+    with quiet(), FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config):
+        yield
 
 
 def sharded_state_dict(source: Source) -> StateDict:

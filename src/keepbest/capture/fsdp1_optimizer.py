@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.alike import Alike
 from keepbest.capture.catalogue import Name
-from keepbest.capture.fsdp1 import flat_entries, is_flattened
+from keepbest.capture.fsdp1 import flat_entries, is_flattened, other_ranks_of_units
 from keepbest.capture.optimizer import GROUPS, ParameterNames, state_key
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
@@ -38,15 +37,11 @@ def refuse_units_apart(model: nn.Module, members: list[int]) -> None:
     Raises:
         ConfigError: If units are sharded over some of them, or are of two kinds.
     """
-    units = [unit for unit in model.modules() if is_fsdp1(unit)]
-    for unit in units:
-        if isinstance(unit.process_group, dist.ProcessGroup):
-            found = dist.get_process_group_ranks(unit.process_group)
-            if found != members:
-                raise ConfigError(
-                    f"the state of an optimizer of FSDP1 cannot be kept where units are sharded over ranks {found} of "
-                    f"{members}. {_REMEDY}"
-                )
+    if (found := other_ranks_of_units(model, members)) is not None:
+        raise ConfigError(
+            f"the state of an optimizer of FSDP1 cannot be kept where units are sharded over ranks {found} of "
+            f"{members}. {_REMEDY}"
+        )
     if len({getattr(inside, "_fsdp_use_orig_params", None) for inside in model.modules()} - {None}) > 1:
         raise ConfigError(
             "the state of an optimizer of FSDP1 cannot be kept where units differ in use_orig_params. Use one of both"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from keepbest.capture.foreign import ForeignTransfer, own_data
 from keepbest.capture.fsdp1 import fsdp1_state_dict
 from keepbest.capture.fsdp1_optimizer import unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
-from keepbest.capture.share import Share
+from keepbest.capture.share import Share, claiming
 from keepbest.capture.transfer import ShardTransfer
 from keepbest.capture.union import Holding
 from keepbest.capture.whole import whole_tensor
@@ -45,38 +44,30 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
         RankFailedError: On a rank that fails while weights are on their way, and, once the timeout of the process group
             that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
-    ranks, slot = inventory.ranks, list[Slot]()
+    ranks = inventory.ranks
+    with claiming(staging) as claim:
 
-    def claim(_: Agreed) -> None:
-        if ranks.is_main:
-            if not slot:
-                slot.append(staging.claim())
-            # While a lack of memory is an error that every rank can raise.
-            slot[0].reserve(inventory.plan.rooms)
+        def reserve(_: Agreed) -> None:
+            if ranks.is_main:
+                # While a lack of memory is an error that every rank can raise.
+                claim().reserve(inventory.plan.rooms)
 
-    try:
-        agreed = inventory.settle(step, claim, saving=staging.waits)  # rank 0 may have to wait for a write
-    except BaseException:
-        # Nothing moved, and the ranks may continue: a slot that is not given back would be waited for in vain.
-        for each in slot:
-            each.release()
-        raise
-    room = slot[0] if slot else LiveSlot()
-    try:
-        if inventory.plan.is_simple:
-            files = _take(inventory, agreed, room)
-        else:
-            with every_stream(entry.device for entry in agreed.held.entries.values()):
-                files = _files_of(inventory, _gather(inventory, agreed, room), agreed)
-    except BaseException as error:  # noqa: BLE001  # lose raises
-        room.release()
-        ranks.lose("gather the weights", error)
+        agreed = inventory.settle(step, reserve, saving=staging.waits)  # rank 0 may have to wait for a write
+        slot = claim() if ranks.is_main else LiveSlot()
+        try:
+            if inventory.plan.is_simple:
+                files = _take(inventory, agreed, slot)
+            else:
+                with every_stream(entry.device for entry in agreed.held.entries.values()):
+                    files = _files_of(inventory, _gather(inventory, agreed, slot), agreed)
+        except BaseException as error:  # noqa: BLE001  # lose raises
+            ranks.lose("gather the weights", error)
     return Share(
         parts=inventory.items.parts,
         training_state=tuple(inventory.items.training_state),
         files=files,
-        left_out=inventory.plan.left_out,
-        slot=room,
+        left_out=agreed.union.left_out,
+        slot=slot,
         writers=main_alone if ranks.is_main else nobody,
         versions=agreed.union.versions,
     )
@@ -99,30 +90,26 @@ def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> Mapping[str, Stat
 def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:
     """On rank 0 all that is kept, whole. Every rank goes through the entries in the same order."""
     ranks = inventory.ranks
-    kept = dict(agreed.union.kept())
-    foreign = {name: holding for name, holding in kept.items() if holding.owner != 0 and not holding.entry.first}
+    kept = agreed.union.kept.items()
+    foreign = {name: holding for name, holding in kept if holding.owner != 0 and not holding.entry.first}
     rooms = {
         name: slot.room(room_of(name), like(holding))
         for name, holding in foreign.items()
         if ranks.is_main and not holding.entry.form.is_packed
     }
     found: dict[Name, Any] = {}
-    with ExitStack() as stack:
-        elsewhere = stack.enter_context(ForeignTransfer(ranks, foreign.items(), rooms))
-        shards = stack.enter_context(ShardTransfer(ranks))
-        stack.enter_context(torch.no_grad())
+    with ForeignTransfer(ranks, foreign.items(), rooms) as elsewhere, ShardTransfer(ranks) as shards, torch.no_grad():
+        new_receiver = partial(_Receiver, agreed, ranks, slot, shards, elsewhere)
         for source in agreed.held.sources:
-            receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
+            receiver = new_receiver()
             if source.holds_fsdp1:
                 state = fsdp1_state_dict(source, partial(receiver.take, source))
             else:
                 state = agreed.held.states[source.path]
             found |= receiver.receive(source, state)
-        receiver = _Receiver(agreed, kept, ranks, slot, shards, elsewhere)
-        found |= receiver.receive_states(inventory.items.training_state)
-        for name, value in unit_states(inventory.items, ranks, is_whole=True):
-            is_tensor = isinstance(value, torch.Tensor)
-            found[name] = slot.copy(room_of(name), value) if is_tensor else own_data(value, slot)
+        found |= new_receiver().receive_states(inventory.items.training_state)
+        of_units = unit_states(inventory.items, ranks, is_whole=True)
+        found |= {name: _copied(name, value, slot) for name, value in of_units}
     slot.seal()
     return {**found, **elsewhere.received}
 
@@ -132,7 +119,7 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     if not inventory.ranks.is_main:
         return {}
     files: dict[str, StateDict] = {}
-    for name, holding in agreed.union.kept():
+    for name, holding in agreed.union.kept.items():
         first = Name(name.part, holding.entry.first or name.key)
         if (value := found.get(name, found.get(first, _NOTHING))) is _NOTHING:
             if holding.owner == 0 and not holding.entry.form.is_in_unit:
@@ -142,14 +129,16 @@ def _files_of(inventory: Inventory, found: dict[Name, Any], agreed: Agreed) -> d
     for name, value in found.items():
         if name not in agreed.union.holdings:  # what hooks of state_dict() add, which FSDP1 alone can call
             files.setdefault(name.part, {})[name.key] = value
-    # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
-    for part in inventory.items.parts:
-        if part.name not in files and not (agreed.union.left_out(part.name) or part.apart):
-            files[part.name] = {}
-    return {part: files[part] for part in inventory.items.names if part in files}
+    written = files.keys() | agreed.union.files_of(inventory.items)
+    return {part: files.get(part, {}) for part in inventory.items.names if part in written}
 
 
 _NOTHING = object()
+
+
+def _copied(name: Name, value: Any, slot: Slot) -> Any:
+    """What only this state dict has, and is about to be gone."""
+    return slot.copy(room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
 
 
 class _Receiver:
@@ -158,14 +147,13 @@ class _Receiver:
     def __init__(
         self,
         agreed: Agreed,
-        kept: dict[Name, Holding],
         ranks: Ranks,
         slot: Slot,
         shards: ShardTransfer,
         elsewhere: ForeignTransfer,
     ) -> None:
         self._agreed = agreed
-        self._kept = kept
+        self._kept = agreed.union.kept
         self._ranks = ranks
         self._slot = slot
         self._shards = shards
@@ -202,7 +190,8 @@ class _Receiver:
                     else:
                         found[name] = self._receive(name, holding, state[key])
         if source.holds_fsdp1 and self._ranks.is_main:
-            found |= self._added_by_hooks(source, state)
+            added = added_by_hooks(source, state, self._agreed)
+            found |= {name: _copied(name, value, self._slot) for name, value in added.items()}
         return found
 
     def receive_states(self, parts: Container[str]) -> dict[Name, Any]:
@@ -223,13 +212,6 @@ class _Receiver:
         if place not in self._moved:
             self._moved[place] = self._move(name, holding, value)
         return self._moved[place]
-
-    def _added_by_hooks(self, source: Source, state: StateDict) -> dict[Name, Any]:
-        added, slot = added_by_hooks(source, state, self._agreed), self._slot
-        return {
-            name: slot.copy(room_of(name), value) if isinstance(value, torch.Tensor) else own_data(value, slot)
-            for name, value in added.items()
-        }
 
     def _move(self, name: Name, holding: Holding, value: torch.Tensor) -> torch.Tensor:
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):

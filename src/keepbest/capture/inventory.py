@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from keepbest.capture.union import (
     Report,
     Union,
     changes,
-    describe,
+    describe_changes,
     refuse_other_parameters,
     same_everywhere,
     unite,
@@ -29,6 +29,7 @@ from keepbest.capture.union import (
 from keepbest.capture.whole_plan import WholePlan
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
+from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor, local_of
 from keepbest.modules.sources import Source, StateDict, list_sources
 from keepbest.modules.unchanged import Structure
@@ -47,6 +48,23 @@ class Agreed:
 
     held: Held
     union: Union
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What this rank held when it was looked at last, where it shows whether that is unchanged.
+
+    Attributes:
+        held: What it held.
+        structure: By which a change is seen.
+        is_checked: Whether it was found that all of it can be kept.
+        batch: The tensors that are copied for a plan, and that plan.
+    """
+
+    held: Held
+    structure: Structure
+    is_checked: bool = False
+    batch: tuple[WholePlan, Batch] | None = None
 
 
 class Inventory:
@@ -69,9 +87,7 @@ class Inventory:
         self._report = Report({}, {})  # what this rank reported when the union was made
         self._union: Union | None = None
         self._plan: WholePlan | None = None
-        self._seen: tuple[Held, Structure] | None = None
-        self._batch: tuple[Held, WholePlan, Batch] | None = None  # of what was seen
-        self._is_checked = False  # what was seen
+        self._seen: _Seen | None = None
         self.is_watched = False
         self.mark = ""
         self._drift = Drift(items, ranks)
@@ -87,7 +103,7 @@ class Inventory:
 
         def report() -> tuple[tuple[Held, Report], Number]:
             held = self.look()
-            self._check(held, held.entries)
+            self._check(held)
             found = Report(held.entries, self._prints(held, held.entries), held.versions)
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 
@@ -96,10 +112,10 @@ class Inventory:
             self._adopt(found, same_everywhere(found, self.ranks.world_size))
         else:
             self._adopt(found, unite(self._reports(step, found)))
-        if self._format.capture == "local" or any(holding.owner != 0 for _, holding in self.union.kept()):
-            # Now, and not at the first save: who is being connected does not notice that another rank dies.
+        if self._format.capture == "local" or any(holding.owner != 0 for holding in self.union.kept.values()):
+            # Now, and not at the first save: a rank that is being connected does not notice that another one dies.
             self.ranks.patient_group()
-        if any(holding.entry.form.is_in_unit for _, holding in self.union.kept()):
+        if any(holding.entry.form.is_in_unit for holding in self.union.kept.values()):
             self._check_state_dicts_of_units(held, f"look at the state dict to {step}")
 
     def settle(self, step: str, claim: Callable[[Agreed], None], *, saving: bool) -> Agreed:
@@ -119,45 +135,58 @@ class Inventory:
         """
         if self._union is None:
             self.take(step)
-        before, versions, union = self._report.entries, self._report.versions, self._union
+        before, union = self._report, self.union
         step = f"list the weights to {step}"
 
         def look_again() -> tuple[Held, Number]:
             refuse_mode()
             held = self.look()
             self.mark = self.mark_now() if self.is_watched else ""
-            changed = changes(before, held.entries)
-            if not self._is_checked:
+            changed = describe_changes(before.entries, held.entries)
+            if self._seen is None or not self._seen.is_checked:
                 try:
-                    self._check(held, held.entries)  # also what is as it was by its name, shape and dtype
+                    self._check(held)  # also what is as it was by its name, shape and dtype
                 except ConfigError as error:
-                    raise ConfigError(f"{error}. {_since(describe(changed, before, held.entries))}") from error
-            if changed or held.versions != versions or union is None:
-                return held, Number(None, None, describe(changed, before, held.entries) or _OTHER_VERSIONS)
+                    raise ConfigError(f"{error}. {_since(changed)}") from error
+            if changed or held.versions != before.versions:
+                return held, Number(None, None, changed or _OTHER_VERSIONS)
             claim(Agreed(held, union))
             return held, Number(self._drift.balance(held, union), None)
 
         held, numbers = self.ranks.compare(step, look_again, saving=saving)
         notes = {rank: number.note for rank, number in enumerate(numbers) if number.note}
-        if not notes and union is not None:
-            agreed = Agreed(held, union)
-            if not is_balanced(number.value or 0.0 for number in numbers):
-                self._drift.compare(step, held, union)
-            return agreed
-        changed = changes(before, held.entries)
+        if notes:
+            return self._agree_anew(step, held, notes, claim, saving=saving)
+        if not is_balanced(number.value or 0.0 for number in numbers):
+            self._drift.compare(step, held, union)
+        return Agreed(held, union)
+
+    def _agree_anew(
+        self, step: str, held: Held, notes: Mapping[int, str], claim: Callable[[Agreed], None], *, saving: bool
+    ) -> Agreed:
+        """Agree on what the ranks hold after a change, if it can be kept right. **Collective**.
+
+        Args:
+            step: What is being done, in words.
+            held: What this rank holds now.
+            notes: What has changed, in words, by the rank that noticed it; the same on every rank.
+            claim: As `settle` takes it.
+            saving: As `settle` takes it.
+        """
+        before, union = self._report.entries, self.union
         # Also what is the same here, if another rank has remade it, or has it now for the first time.
+        changed = changes(before, held.entries)
         mine = [name for name in changed if _is_remade(before.get(name), held.entries.get(name))]
         remade = {Name(*name): None for names in self.ranks.gather_json(step, lambda: mine) for name in names}
         prints = self.ranks.agree(step, lambda: self._prints(held, remade), saving=saving)
         try:
             found = Report(held.entries, prints, held.versions)
             united = unite(self._reports(step, found))
-            if union is not None:
-                refuse_other_parameters(union, united, self.ranks.world_size)
+            refuse_other_parameters(union, united, self.ranks.world_size)
             self._adopt(found, united)
         except ConfigError as error:
-            what = "; ".join(f"on rank {rank}: {note}" for rank, note in list(notes.items())[:4])
-            raise ConfigError(f"{error}. {_since(what)}") from error
+            what = (f"on rank {rank}: {note}" for rank, note in notes.items())
+            raise ConfigError(f"{error}. {_since(listed(what, separator='; '))}") from error
         agreed = Agreed(held, self.union)
         self._drift.compare(step, held, agreed.union)
         self.ranks.agree(step, lambda: claim(agreed), saving=saving)
@@ -167,17 +196,16 @@ class Inventory:
         """What shows whether the weights of this rank were exchanged for others in the meantime. **Rank-local**."""
         items = self.items
         sources = list_sources(items.model, items.parts, save_frozen_weights=items.save_frozen_weights)
-        tensors = [stored_tensors(source.module, with_frozen=items.save_frozen_weights) for source in sources]
-        data = [extra_states(source.module) for source in sources]
-        states = list(marks_of_states(items))
-        tensors.append(value for value in states if isinstance(value, torch.Tensor))
-        data.append(value for value in states if not isinstance(value, torch.Tensor))
-        return sample(
-            (local_of(tensor) for each in tensors for tensor in each), (value for each in data for value in each)
-        )
-
-    def _is_state(self, name: Name) -> bool:
-        return name.part in self.items.training_state
+        tensors, data = list[torch.Tensor](), list[object]()
+        for source in sources:
+            tensors += stored_tensors(source.module, with_frozen=items.save_frozen_weights)
+            data += extra_states(source.module)
+        for value in marks_of_states(items):
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+            else:
+                data.append(value)
+        return sample(map(local_of, tensors), data)
 
     @property
     def plan(self) -> WholePlan:
@@ -188,38 +216,37 @@ class Inventory:
 
     def batch_of(self, held: Held) -> Batch:
         """The tensors that are copied, where rank 0 holds all of them whole. **Rank-local**."""
-        plan = self.plan
-        if self._batch is not None and self._batch[0] is held and self._batch[1] is plan:
-            return self._batch[2]
-        batch = Batch({room: held.values[name] for name, room in plan.copied})
-        is_seen = self._seen is not None and self._seen[0] is held
-        self._batch = (held, plan, batch) if is_seen else None
-        return batch
+        plan, seen = self.plan, self._seen
+        if seen is None or seen.held is not held:
+            return _batch_of(held, plan)
+        if seen.batch is None or seen.batch[0] is not plan:
+            seen.batch = plan, _batch_of(held, plan)
+        return seen.batch[1]
 
     def look(self) -> Held:
         """What this rank holds now: the same object as before where that is unchanged. **Rank-local**."""
-        if self._seen is not None and self._seen[1].is_unchanged():
-            return self._seen[0]
-        self._is_checked = False
-        self._batch = None
+        if self._seen is not None and self._seen.structure.is_unchanged():
+            return self._seen.held
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
-        is_known = not self.items.training_state and Structure.is_known(self.items.model, held.values.values())
-        self._seen = (held, Structure(self.items.model, held.values.values())) if is_known else None
+        structure = None if self.items.training_state else Structure.of(self.items.model, held.values.values())
+        self._seen = None if structure is None else _Seen(held, structure)
         return held
 
     def forget(self) -> None:
         """Keep no weights that are no longer in the model. **Rank-local**."""
-        self._seen = self._batch = None
+        self._seen = None
 
-    def _check(self, held: Held, names: Iterable[Name]) -> None:
-        refuse_what_cannot_be_kept(held, names, self._format, self.ranks, self.items.training_state)
-        self._is_checked = self._seen is not None
+    def _check(self, held: Held) -> None:
+        refuse_what_cannot_be_kept(held, self._format, self.ranks, self.items.training_state)
+        if self._seen is not None:
+            self._seen.is_checked = True
 
     def _adopt(self, report: Report, union: Union) -> None:
-        if union.holdings.keys() <= (states := {name for name in union.holdings if self._is_state(name)}):
+        weights = [name for name in union.holdings if name.part not in self.items.training_state]
+        if not weights:
             raise ConfigError("what is selected to be saved has no weights on any rank: nothing to save")
-        if all(name in states for name, _ in union.kept()):
+        if union.kept.keys().isdisjoint(weights):
             raise ConfigError(
                 "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
             )
@@ -262,12 +289,12 @@ class Inventory:
             entry, value = held.entries[name], held.values[name]
             if entry.form.role != "parameter" or entry.form.is_frozen:
                 continue
-            place, has_copies = _place_of(entry, value, me)
+            piece, has_copies = _piece_of(entry, value, me)
             if not has_copies and set(entry.members) == set(self.ranks.members):
                 continue  # no other rank has the same piece
             if id(value) not in known:
                 known[id(value)] = fingerprint(local_of(value))
-            found[name] = (place, known[id(value)])
+            found[name] = (piece, known[id(value)])
         return found
 
 
@@ -285,7 +312,11 @@ def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Nam
     return found
 
 
-def _place_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
+def _batch_of(held: Held, plan: WholePlan) -> Batch:
+    return Batch({room: held.values[name] for name, room in plan.copied})
+
+
+def _piece_of(entry: Entry, value: torch.Tensor, rank: int) -> tuple[str, bool]:
     """Which piece of an entry this rank holds, and whether other members hold the same piece."""
     if is_dtensor(value):
         where = list(value.device_mesh.get_coordinate() or ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,20 +16,22 @@ from keepbest.capture.fsdp1 import sharded_state_dict
 from keepbest.capture.fsdp1_optimizer import is_of_units, unit_states
 from keepbest.capture.inventory import Agreed, Inventory, added_by_hooks
 from keepbest.capture.plan import Layout, plan_layout
-from keepbest.capture.share import Items, Share, Writers
+from keepbest.capture.share import Items, Share, Writers, claiming
 from keepbest.capture.spread import spread_over_holders
 from keepbest.capture.union import Union
+from keepbest.capture.whole_plan import room_of
 from keepbest.capture.writers import AllNow, EachAlone
 from keepbest.modules.kinds import has_shards, local_of
+from keepbest.modules.sources import StateDict
 from keepbest.ranks import Ranks
 from keepbest.staging.device import every_stream
 from keepbest.staging.slot import Like, Slot, Staging
 
 
 class Local:
-    """What each rank holds is written by that rank. `capture` is a `Capture`, of one keeper.
+    """Captures what each rank holds, for that rank to write. Each keeper has one, which remembers what was planned.
 
-    Who writes what is planned when weights are captured for the first time, and again when they lie among the ranks in
+    Which rank writes what is planned when weights are captured for the first time, and again when they are laid out in
     another way. Else a capture costs one exchange. (Units of FSDP1 are planned and gathered each time.)
     """
 
@@ -49,36 +51,28 @@ class Local:
         Raises:
             KeepBestError, RankFailedError: As `gathered`.
         """
-        slot, layout = list[Slot](), self._layout
+        layout = self._layout
+        with claiming(staging) as claim:
 
-        def claim(agreed: Agreed) -> None:
-            if not slot:
-                slot.append(staging.claim())
-            if layout is not None and layout.union is agreed.union:
-                layout.reserve(slot[0], agreed.held)
+            def reserve(agreed: Agreed) -> None:
+                slot = claim()
+                if layout is not None and layout.union is agreed.union:
+                    layout.reserve(slot, agreed.held)
 
-        try:
-            agreed = inventory.settle(step, claim, saving=staging.waits)
-            return self._share(inventory, agreed, slot[0], step)
-        except BaseException:
-            # A slot that is not given back would be waited for in vain.
-            for each in slot:
-                each.release()
-            raise
+            agreed = inventory.settle(step, reserve, saving=staging.waits)
+            return self._share(inventory, agreed, claim(), step)
 
     def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
         ranks, items = inventory.ranks, inventory.items
         writers = self._writers(ranks, slot, step)
-        left_out = {part.name: keys for part in items.parts if (keys := agreed.union.left_out(part.name))}
-        gone = set[Name]()
         on_devices = every_stream(entry.device for entry in agreed.held.entries.values())
         with _losing(writers, ranks, "list the shards"), on_devices:
-            found = _own_share(agreed, inventory, self._writers_of_whole(agreed.union), gone)
-            tensors, data = _sorted_out(found, agreed, items, left_out, slot)
+            found, gone = _own_share(agreed, inventory, self._writers_of_whole(agreed.union))
+            tensors, data = _sorted_out(found, agreed, items, slot)
         layout = self._layout
         if layout is None or layout.union is not agreed.union or _holds_units(agreed, items):
             tied: dict[str, dict[str, str]] = {part: {} for part in tensors}
-            for name, holding in agreed.union.kept():
+            for name, holding in agreed.union.kept.items():
                 if holding.entry.first and name not in gone:
                     tied[name.part][name.key] = holding.entry.first
             layout = self._layout = plan_layout(agreed.union, tensors, tied, ranks, step)
@@ -89,7 +83,7 @@ class Local:
             parts=items.parts,
             training_state=tuple(items.training_state),
             files=data,
-            left_out=left_out,
+            left_out=agreed.union.left_out,
             slot=slot,
             writers=writers,
             plans=plans,
@@ -110,17 +104,17 @@ class Local:
 
 def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
     """What room the share of this rank will probably need; none where that is known late. **Rank-local**."""
-    if any(holding.entry.form.is_in_unit for _, holding in inventory.union.kept()):
+    if any(holding.entry.form.is_in_unit for holding in inventory.union.kept.values()):
         return {}  # of all parameters in a unit of FSDP1 this rank has the same flat one
     writers, held, rank = spread_over_holders(inventory.union), inventory.look(), inventory.ranks.rank
     rooms: dict[str, Like] = {}
-    for name, holding in inventory.union.kept():
+    for name, holding in inventory.union.kept.items():
         value = held.values.get(name)
         if value is None or holding.entry.first or holding.entry.form.is_packed:
             continue
         if has_shards(value) or writers.get(name, holding.owner) == rank:
             local = local_of(value)
-            rooms["/".join(name)] = Like(local.shape, local.dtype, local.device.type)
+            rooms[room_of(name)] = Like(local.shape, local.dtype, local.device.type)
     return rooms
 
 
@@ -138,13 +132,11 @@ def _losing(writers: Writers, ranks: Ranks, step: str) -> Iterator[None]:
 
 
 def _sorted_out(
-    found: Mapping[Name, Any], agreed: Agreed, items: Items, left_out: Collection[str], slot: Slot
+    found: Mapping[Name, Any], agreed: Agreed, items: Items, slot: Slot
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
     """For each part, the same on every rank, the tensors of what was found, and what is no weight."""
-    kept = dict(agreed.union.kept())
-    parts = {name.part for name in kept}
-    parts |= {part.name for part in items.parts if part.name not in left_out and not part.apart}
-    tensors: dict[str, dict[str, torch.Tensor]] = {part: {} for part in items.names if part in parts}
+    kept = agreed.union.kept
+    tensors: dict[str, dict[str, torch.Tensor]] = {part: {} for part in agreed.union.files_of(items)}
     data: dict[str, dict[str, Any]] = {part: {} for part in tensors}
     for name, value in found.items():
         if name.part not in tensors:
@@ -159,24 +151,26 @@ def _sorted_out(
 
 def _holds_units(agreed: Agreed, items: Items) -> bool:
     """Whether a rank has units of FSDP1, whose shards are made anew by each `state_dict()`, hooks and all."""
-    in_units = (holding.entry.form.is_in_unit for _, holding in agreed.union.kept())
+    in_units = (holding.entry.form.is_in_unit for holding in agreed.union.kept.values())
     return any(in_units) or any(map(is_of_units, items.training_state.values()))
 
 
-def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int], gone: set[Name]) -> dict[Name, Any]:
-    """What this rank writes: its shards, and of what ranks hold whole that of which it is the writer.
+def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]) -> tuple[dict[Name, Any], set[Name]]:
+    """What this rank writes: its shards, and of what ranks hold whole that of which it is the writer. **Collective**.
 
     What is no tensor goes to rank 0, which alone writes such. A tensor with several names is written under the first.
-    Hooks of state_dict() beside units of FSDP1, which it alone can call, may add names, and leave out others: `gone`.
+    Hooks of state_dict() beside units of FSDP1, which it alone can call, may add names, and leave out others: these are
+    returned too.
     """
-    ranks, kept = inventory.ranks, dict(agreed.union.kept())
+    ranks, items, kept, sources = inventory.ranks, inventory.items, agreed.union.kept, agreed.held.sources
+    of_units = unit_states(items, ranks, is_whole=False)
+    found: dict[Name, Any] = {name: value for name, value in of_units if ranks.is_main or has_shards(value)}
+    held = agreed.held.states
+    states = {each.path: sharded_state_dict(each) if each.holds_fsdp1 else held[each.path] for each in sources}
+    values, gone = _first_values(agreed, items, states)
     data = [(name, each) for name, each in kept.items() if each.owner != 0 and each.entry.form.role == "data"]
-    found: dict[Name, Any] = {}
-    added: dict[Name, Any] = {}
-    of_units = unit_states(inventory.items, ranks, is_whole=False)
-    found |= {name: value for name, value in of_units if ranks.is_main or has_shards(value)}
     with ForeignTransfer(ranks, data, {}) as elsewhere:
-        for name, value in _first_values(agreed, inventory.items, gone, added):
+        for name, value in values.items():
             holding = kept[name]
             if has_shards(value):
                 found[name] = value
@@ -186,23 +180,24 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
                 else:
                     is_tensor = isinstance(value, torch.Tensor)
                     found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
-    return {**found, **(added if ranks.is_main else {}), **elsewhere.received}
+    for source in sources if ranks.is_main else ():
+        if source.holds_fsdp1:
+            found |= added_by_hooks(source, states[source.path], agreed)
+    return {**found, **elsewhere.received}, gone
 
 
-def _first_values(agreed: Agreed, items: Items, gone: set[Name], added: dict[Name, Any]) -> Iterator[tuple[Name, Any]]:
-    """What of the kept this rank holds, each under its first name."""
-    kept, held = dict(agreed.union.kept()), agreed.held
+def _first_values(agreed: Agreed, items: Items, states: Mapping[str, StateDict]) -> tuple[dict[Name, Any], set[Name]]:
+    """What of the kept this rank holds, each under its first name, and what the `states` of its sources leave out."""
+    kept, held = agreed.union.kept, agreed.held
+    values, gone = dict[Name, Any](), set[Name]()
     for source in held.sources:
-        state = sharded_state_dict(source) if source.holds_fsdp1 else held.states[source.path]
+        state = states[source.path]
         inside = {part.name: source.path_of(part) for part in source.parts}
         for name in (each for each in kept if each.part in inside and each in held.entries):
             key = inside[name.part] + name.key
             if source.holds_fsdp1 and key not in state:
                 gone.add(name)
             elif not kept[name].entry.first:
-                yield name, state[key]
-        if source.holds_fsdp1:
-            added |= added_by_hooks(source, state, agreed)
-    for name in kept:
-        if name.part in items.training_state and name in held.values:
-            yield name, held.values[name]
+                values[name] = state[key]
+    of_states = (name for name in kept if name.part in items.training_state and name in held.values)
+    return values | {name: held.values[name] for name in of_states}, gone

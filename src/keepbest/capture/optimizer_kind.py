@@ -12,7 +12,9 @@ from keepbest.capture.fsdp1 import is_flattened
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_dtensor
 
-_HOW = ("foreach", "fused", "capturable", "differentiable", "maximize")  # torch adds such options from time to time
+HOW = ("foreach", "fused", "capturable", "differentiable")
+"""Options of how an optimizer computes here, not of what."""
+_ADDED_BY_TORCH = {*HOW, "maximize"}  # from time to time, so an older version may have saved none of these
 
 
 def kind_of(optimizer: Optimizer) -> str:
@@ -75,7 +77,7 @@ def fault_of_kind(optimizer: Optimizer, kinds: Iterable[object], groups: Iterabl
         return f"it was saved from {other!r}, and is to be loaded into {here!r}. Make an optimizer of the saved kind"
     if is_by_element(optimizer) and list(kinds):
         return None  # torch itself fills in the options that an older version had not
-    expected = getattr(unwrapped(optimizer), "defaults", {}).keys() - {*_HOW}  # a wrapper may have none
+    expected = getattr(unwrapped(optimizer), "defaults", {}).keys() - _ADDED_BY_TORCH  # a wrapper may have none
     lacking = sorted({key for group in groups for key in expected - group.keys()})
     if lacking:
         return (

@@ -16,14 +16,13 @@ from keepbest.capture.alike import is_split
 from keepbest.capture.contents import Kind, PartContents
 from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.capture.optimizer import ParameterNames, is_groups, parameter_of
-from keepbest.capture.optimizer_kind import fault_in_shards, fault_of_kind, is_by_element, kind_of, options_for
-from keepbest.capture.place import laid_out_like
+from keepbest.capture.optimizer_kind import HOW, fault_in_shards, fault_of_kind, is_by_element, kind_of, options_for
+from keepbest.capture.target_room import laid_out_like
+from keepbest.listing import listed
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.nested import leaves
 
 _STEP = "step"  # torch keeps it as a plain number of its own, also where the parameter is sharded
-_HOW = ("foreach", "fused", "capturable", "differentiable")  # options of how it computes here, not of what
-_LISTED = 4
 _PARAMS = "params"
 
 
@@ -65,35 +64,12 @@ class OptimizerTarget:
             ConfigError: If the optimizer has a parameter that is not in the model.
         """
         stored = [each for key, each in data.items() if is_groups(key)]
-        if not stored:
-            self.faults.append("it was not saved from an optimizer")
-            return
-        if any(map(is_lazy, self.names.parameters.values())):
-            self.faults.append(
-                "the model has parameters that are not initialized yet, and the state is compared with them. Load the "
-                "weights first, without training_state, and then once more with it"
-            )
-            return
-        groups = _united([each["param_groups"] for each in stored])
-        kinds = [each["kind"] for each in stored if "kind" in each]
-        if (fault := fault_of_kind(self.optimizer, kinds, groups) or fault_in_shards(self.optimizer)) is not None:
+        groups = _united(each["param_groups"] for each in stored)
+        if (fault := self._fault(stored, groups)) is not None:
             self.faults.append(fault)
-            return
-        is_flat = is_of_units(self.optimizer)
-        if kind_of(self.optimizer) == "Adafactor" and any(is_flat != each.get("is_flat", False) for each in stored):
-            self.faults.append(
-                "Adafactor has other state where FSDP1 makes parameters flat: load it into FSDP1 where it was saved "
-                "from FSDP1, and nowhere else"
-            )
             return
         self.lacks = sorted({name for group in groups for name in group[_PARAMS] if self.names.first(name) is None})
         present = self.names.of_groups(self.optimizer)
-        if kind_of(self.optimizer) == "LBFGS" and not any(self._has_order(present, each) for each in stored):
-            self.faults.append(
-                "the state of LBFGS belongs to all parameters together, in their order. Make the optimizer of the "
-                "parameters that were saved with it, in the same order"
-            )
-            return
         self._match(groups, present)
         self._take_beside(present, stored)
         for each in stored:
@@ -107,6 +83,32 @@ class OptimizerTarget:
             if not is_groups(key):
                 for name in contents.names[key]:
                     self._place(name, kind)
+
+    def _fault(self, stored: list[Mapping[str, Any]], groups: list[dict[str, Any]]) -> str | None:
+        """Why nothing of what was saved can be taken, if so."""
+        if not stored:
+            return "it was not saved from an optimizer"
+        if any(map(is_lazy, self.names.parameters.values())):
+            return (
+                "the model has parameters that are not initialized yet, and the state is compared with them. Load the "
+                "weights first, without training_state, and then once more with it"
+            )
+        kinds = [each["kind"] for each in stored if "kind" in each]
+        if (fault := fault_of_kind(self.optimizer, kinds, groups) or fault_in_shards(self.optimizer)) is not None:
+            return fault
+        kind, is_flat = kind_of(self.optimizer), is_of_units(self.optimizer)
+        if kind == "Adafactor" and any(is_flat != each.get("is_flat", False) for each in stored):
+            return (
+                "Adafactor has other state where FSDP1 makes parameters flat: load it into FSDP1 where it was saved "
+                "from FSDP1, and nowhere else"
+            )
+        present = self.names.of_groups(self.optimizer)
+        if kind == "LBFGS" and not any(self._has_order(present, each) for each in stored):
+            return (
+                "the state of LBFGS belongs to all parameters together, in their order. Make the optimizer of the "
+                "parameters that were saved with it, in the same order"
+            )
+        return None
 
     def several(self, contents: PartContents) -> list[list[str]]:
         """Keys of stored tensors that are for one place, since their parameters are tied here and were not before."""
@@ -160,7 +162,7 @@ class OptimizerTarget:
         self.beside = found[0] if found else {}
         if any(not _is_same(each, self.beside) for each in found):
             names = sorted({str(key) for each in found for key in each})
-            self.faults.append(f"{_listed(names)} of its state dict was saved with different values by several ranks")
+            self.faults.append(f"{listed(names)} of its state dict was saved with different values by several ranks")
 
     def _match(self, stored: list[dict[str, Any]], present: list[list[str]]) -> None:
         """Find for each group what was saved of it. What this rank's model has not is that of other ranks."""
@@ -173,7 +175,7 @@ class OptimizerTarget:
             if same := free.get(frozenset(names)):
                 found = same.pop()
                 own = self.optimizer.param_groups[number]
-                how = {key: own[key] for key in _HOW if key in own}
+                how = {key: own[key] for key in HOW if key in own}
                 self.groups.append({**options_for(own, left[found][0]), **how, _PARAMS: names})
             elif names:
                 self._explain(number, names, where)
@@ -182,15 +184,15 @@ class OptimizerTarget:
         if spare := sorted({name for inside, numbers in free.items() if numbers for name in inside}):
             inside_now = {name for names in present for name in names}
             if gone := [name for name in spare if name not in inside_now]:
-                self.faults.append(f"it was saved with {_listed(gone)}, which the optimizer does not have")
+                self.faults.append(f"it was saved with {listed(gone)}, which the optimizer does not have")
 
     def _explain(self, number: int, names: list[str], where: Mapping[str, int]) -> None:
         if new := [name for name in names if name not in where]:
-            self.faults.append(f"group {number} has {_listed(new)}, which were not saved with it")
+            self.faults.append(f"group {number} has {listed(new)}, which were not saved with it")
         else:
             places = sorted({where[name] for name in names})
             self.faults.append(
-                f"group {number} has {_listed(names)}, which were saved in group "
+                f"group {number} has {listed(names)}, which were saved in group "
                 f"{' and '.join(map(str, places))}, together with others or apart from each other"
             )
 
@@ -279,8 +281,3 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return paths == [path for path, _ in theirs] and all(
         _equal(each, other_each) for (_, each), (_, other_each) in zip(mine, theirs, strict=True)
     )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown

@@ -27,7 +27,7 @@ Plans = dict[str, SavePlan]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who writes what of weights that lie among the ranks in one way. It stays as long as they do.
+    """Which rank writes what of weights that are laid out in one way. It stays as long as they do.
 
     Attributes:
         union: What the ranks agreed to hold.
@@ -117,7 +117,7 @@ def plan_layout(
             return {part: planner.create_local_plan() for part, planner in planners.items()}
 
     use_up_warning_of_the_writer()
-    with quiet(), torch.device("cpu"):  # torch reckons with tensors, of which any could be on the user's default device
+    with quiet(), torch.device("cpu"):  # torch computes with tensors, which would be on the user's default device
         own = ranks.agree(step, plan_own)
         everybodys = _gathered(own, ranks)
         planned = ranks.agree(step, lambda: _plan_whole(planners, everybodys) if ranks.is_main else None)

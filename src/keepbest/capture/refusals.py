@@ -7,15 +7,14 @@ from collections.abc import Container, Iterable
 from types import NoneType
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from keepbest.capture.catalogue import Form, Held, Name
-from keepbest.capture.fsdp1 import is_flattened
+from keepbest.capture.catalogue import Form, Held
+from keepbest.capture.fsdp1 import is_flattened, other_ranks_of_units
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
-from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fake, is_fsdp1, kind_of_new, lacks_memory
+from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fake, kind_of_new, lacks_memory
 from keepbest.modules.nested import leaves, spelled
 from keepbest.ranks import Ranks
 
@@ -28,18 +27,15 @@ _WITHOUT_VALUES = {getattr(torch, f"{kind}{bits}", None) for kind in ("int", "ui
 _LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
-def refuse_what_cannot_be_kept(
-    held: Held, names: Iterable[Name], form: Format, ranks: Ranks, states: Container[str] = ()
-) -> None:
-    """Check that what this rank holds under `names` can be kept in a format, and loaded again.
+def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: Container[str]) -> None:
+    """Check that what this rank holds can be kept in a format, and loaded again. `states` names the training states.
 
     Raises:
         ConfigError: If not. It names the entry and the way out.
     """
     refuse_mode()
     gathered = set[tuple[object, ...]]()  # meshes and placements that are gathered right: thousands have the same
-    for name in names:
-        entry = held.entries[name]
+    for name, entry in held.entries.items():
         if entry.form.is_frozen:
             continue  # it is not saved
         fault = (
@@ -57,7 +53,11 @@ def refuse_what_cannot_be_kept(
             raise ConfigError(f"{path or 'model'!r} {_IN_A_UNIT_AROUND}")
     if form.capture == "local":
         for source in held.sources:
-            _refuse_partly_sharded(source.module, ranks)
+            if (members := other_ranks_of_units(source.module, ranks.members)) is not None:
+                raise ConfigError(
+                    f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
+                    "use format 'torch' or 'safetensors', or FSDP2"
+                )
 
 
 def refuse_mode() -> None:
@@ -151,17 +151,6 @@ def _gathered_wrongly(value: object, known: set[tuple[object, ...]]) -> str | No
                 "ranks, not of the mesh. Make the mesh of ascending ranks, or use format 'dcp'"
             )
     return None
-
-
-def _refuse_partly_sharded(module: nn.Module, ranks: Ranks) -> None:
-    for unit in module.modules():
-        if is_fsdp1(unit) and isinstance(unit.process_group, dist.ProcessGroup):
-            members = dist.get_process_group_ranks(unit.process_group)
-            if members != ranks.members:
-                raise ConfigError(
-                    f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
-                    "use format 'torch' or 'safetensors', or FSDP2"
-                )
 
 
 def _is_emptied_by_fsdp1(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ def resized(
         versions: Recorded versions of the modules.
     """
     both = saved.keys() & present.keys()
-    differing = {key for key in both if _is_dense(saved[key], present[key]) and saved[key].shape != present[key].shape}
+    differing = {key for key in both if _are_dense(saved[key], present[key]) and saved[key].shape != present[key].shape}
     if not differing or source.holds_fsdp1:
         return set()
     inside, taken = source.path_of(part), set[str]()
@@ -46,14 +46,14 @@ def resized(
         prefix = f"{path}." if path else ""
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         keys = {name: key for name, _ in own if (key := source.key_in(part, prefix + name)) is not None}
-        kinds = {name: saved[key] for name, key in keys.items() if key in both and _is_dense(saved[key], present[key])}
+        kinds = {name: saved[key] for name, key in keys.items() if key in both and _are_dense(saved[key], present[key])}
         mine = {name: keys[name] for name in kinds if keys[name] in differing}
         if mine and _takes(module, kinds, then.get(path)):
             taken.update(mine.values())
     return taken
 
 
-def _is_dense(saved: Kind, present: object) -> bool:
+def _are_dense(saved: Kind, present: object) -> bool:
     """Whether both are dense tensors with a shape, that no other rank has a part of."""
     is_plain = is_dense(present) and not has_shards(present) and not is_lazy(present)
     return saved.dtype is not None and not saved.form and is_plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ from keepbest.modules.sources import Source, StateDict, list_sources, plain_stat
 from keepbest.modules.state_dicts import load_state, loading_module
 from keepbest.modules.wrappers import PlainNames, modules_along, walk
 from keepbest.ranks import Ranks
-from keepbest.run.manifest import Manifest
 
 
 class Restored(NamedTuple):
@@ -42,12 +41,6 @@ class Restored(NamedTuple):
     keys: tuple[str, ...]
     left_alone: tuple[str, ...]
     unused: tuple[str, ...]
-
-
-class Restore(Protocol):
-    """Loads a snapshot into a model. **Collective**."""
-
-    def __call__(self, model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored: ...
 
 
 def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored:
@@ -69,12 +62,12 @@ def restore_gathered(model: nn.Module, stored: Stored, ranks: Ranks, step: str) 
         RankFailedError: If a model itself refuses the weights on a rank, a rank is lost, or a file is while it is read.
             Parts may be loaded then.
     """
-    return _restore(model, stored, FromMain(stored, ranks, step), ranks)
+    return _restore(model, FromMain(stored, ranks, step))
 
 
 def restore_local(model: nn.Module, stored: Stored, ranks: Ranks, step: str) -> Restored:
     """Read on each rank the shards that it holds. **Collective**. As `restore_gathered`, but found by every rank."""
-    return _restore(model, stored, FromFiles(stored, ranks, step), ranks)
+    return _restore(model, FromFiles(stored, ranks, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +106,35 @@ class _Target:
         return names
 
 
-def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Restored:
-    read, selection = feed.contents(), stored.selection
+def _restore(model: nn.Module, feed: Feed) -> Restored:
+    read, stored, selection = feed.contents(), feed.stored, feed.stored.selection
     unread = unread_parts(stored.manifest, selection)
     everything = [each for each in read if each.part.name not in stored.training_state]
     names = {whole_key(each.part, key) for each in everything for key in each.names_to_keys}
     selection.check([*names, *(part.path for part in unread if part.path)])
     # A part that is empty is compared too, unless others were asked for.
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
-    target = _find(model, [each.part for each in chosen], feed, ranks)
-    _compare(target, chosen, stored.manifest, feed, ranks, selection)
-    beside = StatesToLoad(model, stored.training_state, read, feed, ranks)
+    target = _find(model, [each.part for each in chosen], feed)
+    _compare(target, chosen, feed)
+    beside = StatesToLoad(model, read, feed)
     beside.compare()
+    keys_loaded = _load_parts(target, chosen, feed)
+    try:
+        beside.load()
+    except SnapshotError as error:
+        raise _partly_loaded(error) from error
+    saved = names | {part.name for part in unread}
+    return Restored(
+        parts=tuple(each.part.name for each in chosen),
+        keys=tuple(sorted(keys_loaded)),
+        left_alone=tuple(sorted(target.names() - keys_loaded)),
+        unused=tuple(sorted(saved - keys_loaded)),
+    )
+
+
+def _load_parts(target: _Target, chosen: Sequence[PartContents], feed: Feed) -> set[str]:
+    """Bring and load one part after the other, and return the names in the model of what was loaded. **Collective**."""
+    selection = feed.stored.selection
     loaded: dict[str, StateDict] = {source.path: {} for source in target.sources}
     for each in chosen:
         wanted = _wanted(each, selection)
@@ -139,22 +149,11 @@ def _restore(model: nn.Module, stored: Stored, feed: Feed, ranks: Ranks) -> Rest
             if each.part in source.parts:
                 loaded[source.path].update((source.path_of(each.part) + key, value) for key, value in brought.items())
         complete = [source for source in target.sources if source.parts[-1] == each.part]
-        _load(complete, loaded, target, stored.manifest.versions, feed, ranks)
+        _load(complete, loaded, target, feed)
         for source in complete:  # the next ones need the memory; the names alone are reported
             loaded[source.path] = dict.fromkeys(loaded[source.path])
             target.state[source.path] = dict.fromkeys(target.state[source.path])
-    try:
-        beside.load()
-    except SnapshotError as error:
-        raise _partly_loaded(error) from error
-    keys_loaded = {whole_key(source, key) for source in target.sources for key in loaded[source.path]}
-    saved = names | {part.name for part in unread}
-    return Restored(
-        parts=tuple(each.part.name for each in chosen),
-        keys=tuple(sorted(keys_loaded)),
-        left_alone=tuple(sorted(target.names() - keys_loaded)),
-        unused=tuple(sorted(saved - keys_loaded)),
-    )
+    return {whole_key(source, key) for source in target.sources for key in loaded[source.path]}
 
 
 def _partly_loaded(error: SnapshotError) -> PartlyLoadedError:
@@ -166,7 +165,7 @@ def _wanted(contents: PartContents, selection: Selection) -> set[str]:
     return {key for key in contents.names_to_keys if selection.holds(whole_key(contents.part, key))}
 
 
-def _find(model: nn.Module, parts: Sequence[Part], feed: Feed, ranks: Ranks) -> _Target:
+def _find(model: nn.Module, parts: Sequence[Part], feed: Feed) -> _Target:
     """Those of `parts` that the model of this rank has, and what they hold."""
     step = "find the saved parts in the model"
 
@@ -178,24 +177,18 @@ def _find(model: nn.Module, parts: Sequence[Part], feed: Feed, ranks: Ranks) -> 
                 state_beside(source)  # what fails in the modules themselves must not fail below, among collectives
         return sources, {source.path: plain_state_dict(source) for source in sources if not source.holds_fsdp1}
 
-    sources, state = ranks.agree(step, find)
+    sources, state = feed.ranks.agree(step, find)
     try:
         # Only torch knows the names and shapes of what lies in the flat parameters of FSDP1.
         state |= {source.path: feed.layout(source) for source in sources if source.holds_fsdp1}
     except BaseException as error:  # noqa: BLE001  # lose raises
-        ranks.lose(step, error)
+        feed.ranks.lose(step, error)
     return _Target(model, sources, state)
 
 
-def _compare(
-    target: _Target,
-    contents: Sequence[PartContents],
-    manifest: Manifest,
-    feed: Feed,
-    ranks: Ranks,
-    selection: Selection,
-) -> None:
-    """Check that everything fits on all ranks, before anything is loaded."""
+def _compare(target: _Target, contents: Sequence[PartContents], feed: Feed) -> None:
+    """Check that everything fits on all ranks, before anything is loaded. **Collective**."""
+    manifest, selection = feed.stored.manifest, feed.stored.selection
 
     def compare() -> list[Any]:
         here = {part for source in target.sources for part in source.parts}
@@ -210,13 +203,11 @@ def _compare(
             comparison.add(each, saved, present, may_lack, resizable)
         return comparison.to_json()
 
-    found = ranks.gather_json("compare the saved weights with the model", compare)
+    found = feed.ranks.gather_json("compare the saved weights with the model", compare)
     comparisons = [Comparison.from_json(each) for each in found]
     parts = [each.part for each in contents]
     refuse_misfits(parts, comparisons)
-    _refuse_different_values(
-        {places for comparison in comparisons for places in map(tuple, comparison.tied)}, contents, feed
-    )
+    _refuse_different_values({places for comparison in comparisons for places in comparison.tied}, contents, feed)
     if casts := sorted({cast for comparison in comparisons for cast in comparison.casts}):
         refuse_losses(feed.losses(casts), parts)
 
@@ -246,30 +237,23 @@ def _refuse_different_values(
         )
 
 
-def _load(
-    sources: Sequence[Source],
-    loaded: Mapping[str, StateDict],
-    target: _Target,
-    versions: RecordedVersions,
-    feed: Feed,
-    ranks: Ranks,
-) -> None:
+def _load(sources: Sequence[Source], loaded: Mapping[str, StateDict], target: _Target, feed: Feed) -> None:
     """Load sources of which everything was brought. **Collective**, also where there is none on this rank."""
-    step = "load the weights"
+    step, versions = "load the weights", feed.stored.manifest.versions
     try:
         for source in sources:
             if source.holds_fsdp1:
                 with feed.loading(source.module):
                     _load_source(source, loaded[source.path], {}, versions)
     except BaseException as error:  # noqa: BLE001  # lose raises
-        ranks.lose(step, error)
+        feed.ranks.lose(step, error)
 
     def load_others() -> None:
         for source in sources:
             if not source.holds_fsdp1:
                 _load_source(source, loaded[source.path], target.state[source.path], versions)
 
-    ranks.agree(step, load_others)
+    feed.ranks.agree(step, load_others)
 
 
 def _load_source(source: Source, loaded: StateDict, present: StateDict, versions: RecordedVersions) -> None:

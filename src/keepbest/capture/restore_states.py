@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ from keepbest.capture.per_rank import PerRank, is_of_a_rank, key_of_rank
 from keepbest.capture.schedule_kind import fault_of_schedule
 from keepbest.capture.states import KIND, WHOLE, Stateful
 from keepbest.errors import SnapshotError
-from keepbest.ranks import Ranks
+from keepbest.listing import listed
 
 _logger = logging.getLogger(__name__)
 
@@ -34,23 +35,20 @@ class _Found:
         thing: Object of this rank.
         contents: What the snapshot has of it.
         data: What of that is no tensor of an optimizer, by its key.
-        target: What an optimizer takes of it; `None` for all else.
+        target: What an optimizer takes of it, once it was compared; `None` for all else.
     """
 
     thing: Stateful
     contents: PartContents
     data: Mapping[str, Any]
-    target: OptimizerTarget | None
+    target: OptimizerTarget | None = None
 
-    def faults(self, rank: int) -> list[str]:
-        """What does not fit this rank."""
-        if self.target is not None:
-            return self.target.faults
-        expected = key_of_rank(rank) if isinstance(self.thing, PerRank) else WHOLE
+    def faults(self) -> list[str]:
+        """What does not fit an object that is no optimizer."""
         fault = fault_of_schedule(self.thing, self.data.get(KIND), self.data.get(WHOLE))
         if fault is not None:
             return [fault]
-        if expected in self.data or (isinstance(self.thing, PerRank) and any(map(is_of_a_rank, self.data))):
+        if any(map(is_of_a_rank, self.data)) if isinstance(self.thing, PerRank) else WHOLE in self.data:
             return []
         if any(map(is_groups, self.data)):
             return ["it was saved from an optimizer"]
@@ -63,22 +61,14 @@ class StatesToLoad:
 
     Args:
         model: Model whose parameters the optimizers have.
-        things: Objects that take them, by name; the same names on every rank.
-        contents: What the snapshot has of each of them.
-        feed: Where values come from.
-        ranks: Ranks of the model.
+        contents: What the snapshot has of all that is read.
+        feed: Where values come from, and the objects that take them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        things: Mapping[str, Stateful],
-        contents: Sequence[PartContents],
-        feed: Feed,
-        ranks: Ranks,
-    ) -> None:
-        self._model, self._things, self._feed, self._ranks = model, things, feed, ranks
-        self._contents = [each for each in contents if each.part.name in things]
+    def __init__(self, model: nn.Module, contents: Sequence[PartContents], feed: Feed) -> None:
+        self._model, self._feed, self._ranks = model, feed, feed.ranks
+        self._things = feed.stored.training_state
+        self._contents = [each for each in contents if each.part.name in self._things]
         self._found: dict[str, _Found] = {}
 
     def compare(self) -> None:
@@ -93,16 +83,20 @@ class StatesToLoad:
             is_of_optimizer = any(map(is_groups, each.kinds))
             keys = [key for key, kind in each.kinds.items() if kind.dtype is None or not is_of_optimizer]
             data = self._feed.bring(each, keys, dict.fromkeys(keys))
-            self._found[each.part.name] = _Found(self._things[each.part.name], each, data, None)
+            self._found[each.part.name] = _Found(self._things[each.part.name], each, data)
         if not self._found:
             return
         found = self._ranks.gather_json("compare the training state with what was saved", self._compare)
-        faults = {name: [fault for each in found for fault in each[name][0]] for name in self._found}
+        wrong: list[str] = []
         for name in self._found:
-            lacks = set.intersection(*(set(each[name][1]) for each in found))
-            faults[name] += [f"it was saved with {', '.join(sorted(lacks)[:4])}, which no model has"] if lacks else []
-            faults[name] += self._differing(name, sorted({tuple(keys) for each in found for keys in each[name][2]}))
-        if wrong := [f"{name!r}: {'; '.join(dict.fromkeys(each))}" for name, each in faults.items() if each]:
+            faults, lacks, several = zip(*(each[name] for each in found), strict=True)  # each by rank
+            messages: list[str] = [*chain.from_iterable(faults)]
+            if nowhere := sorted(set.intersection(*map(set, lacks))):
+                messages.append(f"it was saved with {listed(nowhere)}, which no model has")
+            messages += self._differing(name, sorted({tuple(keys) for each in several for keys in each}))
+            if messages:
+                wrong.append(f"{name!r}: {'; '.join(dict.fromkeys(messages))}")
+        if wrong:
             raise SnapshotError(f"the training state does not fit: {'. '.join(wrong)}. Nothing was loaded")
 
     def load(self) -> None:
@@ -132,17 +126,19 @@ class StatesToLoad:
         found = unit_state_to_load(self._model, target.optimizer, state, target.groups, self._ranks)
         return {**copy.deepcopy(target.beside), **found}
 
-    def _compare(self) -> dict[str, Any]:
-        names = ParameterNames(self._model) if self._has_optimizer() else None
-        compared: dict[str, Any] = {}
+    def _compare(self) -> dict[str, tuple[list[str], list[str], list[list[str]]]]:
+        """For each state what does not fit, the parameters that are lacking, and keys of tensors for one place."""
+        has_optimizer = any(isinstance(found.thing, Optimizer) for found in self._found.values())
+        names = ParameterNames(self._model) if has_optimizer else None
+        compared: dict[str, tuple[list[str], list[str], list[list[str]]]] = {}
         for name, found in self._found.items():
             if isinstance(found.thing, Optimizer) and names is not None:
                 target = OptimizerTarget(found.thing, names)
                 target.compare(found.contents, found.data)
-                self._found[name] = _Found(found.thing, found.contents, found.data, target)
+                self._found[name] = replace(found, target=target)
                 compared[name] = target.faults, target.lacks, target.several(found.contents)
             else:
-                compared[name] = found.faults(self._ranks.rank), [], []
+                compared[name] = found.faults(), [], []
         return compared
 
     def _differing(self, name: str, several: Sequence[tuple[str, ...]]) -> list[str]:
@@ -158,9 +154,6 @@ class StatesToLoad:
             "tied here: untie it"
             for number in differing
         ]
-
-    def _has_optimizer(self) -> bool:
-        return any(isinstance(found.thing, Optimizer) for found in self._found.values())
 
     def _load(self, name: str, found: _Found, brought: Mapping[str, Any]) -> None:
         if found.target is not None:

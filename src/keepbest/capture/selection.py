@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from keepbest.errors import ConfigError
-from keepbest.modules.parts import Part
+from keepbest.listing import listed
+from keepbest.modules.parts import MOST_NAMES, Part
 from keepbest.run.manifest import Manifest
-
-_LISTED_NAMES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,9 @@ class Selection:
         there = {".".join(words[: end + 1]) for words in (key.split(".") for key in keys) for end in range(len(words))}
         if strange := [path for path in self.paths or () if path not in there]:
             known = sorted(there, key=lambda path: (path.count("."), path))
-            shown = ", ".join(known[:_LISTED_NAMES]) + (", ..." if len(known) > _LISTED_NAMES else "")
-            raise ConfigError(f"only: the snapshot has nothing at {strange[0]!r}; there are: {shown}")
+            raise ConfigError(
+                f"only: the snapshot has nothing at {strange[0]!r}; there are: {listed(known, most=MOST_NAMES)}"
+            )
 
 
 def chosen_parts(manifest: Manifest, selection: Selection) -> tuple[Part, ...]:

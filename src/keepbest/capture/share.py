@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -13,9 +14,6 @@ from keepbest.modules.parts import Part
 from keepbest.modules.sources import StateDict
 from keepbest.modules.state_dicts import Version
 from keepbest.staging.slot import Slot, Staging
-
-if TYPE_CHECKING:
-    from keepbest.capture.inventory import Inventory
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,24 @@ class Writers(Protocol):
 Receipts = Callable[[], list[Receipt]]
 
 
+@contextmanager
+def claiming(staging: Staging) -> Iterator[Callable[[], Slot]]:
+    """Function that claims a slot, the same one at each call. If the block fails it is given back. **Rank-local**."""
+    claimed: list[Slot] = []
+
+    def claim() -> Slot:
+        if not claimed:
+            claimed.append(staging.claim())
+        return claimed[0]
+
+    try:
+        yield claim
+    except BaseException:
+        for slot in claimed:
+            slot.release()  # else it would be waited for in vain
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What this rank writes of a snapshot.
@@ -84,9 +100,3 @@ class Share:
     plans: Mapping[str, Any] = field(default_factory=dict)
     training_state: tuple[str, ...] = ()
     versions: Mapping[str, Mapping[str, Version]] = field(default_factory=dict)
-
-
-class Capture(Protocol):
-    """Brings weights to where they are written from. **Collective**; opens no file."""
-
-    def __call__(self, inventory: Inventory, staging: Staging, step: str) -> Share: ...

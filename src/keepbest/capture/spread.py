@@ -18,8 +18,9 @@ def spread_over_holders(union: Union) -> Mapping[Name, int]:
     Parameters are equal on all ranks that hold them. So they are spread, such that each rank writes about as many
     bytes. What else there is may differ, and is that of its owner.
     """
-    writers = {name: holding.owner for name, holding in union.kept() if not holding.entry.form.spread}
-    equal = [(name, each) for name, each in union.kept() if name in writers and each.entry.form.role == "parameter"]
+    whole = {name: holding for name, holding in union.kept.items() if not holding.entry.form.spread}
+    writers = {name: holding.owner for name, holding in whole.items()}
+    equal = [(name, holding) for name, holding in whole.items() if holding.entry.form.role == "parameter"]
     load: Counter[int] = Counter()
     # The largest first, as it is hardest to place.
     for name, holding in sorted(equal, key=lambda found: _bytes_of(found[1].entry.form), reverse=True):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from keepbest.capture.catalogue import Entry, Form, Name
 from keepbest.capture.optimizer import is_groups
+from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
+from keepbest.listing import listed, listed_ranks
 from keepbest.modules.state_dicts import Version
 
-_LISTED = 6
 _WAYS_OUT = (
     "A snapshot has one tensor for each name, so it would hold the weights of one rank and lose the others. Weights "
     "that belong to a rank alone (experts, hand-made tensor parallelism) need names of their own, or have to be "
@@ -84,7 +86,10 @@ class Union:
         versions: Versions of modules that are recorded.
 
     Attributes:
-        versions: For each part these versions, by the path of the module in it.
+        holdings: As passed.
+        kept: Those of them that are saved.
+        left_out: For each part the keys that are not saved since they are frozen; parts without such are absent.
+        versions: For each part the versions, by the path of the module in it.
     """
 
     def __init__(
@@ -94,26 +99,17 @@ class Union:
         self.versions: dict[str, dict[str, Version]] = {}
         for name, version in versions.items():
             self.versions.setdefault(name.part, {})[name.key] = version
-        self._frozen_parts = {
-            part
-            for part in {name.part for name in holdings}
-            if any(each.entry.form.is_frozen for each in self._of(part))
-            and all(each.entry.form.is_frozen or each.entry.form.role == "buffer" for each in self._of(part))
-        }
-
-    def kept(self) -> Iterator[tuple[Name, Holding]]:
-        """What is saved."""
-        for name, holding in self.holdings.items():
-            if name.part not in self._frozen_parts and not holding.entry.form.is_frozen:
-                yield name, holding
-
-    def left_out(self, part: str) -> list[str]:
-        """Keys of a part that are not saved since they are frozen."""
-        return sorted(
-            name.key
-            for name, holding in self.holdings.items()
-            if name.part == part and (part in self._frozen_parts or holding.entry.form.is_frozen)
-        )
+        forms = [(name.part, holding.entry.form) for name, holding in holdings.items()]
+        # A part whose parameters are frozen is left out with its buffers, unless it has something else.
+        frozen = {part for part, form in forms if form.is_frozen}
+        frozen -= {part for part, form in forms if not form.is_frozen and form.role != "buffer"}
+        self.kept: dict[Name, Holding] = {}
+        self.left_out: dict[str, list[str]] = {}
+        for name, holding in holdings.items():
+            if name.part in frozen or holding.entry.form.is_frozen:
+                insort(self.left_out.setdefault(name.part, []), name.key)
+            else:
+                self.kept[name] = holding
 
     def apart(self, world_size: int) -> list[Name]:
         """The parameters that not every rank holds."""
@@ -123,8 +119,12 @@ class Union:
             if holding.entry.form.role == "parameter" and len(holding.holders) < world_size
         ]
 
-    def _of(self, part: str) -> list[Holding]:
-        return [holding for name, holding in self.holdings.items() if name.part == part]
+    def files_of(self, items: Items) -> list[str]:
+        """The parts and training states of `items` that have a file. A part that is frozen as a whole has none."""
+        written = {name.part for name in self.kept}
+        # What a composite has beside its submodels may be nothing. All else has a file, also where it has no weights.
+        written |= {part.name for part in items.parts if not (part.name in self.left_out or part.apart)}
+        return [name for name in items.names if name in written]
 
 
 def same_everywhere(report: Report, world_size: int) -> Union:
@@ -167,7 +167,7 @@ def _refuse_other_forms(reports: Sequence[Report], holders: Mapping[Name, Sequen
         for rank in ranks:
             forms.setdefault(reports[rank].entries[name].form, []).append(rank)
         if len(forms) > 1:
-            found = "; ".join(f"{form} on {listed(of)}" for form, of in forms.items())
+            found = "; ".join(f"{form} on {listed_ranks(of)}" for form, of in forms.items())
             if len({form._replace(is_frozen=False) for form in forms}) == 1:
                 raise ConfigError(
                     f"the ranks do not agree on whether {str(name)!r} is frozen, and save_frozen_weights is false: "
@@ -184,8 +184,8 @@ def _refuse_other_states(reports: Sequence[Report], holders: Mapping[Name, Seque
             among = {rank for each in ranks for rank in peers.get((name.part, each), ())}
             if lacking := sorted(among.difference(ranks)):
                 raise ConfigError(
-                    f"{str(name)!r} is on {listed(ranks)}, and not on {listed(lacking)}, whose optimizers have the "
-                    "same parameters. Step the optimizer on every rank alike"
+                    f"{str(name)!r} is on {listed_ranks(ranks)}, and not on {listed_ranks(lacking)}, whose optimizers "
+                    "have the same parameters. Step the optimizer on every rank alike"
                 )
 
 
@@ -202,16 +202,13 @@ def refuse_other_values(prints: Sequence[Mapping[Name, tuple[str, str]]], ways_o
     differing: dict[str, set[int]] = {}
     seen: dict[tuple[Name, str], tuple[str, int]] = {}
     for rank, each in enumerate(prints):
-        for name, (place, digest) in each.items():
-            known, first = seen.setdefault((name, place), (digest, rank))
+        for name, (piece, digest) in each.items():
+            known, first = seen.setdefault((name, piece), (digest, rank))
             if known != digest:
                 differing.setdefault(str(name), set()).update((first, rank))
     if differing:
-        names = list(differing)
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        ranks = listed(sorted(set().union(*differing.values())))
-        shown = f"{', '.join(names[:_LISTED])}{more}"
-        raise ConfigError(f"{ranks} hold different weights under the same name: {shown}. {ways_out}")
+        ranks = listed_ranks(sorted(set().union(*differing.values())))
+        raise ConfigError(f"{ranks} hold different weights under the same name: {listed(differing)}. {ways_out}")
 
 
 def refuse_other_parameters(before: Union, now: Union, world_size: int) -> None:
@@ -225,10 +222,9 @@ def refuse_other_parameters(before: Union, now: Union, world_size: int) -> None:
     """
     if before.apart(world_size) or not (apart := now.apart(world_size)):
         return
-    found = "; ".join(f"{str(name)!r} on {listed(now.holdings[name].holders)}" for name in apart[:_LISTED])
-    more = f" and {len(apart) - _LISTED} more" if len(apart) > _LISTED else ""
+    found = (f"{str(name)!r} on {listed_ranks(now.holdings[name].holders)}" for name in apart)
     raise ConfigError(
-        f"the ranks had the same parameters, and now some have others: {found}{more}. "
+        f"the ranks had the same parameters, and now some have others: {listed(found, separator='; ')}. "
         "Change the model on every rank alike, or start a keeper after the change"
     )
 
@@ -240,11 +236,10 @@ def changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> list[Nam
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
-def describe(names: Iterable[Name], before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> str:
-    """Changes in words, the first few of them."""
-    names = list(names)
-    lines = [f"{str(name)!r} {_change(before.get(name), now.get(name))}" for name in names[:_LISTED]]
-    return "; ".join([*lines, f"{len(names) - _LISTED} more"] if len(names) > _LISTED else lines)
+def describe_changes(before: Mapping[Name, Entry], now: Mapping[Name, Entry]) -> str:
+    """The `changes` in words, the first few of them; empty if there are none."""
+    lines = (f"{str(name)!r} {_change(before.get(name), now.get(name))}" for name in changes(before, now))
+    return listed(lines, separator="; ")
 
 
 def _change(before: Entry | None, now: Entry | None) -> str:
@@ -259,10 +254,4 @@ def _change(before: Entry | None, now: Entry | None) -> str:
 
 
 def _among(members: Sequence[int]) -> str:
-    return f" and shared out among {listed(members)}" if members else ""
-
-
-def listed(ranks: Sequence[int]) -> str:
-    """Ranks in words."""
-    shown = ", ".join(map(str, ranks[:_LISTED])) + (" and more" if len(ranks) > _LISTED else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f" and shared out among {listed_ranks(members)}" if members else ""

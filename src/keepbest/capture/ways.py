@@ -5,36 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from torch import nn
+
+from keepbest.capture.feed import Stored
 from keepbest.capture.gathered import gathered, rooms_to_gather
 from keepbest.capture.inventory import Inventory
-from keepbest.capture.restore import Restore, restore_gathered, restore_local
-from keepbest.capture.share import Capture
-from keepbest.staging.slot import Like
+from keepbest.capture.restore import Restored, restore_gathered, restore_local
+from keepbest.capture.share import Share
+from keepbest.ranks import Ranks
+from keepbest.staging.slot import Like, Staging
 
 
 class Way(NamedTuple):
     """How weights travel.
 
     Attributes:
-        capture: From the model to what each rank writes.
-        restore: The way back.
+        capture: From the model to what each rank writes. **Collective**; opens no file.
+        restore: The way back. **Collective**.
         rooms: What room the first snapshot will probably need on this rank, known before it. **Rank-local**.
-        is_spread: Whether every rank reads and writes files, rather than rank 0 alone.
+        is_local: Whether every rank reads and writes files, rather than rank 0 alone.
     """
 
-    capture: Capture
-    restore: Restore
+    capture: Callable[[Inventory, Staging, str], Share]
+    restore: Callable[[nn.Module, Stored, Ranks, str], Restored]
     rooms: Callable[[Inventory], Mapping[str, Like]]
-    is_spread: bool
+    is_local: bool
 
 
 def find_way(kind: Literal["gathered", "local"]) -> Way:
     """The way that a `Format` names in its `capture`, for one keeper: it may remember what was planned."""
     if kind == "gathered":
-        return Way(gathered, restore_gathered, rooms_to_gather, is_spread=False)
-    from keepbest.capture.local import (
-        Local,
-        rooms_of_share,
-    )  # torch's distributed checkpoints take half a second to import
+        return Way(gathered, restore_gathered, rooms_to_gather, is_local=False)
+    # torch's distributed checkpoints take half a second to import.
+    from keepbest.capture.local import Local, rooms_of_share
 
-    return Way(Local().capture, restore_local, rooms_of_share, is_spread=True)
+    return Way(Local().capture, restore_local, rooms_of_share, is_local=True)

@@ -23,7 +23,6 @@ class WholePlan:
         rooms: Key of each room, and what it is wanted for.
         copied: Each tensor that is copied, and the key of its room.
         files: For each part its keys, and the room of each.
-        left_out: For each part the keys that are left out because they are frozen.
         is_simple: Whether rank 0 holds all of it whole, so that nothing travels among the ranks, and all of it is dense
             tensors of the model.
     """
@@ -32,34 +31,25 @@ class WholePlan:
     rooms: Mapping[str, Like]
     copied: Sequence[tuple[Name, str]]
     files: Mapping[str, tuple[Sequence[str], Sequence[str]]]
-    left_out: Mapping[str, Sequence[str]]
     is_simple: bool
 
     @classmethod
     def of(cls, union: Union, items: Items) -> WholePlan:
         """The plan for `items`."""
-        kept = dict(union.kept())
         rooms = {
             room_of(name): like(holding)
-            for name, holding in kept.items()
+            for name, holding in union.kept.items()
             if not holding.entry.form.is_packed and not holding.entry.first
         }
-        left_out = {part.name: keys for part in items.parts if (keys := union.left_out(part.name))}
-        files: dict[str, dict[str, str]] = {}
-        for name, holding in kept.items():
-            first = Name(name.part, holding.entry.first or name.key)
-            files.setdefault(name.part, {})[name.key] = room_of(first)
-        # A flat FSDP1 parameter around submodels may, or may not, hold weights of the composite itself.
-        for part in items.parts:
-            if part.name not in files and not (part.name in left_out or part.apart):
-                files[part.name] = {}
+        files: dict[str, dict[str, str]] = {part: {} for part in union.files_of(items)}
+        for name, holding in union.kept.items():
+            files[name.part][name.key] = room_of(Name(name.part, holding.entry.first or name.key))
         return cls(
             union,
             rooms,
-            [(name, room_of(name)) for name, holding in kept.items() if not holding.entry.first],
-            {part: (list(files[part]), list(files[part].values())) for part in items.names if part in files},
-            left_out,
-            is_simple=not items.training_state and all(map(_is_simple, kept.values())),
+            [(name, room_of(name)) for name, holding in union.kept.items() if not holding.entry.first],
+            {part: (list(each), list(each.values())) for part, each in files.items()},
+            is_simple=not items.training_state and all(map(_is_simple, union.kept.values())),
         )
 
     def files_in(self, rooms: Mapping[str, torch.Tensor]) -> Mapping[str, StateDict]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from keepbest.errors import ConfigError
+from keepbest.listing import listed
 from keepbest.models import CompositeModel
 from keepbest.modules.wrappers import modules_along, refuse_keys_that_fall_together, unwrap, walk
 
-_LISTED_NAMES = 40
+MOST_NAMES = 40
+"""So many names an error lists where somebody has written one that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +86,4 @@ def _known_names(model: nn.Module) -> str:
         names = list(plain.submodels)
     else:
         names = sorted({path for path, _ in walk(model) if path}, key=lambda path: (path.count("."), path))
-    shown = ", ".join(names[:_LISTED_NAMES]) or "none"
-    return shown if len(names) <= _LISTED_NAMES else f"{shown}, and {len(names) - _LISTED_NAMES} more"
+    return listed(names, most=MOST_NAMES) or "none"

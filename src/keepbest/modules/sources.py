@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from keepbest.errors import SnapshotError
+from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_fsdp1, is_fsdp2
 from keepbest.modules.parts import Part
 from keepbest.modules.state_dicts import state_dict_of
@@ -30,19 +30,45 @@ class Source:
         module: Module as it is wrapped.
         parts: Parts that are in it.
         names: Plain names of its weights.
-        is_frozen: Function that tests whether a plain key is a parameter that does not require grad.
+        save_frozen_weights: Whether parameters that do not require grad are saved.
     """
 
     path: str
     module: nn.Module
     parts: list[Part]
     names: PlainNames
-    is_frozen: Callable[[str], bool]
+    save_frozen_weights: bool
 
     @cached_property
     def holds_fsdp1(self) -> bool:
         """Whether a module in it is wrapped by FSDP1."""
         return any(is_fsdp1(module) for module in self.module.modules())
+
+    @cached_property
+    def requires_grad(self) -> dict[str, bool]:
+        """Whether each parameter requires grad, by its plain key, at the moment of the first call."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        return {self.names.plain(key): parameter.requires_grad for key, parameter in parameters}
+
+    def is_frozen(self, key: str) -> bool:
+        """Whether a plain key is one of a parameter that is left out, since it does not require grad."""
+        if self.save_frozen_weights:
+            return False
+        if key in self.requires_grad:
+            return not self.requires_grad[key]
+        # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
+        around = [path for path in self._flat_parameters if key.startswith(path)]
+        return bool(around) and key not in self._buffers and not self._flat_parameters[max(around, key=len)]
+
+    @cached_property
+    def _flat_parameters(self) -> dict[str, bool]:
+        """Whether each flat parameter requires grad, by the prefix of the plain keys in its unit."""
+        flat = {name: grad for name, grad in self.requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
+        return {name.removesuffix(_FLAT): grad for name, grad in flat.items()}
+
+    @cached_property
+    def _buffers(self) -> set[str]:
+        return {self.names.plain(key) for key, _ in self.module.named_buffers(remove_duplicate=False)}
 
     def path_of(self, part: Part) -> str:
         """Return the prefix of the keys of `part` in this module: empty, or a path that ends with a dot."""
@@ -74,20 +100,21 @@ def list_sources(model: nn.Module, parts: Sequence[Part], *, save_frozen_weights
     """Return the sources that contain `parts` of `model`, in the order of the parts. FSDP2 has its shards in it then.
 
     Raises:
-        SnapshotError: If a part is not, or no longer, in the model.
+        ConfigError: If a part is no longer in the model.
     """
     shard_again(model)
     sources: dict[str, Source] = {}
     for part in parts:
         along = modules_along(model, part.path)
         if along is None:
-            raise SnapshotError(f"the snapshot is not of this model: there is no submodel {part.path!r} in it")
+            raise ConfigError(
+                f"the model has no submodel {part.path!r} any more, which is to be saved. Put it back, or make a "
+                "keeper of what the model has now"
+            )
         # The weights of a module inside an FSDP1 unit are in the flat parameter of that unit. Only its root has them.
         path, module = next((entry for entry in along if is_fsdp1(entry[1])), along[-1])
         if path not in sources:
-            names = PlainNames(module)
-            test = (lambda _: False) if save_frozen_weights else _frozen_test(module, names)
-            sources[path] = Source(path, module, [], names, test)
+            sources[path] = Source(path, module, [], PlainNames(module), save_frozen_weights)
         sources[path].parts.append(part)
     return list(sources.values())
 
@@ -99,21 +126,3 @@ def plain_state_dict(source: Source) -> StateDict:
         SnapshotError: If two keys have the same plain key.
     """
     return source.names.plain_state(state_dict_of(source.module, keep_vars=True))
-
-
-def _frozen_test(module: nn.Module, names: PlainNames) -> Callable[[str], bool]:
-    """Return a test of whether the parameter with a plain key does not require grad at this moment."""
-    requires_grad = {
-        names.plain(key): parameter.requires_grad for key, parameter in module.named_parameters(remove_duplicate=False)
-    }
-    # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
-    units = {name[: -len(_FLAT)]: grad for name, grad in requires_grad.items() if f".{name}".endswith(f".{_FLAT}")}
-    buffers = {names.plain(key) for key, _ in module.named_buffers(remove_duplicate=False)}
-
-    def is_frozen(key: str) -> bool:
-        if key in requires_grad:
-            return not requires_grad[key]
-        around = [path for path in units if key.startswith(path)]
-        return bool(around) and key not in buffers and not units[max(around, key=len)]
-
-    return is_frozen

@@ -41,24 +41,27 @@ class Structure:
     takes a fraction of that. Tensors can be moved, and their memory is freed then. It keeps those that are replaced.
 
     Args:
-        model: Model of which `is_known` holds.
-        values: Tensors that its state dict has.
+        modules: Modules whose state dicts torch alone decides on.
+        values: Plain tensors that are in them.
     """
 
-    def __init__(self, model: nn.Module, values: Iterable[torch.Tensor]) -> None:
-        self._pieces: list[_Modules | _Tensors] = [*map(_Modules, _pieces_of(_modules_of(model)))]
-        self._pieces += map(_Tensors, _pieces_of(list(values)))
+    def __init__(self, modules: Sequence[nn.Module], values: Sequence[torch.Tensor]) -> None:
+        self._pieces: list[_Modules | _Tensors] = [*map(_Modules, _pieces_of(modules))]
+        self._pieces += map(_Tensors, _pieces_of(values))
 
-    @staticmethod
-    def is_known(model: nn.Module, values: Iterable[object]) -> bool:
-        """Whether nothing but torch decides what the state dict of a model has, and all of it is plain tensors."""
-        modules = _modules_of(model)
+    @classmethod
+    def of(cls, model: nn.Module, values: Iterable[Any]) -> Structure | None:
+        """That of a model and of the `values` in its state dict.
+
+        It is `None` where others than torch decide what the state dict has, or where it has more than plain tensors.
+        """
+        modules, values = _modules_of(model), list(values)
         owns = list(map(vars, modules))
         # Those of TorchScript are made anew each time that they are asked for.
         has_tables = all(type(table) in (dict, OrderedDict) for table in _tables(owns))
         has_hooks = any(own[name] for own in owns for name in _HOOKS)
         is_of_torch = has_tables and not has_hooks and _is_of_torch(set(map(type, modules)), owns)
-        return is_of_torch and all(map(_is_plain_tensor, values))
+        return cls(modules, values) if is_of_torch and all(map(_is_plain_tensor, values)) else None
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""

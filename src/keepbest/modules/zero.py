@@ -25,7 +25,7 @@ def is_deepspeed_engine(module: object) -> bool:
 
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module, *, writes: bool = False) -> Iterator[None]:
-    """In the block, each rank holds all of each parameter that ZeRO-3 has divided. **Collective** where there are such.
+    """In the block, each rank holds all of each parameter that ZeRO-3 has divided. **Collective** if there are any.
 
     So they need room for the whole model. An error that the ranks agree on leaves it as it was before the block. After
     another one the model cannot train any more.

@@ -1,6 +1,6 @@
 """The operations that change a run folder: each one small, and durable where it says so.
 
-Everything that the store writes goes through a `Files`, so that a test can stop, refuse or reorder any operation.
+Everything that is written there goes through a `Files`, so that a test can stop, refuse or reorder any operation.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DurableFile:
         if not hasattr(os, "posix_fadvise"):  # not every system has it
             return
         # Linux begins to write what it is asked to forget.
-        with contextlib.suppress(OSError):  # it is advice: who refuses it waits in `sync`, which reports what failed
+        with contextlib.suppress(OSError):  # it is advice: without it `sync` waits longer, and reports what failed
             os.posix_fadvise(self._descriptor, start, self._written - start, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> DurableFile:
@@ -94,7 +94,7 @@ class DurableFile:
 
 
 class Files:
-    """A file system as the store sees it. All paths of one operation lie in the same run folder."""
+    """The file system of a run folder. All paths of one operation lie in the same run folder."""
 
     _folders_are_synced = True
 

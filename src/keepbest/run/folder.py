@@ -25,8 +25,8 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
+from keepbest.run.lost_ledger import describe_unknown, unknown_snapshots
 from keepbest.run.no_run import check_can_be_made, run_around
-from keepbest.run.older import describe_unknown, unknown_snapshots
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 
@@ -121,7 +121,7 @@ class RunFolder:
             self._lock = self._new_lock(self.path / LOCK)
             self._lock.acquire()
         finally:
-            old.release()  # not earlier, so that who waits for it finds the new one held
+            old.release()  # not earlier, so that a process that waits for it finds the new one held
         self.snapshots = SnapshotFolder(self.files, self.path / SNAPSHOTS)
         self._read()
         self._is_claimed = True
@@ -163,7 +163,7 @@ class RunFolder:
         if self._ledger is not None:
             return
         self._ledger = LedgerFile(self.files, self.path / LEDGER, self._ledger_bytes)
-        # Who made the ledger and the folders, a start that was cut off for example, may not have waited for the disk.
+        # A start that was cut off may have made the ledger and the folders, and not have waited for the disk.
         for folder in (self.path, *self.path.parents[:2]):
             self.files.sync_folder(folder)
         if self.history.run_id is None:
@@ -312,7 +312,7 @@ class RunFolder:
                 if self._ledger is not None:
                     self._ledger.close()
         except OSError as error:
-            # Who waits for a line syncs it; what was not synced may be lost, as it may be in a crash.
+            # What must be on the disk is synced when it is written. The rest may be lost, as it may be in a crash.
             _logger.warning("%s: the newest observations may be lost: %s", self.path, error)
 
     def _read(self) -> None:

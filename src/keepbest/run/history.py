@@ -25,6 +25,7 @@ from keepbest.run.events import (
     refs_of,
 )
 from keepbest.run.layout import LEDGER
+from keepbest.run.lines import RESTORE
 from keepbest.run.names import RESUME_PREFIX
 
 
@@ -37,7 +38,7 @@ class Entry:
     is_best: bool = True
 
 
-class Checkpoint(NamedTuple):
+class ResumeCheckpoint(NamedTuple):
     """A resume checkpoint: its iteration, and the snapshots that the states in it name."""
 
     iteration: TrainingIteration
@@ -226,7 +227,7 @@ class History:
     refs: dict[str, str] = field(default_factory=dict)
     pins: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     manifests: dict[str, str] = field(default_factory=dict)
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    checkpoints: dict[str, ResumeCheckpoint] = field(default_factory=dict)
     abandoned: frozenset[str] = frozenset()
 
     @classmethod
@@ -241,7 +242,9 @@ class History:
             try:
                 history.apply(event)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise LedgerError(f"{ledger}, line {number} makes no sense ({error!r}): {event!r}") from error
+                raise LedgerError(
+                    f"{ledger}, line {number} makes no sense ({error!r}): {event!r}; {RESTORE}"
+                ) from error
         return history
 
     @property
@@ -307,7 +310,7 @@ class History:
                 self.keepers[event.keeper].has_ended |= isinstance(event, KeeperEnded)
             case CheckpointSaved():
                 self.manifests.setdefault(event.snapshot, event.manifest)
-                self.checkpoints[event.snapshot] = Checkpoint(event.iteration, frozenset(event.needs))
+                self.checkpoints[event.snapshot] = ResumeCheckpoint(event.iteration, frozenset(event.needs))
                 self.abandoned = frozenset()
             case Rewound():
                 self.abandoned = frozenset(event.abandoned)

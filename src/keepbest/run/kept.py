@@ -1,4 +1,4 @@
-"""What a run keeps a snapshot for, read from its ledger by who has only the path of its folder. **Rank-local**."""
+"""What a run keeps a snapshot for, read from its ledger where only the path of its folder is known. **Rank-local**."""
 
 from __future__ import annotations
 

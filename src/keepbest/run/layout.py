@@ -29,6 +29,11 @@ def snapshots_folder(directory: Path) -> Path:
     return directory / CHECKPOINTS / SNAPSHOTS
 
 
+def ledger_path(directory: Path) -> Path:
+    """Ledger of the run in `directory`."""
+    return directory / CHECKPOINTS / LEDGER
+
+
 def ref_paths(folder: Path) -> list[Path]:
     """What lies in `<run>/checkpoints` under a name that a ref can have."""
     return [*folder.glob(f"{REF_PREFIX}*"), *folder.glob(f"{RESUME_PREFIX}*")]

@@ -12,7 +12,7 @@ from keepbest.errors import LedgerError
 from keepbest.run.events import VERSION, Event, RunBegan
 from keepbest.run.files import DurableFile, Files
 from keepbest.run.layout import TEMPORARY
-from keepbest.run.lines import SENSELESS, decode_line, encode_line
+from keepbest.run.lines import RESTORE, SENSELESS, decode_line, encode_line
 
 
 def read_ledger(path: Path) -> tuple[list[Event], int]:
@@ -38,12 +38,14 @@ def read_ledger(path: Path) -> tuple[list[Event], int]:
     # What follows a line that is waited for was written when that was safe, and all before it.
     if any(_is_waited_for(raw) for raw in data[whole:].splitlines(keepends=True)[1:-1]):
         raise LedgerError(
-            f"{path}, line {len(events) + 1} is damaged, and later lines were committed: it cannot be cut"
+            f"{path}, line {len(events) + 1} is damaged, and later lines were committed, so it cannot be cut; {RESTORE}"
         )
     if events and not isinstance(events[0], RunBegan):
-        raise LedgerError(f"{path}, line 1: expected the beginning of a run, found {events[0]!r}")
+        raise LedgerError(f"{path}, line 1: expected the beginning of a run, found {events[0]!r}; {RESTORE}")
     if second := next((number for number, event in enumerate(events[1:], 2) if isinstance(event, RunBegan)), None):
-        raise LedgerError(f"{path}, line {second}: another run begins here; two ledgers were put into one file")
+        raise LedgerError(
+            f"{path}, line {second}: another run begins here, so two ledgers were put into one file; {RESTORE}"
+        )
     return events, whole
 
 
@@ -53,10 +55,10 @@ def _parsed(path: Path, number: int, raw: bytes) -> Event:
             _refuse_other_version(path, raw)
         return decode_line(raw)
     except SENSELESS as error:
-        hint = ""
+        remedy = RESTORE
         if raw.endswith(b"\r\n"):
-            hint = "; its lines end as on Windows: a program such as git has changed them, so copy it again, as binary"
-        raise LedgerError(f"{path}, line {number} is damaged: {error!r}; found {raw[:80]!r}{hint}") from error
+            remedy = "its lines end as on Windows: a program such as git has changed them, so copy it again, as binary"
+        raise LedgerError(f"{path}, line {number} is damaged: {error!r}; found {raw[:80]!r}; {remedy}") from error
 
 
 def _refuse_other_version(path: Path, raw: bytes) -> None:

@@ -12,6 +12,9 @@ from keepbest.run.events import Event, Observed, event_to_json, parse_event
 SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What a line that is no event makes `decode_line` raise."""
 
+RESTORE = "restore the ledger from a copy of the run, or begin a new run in another directory"
+"""What to do with a ledger that cannot be read."""
+
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n')
 _CHECKSUM_BYTES = len(b',"crc":"00000000"}\n')

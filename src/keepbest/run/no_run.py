@@ -1,4 +1,4 @@
-"""What somebody meant who gave a place that is no run, and what to give instead. **Rank-local**."""
+"""Whether a place that a user gave is a run, or has room for one, and what to give instead. **Rank-local**."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 
 from keepbest.errors import ConfigError
-from keepbest.run.layout import CHECKPOINTS, LEDGER
-
-_SHOWN = 5  # of the runs in a folder
+from keepbest.listing import listed
+from keepbest.run.layout import CHECKPOINTS, ledger_path
 
 
 def ledger_exists(directory: Path) -> bool:
     """Whether there is a ledger in `directory`."""
-    return (directory / CHECKPOINTS / LEDGER).is_file()
+    return ledger_path(directory).is_file()
 
 
 def run_around(place: Path) -> Path | None:
@@ -53,7 +52,6 @@ def why_no_run(directory: Path) -> str:
     if len(inner) == 1:
         return f"{no_run}: it holds one; give that: {inner[0]}"
     if inner:
-        names = ", ".join(path.name for path in inner[:_SHOWN])
-        more = ", ..." if len(inner) > _SHOWN else ""
-        return f"{no_run}: it holds {len(inner)} runs: {names}{more}; give one of them, such as {inner[0]}"
-    return f"{no_run}: {directory / CHECKPOINTS / LEDGER} is missing or empty"
+        names = listed(path.name for path in inner)
+        return f"{no_run}: it holds {len(inner)} runs: {names}; give one of them, such as {inner[0]}"
+    return f"{no_run}: {ledger_path(directory)} is missing or empty"

@@ -11,7 +11,7 @@ from keepbest.run.digest import check_file
 from keepbest.run.events import Event
 from keepbest.run.history import History
 from keepbest.run.inside import check_frame, open_file
-from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS
+from keepbest.run.layout import MANIFEST, ledger_path, snapshots_folder
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest, manifest_digest
 from keepbest.run.no_run import why_no_run
@@ -36,7 +36,7 @@ class FoundSnapshot(NamedTuple):
 
 def read_history(directory: Path) -> History:
     """What the ledger of the run in `directory` records. Raises as `read_events`."""
-    return History.of(read_events(directory), directory / CHECKPOINTS / LEDGER)
+    return History.of(read_events(directory), ledger_path(directory))
 
 
 def read_events(directory: Path) -> list[Event]:
@@ -48,7 +48,7 @@ def read_events(directory: Path) -> list[Event]:
     """
     try:
         check_frame(directory)
-        events, _ = read_ledger(directory / CHECKPOINTS / LEDGER)
+        events, _ = read_ledger(ledger_path(directory))
     except NotADirectoryError:
         events = []
     if not events:
@@ -85,7 +85,7 @@ def find_ref(directory: Path, history: History, ref: str) -> FoundSnapshot:
 
 def find_snapshot(directory: Path, history: History, snapshot: str) -> FoundSnapshot:
     """The snapshot of this name. Raises `SnapshotError` if its manifest is missing or damaged."""
-    folder = directory / CHECKPOINTS / SNAPSHOTS / snapshot
+    folder = snapshots_folder(directory) / snapshot
     return FoundSnapshot(folder, read_manifest(folder, history.manifests.get(snapshot)))
 
 

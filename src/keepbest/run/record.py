@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
 from keepbest.iteration import TrainingIteration
@@ -32,23 +32,15 @@ class Revision(NamedTuple):
     state: BestState
     value: float | None
 
-    def to_json(self) -> list[Any]:
-        """JSON values only, in which NaN is a number; `from_json` is the inverse."""
-        return [self.state.to_json(), self.value]
-
-    @classmethod
-    def from_json(cls, revision: Sequence[Any]) -> Revision:
-        """The inverse of `to_json`."""
-        return cls(BestState.from_json(revision[0]), revision[1])
-
     def to_text(self) -> str:
         """As text; `from_text` is the inverse."""
-        return json.dumps(self.to_json())
+        return json.dumps([self.state.to_json(), self.value])
 
     @classmethod
     def from_text(cls, text: str) -> Revision:
         """The inverse of `to_text`."""
-        return cls.from_json(json.loads(text))
+        state, value = json.loads(text)
+        return cls(BestState.from_json(state), value)
 
 
 class KeeperRecord:
@@ -202,7 +194,7 @@ class KeeperRecord:
     def lose(self, observation: Observation) -> None:
         """Record a best whose weights could not be written. Raises as `observe`.
 
-        What follows for the next ones is worked out here until the `revision`, since who decides does not know of it.
+        What follows for the next ones is worked out here until the `revision`, since the ranks do not know of it yet.
         """
         self._is_ahead = True
         self.observe(replace(observation, durable=False), {})

@@ -105,7 +105,7 @@ def check_takeover(
     policy: Policy,
     loaded: LoadedState | None,
     resumes: bool,
-    existing: Existing = OWN_LOOP,
+    existing: Existing,
 ) -> None:
     """Check that `keeper` can continue the run in `place`, which is a folder or the URL of a copy.
 

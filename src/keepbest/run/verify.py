@@ -13,7 +13,7 @@ from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, MANIFEST, SNAPSHOTS, TEMPORARY, is_of_system, ref_paths
 from keepbest.run.ledger import read_ledger
 from keepbest.run.lock import read_owner
-from keepbest.run.older import describe_unknown, unknown_snapshots
+from keepbest.run.lost_ledger import describe_unknown, unknown_snapshots
 from keepbest.run.reader import FoundSnapshot, find_snapshot, read_history, read_manifest
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
@@ -60,9 +60,9 @@ def verify(directory: Path) -> list[Fault]:
 
 
 def _unknown_snapshots(folder: Path, history: History) -> set[str]:
-    snapshots, links = SnapshotFolder(Files(), folder / SNAPSHOTS), RefLinks(Files(), folder)
     if not (folder / SNAPSHOTS).exists():
         return set()
+    snapshots, links = SnapshotFolder(Files(), folder / SNAPSHOTS), RefLinks(Files(), folder)
     return unknown_snapshots(snapshots, links, history, read_ledger(folder / LEDGER)[1])
 
 

@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from keepbest.capture.share import Receipts, Share
-from keepbest.errors import ConfigError
 from keepbest.formats.format import Format, Receipt
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
@@ -20,6 +19,8 @@ from keepbest.run.record import KeeperRecord
 from keepbest.run.ref_moves import Kept
 from keepbest.staging.slot import Slot
 
+T = TypeVar("T")
+
 
 class Written(NamedTuple):
     """A snapshot that is durable: its name, and the digest of its manifest."""
@@ -29,7 +30,7 @@ class Written(NamedTuple):
 
 
 class Record(Protocol):
-    """Who commits a snapshot: the record of a keeper, or that of the resume checkpoints, which have no metric."""
+    """What commits a snapshot: the record of a keeper, or that of the resume checkpoints, which have no metric."""
 
     @property
     def folder(self) -> RunFolder: ...
@@ -52,7 +53,7 @@ class PendingSnapshot:
         directory: Directory of the run.
         files: Operations that change the folder.
         selection: What is saved; distinguishes snapshots of one iteration.
-        record: On rank 0, the record of who took it; `None` elsewhere.
+        record: On rank 0, the record of the keeper or saver that took it; `None` elsewhere.
     """
 
     def __init__(
@@ -137,7 +138,6 @@ class PendingSnapshot:
         """Write and publish it, once. **Rank-local**, on rank 0.
 
         Raises:
-            ConfigError: If there is nothing to save.
             OSError: Any refusal of the file system, now or when the keeper that took it wrote or committed it.
         """
         # A commit in between, as of the loss of the keeper that took it, may have removed what no line names.
@@ -156,12 +156,36 @@ class PendingSnapshot:
             self._share = None
         return self._written
 
-    def drop_unless_needed(self) -> None:
-        """Remove it from the disk after a commit that failed. **Rank-local**, on rank 0."""
+    def commit(self, keep: Callable[[str, str], T]) -> T:
+        """Write it, and commit it by `keep`. **Rank-local**, on rank 0.
+
+        Where the disk refuses the commit, it is removed, unless something else needs it.
+
+        Args:
+            keep: Function that commits it, of its name and the digest of its manifest.
+
+        Raises:
+            OSError: As `write` and `keep`.
+        """
+        written = self.write()
+        try:
+            return keep(written.name, written.manifest)
+        except OSError:
+            # A line that could not be taken back may be read as committed, and then needs its snapshot.
+            if not _of_rank_0(self._record).folder.is_torn:
+                self._drop_unless_needed()
+            raise
+
+    @property
+    def name(self) -> str:
+        """Its name; empty on other ranks than 0, and before it is begun."""
+        return self._name
+
+    def _drop_unless_needed(self) -> None:
         with self._lock:
             if self._is_needed:
                 return
-            self._written = None  # who needs it from now on has to do without it
+            self._written = None  # a keeper that needs it from now on has to do without it
         self._drop()
 
     def _begin(self, drain: Callable[[], None]) -> str:
@@ -179,10 +203,6 @@ class PendingSnapshot:
 
     def _complete(self, receipts: Receipts) -> Written:
         record, share = _of_rank_0(self._record), self._unwritten()
-        if not share.files:
-            raise ConfigError(
-                "everything that is selected to be saved is frozen, and save_frozen_weights is false: nothing to save"
-            )
         written = receipts()
         folder = unfinished_folder(snapshots_folder(self._directory), self._name)
         manifest = Manifest(
@@ -247,23 +267,14 @@ class SaveJob:
         """Write the snapshot and commit it, or record that it was skipped, if it was given up.
 
         Raises:
-            ConfigError: If there is nothing to save.
             OSError: Any refusal of the file system. Nothing was saved or recorded then, unless it `is_skipped`.
         """
         self.is_skipped = self._is_first and not self._snapshot.begin()
         if self.is_skipped:
             self._record.supersede(self._kept.observation)
             return
-        written = self._snapshot.write()
-        try:
-            is_new_best = self._record.keep(self._kept, written.name, written.manifest)
-        except OSError:
-            # A line that could not be taken back may be read as committed, and then needs its snapshot.
-            if not self._record.folder.is_torn:
-                self._snapshot.drop_unless_needed()
-            raise
-        if is_new_best:
-            self._on_commit(written.name)
+        if self._snapshot.commit(partial(self._record.keep, self._kept)):  # as a new best
+            self._on_commit(self._snapshot.name)
 
 
 def _of_rank_0(record: Record | None) -> Record:

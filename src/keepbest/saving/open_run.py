@@ -67,7 +67,7 @@ class OpenRun:
         files: As passed, or those of this machine.
         remote: URL of a copy of the run; `None` if there is none.
         folder: On rank 0, the run folder; `None` before `open_folder` and elsewhere.
-        worker: Who writes into the folder.
+        worker: Worker that writes into the folder.
         turn: Lock that is held during the calls of what works here, so that threads take turns.
     """
 
@@ -193,7 +193,7 @@ class OpenRun:
     def leave(self, name: str, keeper: object) -> None:
         """Let `keeper` go; the last one waits for the worker and releases the folder. **Rank-local**, on every rank.
 
-        Nothing happens if it has not joined. Who is interrupted leaves the waiting to a thread.
+        Nothing happens if it has not joined. An interruption leaves the waiting to a thread.
         """
         if self.is_elsewhere or self._keeper_named(name) is not keeper:
             return
@@ -252,7 +252,7 @@ class OpenRun:
             _unreleased.discard(self)
 
     @property
-    def is_shared(self) -> bool:
+    def has_several_keepers(self) -> bool:
         """Whether several keepers work here, on every rank alike."""
         return len(self._keepers.keys() - {RESUME_SAVER}) > 1
 

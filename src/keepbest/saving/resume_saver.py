@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,11 +110,4 @@ class ResumeSaver:
     def _commit(self, iteration: TrainingIteration, snapshot: PendingSnapshot) -> None:
         if self._record is None:
             raise RuntimeError("a resume checkpoint is saved between start and leave")
-        written = snapshot.write()
-        try:
-            self._record.keep(iteration, written.name, written.manifest)
-        except OSError:
-            # A line that could not be taken back may be read as committed, and then needs its snapshot.
-            if not self._record.folder.is_torn:
-                snapshot.drop_unless_needed()
-            raise
+        snapshot.commit(partial(self._record.keep, iteration))

@@ -106,14 +106,14 @@ class Saver:
         Raises:
             StorageError: On every rank, if they do not.
         """
-        if self._way.is_spread:
+        if self._way.is_local:
             check_is_shared(self._run.directory, self._run.files, self._ranks, step)
 
     def get_ready(self) -> None:
         """Start the threads of a rank that writes. **Rank-local**. Raises `ConfigError` if they cannot be started."""
-        if self._in_background and (self._ranks.is_main or self._way.is_spread):
+        if self._in_background and (self._ranks.is_main or self._way.is_local):
             self._run.write_in_the_background(self._ranks.leave)
-        self._staging.prepare(self._way.rooms(self._inventory), is_sure=not self._way.is_spread)
+        self._staging.prepare(self._way.rooms(self._inventory), is_sure=not self._way.is_local)
 
     def begin(
         self,
@@ -223,12 +223,12 @@ class Saver:
             StorageError: On every rank, if it cannot be known what is recorded.
         """
 
-        def wait(record: KeeperRecord) -> tuple[list[Any] | None, str | None]:
+        def wait(record: KeeperRecord) -> tuple[str | None, str | None]:
             revised = self.revised_state()
-            return None if revised is None else revised.to_json(), record.best_snapshot
+            return None if revised is None else revised.to_text(), record.best_snapshot
 
         news, self.best_snapshot = self._on_main(step, wait)
-        return None if news is None else Revision.from_json(news)
+        return None if news is None else Revision.from_text(news)
 
     def write(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
         """Let rank 0 write something that all must know to be there. **Collective**.
@@ -289,13 +289,13 @@ class Saver:
         if not self._in_background:
             return Unstaged()
         # One rank alone cannot know which save all others have only queued.
-        make_room = (lambda: None) if self._way.is_spread else self._give_up_the_queued
+        make_room = (lambda: None) if self._way.is_local else self._give_up_the_queued
         return HostStaging(make_room, device_share=self._device_share)
 
     def _capture(self, kept: Kept, step: str) -> PendingSnapshot:
         """A snapshot of the weights as they are now. **Collective**."""
         self._has_given_up = False
-        self._inventory.is_watched = self._run.is_shared
+        self._inventory.is_watched = self._run.has_several_keepers
         try:
             # What a user evaluates in inference mode must not decide what tensors, which are used again, are made of.
             with torch.inference_mode(mode=False), torch.no_grad():

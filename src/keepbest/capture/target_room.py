@@ -1,4 +1,4 @@
-"""Room for saved values in the layout of the model that they are loaded into. **Rank-local**."""
+"""Room for saved values, in the layout of their targets in the model. **Rank-local**."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a ledger is the one that its folder was written with. **Rank-local**."""
+"""Shows that a ledger was lost, or replaced by an older one, from what its folder holds. **Rank-local**."""
 
 from __future__ import annotations
 
