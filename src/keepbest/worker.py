@@ -25,7 +25,10 @@ class Worker(Protocol):
         """Wait until everything that was submitted before is done, or has failed."""
 
     def close(self, timeout: float | None = None) -> bool:
-        """Drain and end; returns whether it has ended within `timeout` seconds. A second call does nothing."""
+        """Drain and end; returns whether it has ended within `timeout` seconds. A second call does nothing.
+
+        Work that calls it does not wait for itself.
+        """
 
 
 class Inline:
@@ -93,6 +96,8 @@ class Threaded:
     def close(self, timeout: float | None = None) -> bool:
         self._is_closing = True
         self._jobs.put(None)  # also the second time, since an interruption may have come before the first one
+        if threading.current_thread() is self._thread:
+            return False
         if not self._is_over:
             if not self._alive.acquire(timeout=-1 if timeout is None else timeout):
                 return False

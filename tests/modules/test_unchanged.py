@@ -86,7 +86,7 @@ def test_change_in_a_module_that_hides_is_noticed():
 def test_negation_at_the_same_place_is_noticed(count):
     pairs = torch.ones(count, 2)
     model = holding(pairs[:, 1])
-    structure = Structure(model, [model.value])
+    structure = Structure.of(model, [model.value])
     assert structure.is_unchanged()
     negated = torch.view_as_complex(pairs).conj().imag
     assert negated.data_ptr() == model.value.data_ptr()
@@ -143,7 +143,7 @@ class Asked(torch.overrides.TorchFunctionMode):
 
 def test_mode_of_torch_is_not_asked_about_each_tensor():
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
-    structure = Structure(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
     with Asked() as asked:
         assert structure.is_unchanged()
     assert asked.count == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper
+from keepbest.errors import ConfigError
 from keepbest.staging import memory
+from keepbest.staging.batch import Batch
 from keepbest.staging.host import HostStaging
 from keepbest.staging.memory import Memory, Size
 from keepbest.staging.rooms import Rooms
-from keepbest.staging.slot import Like
+from keepbest.staging.slot import Like, Needs
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
 from tests.kit.strategies import WRAPS
@@ -90,7 +93,7 @@ def test_rooms_of_the_first_snapshot_are_there_beforehand(file_format, tmp_path,
 
     def note(*arguments):
         made_by.append(threading.current_thread().name)
-        lay_out(*arguments)
+        return lay_out(*arguments)
 
     monkeypatch.setattr(Rooms, "_lay_out", note)
     model, settings = Layers(), {"metric_key": "loss", "async_save": True, "format": file_format}
@@ -160,10 +163,54 @@ def test_thread_that_cannot_start_leaves_no_trace(monkeypatch):
     memory_of = Memory()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="new thread"):
+        with pytest.raises(ConfigError, match="new thread"):
             memory_of.prepare([Size(8, is_pinned=False)])
     memory_of.end()
     assert memory_of.take([Size(8, is_pinned=False)])[0].nbytes == 8
+
+
+def prepared_slowly(monkeypatch):
+    """A thread that prepares rooms, and stays with each piece of memory until the event is set; which it began."""
+    goes_on, begun = threading.Event(), threading.Event()
+
+    def allocate_slowly(size):
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert goes_on.wait(30)
+        return allocate(size)
+
+    monkeypatch.setattr(memory, "allocate", allocate_slowly)
+    return goes_on, begun
+
+
+def test_interrupted_wait_leaves_the_rooms_to_one_thread(monkeypatch):
+    goes_on, begun = prepared_slowly(monkeypatch)
+    staging, wanted = HostStaging(make_room=lambda: None), {"weight": float32(1000)}
+    staging.prepare(Needs(wanted, is_sure=True, devices=set()))
+    assert begun.wait(30)
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        staging.claim()
+    threading.Timer(0.2, goes_on.set).start()
+    slot = staging.claim()
+    slot.reserve(wanted)
+    written = slot.put_all(Batch({"weight": torch.ones(1000)}))
+    slot.seal()
+    assert not [thread for thread in threading.enumerate() if thread.name == "keepbest-memory"]
+    assert torch.equal(written["weight"], torch.ones(1000))
+
+
+def test_rooms_that_nobody_needs_are_not_made(monkeypatch):
+    goes_on, begun = prepared_slowly(monkeypatch)
+    staging = HostStaging(make_room=lambda: None)
+    staging.prepare(Needs({str(number): float32(1 << 24) for number in range(4)}, is_sure=True, devices=set()))
+    assert begun.wait(30)
+    rooms = weakref.ref(staging._free[-1])
+    threading.Timer(0.2, goes_on.set).start()
+    del staging
+    gc.collect()
+    assert rooms() is None
+    assert not [thread for thread in threading.enumerate() if thread.name == "keepbest-memory"]
 
 
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])

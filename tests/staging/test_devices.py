@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from keepbest.staging.batch import Series
-from keepbest.staging.device import Devices
+from keepbest.staging.device import Devices, _stream_of
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
 from tests.staging.test_copies import differing, expected_of, of_all_kinds, rooms_for
@@ -27,6 +27,7 @@ class Pretended:
         free: Bytes that are free on it.
         fraction: Share of its memory that the process may have.
         reserved: Bytes that the process has.
+        allocated: Bytes that the process took for training, in all.
         given_back: Bytes that the process had, and no longer has.
         backend: How torch allocates its memory.
         is_fragmented: Whether there is no room in one piece, however much is free.
@@ -39,7 +40,7 @@ class Pretended:
 
     def __init__(self):
         self.free, self.fraction, self.reserved, self.given_back, self.is_fragmented = GIB, 1.0, 0, 0, False
-        self.backend, self.values, self.interruption = "native", [], None
+        self.backend, self.values, self.interruption, self.allocated = "native", [], None, 0
         self.log, self.taken, self.unfinished = [], [], []
 
     def empty(self, size, *, dtype, device=None):
@@ -111,13 +112,23 @@ def device(monkeypatch):
         "get_allocator_backend": lambda: pretended.backend,
         "get_per_process_memory_fraction": only_native(lambda _: pretended.fraction),
         "memory_stats_as_nested_dict": only_native(
-            lambda _: {"reserved_bytes": {"all": {"current": pretended.reserved, "freed": pretended.given_back}}}
+            lambda _: {
+                "reserved_bytes": {
+                    "all": {
+                        "current": pretended.reserved,
+                        "allocated": pretended.allocated + sum(pretended.taken),
+                        "freed": pretended.given_back,
+                    }
+                }
+            }
         ),
     }.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
     monkeypatch.setattr(torch, "empty", pretended.empty)
     monkeypatch.setattr(torch, "cat", concatenate)
-    return pretended
+    _stream_of.cache_clear()
+    yield pretended
+    _stream_of.cache_clear()
 
 
 def brought(devices, values, wanted=None):
@@ -300,13 +311,37 @@ def test_memory_that_training_needed_counts_no_more(device):
     assert sum(device.taken[1:]) <= device.free // 2
 
 
+def test_account_that_the_user_begins_anew_shows_nothing(device):
+    values, devices = of_all_kinds(), Devices(share=0.5)
+    device.allocated = 1000
+    brought(devices, values)
+    device.free, device.allocated = device.taken[0], -device.taken[0]  # as after reset_accumulated_memory_stats
+    brought(devices, values)
+    assert sum(device.taken[1:]) <= device.free // 2
+
+
+def test_more_memory_than_is_kept_is_taken_of_what_is_free(device):
+    values = {"first": torch.rand(100, dtype=torch.float64), "second": torch.rand(3000)}
+    devices = Devices(share=0.75)
+    brought(devices, {"first": values["first"]})
+    (kept,) = device.taken
+    device.free = 12_000  # so that the share of it and of what is kept would suffice for both, and that of it does not
+    expected = expected_of(values)
+    found, _, _ = brought(devices, values)
+    assert differing(found, values, expected) == []
+    assert all(taken <= max(kept, 0.75 * device.free) for taken in device.taken)
+
+
 @pytest.mark.parametrize("backend", ["cudaMallocAsync", "pluggable"])
 def test_other_allocators_are_not_asked_what_they_cannot_say(device, backend):
     device.backend = backend
-    values = of_all_kinds()
+    values, devices = of_all_kinds(), Devices(share=0.5)
     expected = expected_of(values)
-    found, _, (_,) = brought(Devices(share=0.5), values)
+    found, _, (_,) = brought(devices, values)
     assert differing(found, values, expected) == []
+    device.free = device.taken[0]
+    brought(devices, values)
+    assert sum(device.taken[1:]) <= device.free // 2
 
 
 def transposed(rows):

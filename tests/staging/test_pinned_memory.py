@@ -85,8 +85,8 @@ def test_memory_is_prepared_where_a_device_cannot_get_ready(runtime):
         raise torch.OutOfMemoryError
 
     memory, sizes = Memory(), [Size(PAGE, is_pinned=True)] * 3
-    memory.prepare(sizes, get_ready)
-    memory._thread.join()
+    memory.prepare(sizes, [get_ready])
+    memory._thread.close()
     prepared = dict(runtime.registered)
     assert len(prepared) == 3
     taken = memory.take(sizes)

@@ -94,6 +94,8 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reduced(values: torch.Tensor) -> int:
+    if values.storage_offset() % 8:
+        values = values.clone()  # torch reads no words across their borders
     whole = values.numel() // 8 * 8
     words = [values[:whole].view(torch.int64), values[whole:].to(torch.int64)]
     factors = torch.arange(1, min(_WORDS_AT_ONCE, max(map(len, words))) + 1, dtype=torch.int64, device=values.device)

@@ -25,7 +25,7 @@ from keepbest.modules.sources import Source, StateDict
 from keepbest.ranks import Ranks
 from keepbest.staging.device import every_stream
 from keepbest.staging.live import LiveSlot
-from keepbest.staging.slot import Like, Slot, Staging
+from keepbest.staging.slot import Needs, Slot, Staging
 
 
 def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
@@ -73,9 +73,13 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
     )
 
 
-def rooms_to_gather(inventory: Inventory) -> Mapping[str, Like]:
-    """What room the tensors of a snapshot need on this rank. **Rank-local**."""
-    return inventory.plan.rooms if inventory.ranks.is_main else {}
+def needs_to_gather(inventory: Inventory) -> Needs:
+    """What the tensors of a snapshot need on this rank. **Rank-local**."""
+    if not inventory.ranks.is_main:
+        return Needs({}, is_sure=True, devices=frozenset())
+    plan, held = inventory.plan, inventory.look()
+    devices = {held.values[name].device for name, _ in plan.copied} if plan.is_simple else frozenset[torch.device]()
+    return Needs(plan.rooms, is_sure=True, devices=devices)
 
 
 def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> Mapping[str, StateDict]:

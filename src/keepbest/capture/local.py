@@ -25,7 +25,7 @@ from keepbest.modules.kinds import has_shards, local_of
 from keepbest.modules.sources import StateDict
 from keepbest.ranks import Ranks
 from keepbest.staging.device import every_stream
-from keepbest.staging.slot import Like, Slot, Staging
+from keepbest.staging.slot import Like, Needs, Slot, Staging
 
 
 class Local:
@@ -102,12 +102,12 @@ class Local:
         return EachAlone(ranks, ranks.mailbox(), self._captured, step, time.monotonic())
 
 
-def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
-    """What room the share of this rank will probably need; none where that is known late. **Rank-local**."""
+def needs_of_share(inventory: Inventory) -> Needs:
+    """What the share of this rank will probably need; nothing where that is known late. **Rank-local**."""
+    rooms, devices = dict[str, Like](), set[torch.device]()
     if any(holding.entry.form.is_in_unit for holding in inventory.union.kept.values()):
-        return {}  # of all parameters in a unit of FSDP1 this rank has the same flat one
+        return Needs(rooms, is_sure=False, devices=devices)  # of all parameters in a unit it has the same flat one
     writers, held, rank = spread_over_holders(inventory.union), inventory.look(), inventory.ranks.rank
-    rooms: dict[str, Like] = {}
     for name, holding in inventory.union.kept.items():
         value = held.values.get(name)
         if value is None or holding.entry.first or holding.entry.form.is_packed:
@@ -115,7 +115,8 @@ def rooms_of_share(inventory: Inventory) -> dict[str, Like]:
         if has_shards(value) or writers.get(name, holding.owner) == rank:
             local = local_of(value)
             rooms[room_of(name)] = Like(local.shape, local.dtype, local.device.type)
-    return rooms
+            devices.add(local.device)
+    return Needs(rooms, is_sure=False, devices=devices)
 
 
 @contextmanager

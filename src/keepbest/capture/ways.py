@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from keepbest.capture.feed import Stored
-from keepbest.capture.gathered import gathered, rooms_to_gather
+from keepbest.capture.gathered import gathered, needs_to_gather
 from keepbest.capture.inventory import Inventory
 from keepbest.capture.restore import Restored, restore_gathered, restore_local
 from keepbest.capture.share import Share
 from keepbest.ranks import Ranks
-from keepbest.staging.slot import Like, Staging
+from keepbest.staging.slot import Needs, Staging
 
 
 class Way(NamedTuple):
@@ -22,21 +22,21 @@ class Way(NamedTuple):
     Attributes:
         capture: From the model to what each rank writes. **Collective**; opens no file.
         restore: The way back. **Collective**.
-        rooms: What room the first snapshot will probably need on this rank, known before it. **Rank-local**.
+        needs: What the first snapshot will probably need on this rank. **Rank-local**.
         is_local: Whether every rank reads and writes files, rather than rank 0 alone.
     """
 
     capture: Callable[[Inventory, Staging, str], Share]
     restore: Callable[[nn.Module, Stored, Ranks, str], Restored]
-    rooms: Callable[[Inventory], Mapping[str, Like]]
+    needs: Callable[[Inventory], Needs]
     is_local: bool
 
 
 def find_way(kind: Literal["gathered", "local"]) -> Way:
     """The way that a `Format` names in its `capture`, for one keeper: it may remember what was planned."""
     if kind == "gathered":
-        return Way(gathered, restore_gathered, rooms_to_gather, is_local=False)
+        return Way(gathered, restore_gathered, needs_to_gather, is_local=False)
     # torch's distributed checkpoints take half a second to import.
-    from keepbest.capture.local import Local, rooms_of_share
+    from keepbest.capture.local import Local, needs_of_share
 
-    return Way(Local().capture, restore_local, rooms_of_share, is_local=True)
+    return Way(Local().capture, restore_local, needs_of_share, is_local=True)

@@ -115,8 +115,8 @@ class _Tensors:
         self._kinds = list(map(_kind_of, values))
         self._addresses = list(map(torch.Tensor.data_ptr, values))
         self._are_contiguous = list(map(torch.Tensor.is_contiguous, values))
-        # The shape of a contiguous tensor says where its elements lie. And none of several elements is a negation:
-        # that is a view of imaginary parts, between which the real ones lie.
+        # The shape of a contiguous tensor says where its elements lie. And one of several elements is no negation, that
+        # is a view of imaginary parts with the real ones between them, unless as_strided() laid it elsewhere.
         self._others = [
             value
             for value, is_one in zip(values, self._are_contiguous, strict=True)

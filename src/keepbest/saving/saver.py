@@ -113,7 +113,7 @@ class Saver:
         """Start the threads of a rank that writes. **Rank-local**. Raises `ConfigError` if they cannot be started."""
         if self._in_background and (self._ranks.is_main or self._way.is_local):
             self._run.write_in_the_background(self._ranks.leave)
-        self._staging.prepare(self._way.rooms(self._inventory), is_sure=not self._way.is_local)
+        self._staging.prepare(self._way.needs(self._inventory))
 
     def begin(
         self,

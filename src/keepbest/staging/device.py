@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -19,16 +20,27 @@ _KINDS_OF_PIECES = (slice(0, 512), slice(0, 8), slice(8, 16))
 Values = Sequence[torch.Tensor]
 
 
+class _Account(NamedTuple):
+    """Bytes that torch has taken from a device, and given back, in all."""
+
+    taken: int
+    given_back: int
+
+    def has_all_of(self, before: _Account) -> bool:
+        """Whether torch has given nothing back since, as far as nobody had it count anew, which takes both to 0."""
+        return self.given_back == before.given_back and self.taken >= before.taken
+
+
 class _Held(NamedTuple):
     """Memory that torch keeps for the next copies.
 
     Attributes:
         nbytes: Number of bytes.
-        given_back: Bytes that torch had given back to the device until then. It has this memory as long as it is these.
+        account: What torch had taken from the device, and given back, until then.
     """
 
     nbytes: int
-    given_back: int
+    account: _Account
 
 
 class Devices:
@@ -44,7 +56,6 @@ class Devices:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._held: dict[torch.device, _Held] = {}
 
     def get_ready(self, device: torch.device, dtypes: Iterable[torch.dtype], sizes: Sequence[int]) -> None:
@@ -78,6 +89,7 @@ class Devices:
             What to wait for, on any thread, before the rooms are read.
         """
         rooms, values, stream = list(singles[0]), list(singles[1]), self._stream(device)
+        of_training = torch.cuda.current_stream(device)
         with torch.cuda.device(device), torch.cuda.stream(stream), torch.inference_mode():
             # All that can be done before the device is waited for, since it is idle from then on.
             count, memory = self._take(device, [row.whole.nbytes for row, _ in rows])
@@ -90,7 +102,7 @@ class Devices:
             try:
                 for copy in copies:
                     copy.make()
-                _copy_to_host(rooms, values)
+                _copy_to_host(rooms, values, of_training)
                 copied = stream.record_event()
                 arrived = [_send(clones, stream)] if clones else []
                 copied.synchronize()
@@ -101,24 +113,31 @@ class Devices:
 
     def _take(self, device: torch.device, sizes: Sequence[int]) -> tuple[int, torch.Tensor | None]:
         """How many of the first rows there is memory for on the device, and that memory."""
-        if sizes and self._share:
-            free, given_back = _free_memory(device)
-            held = self._held.get(device)
-            kept = held.nbytes if held is not None and held.given_back == given_back else 0
-            if count := fitting(sizes, int(self._share * (free + kept))):
-                wanted = room_for(sizes[:count])
-                with contextlib.suppress(torch.OutOfMemoryError):  # there may be no room for it in one piece
-                    memory = torch.empty(wanted, dtype=torch.uint8, device=device)
-                    self._held[device] = _Held(kept if wanted <= kept else kept + wanted, given_back)
-                    return count, memory
+        if not (sizes and self._share):
+            return 0, None
+        (free, account), held = _free_memory(device), self._held.get(device)
+        is_kept = held is not None and account is not None and account.has_all_of(held.account)
+        kept = held.nbytes if held is not None and is_kept else 0
+        # What is kept does not grow: it is that, or as much of what is free.
+        room = max(min(kept, int(self._share * (free + kept))), int(self._share * free))
+        if count := fitting(sizes, room):
+            wanted = room_for(sizes[:count])
+            with contextlib.suppress(torch.OutOfMemoryError):  # there may be no room for it in one piece
+                memory = torch.empty(wanted, dtype=torch.uint8, device=device)
+                if account is not None:
+                    self._held[device] = _Held(max(kept, wanted), account)
+                return count, memory
         return 0, None
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if not self._share:
-            return torch.cuda.current_stream(device)  # which waits for all copies, so its memory serves them
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
-        return self._streams[device]
+        """Without copies on the device that of training, since training waits for all."""
+        return _stream_of(device) if self._share else torch.cuda.current_stream(device)
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all keepers, since torch keeps memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
 
 
 def is_capturing() -> bool:
@@ -151,15 +170,15 @@ def settled(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that neither training, as far as it went, nor anybody else uses, and how many torch has given back."""
+def _free_memory(device: torch.device) -> tuple[int, _Account | None]:
+    """Bytes that neither training, as far as it went, nor anybody else uses, and the account of torch if it has one."""
     free, total = torch.cuda.mem_get_info(device)
     if torch.cuda.get_allocator_backend() != "native":
-        return free, 0  # other allocators do not say how much they may have, and how much they have
+        return free, None  # other allocators say neither how much they may have nor how much they have
     reserved = torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]
     if (fraction := torch.cuda.get_per_process_memory_fraction(device)) < 1.0:
         free = max(0, min(free, int(fraction * total) - reserved["current"]))
-    return free, reserved["freed"]
+    return free, _Account(reserved["allocated"], reserved["freed"])
 
 
 def _send(clones: Sequence[Clone], stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -172,21 +191,28 @@ def _send(clones: Sequence[Clone], stream: torch.cuda.Stream) -> torch.cuda.Even
     return arrived
 
 
-def _copy_to_host(rooms: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    if not values:
-        return
-    if are_in_order(values):
-        torch._foreach_copy_(rooms, values, non_blocking=True)  # see ADR 10
-        return
-    for room, value in zip(rooms, values, strict=True):
-        if are_in_order([value]):
-            room.copy_(value, non_blocking=True)
-            continue
-        try:
-            # This waits, since torch conjugates and negates on the host, where it does not wait for what arrives.
-            room.copy_(value)
-        except torch.OutOfMemoryError:  # torch first puts the elements in order on the device
-            room.copy_(_whole_of(value).cpu().as_strided(value.shape, value.stride()))
+def _copy_to_host(rooms: Values, values: Values, of_training: torch.cuda.Stream) -> None:
+    """Copy values into rooms: those in order on the current stream, without waiting for them."""
+    pairs = list(zip(rooms, values, strict=True))
+    in_order = pairs if are_in_order(values) else [(room, value) for room, value in pairs if are_in_order([value])]
+    if len(in_order) < len(pairs):
+        with torch.cuda.stream(of_training):  # for which torch keeps memory to put the elements in order
+            for room, value in pairs:
+                if not are_in_order([value]):
+                    _copy_in_order(room, value)
+    if in_order:
+        torch._foreach_copy_(  # see ADR 10
+            [room for room, _ in in_order], [value for _, value in in_order], non_blocking=True
+        )
+
+
+def _copy_in_order(room: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value whose elements are out of order, or have other signs in memory, and wait for it."""
+    try:
+        # Only who waits gets the signs that torch changes on the host, which is before other values have arrived.
+        room.copy_(value)
+    except torch.OutOfMemoryError:  # torch puts the elements in order on the device
+        room.copy_(_whole_of(value).cpu().as_strided(value.shape, value.stride()))
 
 
 def _whole_of(value: torch.Tensor) -> torch.Tensor:

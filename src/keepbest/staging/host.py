@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import attrgetter
 from queue import Empty, SimpleQueue
 
 import torch
@@ -17,7 +16,7 @@ from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
-from keepbest.staging.slot import Like, Slot
+from keepbest.staging.slot import Like, Needs, Slot
 
 _SLOTS = 2  # while one is being written, the other can hold the next best
 _PATIENCE = 1.0  # seconds to wait for a slot, before garbage is collected that may hold one
@@ -110,16 +109,13 @@ class HostStaging:
         for _ in range(_SLOTS):
             self._take_back(Rooms(self._memory))
 
-    def prepare(self, wanted: Mapping[str, Like], *, is_sure: bool) -> None:
-        dtypes, sizes = {like.dtype for like in wanted.values() if like.device == "cuda"}, sizes_of(wanted)
-        get_ready = None
-        if dtypes:
-            device, of_device = (
-                torch.device("cuda", torch.cuda.current_device()),
-                filter(attrgetter("is_pinned"), sizes),
-            )
-            get_ready = partial(self._devices.get_ready, device, dtypes, [size.nbytes for size in of_device])
-        self._memory.prepare(sizes, get_ready, partial(self._free[-1].make, wanted) if is_sure else None)
+    def prepare(self, needs: Needs) -> None:
+        dtypes = {like.dtype for like in needs.rooms.values()}
+        devices, sizes = [device for device in needs.devices if device.type == "cuda"], sizes_of(needs.rooms)
+        # What comes from several devices lies in rows together, which are not copied on any of them.
+        rows = [size.nbytes for size in sizes if size.is_pinned] if len(devices) == 1 else []
+        get_ready = [partial(self._devices.get_ready, device, dtypes, rows) for device in devices]
+        self._memory.prepare(sizes, get_ready, self._free[-1].make_later(needs.rooms) if needs.is_sure else None)
 
     def claim(self) -> Slot:
         """A slot to fill; waits for one to be released where there is none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 
@@ -13,7 +12,7 @@ from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
 from keepbest.staging.memory import Memory
 from keepbest.staging.rooms import Rooms, sizes_of
-from keepbest.staging.slot import Like
+from keepbest.staging.slot import Like, Needs
 
 
 class LiveSlot:
@@ -87,9 +86,9 @@ class Unstaged:
         self._memory = Memory()
         self._pinned = Rooms(self._memory)
 
-    def prepare(self, wanted: Mapping[str, Like], *, is_sure: bool) -> None:
-        if pinned := _on_cuda(wanted):
-            self._memory.prepare(sizes_of(pinned), use=partial(self._pinned.make, pinned) if is_sure else None)
+    def prepare(self, needs: Needs) -> None:
+        if pinned := _on_cuda(needs.rooms):
+            self._memory.prepare(sizes_of(pinned), use=self._pinned.make_later(pinned) if needs.is_sure else None)
 
     def claim(self) -> LiveSlot:
         self._memory.end()  # what is prepared for the first one

@@ -10,10 +10,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from keepbest.errors import ConfigError
+from keepbest.worker import Threaded
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -64,18 +68,24 @@ def allocate(size: Size) -> Bytes:
 
 
 def _pin(memory: Bytes) -> None:
-    device, address, codes = torch.cuda.current_device(), memory.ctypes.data, list[int]()
+    """Pin memory until it is freed. A thread of its own does it: CUDA reports a failure to its next kernel, too."""
+    errors: list[BaseException] = []
+    try:
+        thread = Threaded("keepbest-pin")
+    except ConfigError as error:
+        raise NotPinnedError(str(error)) from error
+    thread.submit(partial(_register, memory, torch.cuda.current_device()), errors.append)
+    thread.close()
+    if errors:
+        raise NotPinnedError(str(errors[0])) from errors[0]
 
-    def register() -> None:
-        torch.cuda.set_device(device)
-        codes.append(int(_runtime().cudaHostRegister(address, memory.nbytes, _PORTABLE)))
 
-    # On a thread that ends then: CUDA reports a failure to the next kernel of the same thread, too.
-    thread = threading.Thread(target=register, name="keepbest-pin", daemon=True)
-    thread.start()
-    thread.join()
-    if codes != [0]:
-        raise NotPinnedError(f"{memory.nbytes} bytes: CUDA error {codes}")
+def _register(memory: Bytes, device: int) -> None:
+    torch.cuda.set_device(device)
+    address = memory.ctypes.data
+    if code := int(_runtime().cudaHostRegister(address, memory.nbytes, _PORTABLE)):
+        raise NotPinnedError(f"{memory.nbytes} bytes: CUDA error {code}")
+    # Here, since who waits for this thread may be interrupted.
     weakref.finalize(memory, _unpin, os.getpid(), device, address).atexit = False
 
 
@@ -119,30 +129,33 @@ class Memory:
         self._source = _Source()
         self._ready: list[tuple[Size, Bytes]] = []
         self._is_over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Threaded | None = None
 
     def prepare(
         self,
         sizes: Sequence[Size],
-        get_ready: Callable[[], None] | None = None,
+        get_ready: Sequence[Callable[[], None]] = (),
         use: Callable[[], None] | None = None,
     ) -> None:
         """Begin to allocate these, which `take` hands out.
 
         Args:
             sizes: Sizes of what will be taken.
-            get_ready: Function that the thread calls first.
+            get_ready: Functions that the thread calls first.
             use: Function that the thread calls when all of it is there, and which may take it.
+
+        Raises:
+            ConfigError: If no thread can be started.
         """
         self.end()
         self._is_over = threading.Event()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
         work = _Work(list(sizes), device, get_ready, use)
-        arguments = (self._source, work, self._ready, self._is_over)
-        self._thread = threading.Thread(target=_prepare, args=arguments, name="keepbest-memory", daemon=True)
+        self._thread = thread = Threaded("keepbest-memory")
         # An interpreter that ends while the thread is in torch would abort.
-        weakref.finalize(self, _end, self._is_over, weakref.ref(self._thread))
-        self._thread.start()
+        weakref.finalize(self, _end, self._is_over, thread)
+        thread.submit(partial(_prepare, self._source, work, self._ready, self._is_over), _report)
+        thread.close(timeout=0)  # it ends when that is done
 
     def take(self, sizes: Sequence[Size]) -> list[Bytes]:
         """Memory of these sizes: what is ready, and the rest now. What else was prepared is freed.
@@ -160,19 +173,17 @@ class Memory:
 
     def end(self) -> None:
         """Prepare no more. What is being allocated is waited for."""
-        if self._thread is threading.current_thread():
-            return
-        self._is_over.set()
-        if self._thread is not None and self._thread.ident is not None:  # else it could not be started
-            self._thread.join()
-        self._thread = None
+        if self._thread is not None:
+            _end(self._is_over, self._thread)
 
 
-def _end(is_over: threading.Event, thread: weakref.ref[threading.Thread]) -> None:
+def _end(is_over: threading.Event, thread: Threaded) -> None:
     is_over.set()
-    running = thread()
-    if running is not None and running.is_alive() and running is not threading.current_thread():
-        running.join()
+    thread.close()
+
+
+def _report(error: BaseException) -> None:
+    _log.error("memory for the first snapshot could not be prepared", exc_info=error)
 
 
 class _Work(NamedTuple):
@@ -180,7 +191,7 @@ class _Work(NamedTuple):
 
     sizes: list[Size]
     device: int | None
-    get_ready: Callable[[], None] | None
+    get_ready: Sequence[Callable[[], None]]
     use: Callable[[], None] | None
 
 
@@ -189,12 +200,12 @@ def _prepare(source: _Source, work: _Work, ready: list[tuple[Size, Bytes]], is_o
     with contextlib.suppress(RuntimeError):
         if work.device is not None:
             torch.cuda.set_device(work.device)  # of this thread
-        if work.get_ready is not None:
-            work.get_ready()
+        for get_ready in work.get_ready:
+            get_ready()
     with contextlib.suppress(MemoryError, RuntimeError):
         for size in work.sizes:
             if is_over.is_set():
                 return
             ready.append((size, source.allocate(size)))
-        if work.use is not None:
+        if work.use is not None and not is_over.is_set():
             work.use()

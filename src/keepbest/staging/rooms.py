@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Rooms:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}  # replaced and not changed, since a writer may still look into it
         self._wanted: Mapping[str, Like] | None = None  # what room was made for last, if it is all there
         self.rows: list[Row] = []
 
@@ -81,11 +82,21 @@ class Rooms:
         in_rows = {key for row in self.rows for key in row.keys}.difference(*broken)
         lacking = {key: like for key, like in wanted.items() if key in lacking or (like.nbytes and key not in in_rows)}
         self.drop(lacking)  # what is no longer needed makes room first
-        self._tensors |= {key: like.empty() for key, like in lacking.items() if not like.nbytes}
-        rows = rows_of(lacking)
-        for (like, keys), memory in zip(rows, self._memory.take(sizes_of(lacking)), strict=True):
-            self._lay_out(like.dtype, {key: lacking[key].shape for key in keys}, memory)
+        made = {key: like.empty() for key, like in lacking.items() if not like.nbytes}
+        for (like, keys), memory in zip(rows_of(lacking), self._memory.take(sizes_of(lacking)), strict=True):
+            made |= self._lay_out(like.dtype, {key: lacking[key].shape for key in keys}, memory)
+        self._tensors = self._tensors | made
         self._wanted = wanted
+
+    def make_later(self, wanted: Mapping[str, Like]) -> Callable[[], None]:
+        """Function that makes room, if these rooms are still there then. It does not keep them."""
+        make = weakref.WeakMethod(self.make)
+
+        def make_if_there() -> None:
+            if (make_now := make()) is not None:
+                make_now(wanted)
+
+        return make_if_there
 
     def get(self, key: str, like: Like) -> torch.Tensor:
         """The room of a key, made if need be. Raises as `make`."""
@@ -95,14 +106,14 @@ class Rooms:
 
     @property
     def made(self) -> Mapping[str, torch.Tensor]:
-        """All rooms that there are, until others are made."""
+        """All rooms that there are now."""
         return self._tensors
 
     def drop(self, keys: Iterable[str]) -> None:
         """Free the rooms of these keys. A row is freed when all in it are."""
         self._wanted = None
-        for key in keys:
-            self._tensors.pop(key, None)
+        gone = set(keys)
+        self._tensors = {key: room for key, room in self._tensors.items() if key not in gone}
         self.rows = [row for row in self.rows if all(key in self._tensors for key in row.keys)]
 
     def keep(self, keys: set[str]) -> None:
@@ -114,16 +125,20 @@ class Rooms:
         held = self._tensors.get(key)
         return held is not None and held.dtype == like.dtype and held.shape == tuple(like.shape)
 
-    def _lay_out(self, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], memory: Bytes) -> None:
-        start = 0
+    def _lay_out(
+        self, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], memory: Bytes
+    ) -> dict[str, torch.Tensor]:
+        """The room of each tensor in a new row."""
+        rooms, start = dict[str, torch.Tensor](), 0
         for key, shape in shapes.items():
             count = torch.Size(shape).numel() * dtype.itemsize
             # From a buffer, so that it is no view: a view would drag the whole row along into a file.
             values = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
-            self._tensors[key] = values.view(dtype).view(tuple(shape))
+            rooms[key] = values.view(dtype).view(tuple(shape))
             start += count
         whole = torch.from_numpy(memory).view(dtype)
         self.rows.append(Row(tuple(shapes), whole, list(_blocks(shapes, whole))))
+        return rooms
 
 
 def rows_of(wanted: Mapping[str, Like]) -> list[tuple[Like, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,6 +34,20 @@ class Like(NamedTuple):
     def empty(self) -> torch.Tensor:
         """Room for it, with a storage of its own."""
         return torch.empty(tuple(self.shape), dtype=self.dtype, device="cpu")
+
+
+class Needs(NamedTuple):
+    """What the first snapshot will need on a rank, as far as it is known before.
+
+    Attributes:
+        rooms: What room is needed for.
+        is_sure: Whether a slot will be asked for just these rooms, so that they can be made beforehand.
+        devices: Devices that all of it comes from at once.
+    """
+
+    rooms: Mapping[str, Like]
+    is_sure: bool
+    devices: AbstractSet[torch.device]
 
 
 class Slot(Protocol):
@@ -83,13 +98,8 @@ class Staging(Protocol):
     @property
     def waits(self) -> bool: ...
 
-    def prepare(self, wanted: Mapping[str, Like], *, is_sure: bool) -> None:
-        """Begin to allocate memory for what the first snapshot will need, on a thread.
-
-        Args:
-            wanted: What room is needed for.
-            is_sure: Whether the slot will be asked for just these rooms, so that they can be made, too.
-        """
+    def prepare(self, needs: Needs) -> None:
+        """Begin to allocate memory for the first snapshot, on a thread."""
 
     def claim(self) -> Slot:
         """A slot to fill."""
