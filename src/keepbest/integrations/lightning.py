@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.face import Face
+from keepbest.integrations.lightning_epochs import call_after_epochs, is_same
 from keepbest.integrations.lightning_export import export_checkpoint, show_to
 from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
@@ -115,6 +116,7 @@ class BestCheckpoint(Callback):
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
         self._epoch_to_observe: TrainingIteration | None = None
+        self._before: Any = None  # value of the metric that was logged before the present interval
         self._module: LightningModule | None = None  # that of the last fit
         self._is_asked = False  # for the best as a checkpoint
         self._is_rank_0 = self._is_alone = False
@@ -154,6 +156,7 @@ class BestCheckpoint(Callback):
         if stage == "fit":
             self._loaded = {}  # what a checkpoint that was tested, for example, had
             show_to(trainer, self._name_best)
+            call_after_epochs(trainer, self._observe_epoch)
         elif self.keeper is not None:
             # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
             Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
@@ -212,7 +215,7 @@ class BestCheckpoint(Callback):
             self.keeper.load_state_dict(self._loaded)
             self._loaded = {}
         self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
-        self._open, self._epoch_to_observe = self.keeper, None
+        self._open, self._epoch_to_observe, self._before = self.keeper, None, None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
@@ -226,6 +229,8 @@ class BestCheckpoint(Callback):
             Ranks.connect().agree("look for the metric in a fast_dev_run", lambda: self._refuse_if_absent(trainer))
         if self._every is None:
             self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
+        else:  # it is no metric of training that a validation logged
+            self._begin_interval(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -239,21 +244,17 @@ class BestCheckpoint(Callback):
             iteration = _iteration_of(trainer, trainer.current_epoch + 1)
             self._observe(trainer, iteration, f"update {trainer.global_step}")
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was logged in another epoch is no value of this one. **Rank-local**."""
+        self._begin_interval(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation, observe as soon as the module has logged the metric. **Rank-local**.
 
-        What the module logs at the end of the epoch, it logs after this hook. The next of the hooks below observes.
+        What the module logs at the end of the epoch, it logs after this hook, and before what `setup` has added.
         """
         if self._every is None and not validates(trainer):
             self._epoch_to_observe = _iteration_of(trainer, trainer.current_epoch + 1)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** after an epoch without validation. Raises as `on_validation_end`."""
-        self._observe_epoch(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** after an epoch without validation. Raises as `on_validation_end`."""
-        self._observe_epoch(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make durable what the checkpoint names, and keep it until there is a newer one. **Collective**.
@@ -306,6 +307,10 @@ class BestCheckpoint(Callback):
     def _observe(self, trainer: Trainer, iteration: TrainingIteration, interval: str) -> None:
         if self._open is not None:
             self._open.observe_reading(lambda: self._read(trainer.callback_metrics, interval), iteration)
+            self._begin_interval(trainer)
+
+    def _begin_interval(self, trainer: Trainer) -> None:
+        self._before = trainer.callback_metrics.get(self.metric_key)
 
     def _let_go(self) -> BestKeeper | None:
         keeper, self._open = self._open, None
@@ -335,6 +340,11 @@ class BestCheckpoint(Callback):
             logged, near = ", ".join(sorted(metrics)) or "nothing", nearest(self.metric_key, metrics)
             absent = f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}{near}"
             return Reading(absent=absent)
+        if is_same(metrics[self.metric_key], self._before):
+            return Reading(
+                absent=f"{self.metric_key!r} was logged before, but not again by the end of {interval}: Lightning "
+                "still has the value of other weights. Log it each time, or observe it only where it is logged"
+            )
         return read_reported(metrics[self.metric_key], self.metric_key)
 
 
