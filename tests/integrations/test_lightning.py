@@ -13,7 +13,7 @@ from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError
 from keepbest.integrations.lightning import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues, train_with_and_without_interruption
 from tests.integrations.faces import face
-from tests.integrations.faces.face import VALUES, failing
+from tests.integrations.faces.face import VALUES, failing, weights_of
 from tests.integrations.faces.lightning import METRIC, Lightning, Model, Recorder, fit
 from tests.kit.pool import run_ranks
 from tests.kit.runs import ledger, refs
@@ -215,6 +215,18 @@ def test_without_validation_each_training_epoch_is_observed(model, tmp_path):
     fit(tmp_path / "resumed", VALUES, [resumed], model=model, ckpt_path=tmp_path / "last.ckpt")
     assert FACE.observed(tmp_path / "resumed") == FACE.observed(tmp_path / "whole")
     assert FACE.kept(tmp_path / "resumed") == FACE.kept(tmp_path / "whole")
+
+
+def test_training_that_was_over_when_resumed_still_has_its_best(tmp_path):
+    """A job may be started again for its test alone."""
+    saved = ModelCheckpoint(tmp_path, "last", every_n_epochs=1)
+    fit(tmp_path / "run", [3.0, 1.0, 2.0], [ended := BestCheckpoint(METRIC), saved])
+    before = FACE.kept(tmp_path / "run")
+    trainer = fit(tmp_path / "run", [3.0, 1.0, 2.0], [best := BestCheckpoint(METRIC)], ckpt_path=tmp_path / "last.ckpt")
+    assert best.keeper.state == ended.keeper.state
+    assert FACE.kept(tmp_path / "run") == before
+    trainer.validate(module := trainer.lightning_module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
+    assert FACE.kept(tmp_path / "run")[""] == ("E2_U4_B4", 1.0, weights_of(module.state_dict()))
 
 
 class EpochRecorder(Recorder):

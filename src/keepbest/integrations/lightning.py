@@ -6,7 +6,7 @@ For trainers of `pytorch_lightning` and for those of `lightning.pytorch`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,11 +153,13 @@ class BestCheckpoint(Callback):
 
         **Collective**. Raises as `best_model_path`, on every rank.
         """
+        before = call_after_epochs(trainer, self, self._observe_epoch)
+        replaced = None if before is None else self._succeed(before)
         if stage == "fit":
             self._loaded = {}  # what a checkpoint that was tested, for example, had
-            show_to(trainer, self._name_best)
-            call_after_epochs(trainer, self._observe_epoch)
-        elif self.keeper is not None:
+        if stage == "fit" or replaced is not None:
+            show_to(trainer, self._name_best, instead_of=replaced)
+        if stage != "fit" and self.keeper is not None:
             # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
             Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
 
@@ -200,22 +202,7 @@ class BestCheckpoint(Callback):
             refuse_if_never_validated(trainer)
         else:
             refuse_if_never_at_a_step(trainer, self._every)
-        # A trainer that fits once more, for example for more epochs, continues from where this callback was.
-        if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
-            self._loaded = self.keeper.state_dict()
-        self._module, self._is_rank_0 = pl_module, trainer.is_global_zero
-        self._is_alone = trainer.world_size == 1
-        model = pl_module if trainer.model is None else trainer.model
-        self.keeper = self._make_keeper(
-            model,
-            directory=self._directory or trainer.default_root_dir,
-            training_state=_training_state(trainer) if self._saves_training_state else None,
-        )
-        if self._loaded:
-            self.keeper.load_state_dict(self._loaded)
-            self._loaded = {}
-        self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
-        self._open, self._epoch_to_observe, self._before = self.keeper, None, None
+        self._take_up(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
@@ -269,7 +256,15 @@ class BestCheckpoint(Callback):
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the keeper: the last checkpoint is written by now. **Collective**. Raises as `BestKeeper.close`."""
+        """Close the keeper: the last checkpoint is written by now. **Collective**.
+
+        A training that was over when it was resumed calls no hook before. Its best is there all the same.
+
+        Raises:
+            KeepBestError: On every rank, as `BestKeeper.close`, and its `start` after a training that was over.
+        """
+        if self._loaded and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._take_up(trainer, pl_module)
         if (keeper := self._let_go()) is not None:
             keeper.close()
 
@@ -277,6 +272,31 @@ class BestCheckpoint(Callback):
         """Leave the run as it is, for another `fit` to resume. **Rank-local**."""
         if (keeper := self._let_go()) is not None:
             keeper.abandon()
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A trainer that fits once more, for example for more epochs, continues from where this callback was.
+        if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
+            self._loaded = self.keeper.state_dict()
+        self._module, self._is_rank_0 = pl_module, trainer.is_global_zero
+        self._is_alone = trainer.world_size == 1
+        model = pl_module if trainer.model is None else trainer.model
+        self.keeper = self._make_keeper(
+            model,
+            directory=self._directory or trainer.default_root_dir,
+            training_state=_training_state(trainer) if self._saves_training_state else None,
+        )
+        if self._loaded:
+            self.keeper.load_state_dict(self._loaded)
+            self._loaded = {}
+        self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
+        self._open, self._epoch_to_observe, self._before = self.keeper, None, None
+
+    def _succeed(self, before: BestCheckpoint) -> Callable[[], str]:
+        """Go on with the run of a callback in whose place this one is; how that one named its best."""
+        if self.keeper is None and self._directory == before._directory:
+            self.keeper, self._module, self._is_asked = before.keeper, before._module, before._is_asked
+            self._is_rank_0, self._is_alone = before._is_rank_0, before._is_alone
+        return before._name_best
 
     def _checkpoint_of_best(self) -> Path | None:
         if self.keeper is None or self.keeper.best_path is None:
