@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
-from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError
+from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError, RunExistsError
 from keepbest.integrations.lightning import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues, train_with_and_without_interruption
 from tests.integrations.faces import face
@@ -227,6 +227,16 @@ def test_training_that_was_over_when_resumed_still_has_its_best(tmp_path):
     assert FACE.kept(tmp_path / "run") == before
     trainer.validate(module := trainer.lightning_module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
     assert FACE.kept(tmp_path / "run")[""] == ("E2_U4_B4", 1.0, weights_of(module.state_dict()))
+
+
+def test_checkpoint_without_a_state_is_not_named_as_the_way(tmp_path):
+    fit(tmp_path / "plain", VALUES[:1], [ModelCheckpoint(tmp_path, "plain")])
+    fit(tmp_path / "run", VALUES[:1], [BestCheckpoint(METRIC)])
+    resume = (
+        "resume it \\(resume='ledger' of BestCheckpoint, since the checkpoint has no state of best_model.loss.val\\)"
+    )
+    with pytest.raises(RunExistsError, match=resume):
+        fit(tmp_path / "run", VALUES, [BestCheckpoint(METRIC)], ckpt_path=tmp_path / "plain.ckpt")
 
 
 class EpochRecorder(Recorder):

@@ -49,6 +49,11 @@ class _Keeper(BestKeeper):
         unobserved="no validation, or interval of every_n_train_steps, came to its end",
     )
 
+    def resumed_without_a_state(self) -> None:
+        """Say how a run that is there would be resumed, since fit(ckpt_path=...) did not. **Rank-local**."""
+        why = f"since the checkpoint has no state of {self.name}"
+        self._face = self._face.resumed_by(f"resume='ledger' of BestCheckpoint, {why}")
+
 
 class BestCheckpoint(Callback):
     """Observes a metric of `trainer.callback_metrics` after each validation of `fit`, except the sanity check.
@@ -288,6 +293,8 @@ class BestCheckpoint(Callback):
         if self._loaded:
             self.keeper.load_state_dict(self._loaded)
             self._loaded = {}
+        elif trainer.ckpt_path is not None:
+            self.keeper.resumed_without_a_state()
         self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
         self._open, self._epoch_to_observe, self._before = self.keeper, None, None
 
