@@ -12,7 +12,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from ignite.metrics import Average
 
 from keepbest import load
-from keepbest.errors import ConfigError, IterationError, MetricError
+from keepbest.errors import ConfigError, IterationError, MetricError, MissingMetricError
 from keepbest.integrations.ignite import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues
 from tests.integrations.faces.face import VALUES, failing, weights_of
@@ -241,6 +241,32 @@ def test_trainer_that_runs_more_epochs_continues_in_its_folder(tmp_path):
     whole = FACE.train(tmp_path / "whole", VALUES, save_every=None, tolerances=[1, 5])
     assert best.keeper.state == whole.states[0]
     assert FACE.kept(tmp_path / "parts") == FACE.kept(tmp_path / "whole")
+
+
+def test_trainer_that_starts_over_does_not_go_on_with_a_state(tmp_path):
+    """Ignite trains anew where all epochs are done already."""
+    engines = make_engines(VALUES)
+    resume = Resume(tmp_path, engines, engines.attach(tmp_path))
+    engines.trainer.add_event_handler(Events.EPOCH_COMPLETED, resume.write)
+    engines.train(2)
+    again = make_engines(VALUES)
+    Resume(tmp_path, again, again.attach(tmp_path, resume="ledger")).load(resume.newest)
+    weights = weights_of(again.model.state_dict())
+    with pytest.raises(ConfigError, match="has observed E2_U4, but the trainer starts at iteration 0"):
+        again.train(2)
+    assert weights_of(again.model.state_dict()) == weights
+
+
+def test_evaluator_that_was_cut_off_has_no_new_value(tmp_path):
+    """Its metrics are still those of its run before."""
+    engines = make_engines(VALUES)
+    engines.attach(tmp_path)
+    engines.evaluator.add_event_handler(
+        Events.ITERATION_STARTED, lambda _: engines.trainer.state.epoch == 2 and engines.evaluator.terminate()
+    )
+    with pytest.raises(MissingMetricError, match="terminated before it computed 'loss'"):
+        engines.train(3)
+    assert observed(tmp_path) == ["E1_U2"]
 
 
 @pytest.mark.parametrize(("skip_completed", "expected"), [(False, ["", ".tolerance=5"]), (True, [""])])

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
-from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError
+from keepbest.errors import ConfigError, MetricMismatchError, MissingMetricError, RunExistsError
 from keepbest.integrations.lightning import BestCheckpoint
 from tests.integrations.contract import TrainerContract, assert_continues, train_with_and_without_interruption
-from tests.integrations.faces.face import VALUES, failing
+from tests.integrations.faces import face
+from tests.integrations.faces.face import VALUES, failing, weights_of
 from tests.integrations.faces.lightning import METRIC, Lightning, Model, Recorder, fit
 from tests.kit.pool import run_ranks
 from tests.kit.runs import ledger, refs
@@ -214,6 +215,81 @@ def test_without_validation_each_training_epoch_is_observed(model, tmp_path):
     fit(tmp_path / "resumed", VALUES, [resumed], model=model, ckpt_path=tmp_path / "last.ckpt")
     assert FACE.observed(tmp_path / "resumed") == FACE.observed(tmp_path / "whole")
     assert FACE.kept(tmp_path / "resumed") == FACE.kept(tmp_path / "whole")
+
+
+def test_training_that_was_over_when_resumed_still_has_its_best(tmp_path):
+    """A job may be started again for its test alone."""
+    saved = ModelCheckpoint(tmp_path, "last", every_n_epochs=1)
+    fit(tmp_path / "run", [3.0, 1.0, 2.0], [ended := BestCheckpoint(METRIC), saved])
+    before = FACE.kept(tmp_path / "run")
+    trainer = fit(tmp_path / "run", [3.0, 1.0, 2.0], [best := BestCheckpoint(METRIC)], ckpt_path=tmp_path / "last.ckpt")
+    assert best.keeper.state == ended.keeper.state
+    assert FACE.kept(tmp_path / "run") == before
+    trainer.validate(module := trainer.lightning_module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
+    assert FACE.kept(tmp_path / "run")[""] == ("E2_U4_B4", 1.0, weights_of(module.state_dict()))
+
+
+def test_checkpoint_without_a_state_is_not_named_as_the_way(tmp_path):
+    fit(tmp_path / "plain", VALUES[:1], [ModelCheckpoint(tmp_path, "plain")])
+    fit(tmp_path / "run", VALUES[:1], [BestCheckpoint(METRIC)])
+    resume = (
+        "resume it \\(resume='ledger' of BestCheckpoint, since the checkpoint has no state of best_model.loss.val\\)"
+    )
+    with pytest.raises(RunExistsError, match=resume):
+        fit(tmp_path / "run", VALUES, [BestCheckpoint(METRIC)], ckpt_path=tmp_path / "plain.ckpt")
+
+
+class EpochRecorder(Recorder):
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append(face.whole_weights(trainer.model))
+
+
+def test_epoch_is_kept_before_others_change_its_weights(tmp_path):
+    """A callback that comes first puts an average into the model where training ends."""
+    average, recorder = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1), EpochRecorder()
+    fit(tmp_path, [3, 2, 1], [average, BestCheckpoint(METRIC), recorder], model=WithoutValidation)
+    assert FACE.kept(tmp_path)[""] == ("E3_U6_B6", 1.0, recorder.weights[2])
+
+
+class InOddEpochs(WithoutValidation):
+    """Logs in the first epoch and in each second one after it."""
+
+    def training_step(self, batch, batch_idx):
+        return Model.training_step(self, batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        if self.current_epoch % 2 == 0:
+            self.log(METRIC, self.values[self.current_epoch])
+
+
+class InOddValidations(InOddEpochs):
+    on_train_epoch_end = LightningModule.on_train_epoch_end
+
+    def validation_step(self, batch, batch_idx):
+        InOddEpochs.on_train_epoch_end(self)
+
+
+class AfterEpochs(LogsAtTheEnd):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "trainer", "observed_before", "message"),
+    [
+        (InOddEpochs, {}, {}, ["E1_U2_B2"], "the training epoch"),
+        (InOddValidations, {}, {}, ["E1_U2_B2"], "validation"),
+        (AfterEpochs, {}, {"check_val_every_n_epoch": 2}, [], "validation"),
+        (Model, {"every_n_train_steps": 3}, {}, [], "update 3"),
+        (Model, {"every_n_train_steps": 2}, {"val_check_interval": 1}, [], "update 2"),
+    ],
+)
+def test_value_of_other_weights_is_not_observed(model, settings, trainer, observed_before, message, tmp_path):
+    """Lightning still has what was logged before."""
+    best = BestCheckpoint(METRIC, **settings)
+    with pytest.raises(MissingMetricError, match=f"logged before, but not again by the end of {message}"):
+        fit(tmp_path, VALUES, [best], model=model, **trainer)
+    assert observed(tmp_path) == observed_before
 
 
 # What ends training, and when it is validated: in two epochs of two batches, or of one that was cut to an update.

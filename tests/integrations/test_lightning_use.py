@@ -176,6 +176,34 @@ def test_trainer_tests_the_best_and_lightning_loads_it(world_size, tmp_path):
     assert not any(each.name.startswith(".") for each in tmp_path.iterdir())
 
 
+class Configured(Sized):
+    """Its callback is another one in each fit and test."""
+
+    def configure_callbacks(self):
+        return [BestCheckpoint(METRIC, tolerances=[0])]
+
+
+def fit_and_test_twice(directory):
+    trainer = fit(directory, VALUES, [], model=Configured, max_epochs=4)
+    module, data, tested = trainer.lightning_module, (trainer.train_dataloader, trainer.val_dataloaders), []
+    for epochs in (4, 8):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, *data)
+        trainer.test(module, data[1], ckpt_path="best", verbose=False)
+        tested.append(module.tested)
+    return tested
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_callback_of_a_module_continues_and_tests_the_best(world_size, tmp_path):
+    results = run_ranks(fit_and_test_twice, world_size, tmp_path, init=world_size > 1)
+    assert [value for _, value in FACE.observed(tmp_path)] == VALUES
+    load(tmp_path, f"{FACE.ref}.tolerance=0", first := Configured())
+    load(tmp_path, FACE.ref, last := Configured())
+    expected = [weights_of(module.state_dict()) for module in (first, last)]
+    assert results == [expected] * world_size
+
+
 def make_shifted(values, *, by):
     module = Model(values)
     with torch.no_grad():

@@ -290,6 +290,41 @@ def test_export_of_an_adapter_has_what_peft_writes(kind, name, tmp_path):
     assert exported == own
 
 
+class Allocation(TrainerCallback):
+    """Lets AdaLoRA leave out ranks: its best step has two of them, and the last one has one."""
+
+    def on_optimizer_step(self, args, state, control, model, **_):
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def train_adalora(directory):
+    """The weight with the adapter of PEFT's own checkpoint of the best step, of what was exported, and of the end."""
+    import peft
+
+    settings = {"init_r": 4, "target_r": 1, "tinit": 0, "tfinal": 1, "deltaT": 1, "total_step": 10, "lora_alpha": 999}
+    config = peft.AdaLoraConfig(target_modules=["query"], task_type="SEQ_CLS", **settings)
+    model = peft.get_peft_model(make_base(), config)
+    data = [{"input_ids": list(range(8)), "labels": 1}] * 8
+    callbacks = [Allocation(), BestCheckpoint(save_frozen_weights=False)]
+    arguments = {"model": model, "train_dataset": data, "eval_dataset": data[:2]}
+    make_trainer(directory, [3.0, 1.0, 2.0], callbacks, trainer=arguments).train()
+    chosen = dict(config.rank_pattern)
+    place = export_adapter(directory, FACE.ref, directory / "adapter", model)
+    assert config.rank_pattern == chosen
+    read = [peft.PeftModel.from_pretrained(make_base(), str(each)) for each in (directory / "checkpoint-2", place)]
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    return [each.merge_and_unload().get_parameter(name).detach() for each in (*read, model)]
+
+
+@asks_in_old_ways
+def test_adapter_is_exported_with_the_ranks_that_it_had(tmp_path):
+    """AdaLoRA goes on to choose among them after the best."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    [[own, exported, ended]] = run_ranks(train_adalora, 1, tmp_path, init=False)
+    torch.testing.assert_close(exported, own)
+    assert not torch.allclose(ended, own)
+
+
 @asks_in_old_ways
 def test_adapter_that_is_not_there_is_not_exported(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -54,7 +54,7 @@ class AcceleratedKeeper(BestKeeper):
 
     _face = Face(
         Existing(
-            resume=f"accelerator.load_state(...) before the keeper starts, or {_RESUME}",
+            resume=f"accelerator.load_state(...) when the keeper is there and has not started, or {_RESUME}",
             set_aside="existing='set_aside'",
         )
     )

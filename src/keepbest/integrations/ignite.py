@@ -174,6 +174,7 @@ class BestCheckpoint:
         self.keeper = self._make_keeper()
         if state:
             self.keeper.load_state_dict(state)
+            self._refuse_if_started_over(self.keeper, trainer)
         self.keeper.start(at=_iteration_of(trainer) if self._resume == "ledger" else None)
         self._open, self._observed_data = self.keeper, None
         # Not earlier, so that what is attached to the same events before training is called before these.
@@ -185,6 +186,16 @@ class BestCheckpoint:
             if trainer.has_event_handler(_raise_again, Events.EXCEPTION_RAISED):
                 trainer.remove_event_handler(_raise_again, Events.EXCEPTION_RAISED)
             trainer.add_event_handler(Events.EXCEPTION_RAISED, _raise_again)
+
+    def _refuse_if_started_over(self, keeper: BestKeeper, trainer: Engine) -> None:
+        last = keeper.state.last_iteration
+        if last is None or (last.update or 0) <= trainer.state.iteration:
+            return
+        raise ConfigError(
+            f"the state of {keeper.name} that was loaded has observed {last}, but the trainer starts at iteration "
+            f"{trainer.state.iteration}: load the trainer with it, and run it for more epochs than it had. Ignite "
+            "starts over where max_epochs is reached already"
+        )
 
     def _refuse_without_start(self, trainer: Engine) -> None:
         raise ConfigError(
@@ -235,6 +246,12 @@ class BestCheckpoint:
         if self.metric_key not in metrics:
             known = (", ".join(sorted(metrics)) or "none") + nearest(self.metric_key, metrics)
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
+        # Of the present run the time of an epoch is 0 until it is over, and its metrics are those of the run before.
+        if evaluator.should_terminate and not evaluator.state.times[Events.EPOCH_COMPLETED.name]:
+            return Reading(
+                absent=f"the evaluator was terminated before it computed {self.metric_key!r}, and has the value of "
+                "other weights. To evaluate fewer batches, give evaluator.run an epoch_length"
+            )
         return read_reported(metrics[self.metric_key], self.metric_key)
 
     def _complete(self, trainer: Engine) -> None:

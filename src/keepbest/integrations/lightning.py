@@ -6,7 +6,7 @@ For trainers of `pytorch_lightning` and for those of `lightning.pytorch`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.face import Face
+from keepbest.integrations.lightning_epochs import call_after_epochs, is_same
 from keepbest.integrations.lightning_export import export_checkpoint, show_to
 from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
@@ -47,6 +48,11 @@ class _Keeper(BestKeeper):
         ),
         unobserved="no validation, or interval of every_n_train_steps, came to its end",
     )
+
+    def resumed_without_a_state(self) -> None:
+        """Say how a run that is there would be resumed, since fit(ckpt_path=...) did not. **Rank-local**."""
+        why = f"since the checkpoint has no state of {self.name}"
+        self._face = self._face.resumed_by(f"resume='ledger' of BestCheckpoint, {why}")
 
 
 class BestCheckpoint(Callback):
@@ -115,6 +121,7 @@ class BestCheckpoint(Callback):
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
         self._epoch_to_observe: TrainingIteration | None = None
+        self._before: Any = None  # value of the metric that was logged before the present interval
         self._module: LightningModule | None = None  # that of the last fit
         self._is_asked = False  # for the best as a checkpoint
         self._is_rank_0 = self._is_alone = False
@@ -151,10 +158,13 @@ class BestCheckpoint(Callback):
 
         **Collective**. Raises as `best_model_path`, on every rank.
         """
+        before = call_after_epochs(trainer, self, self._observe_epoch)
+        replaced = None if before is None else self._succeed(before)
         if stage == "fit":
             self._loaded = {}  # what a checkpoint that was tested, for example, had
-            show_to(trainer, self._name_best)
-        elif self.keeper is not None:
+        if stage == "fit" or replaced is not None:
+            show_to(trainer, self._name_best, instead_of=replaced)
+        if stage != "fit" and self.keeper is not None:
             # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
             Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
 
@@ -197,22 +207,7 @@ class BestCheckpoint(Callback):
             refuse_if_never_validated(trainer)
         else:
             refuse_if_never_at_a_step(trainer, self._every)
-        # A trainer that fits once more, for example for more epochs, continues from where this callback was.
-        if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
-            self._loaded = self.keeper.state_dict()
-        self._module, self._is_rank_0 = pl_module, trainer.is_global_zero
-        self._is_alone = trainer.world_size == 1
-        model = pl_module if trainer.model is None else trainer.model
-        self.keeper = self._make_keeper(
-            model,
-            directory=self._directory or trainer.default_root_dir,
-            training_state=_training_state(trainer) if self._saves_training_state else None,
-        )
-        if self._loaded:
-            self.keeper.load_state_dict(self._loaded)
-            self._loaded = {}
-        self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
-        self._open, self._epoch_to_observe = self.keeper, None
+        self._take_up(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
@@ -226,6 +221,8 @@ class BestCheckpoint(Callback):
             Ranks.connect().agree("look for the metric in a fast_dev_run", lambda: self._refuse_if_absent(trainer))
         if self._every is None:
             self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
+        else:  # it is no metric of training that a validation logged
+            self._begin_interval(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -239,21 +236,17 @@ class BestCheckpoint(Callback):
             iteration = _iteration_of(trainer, trainer.current_epoch + 1)
             self._observe(trainer, iteration, f"update {trainer.global_step}")
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was logged in another epoch is no value of this one. **Rank-local**."""
+        self._begin_interval(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation, observe as soon as the module has logged the metric. **Rank-local**.
 
-        What the module logs at the end of the epoch, it logs after this hook. The next of the hooks below observes.
+        What the module logs at the end of the epoch, it logs after this hook, and before what `setup` has added.
         """
         if self._every is None and not validates(trainer):
             self._epoch_to_observe = _iteration_of(trainer, trainer.current_epoch + 1)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** after an epoch without validation. Raises as `on_validation_end`."""
-        self._observe_epoch(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** after an epoch without validation. Raises as `on_validation_end`."""
-        self._observe_epoch(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make durable what the checkpoint names, and keep it until there is a newer one. **Collective**.
@@ -268,7 +261,15 @@ class BestCheckpoint(Callback):
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the keeper: the last checkpoint is written by now. **Collective**. Raises as `BestKeeper.close`."""
+        """Close the keeper: the last checkpoint is written by now. **Collective**.
+
+        A training that was over when it was resumed calls no hook before. Its best is there all the same.
+
+        Raises:
+            KeepBestError: On every rank, as `BestKeeper.close`, and its `start` after a training that was over.
+        """
+        if self._loaded and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._take_up(trainer, pl_module)
         if (keeper := self._let_go()) is not None:
             keeper.close()
 
@@ -276,6 +277,33 @@ class BestCheckpoint(Callback):
         """Leave the run as it is, for another `fit` to resume. **Rank-local**."""
         if (keeper := self._let_go()) is not None:
             keeper.abandon()
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A trainer that fits once more, for example for more epochs, continues from where this callback was.
+        if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
+            self._loaded = self.keeper.state_dict()
+        self._module, self._is_rank_0 = pl_module, trainer.is_global_zero
+        self._is_alone = trainer.world_size == 1
+        model = pl_module if trainer.model is None else trainer.model
+        self.keeper = self._make_keeper(
+            model,
+            directory=self._directory or trainer.default_root_dir,
+            training_state=_training_state(trainer) if self._saves_training_state else None,
+        )
+        if self._loaded:
+            self.keeper.load_state_dict(self._loaded)
+            self._loaded = {}
+        elif trainer.ckpt_path is not None:
+            self.keeper.resumed_without_a_state()
+        self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
+        self._open, self._epoch_to_observe, self._before = self.keeper, None, None
+
+    def _succeed(self, before: BestCheckpoint) -> Callable[[], str]:
+        """Go on with the run of a callback in whose place this one is; how that one named its best."""
+        if self.keeper is None and self._directory == before._directory:
+            self.keeper, self._module, self._is_asked = before.keeper, before._module, before._is_asked
+            self._is_rank_0, self._is_alone = before._is_rank_0, before._is_alone
+        return before._name_best
 
     def _checkpoint_of_best(self) -> Path | None:
         if self.keeper is None or self.keeper.best_path is None:
@@ -306,6 +334,10 @@ class BestCheckpoint(Callback):
     def _observe(self, trainer: Trainer, iteration: TrainingIteration, interval: str) -> None:
         if self._open is not None:
             self._open.observe_reading(lambda: self._read(trainer.callback_metrics, interval), iteration)
+            self._begin_interval(trainer)
+
+    def _begin_interval(self, trainer: Trainer) -> None:
+        self._before = trainer.callback_metrics.get(self.metric_key)
 
     def _let_go(self) -> BestKeeper | None:
         keeper, self._open = self._open, None
@@ -335,6 +367,11 @@ class BestCheckpoint(Callback):
             logged, near = ", ".join(sorted(metrics)) or "nothing", nearest(self.metric_key, metrics)
             absent = f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}{near}"
             return Reading(absent=absent)
+        if is_same(metrics[self.metric_key], self._before):
+            return Reading(
+                absent=f"{self.metric_key!r} was logged before, but not again by the end of {interval}: Lightning "
+                "still has the value of other weights. Log it each time, or observe it only where it is logged"
+            )
         return read_reported(metrics[self.metric_key], self.metric_key)
 
 

@@ -143,12 +143,12 @@ class BestOfTrainer(Checkpoint):
     """
 
     def __init__(self, find_path: Callable[[], str], replaced: Any) -> None:
-        self._find_path = find_path
+        self.find_path = find_path
         self._replaced = replaced
 
     @property
     def best_model_path(self) -> str:
-        return self._find_path()
+        return self.find_path()
 
     def __getattr__(self, name: str) -> Any:
         """What else is asked of `trainer.checkpoint_callback` is what it was before, such as `last_model_path`."""
@@ -158,15 +158,21 @@ class BestOfTrainer(Checkpoint):
         return getattr(replaced, name)
 
 
-def show_to(trainer: Trainer, find_path: Callable[[], str]) -> None:
-    """Let `ckpt_path="best"` be this path, unless a callback that monitors a metric has a best already."""
+def show_to(trainer: Trainer, find_path: Callable[[], str], *, instead_of: Callable[[], str] | None = None) -> None:
+    """Let `ckpt_path="best"` be this path, unless a callback that monitors a metric has a best already.
+
+    So is another path that was shown before, unless it is to be shown `instead_of` that one.
+    """
     if "MultiProcessing" in type(trainer.strategy.launcher).__name__:
         return  # a process that ends after this: the path would go back to another callback, which takes it for its own
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     checkpoints = [each for each in callbacks if isinstance(each, CHECKPOINTS)]
-    if any(isinstance(each, BestOfTrainer) or monitors(each) for each in checkpoints):
+    shown = [each for each in checkpoints if isinstance(each, BestOfTrainer)]
+    for each in shown:
+        each.find_path = find_path if each.find_path == instead_of else each.find_path
+    if shown or any(monitors(each) for each in checkpoints):
         return
     place = callbacks.index(checkpoints[0]) if checkpoints else len(callbacks)
     # A new list: the trainer is going through the old one.
-    shown = BestOfTrainer(find_path, checkpoints[0] if checkpoints else None)
-    trainer.callbacks = [*callbacks[:place], shown, *callbacks[place:]]  # type: ignore[attr-defined]
+    best = BestOfTrainer(find_path, checkpoints[0] if checkpoints else None)
+    trainer.callbacks = [*callbacks[:place], best, *callbacks[place:]]  # type: ignore[attr-defined]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import AdaLoraConfig, get_peft_model_state_dict
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import export
@@ -57,8 +59,9 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
     try:
         export(run, ref, weights)
         state = torch.load(weights, mmap=True, weights_only=True)
-        state = _whole(state, model, adapter_name, ref)
-        model.save_pretrained(str(folder), selected_adapters=[adapter_name], state_dict=state)
+        with _all_ranks(adapters[adapter_name], state, adapter_name):
+            state = _whole(state, model, adapter_name, ref)
+            model.save_pretrained(str(folder), selected_adapters=[adapter_name], state_dict=state)
         _files.remove(weights)
         for path in folder.rglob("*"):
             (_files.sync_folder if path.is_dir() else _files.sync_file)(path)
@@ -68,6 +71,23 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
     finally:
         _files.remove(folder)
     return to if adapter_name == "default" else to / adapter_name
+
+
+@contextmanager
+def _all_ranks(adapter: Any, state: Mapping[str, Any], adapter_name: str) -> Iterator[None]:
+    """Let PEFT write all ranks of AdaLoRA: those that it has chosen by now need not be those that the best had.
+
+    Unless the model was made with fewer ranks than the settings say, from a file in which others were left out.
+    """
+    ranks = {len(weight) for name, weight in state.items() if name.endswith(f".lora_E.{adapter_name}")}
+    if not isinstance(adapter, AdaLoraConfig) or ranks != {adapter.init_r}:
+        yield
+        return
+    chosen, adapter.rank_pattern = adapter.rank_pattern, None
+    try:
+        yield
+    finally:
+        adapter.rank_pattern = chosen
 
 
 def _whole(state: dict[str, Any], model: Any, adapter_name: str, ref: str) -> dict[str, Any]:

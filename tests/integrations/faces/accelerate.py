@@ -97,7 +97,7 @@ class Loop:
 class Accelerate(face.Face):
     ref = "best_model.eval_score"
     strategies = ("alone", "ddp", "fsdp1", "fsdp2")
-    resumed_by = r"accelerator.load_state\(...\) before the keeper starts"
+    resumed_by = r"accelerator.load_state\(...\) when the keeper is there and has not started"
     resumes: ClassVar = {name: {"fails_at": [6], "strategy": name, "save_every": 2} for name in ("fsdp1", "fsdp2")}
 
     def model(self):
