@@ -243,7 +243,7 @@ def test_trainer_that_runs_more_epochs_continues_in_its_folder(tmp_path):
     assert FACE.kept(tmp_path / "parts") == FACE.kept(tmp_path / "whole")
 
 
-def test_trainer_that_starts_over_does_not_go_on_with_a_state(tmp_path):
+def test_trainer_that_starts_over_is_not_resumed_with_a_state(tmp_path):
     """Ignite trains anew where all epochs are done already."""
     engines = make_engines(VALUES)
     resume = Resume(tmp_path, engines, engines.attach(tmp_path))

@@ -318,7 +318,7 @@ def train_adalora(directory):
 
 @asks_in_old_ways
 def test_adapter_is_exported_with_the_ranks_that_it_had(tmp_path):
-    """AdaLoRA goes on to choose among them after the best."""
+    """AdaLoRA chooses among them after the best, too."""
     pytest.importorskip("peft", reason="peft is not installed")
     [[own, exported, ended]] = run_ranks(train_adalora, 1, tmp_path, init=False)
     torch.testing.assert_close(exported, own)

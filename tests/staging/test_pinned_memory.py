@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,13 +24,17 @@ class Runtime:
     answer: Error code of each registration.
     registered: Bytes by address.
     threads: Threads that registered, one for each call.
+    goes_on: Set while a registration ends as soon as it has begun.
     """
 
     def __init__(self):
         self.answer, self.registered, self.threads = 0, {}, []
+        self.goes_on = threading.Event()
+        self.goes_on.set()
 
     def cudaHostRegister(self, address, nbytes, _flags):  # noqa: N802  # the name in CUDA
         self.threads.append(threading.current_thread())
+        assert self.goes_on.wait(30)
         if not self.answer:
             self.registered[address] = nbytes
         return self.answer
@@ -78,6 +83,29 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(runtime, is_prepared, cap
     # CUDA would report the failure once more to the thread that it happened on.
     assert not {thread for thread in runtime.threads if thread.is_alive()}
     assert threading.main_thread() not in runtime.threads
+
+
+def test_memory_is_unpinned_though_nobody_waited_for_it(runtime):
+    runtime.goes_on.clear()
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        Memory().take([Size(PAGE, is_pinned=True)])
+    runtime.goes_on.set()
+    (thread,) = runtime.threads
+    thread.join()
+    gc.collect()
+    assert not runtime.registered
+
+
+def test_memory_is_used_as_it_is_where_no_thread_can_pin_it(runtime, monkeypatch, caplog):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    (taken,) = Memory().take([Size(PAGE, is_pinned=True)])
+    assert taken.nbytes == PAGE
+    assert "can't start new thread" in caplog.text
+    assert not runtime.registered
 
 
 def test_memory_is_prepared_where_a_device_cannot_get_ready(runtime):

@@ -159,7 +159,7 @@ class BestCheckpoint:
         return self._state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from this state when the trainer runs. **Rank-local**, on every rank, before that."""
+        """Continue from this state when the trainer runs. **Rank-local**, on every rank, before that."""
         self._loaded = dict(state_dict)
 
     def _start(self, trainer: Engine) -> None:

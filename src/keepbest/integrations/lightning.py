@@ -135,7 +135,7 @@ class BestCheckpoint(Callback):
         return self._loaded if self.keeper is None else self.keeper.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from this state when training starts. **Rank-local**."""
+        """Continue from this state when training starts. **Rank-local**."""
         self._loaded = state_dict
 
     @property
@@ -207,7 +207,7 @@ class BestCheckpoint(Callback):
             refuse_if_never_validated(trainer)
         else:
             refuse_if_never_at_a_step(trainer, self._every)
-        self._take_up(trainer, pl_module)
+        self._open_keeper(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the metric: by now the module has logged it, and no checkpoint is written yet. **Collective**.
@@ -269,7 +269,7 @@ class BestCheckpoint(Callback):
             KeepBestError: On every rank, as `BestKeeper.close`, and its `start` after a training that was over.
         """
         if self._loaded and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._take_up(trainer, pl_module)
+            self._open_keeper(trainer, pl_module)
         if (keeper := self._let_go()) is not None:
             keeper.close()
 
@@ -278,7 +278,7 @@ class BestCheckpoint(Callback):
         if (keeper := self._let_go()) is not None:
             keeper.abandon()
 
-    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _open_keeper(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A trainer that fits once more, for example for more epochs, continues from where this callback was.
         if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
             self._loaded = self.keeper.state_dict()
@@ -299,7 +299,7 @@ class BestCheckpoint(Callback):
         self._open, self._epoch_to_observe, self._before = self.keeper, None, None
 
     def _succeed(self, before: BestCheckpoint) -> Callable[[], str]:
-        """Go on with the run of a callback in whose place this one is; how that one named its best."""
+        """Continue the run of a callback in whose place this one is. Returns how that one named its best."""
         if self.keeper is None and self._directory == before._directory:
             self.keeper, self._module, self._is_asked = before.keeper, before._module, before._is_asked
             self._is_rank_0, self._is_alone = before._is_rank_0, before._is_alone
