@@ -206,20 +206,20 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
     if len(groups) == 1:
         names = [f"{_FOLDER_FILE}{ending}"]
     written: list[Path] = []
-    try:
-        for name, group in zip(names, groups, strict=True):
-            keys = {entry.key for entry in group}
-            with _appearing(to / name) as path:
-                write_entries(
-                    _files, path, group, {key: first for key, first in contents.tied.items() if first in keys}
-                )
-            written.append(to / name)
-        if len(groups) > 1:
-            written.append(_write_index(to, contents, names, groups))
-    except BaseException:
-        for path in written:
-            _files.remove(path)
-        raise
+    with _folder(to):
+        try:
+            for name, group in zip(names, groups, strict=True):
+                keys = {entry.key for entry in group}
+                tied = {key: first for key, first in contents.tied.items() if first in keys}
+                with _appearing(to / name) as path:
+                    write_entries(_files, path, group, tied)
+                written.append(to / name)
+            if len(groups) > 1:
+                written.append(_write_index(to, contents, names, groups))
+        except BaseException:
+            for path in written:
+                _files.remove(path)
+            raise
     return written
 
 
@@ -250,16 +250,26 @@ def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """Another path to write to; what was written there has the name `path` when the block has ended, and only then."""
-    missing = [folder for folder in path.parents if not folder.exists()]
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with _folder(path.parent):
+        try:
+            _files.remove(temporary)
+            yield temporary
+            _files.rename(temporary, path)
+            _files.sync_folder(path.parent)
+        except BaseException:
+            _files.remove(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder, and those above it, which are gone again if the block fails."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _files.remove(temporary)
-        yield temporary
-        _files.rename(temporary, path)
-        _files.sync_folder(path.parent)
+        path.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
-        _files.remove(temporary)
         for folder in missing:
             with contextlib.suppress(OSError):  # something else is in it by now
                 folder.rmdir()

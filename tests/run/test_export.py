@@ -147,7 +147,8 @@ def test_export_among_checkpoints_is_refused(tmp_path):
     assert verify(tmp_path / "run") == verify(tmp_path / "other") == []
 
 
-def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["out", "out/of/nothing"])
+def test_folder_that_cannot_be_completed_is_left_as_it_was(to, tmp_path, monkeypatch):
     keep(tmp_path / "run", "torch", wrap="single")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
@@ -161,7 +162,7 @@ def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch
 
     monkeypatch.setattr(Files, "create", refuse_the_third)
     with pytest.raises(OSError, match="No space left"):
-        export(tmp_path / "run", BEST, tmp_path / "out", largest_file=200)
+        export(tmp_path / "run", BEST, tmp_path / to, largest_file=200)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
