@@ -250,15 +250,16 @@ def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """Another path to write to; what was written there has the name `path` when the block has ended, and only then."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    made = temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with _folder(path.parent):
         try:
             _files.remove(temporary)
             yield temporary
             _files.rename(temporary, path)
+            made = path
             _files.sync_folder(path.parent)
         except BaseException:
-            _files.remove(temporary)
+            _files.remove(made)
             raise
 
 

@@ -166,6 +166,18 @@ def test_folder_that_cannot_be_completed_is_left_as_it_was(to, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("to", ["best.pt", "best.safetensors", "out"])
+def test_file_whose_name_is_not_on_the_disk_is_not_left(to, tmp_path, monkeypatch):
+    def refuse(files, path):
+        raise OSError(5, "Input/output error")
+
+    keep(tmp_path / "run", "torch", wrap="single")
+    monkeypatch.setattr(Files, "sync_folder", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        export(tmp_path / "run", BEST, tmp_path / to)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 class Tied(nn.Module):
     """An embedding and a head that are one."""
 
