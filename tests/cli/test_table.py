@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -78,3 +80,11 @@ def test_letters_that_an_output_has_not_are_escaped(command, tmp_path):
         assert shown.exit_code == 0, shown.output
         assert r"größe" in shown.output
         assert r"\u635f\u5931" in shown.output
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_command_ends_well_where_an_output_is_closed(closed, directory):
+    command = [sys.executable, "-m", "keepbest", "show", str(directory)]
+    ended = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (BEST.encode() in ended.stdout) == (closed == 2)

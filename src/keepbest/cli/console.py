@@ -75,9 +75,9 @@ def _say_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], width: int
     say("")
 
 
-def _encodable(text: str, output: TextIO) -> str:
+def _encodable(text: str, output: TextIO | None) -> str:
     """`text` with escapes in the place of what the encoding of `output` does not have."""
-    encoding = output.encoding or "utf-8"  # one in memory has none
+    encoding = (output and output.encoding) or "utf-8"  # one that is closed, or in memory, has none
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
