@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -250,17 +252,30 @@ def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """Another path to write to; what was written there has the name `path` when the block has ended, and only then."""
-    made = temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    # Another process, such as each rank of a training, may write to the same path now.
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
+    made = [temporary]
     with _folder(path.parent):
         try:
-            _files.remove(temporary)
             yield temporary
-            _files.rename(temporary, path)
-            made = path
+            _name(temporary, path)
+            made.append(path)
+            _files.remove(temporary)
             _files.sync_folder(path.parent)
         except BaseException:
-            _files.remove(made)
+            for each in made:
+                _files.remove(each)
             raise
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give a file the name `path`, in one step, if nothing has it. Raises `ConfigError` if something has."""
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} exists; nothing is overwritten") from error
+        _files.rename(temporary, path)  # a file system may know no second names
 
 
 @contextlib.contextmanager

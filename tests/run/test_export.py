@@ -178,6 +178,31 @@ def test_file_whose_name_is_not_on_the_disk_is_not_left(to, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("to", ["best.pt", "best.safetensors", "out/model.safetensors"])
+def test_of_two_exports_to_one_path_the_first_is_whole(to, has_links, tmp_path, monkeypatch):
+    def refuse(path, target):
+        raise PermissionError(1, "no links here", str(path))
+
+    def export_meanwhile(files, path):
+        monkeypatch.setattr(Files, "create", create)
+        file = create(files, path)
+        found.update(read(export(tmp_path / "run", BEST, target)))
+        return file
+
+    keep(tmp_path / "run", "torch", wrap="single")
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    expected = read(export(tmp_path / "run", BEST, tmp_path / "expected.pt"))
+    target, create, found = tmp_path / to.partition("/")[0], Files.create, {}
+    monkeypatch.setattr(Files, "create", export_meanwhile)
+    with pytest.raises(ConfigError, match=f"{to} exists; nothing is overwritten"):
+        export(tmp_path / "run", BEST, target)
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert found.keys() == expected.keys()
+    assert same(read([tmp_path / to]), expected)
+
+
 class Tied(nn.Module):
     """An embedding and a head that are one."""
 
