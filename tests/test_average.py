@@ -139,9 +139,19 @@ def sparse(number):
     return layer
 
 
+def of_four_bits(number):
+    layer = nn.Module()
+    layer.register_buffer("0", torch.full((2,), number, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+    return layer
+
+
+HAS_FOUR_BITS = pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="torch knows no such floats")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        pytest.param(of_four_bits, "0 cannot be averaged: it is torch.float4_e2m1fn_x2, with", marks=HAS_FOUR_BITS),
         (resized, r"best_model\.loss\.top=1 and .*top=2 .* 0\.weight is .*shape \(1, 1\), and .*shape \(1, 2\)"),
         (renamed, r"do not have the same names, so they cannot be averaged: 0\.bias"),
         (retyped, r"0 is torch\.float32 of shape \(2,\), and torch\.int64"),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepbest.errors import ConfigError
+from keepbest.errors import ConfigError, RankTimeoutError
 from keepbest.launch import Process, distributed, expand_node_list, read_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
@@ -119,6 +121,8 @@ def test_slurm_jobs_on_a_host_do_not_share_a_port(job, distance, step, other_ste
 def test_value_that_is_no_number_is_named():
     with pytest.raises(ConfigError, match=r"WORLD_SIZE .*'four'"):
         read_environment({**TORCHRUN, "WORLD_SIZE": "four"})
+    with pytest.raises(ConfigError, match="MASTER_PORT must be a port, up to 65535, found 65536"):
+        read_environment({**TORCHRUN, "MASTER_PORT": "65536"})
 
 
 def test_rank_outside_of_the_world():
@@ -211,12 +215,29 @@ def test_rank_without_a_device_is_refused(monkeypatch):
         devices(2, "2", monkeypatch)
 
 
-def test_group_is_destroyed_after_an_error(monkeypatch):
+def set_environment(monkeypatch, variables):
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         monkeypatch.delenv(name)
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_process_that_no_other_meets_says_how_to_start(rank, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    here = {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    set_environment(monkeypatch, {**SLURM, **here, "SLURM_PROCID": rank})
+    said = f"^rank {rank} of 2 did not meet the others at localhost, port {port}: .*[Tt]imed out .*srun has started all"
+    with pytest.raises(RankTimeoutError, match=said), distributed(timeout=timedelta(seconds=1)):
+        pass
+    assert not dist.is_initialized()
+
+
+def test_group_is_destroyed_after_an_error(monkeypatch):
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    set_environment(monkeypatch, variables)
 
     def train() -> None:
         with distributed():

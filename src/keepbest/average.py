@@ -146,7 +146,12 @@ def _mean(entries: Sequence[Entry]) -> torch.Tensor:
     """The mean of one tensor of several snapshots, of which one at a time is in memory beside the sum."""
     first = entries[0].dtype
     wide = torch.complex128 if first.is_complex else torch.float32 if first.itemsize < 4 else torch.float64
-    total = entries[0].fetch().to(wide, copy=True)
-    for entry in entries[1:]:
-        total += entry.fetch().to(wide)
-    return total.div_(len(entries)).to(first)
+    try:
+        total = entries[0].fetch().to(wide, copy=True)
+        for entry in entries[1:]:
+            total += entry.fetch().to(wide)
+        return total.div_(len(entries)).to(first)
+    except NotImplementedError as error:
+        raise SnapshotError(
+            f"{entries[0].key} cannot be averaged: it is {first}, with which torch cannot calculate"
+        ) from error

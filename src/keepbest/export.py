@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -127,10 +129,38 @@ def write_contents(to: Path, contents: Contents, largest_file: int = _LARGEST_FI
         names = ", ".join(sorted(contents.others))
         raise SnapshotError(f"safetensors files hold tensors only, but the snapshot has {names}; export to a .pt file")
     if _ending(to) == safetensors_file.FORMAT.ending:
-        with _appearing(to) as path:
+        with appearing(to) as path:
             write_entries(_files, path, contents.entries, contents.tied)
         return [to]
     return _write_folder(to, contents, largest_file)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A free name beside `path`, to which another process, such as each rank of a training, may write now."""
+    return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Another path to write to; what was written there has the name `path` when the block has ended, and only then.
+
+    Raises:
+        ConfigError: If something has the name by then.
+        OSError: Any refusal of the file system.
+    """
+    temporary = temporary_beside(path)
+    made = [temporary]
+    with _folder(path.parent):
+        try:
+            yield temporary
+            _name(temporary, path)
+            made.append(path)
+            _files.remove(temporary)
+            _files.sync_folder(path.parent)
+        except BaseException:
+            for each in made:
+                _files.remove(each)
+            raise
 
 
 def _ending(to: Path) -> str:
@@ -182,7 +212,7 @@ def _versions(manifest: Manifest, parts: Mapping[str, str]) -> dict[str, Version
 
 
 def _write_torch(to: Path, contents: Contents) -> Path:
-    with _appearing(to) as path:
+    with appearing(to) as path:
         # torch.save wants all tensors at once: they lie in one mapped file, so that the memory is that of the disk.
         space = path.with_name(f"{path.name}.space")
         _files.remove(space)
@@ -206,20 +236,20 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
     if len(groups) == 1:
         names = [f"{_FOLDER_FILE}{ending}"]
     written: list[Path] = []
-    try:
-        for name, group in zip(names, groups, strict=True):
-            keys = {entry.key for entry in group}
-            with _appearing(to / name) as path:
-                write_entries(
-                    _files, path, group, {key: first for key, first in contents.tied.items() if first in keys}
-                )
-            written.append(to / name)
-        if len(groups) > 1:
-            written.append(_write_index(to, contents, names, groups))
-    except BaseException:
-        for path in written:
-            _files.remove(path)
-        raise
+    with _folder(to):
+        try:
+            for name, group in zip(names, groups, strict=True):
+                keys = {entry.key for entry in group}
+                tied = {key: first for key, first in contents.tied.items() if first in keys}
+                with appearing(to / name) as path:
+                    write_entries(_files, path, group, tied)
+                written.append(to / name)
+            if len(groups) > 1:
+                written.append(_write_index(to, contents, names, groups))
+        except BaseException:
+            for path in written:
+                _files.remove(path)
+            raise
     return written
 
 
@@ -229,7 +259,7 @@ def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Seq
         "weight_map": {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group},
     }
     found = to / f"{_FOLDER_FILE}{safetensors_file.FORMAT.ending}.index.json"
-    with _appearing(found) as path, _files.create(path) as file:
+    with appearing(found) as path, _files.create(path) as file:
         file.write(json.dumps(index, indent=2, sort_keys=True).encode())
         file.sync()
     return found
@@ -247,19 +277,24 @@ def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
     return groups
 
 
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """Another path to write to; what was written there has the name `path` when the block has ended, and only then."""
-    missing = [folder for folder in path.parents if not folder.exists()]
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+def _name(temporary: Path, path: Path) -> None:
+    """Give a file the name `path`, in one step, if nothing has it. Raises `ConfigError` if something has."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _files.remove(temporary)
-        yield temporary
-        _files.rename(temporary, path)
-        _files.sync_folder(path.parent)
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} exists; nothing is overwritten") from error
+        _files.rename(temporary, path)  # a file system may know no second names
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder, and those above it, which are gone again if the block fails."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
-        _files.remove(temporary)
         for folder in missing:
             with contextlib.suppress(OSError):  # something else is in it by now
                 folder.rmdir()

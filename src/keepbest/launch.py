@@ -25,13 +25,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed import (  # type: ignore[attr-defined]  # not in its __all__
+    DistNetworkError,
+    DistStoreError,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from keepbest.errors import ConfigError, RankTimeoutError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _FIRST_PORT = 16384  # SLURM jobs get a port in [16384, 32768): not reserved, and below Linux' ephemeral ones
 _PORTS = 16384
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +76,22 @@ def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Proce
     Raises:
         ConfigError: If variables are missing or not numbers (it names them), or the host has no device for the local
             rank.
-        RankTimeoutError: If torchrun has started this process, but not all others in time.
+        RankTimeoutError: If not all processes have met in time, or they cannot meet where they shall.
     """
     process = read_environment(os.environ)
     if process.master_addr is None or process.master_port is None:
         yield process
         return
     device = _claim_device(process)
-    dist.init_process_group(
-        "gloo" if device is None else "nccl",
-        **_rendezvous(process, process.master_addr, process.master_port, timeout),
-        rank=process.rank,
-        world_size=process.world_size,
-        timeout=timeout,
-        device_id=device,
-    )
+    with _naming_the_meeting(process):
+        dist.init_process_group(
+            "gloo" if device is None else "nccl",
+            **_rendezvous(process, process.master_addr, process.master_port, timeout),
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout,
+            device_id=device,
+        )
     try:
         yield process
     finally:
@@ -91,6 +99,19 @@ def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Proce
         # end it with "terminate called without an active exception" from gloo's threads.
         gc.collect()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _naming_the_meeting(process: Process) -> Iterator[None]:
+    try:
+        yield
+    except (DistNetworkError, DistStoreError) as error:
+        cause, *_ = str(error).splitlines()
+        raise RankTimeoutError(
+            f"rank {process.rank} of {process.world_size} did not meet the others at {process.master_addr}, port "
+            f"{process.master_port}: {cause.rstrip('.')}. Check that the port is free there, and that torchrun or srun "
+            "has started all of them. In a batch script of SLURM, a command without srun is one process"
+        ) from error
 
 
 def read_environment(environment: Mapping[str, str]) -> Process:
@@ -169,6 +190,8 @@ def _process(environment: Mapping[str, str], *, rank: str, world_size: str, loca
     )
     if process.rank >= process.world_size:
         raise ConfigError(f"{rank}={process.rank} must be less than {world_size}={process.world_size}")
+    if (port := int(environment["MASTER_PORT"])) > _LAST_PORT:
+        raise ConfigError(f"the environment variable MASTER_PORT must be a port, up to {_LAST_PORT}, found {port}")
     return process
 
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 
 from keepbest.cli.run_file import RunFile, parse_settings
 from keepbest.errors import ConfigError
 from tests.kit import cli_runs as runs
+from tests.kit.toys import AutoEncoder
 
 STOPPER = {"name": "MetricEarlyStopper", "metric_key": "loss", "tolerance": 1, "every_n_epochs": 1}
 
@@ -164,3 +169,81 @@ def test_learning_rate_without_a_point_is_a_number(tmp_path):
     text = yaml.safe_dump(runs.describe_run(tmp_path, epochs=1))
     path.write_text(text.replace("lr: 0.3", "lr: 3e-1"))
     assert RunFile.read(path, {}).config.optimizer.model_extra["lr"] == 0.3
+
+
+ALIASES = """
+directory: {directory}
+model: {{kind: tests.kit.toys.AutoEncoder}}
+optimizer: {{kind: torch.optim.SGD, lr: 0.1}}
+data:
+  train: &waves {{kind: tests.kit.toys.Waves, length: 8}}
+  val: *waves
+trainer:
+  effective_batch_size: 4
+  epochs: 1
+  callbacks:
+  - &best {{name: BestCheckpointCallback, every_n_updates: 1, metric_key: loss/a, tolerances: [1, 2]}}
+  - {{<<: *best, metric_key: loss/b}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [
+        ("data.val.length", 2, "data.train.length"),
+        ("data.train.length", 2, "data.val.length"),
+        ("trainer.callbacks.0.tolerances.1", 7, "trainer.callbacks.1.tolerances.1"),
+        ("trainer.callbacks.1.tolerances.1", 7, "trainer.callbacks.0.tolerances.1"),
+    ],
+)
+def test_setting_changes_one_place_that_has_an_alias(key, value, other, tmp_path):
+    def at(content, dotted):
+        for name in dotted.split("."):
+            content = content[int(name) if name.isdecimal() else name]
+        return content
+
+    path = tmp_path / "c.yaml"
+    path.write_text(ALIASES.format(directory=tmp_path))
+    before, after = RunFile.read(path, {}).content, RunFile.read(path, {key: value}).content
+    assert (at(after, key), at(after, other)) == (value, at(before, other))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("2026-02-30", "timestamp"), ("0x_", "int"), ("!!bool maybe", "bool"), ("!!int a", "int")]
+)
+def test_value_that_is_not_what_it_looks_like_is_placed(text, kind, tmp_path):
+    path = runs.write_config(tmp_path / "c.yaml", runs.describe_run(tmp_path, epochs=1))
+    path.write_text(path.read_text() + f"schedule: {{kind: a.B, since: {text}}}\n")
+    with pytest.raises(ConfigError, match=rf"c\.yaml: this is no {kind}: .*(?s:.*)line \d+, column 30"):
+        RunFile.read(path, {})
+    with pytest.raises(ConfigError, match=rf"the value of seed is not YAML: '{text}': this is no {kind}"):
+        parse_settings([f"seed={text}"])
+
+
+def test_ranks_agree_on_a_config_with_keys_of_any_kind(tmp_path):
+    labels = {1: "cat", "rest": "dog", None: {"of", "any", "kind"}}
+    content = runs.describe_run(tmp_path / "run", epochs=1, strategy="ddp")
+    content["model"] = {"kind": "tests.cli.test_run_file.Labelled", "labels": labels}
+    config = runs.write_config(tmp_path / "c.yaml", content)
+    runs.succeeded(runs.train_on_ranks(2, config))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["labels"] == labels
+
+
+class Labelled(AutoEncoder):
+    """A model whose config has names for its classes."""
+
+    def __init__(self, labels):
+        super().__init__()
+        self.labels = labels
+
+
+def test_config_is_utf_8_for_a_process_of_any_locale(tmp_path):
+    path = tmp_path / "c.yaml"
+    content = runs.describe_run(tmp_path, epochs=1) | {"schedule": {"kind": "a.B", "name": "größe"}}
+    path.write_bytes(yaml.safe_dump(content, allow_unicode=True).encode())
+    code = "import sys; from pathlib import Path; from keepbest.cli.run_file import RunFile\n"
+    code += "print(ascii(RunFile.read(Path(sys.argv[1]), {}).content['schedule']['name']))"
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(path)]
+    ended = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert ended.stdout == "'gr\\xf6\\xdfe'\n", ended.stderr

@@ -69,7 +69,7 @@ def test_tolerance_command_tells_which_weights_are_there(directory):
     ]
 
 
-@pytest.mark.parametrize("text", ["", "a", "3..", "5..2", "1,,2", "-1", "0..1000"])
+@pytest.mark.parametrize("text", ["", "a", "3..", "5..2", "1,,2", "-1", "0..1000", "9" * 5000, "0.." + "9" * 5000])
 def test_tolerances_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError, match="tolerances"):
         parse_numbers(text, "tolerances")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -65,3 +67,24 @@ def test_title_is_one_line_and_numbers_stand_below_each_other(directory, width):
     for heading, number in (("observations", "5"), ("intervals since best", "0")):
         end = headings.index(heading) + len(heading)
         assert row[:end].endswith(f" {number}")
+
+
+@pytest.mark.parametrize("command", [["show"], ["show", "--history"], ["tolerance"]], ids=" ".join)
+def test_letters_that_an_output_has_not_are_escaped(command, tmp_path):
+    run = Run(tmp_path / "größe" / "损失", metric_key="损失/é", higher_is_better=False)
+    with run.keeper:
+        run.observe(2.5)
+    name, *others = command
+    for directory in (run.keeper.directory, run.keeper.directory.parent)[: 2 if command == ["show"] else 1]:
+        shown = CliRunner(charset="latin-1").invoke(app, [name, str(directory), *others])
+        assert shown.exit_code == 0, shown.output
+        assert r"größe" in shown.output
+        assert r"\u635f\u5931" in shown.output
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_command_ends_well_where_an_output_is_closed(closed, directory):
+    command = [sys.executable, "-m", "keepbest", "show", str(directory)]
+    ended = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (BEST.encode() in ended.stdout) == (closed == 2)

@@ -225,8 +225,8 @@ def test_best_of_a_checkpoint_with_a_monitor_stays_the_best(tmp_path):
     assert tested == FACE.weights_of_checkpoint(own) == FACE.weights_of_checkpoint(tmp_path / "own" / "epoch=6.ckpt")
 
 
-def refuse(files, old, new):
-    raise OSError(28, "no space left", str(new))
+def refuse(files, path):
+    raise OSError(28, "no space left", str(path))
 
 
 def fit_in_a_fork(directory):
@@ -243,7 +243,7 @@ def test_best_of_processes_that_have_ended_is_left_to_lightning(tmp_path):
 def look_for_best_on_full_disk(directory):
     trainer = fit(directory, VALUES[:2], [BestCheckpoint(METRIC)], model=make_sized)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Files, "rename", refuse)
+        patch.setattr(Files, "sync_folder", refuse)
         with pytest.raises(StorageError, match=r"on rank 0 of 2.*no space left"):
             trainer.test(trainer.lightning_module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
 
@@ -262,6 +262,25 @@ def test_parts_alone_make_no_checkpoint_of_lightning(tmp_path):
         export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt", Model())
     with pytest.raises(ConfigError, match=r"there\.ckpt is a file"):
         export_checkpoint(tmp_path, FACE.ref, tmp_path / "there.ckpt" / "best.ckpt", Model())
+
+
+def test_checkpoint_that_is_written_meanwhile_stays(tmp_path, monkeypatch):
+    def export_meanwhile(files, path):
+        monkeypatch.setattr(Files, "create", create)
+        file = create(files, path)
+        export_checkpoint(tmp_path, FACE.ref, to, Model())
+        return file
+
+    fit(tmp_path, VALUES[:2], [BestCheckpoint(METRIC)])
+    to, create = tmp_path / "best.ckpt", Files.create
+    monkeypatch.setattr(Files, "create", export_meanwhile)
+    with pytest.raises(ConfigError, match=r"best\.ckpt exists; nothing is overwritten"):
+        export_checkpoint(tmp_path, FACE.ref, to, Model())
+    kept = load(tmp_path, FACE.ref, best := Model())
+    found = torch.load(to, weights_only=True)["state_dict"]
+    assert set(found) == set(kept.keys)
+    assert all(torch.equal(found[key], value) for key, value in best.state_dict().items())
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 class Compiled(Model):

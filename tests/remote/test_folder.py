@@ -10,7 +10,7 @@ from torch import nn
 
 from keepbest import load, open_run
 from keepbest.errors import ConfigError, LedgerError, SnapshotError
-from keepbest.remote.storage import Remote
+from keepbest.remote.storage import Remote, check_remote
 from keepbest.remote.verify import verify_run as verify
 from tests.kit.runs import Run
 from tests.remote.runs import local_files
@@ -149,3 +149,12 @@ def test_line_that_was_torn_off_is_cut_in_the_copy_too(copy, tmp_path):
 def test_url_that_cannot_be_opened_is_an_error_of_the_setting(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be opened: .*directory"):
         open_run(f"zip://run::file://{tmp_path}")
+
+
+@pytest.mark.parametrize("url", ["file://", "file:///", "://", "memory:// ", "://a"])
+def test_url_without_a_place_is_refused(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (check_remote, open_run):
+        with pytest.raises(ConfigError, match="expected the URL of a run, like s3://bucket/runs/a, got"):
+            use(url)
+    assert list(tmp_path.iterdir()) == []

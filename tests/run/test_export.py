@@ -147,7 +147,8 @@ def test_export_among_checkpoints_is_refused(tmp_path):
     assert verify(tmp_path / "run") == verify(tmp_path / "other") == []
 
 
-def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["out", "out/of/nothing"])
+def test_folder_that_cannot_be_completed_is_left_as_it_was(to, tmp_path, monkeypatch):
     keep(tmp_path / "run", "torch", wrap="single")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
@@ -161,8 +162,45 @@ def test_folder_that_cannot_be_completed_is_left_as_it_was(tmp_path, monkeypatch
 
     monkeypatch.setattr(Files, "create", refuse_the_third)
     with pytest.raises(OSError, match="No space left"):
-        export(tmp_path / "run", BEST, tmp_path / "out", largest_file=200)
+        export(tmp_path / "run", BEST, tmp_path / to, largest_file=200)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("to", ["best.pt", "best.safetensors", "out"])
+def test_file_whose_name_is_not_on_the_disk_is_not_left(to, tmp_path, monkeypatch):
+    def refuse(files, path):
+        raise OSError(5, "Input/output error")
+
+    keep(tmp_path / "run", "torch", wrap="single")
+    monkeypatch.setattr(Files, "sync_folder", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        export(tmp_path / "run", BEST, tmp_path / to)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("to", ["best.pt", "best.safetensors", "out/model.safetensors"])
+def test_of_two_exports_to_one_path_the_first_is_whole(to, has_links, tmp_path, monkeypatch):
+    def refuse(path, target):
+        raise PermissionError(1, "no links here", str(path))
+
+    def export_meanwhile(files, path):
+        monkeypatch.setattr(Files, "create", create)
+        file = create(files, path)
+        found.update(read(export(tmp_path / "run", BEST, target)))
+        return file
+
+    keep(tmp_path / "run", "torch", wrap="single")
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    expected = read(export(tmp_path / "run", BEST, tmp_path / "expected.pt"))
+    target, create, found = tmp_path / to.partition("/")[0], Files.create, {}
+    monkeypatch.setattr(Files, "create", export_meanwhile)
+    with pytest.raises(ConfigError, match=f"{to} exists; nothing is overwritten"):
+        export(tmp_path / "run", BEST, target)
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert found.keys() == expected.keys()
+    assert same(read([tmp_path / to]), expected)
 
 
 class Tied(nn.Module):

@@ -22,7 +22,7 @@ _ANY_WIDTH = 100_000  # of a console that clips nothing
 def say(line: str, *, err: bool = False, keep: str = "") -> None:
     """Print one line as text: markup, and control characters that are not in `keep`, have no effect in it."""
     with _while_it_is_read(sys.stderr if err else sys.stdout):
-        typer.echo(printable(line, keep=keep), err=err)
+        typer.echo(_encodable(printable(line, keep=keep), sys.stderr if err else sys.stdout), err=err)
 
 
 def print_table(
@@ -42,7 +42,7 @@ def print_table(
         right: Headings of the columns that are aligned to the right.
         wrapped: Headings of the columns whose texts may be broken between words.
     """
-    texts = [tuple(map(printable, row)) for row in rows]
+    texts = [tuple(_encodable(printable(text), sys.stdout) for text in row) for row in rows]
     table = Table(box=box.SIMPLE)
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", no_wrap=heading not in wrapped)
@@ -73,6 +73,12 @@ def _say_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], width: int
         for line in lines.wrap(cells):
             say(line)
     say("")
+
+
+def _encodable(text: str, output: TextIO | None) -> str:
+    """`text` with escapes in the place of what the encoding of `output` does not have."""
+    encoding = (output and output.encoding) or "utf-8"  # one that is closed, or in memory, has none
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager

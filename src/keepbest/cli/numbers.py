@@ -7,6 +7,7 @@ import re
 from keepbest.errors import ConfigError
 
 _MOST = 1000
+_NUMBER = r"\d{1,18}"
 
 
 def parse_numbers(text: str, what: str) -> list[int]:
@@ -19,10 +20,10 @@ def parse_numbers(text: str, what: str) -> list[int]:
     Raises:
         ConfigError: If it has another form, or names too many.
     """
-    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", text, re.ASCII):
+    if bounds := re.fullmatch(rf"({_NUMBER})\.\.({_NUMBER})", text, re.ASCII):
         numbers = range(int(bounds[1]), int(bounds[2]) + 1)
         found = list(numbers[: _MOST + 1])
-    elif re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
+    elif re.fullmatch(rf"{_NUMBER}(,{_NUMBER})*", text, re.ASCII):
         found = sorted({int(number) for number in text.split(",")})
     else:
         raise ConfigError(f"{what} must be like 0..20 or 1,2,5, got {text!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,10 +48,12 @@ class RunFile:
                 there.
         """
         try:
-            content = yaml.load(path.read_text(), _Loader)  # noqa: S506  # a SafeLoader
+            # YAML says of itself how it is encoded; the locale of this process does not.
+            with path.open("rb") as file:
+                content = yaml.load(file, _Loader)  # noqa: S506  # a SafeLoader
         except OSError as error:
             raise ConfigError(f"cannot read the config {path}: {error.strerror or error}") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
             raise ConfigError(f"cannot read the config {path}: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must hold a mapping of settings, found {content!r}")
@@ -74,7 +77,7 @@ class RunFile:
         temporary = path.with_suffix(".tmp")
         check_own(path)
         check_own(temporary)
-        temporary.write_text(yaml.safe_dump(self.content, sort_keys=False))
+        temporary.write_text(yaml.safe_dump(self.content, sort_keys=False), encoding="utf-8")
         temporary.replace(path)
 
 
@@ -99,6 +102,13 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Reads `1e-3` as a number, as YAML 1.2 does and as users expect of a learning rate, and each key only once."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # as yaml has it
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # of 2026-02-30, for example
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"this is no {kind}: {error}", problem_mark=node.start_mark) from error
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here, since merges (`<<`) are not resolved yet: a key may replace one that was merged.
         mapping = super().compose_mapping_node(anchor)
@@ -121,12 +131,12 @@ def _set(content: Any, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     place = content
     for depth, name in enumerate(parents):
-        if isinstance(place, dict):
-            place = place.setdefault(name, {})
-        else:
-            place = place[_index(place, key, name)]
-        if not isinstance(place, dict | list):
-            raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is {place!r} and has no keys")
+        at = name if isinstance(place, dict) else _index(place, key, name)
+        inner = place.get(at, {}) if isinstance(place, dict) else place[at]
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is {inner!r} and has no keys")
+        place[at] = copy(inner)  # aliases in the file are one object, and this one alone is meant
+        place = place[at]
     place[last if isinstance(place, dict) else _index(place, key, last)] = value
 
 

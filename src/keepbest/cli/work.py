@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from keepbest.cli.console import say
 from keepbest.cli.run_file import RunFile, parse_settings
@@ -114,7 +115,7 @@ def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> R
     return ranks.agree(
         f"read the config {path.name}",
         lambda: RunFile.read(path, settings()),
-        state=lambda run: json.dumps(run.content, sort_keys=True, default=str).encode(),
+        state=lambda run: yaml.safe_dump(run.content).encode(),
     )
 
 

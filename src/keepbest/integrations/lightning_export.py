@@ -10,7 +10,7 @@ import torch
 
 from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError
-from keepbest.export import verified_contents, write_contents
+from keepbest.export import appearing, verified_contents, write_contents
 from keepbest.formats import torch_file
 from keepbest.integrations.lightning_packages import CHECKPOINTS, VERSION, Checkpoint, monitors
 from keepbest.modules.kinds import is_dtensor
@@ -21,7 +21,6 @@ from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
 from keepbest.run.history import History
-from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
 from keepbest.run.no_run import check_can_be_made
 from keepbest.run.reader import find_ref
@@ -58,18 +57,16 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
     if to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     check_can_be_made(to.parent)
-    weights, written = (to.with_name(f"{TEMPORARY}{kind}-{to.stem}.pt") for kind in ("weights", "checkpoint"))
-    _remove(weights, written)
-    try:
-        manifest = _export_whole(run, ref, weights)
-        # Mapped from the file, so that they take no memory.
-        state = torch.load(weights, mmap=True, weights_only=True)
-        content = {"state_dict": _as_in(module, state, manifest), **_around(manifest, module)}
-        torch_file.FORMAT.write_file(_files, written, content)
-        _files.rename(written, to)
-        _files.sync_folder(to.parent)
-    finally:
-        _remove(weights, written)
+    with appearing(to) as written:
+        weights = written.with_name(f"{written.name}.pt")
+        try:
+            manifest = _export_whole(run, ref, weights)
+            # Mapped from the file, so that they take no memory.
+            state = torch.load(weights, mmap=True, weights_only=True)
+            content = {"state_dict": _as_in(module, state, manifest), **_around(manifest, module)}
+            torch_file.FORMAT.write_file(_files, written, content)
+        finally:
+            _files.remove(weights)
     return to
 
 
@@ -128,11 +125,6 @@ def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:
             around[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
     module.on_save_checkpoint(around)
     return around
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        _files.remove(path)
 
 
 class BestOfTrainer(Checkpoint):

@@ -11,11 +11,10 @@ import torch
 from peft import AdaLoraConfig, get_peft_model_state_dict
 
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.export import export
+from keepbest.export import export, temporary_beside
 from keepbest.modules.kinds import has_shards
 from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
-from keepbest.run.layout import TEMPORARY
 
 _files = Files()
 
@@ -53,9 +52,8 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
             f"PEFT writes the adapter {adapter_name!r}, which learns a prompt, from the model alone: load the best "
             "into the model with keepbest.load, and call its save_pretrained"
         )
-    folder = to.with_name(f"{TEMPORARY}{to.name}")
+    folder = temporary_beside(to)
     weights = folder / "weights.pt"
-    _files.remove(folder)
     try:
         export(run, ref, weights)
         state = torch.load(weights, mmap=True, weights_only=True)

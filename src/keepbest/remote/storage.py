@@ -246,7 +246,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
         from fsspec.core import split_protocol, url_to_fs  # comes with torch, but only remote runs need it
     except ImportError as error:
         raise ConfigError("a remote storage needs fsspec, and a package for its kind: keepbest[s3]") from error
-    protocol, _ = split_protocol(url)
+    protocol, path = split_protocol(url)
+    if not protocol or not path.strip("/ "):  # often a variable that is not set, which would be a place all the same
+        raise ConfigError(f"expected the URL of a run, like s3://bucket/runs/a, got {url!r}")
     try:
         # Object stores have no folders to be made; local ones do.
         return url_to_fs(url, **({"auto_mkdir": True} if protocol in ("file", "local") else {}))  # type: ignore[no-any-return]
