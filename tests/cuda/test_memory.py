@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from keepbest import BestKeeper, load
-from tests.cuda.device import DEVICE, MIB, assert_same, change, copied, keeper_of, wide, zero
+from tests.cuda.device import DEVICE, MIB, Weights, assert_same, change, copied, keeper_of, wide, zero
 
 REF = "best_model.loss"
 MODEL = 256  # MiB
@@ -114,6 +114,14 @@ def test_no_room_for_a_copy_of_the_weights(tmp_path, file_format, async_save, le
         growth, (free, _) = Growth(), torch.cuda.mem_get_info()
         expected = keep_two(tmp_path, model, format=file_format, async_save=async_save)
         assert growth.reserved <= free // 2 + BLOCK, f"{growth.reserved / MIB} of {free / MIB} MiB were reserved"
+    assert_kept(tmp_path, model, expected)
+
+
+def test_no_room_to_bring_values_in_order(tmp_path, async_save):
+    rows = torch.rand(64, 256, 1024, device=DEVICE)  # 64 MiB
+    model = Weights({"transposed": rows.permute(2, 0, 1), "beside": torch.rand(1024, device=DEVICE)})
+    with ballast(leaves=8):
+        expected = keep_two(tmp_path, model, async_save=async_save)
     assert_kept(tmp_path, model, expected)
 
 
