@@ -153,11 +153,15 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _lost(samples: Samples, name: str) -> float:
     """Seconds of training that something cost, in the median of the rounds."""
-    return statistics.median(ours - alone for ours, alone in zip(samples[name], samples[ALONE], strict=True))
+    return statistics.median(_lost_in_rounds(samples, name))
+
+
+def _lost_in_rounds(samples: Samples, name: str) -> list[float]:
+    return [ours - alone for ours, alone in zip(samples[name], samples[ALONE], strict=True)]
 
 
 def _lost_in_words(samples: Samples, *names: str) -> str:
-    return "; ".join(f"{name} {_lost(samples, name) * 1e3:.2f} ms" for name in names)
+    return measure.figures({name: _lost_in_rounds(samples, name) for name in names}, *names, scale=1e3, unit="ms")
 
 
 @contextmanager
@@ -261,13 +265,21 @@ def training_time(report: Report, training: Training, size: int, repetitions: in
 def without_memory(report: Report, training: Training, size: int, repetitions: int) -> None:
     model = Weights(100, size // 100 // 4096 * 4096)
     with _memory_folder() as folder, _ballast(8 * MIB):
-        contestants = {OURS: Keepbest(model, folder, async_save=True), PINNED: Pinned(model)}
+        ours = Keepbest(model, folder, async_save=True)
+        contestants = {OURS: ours, PINNED: Pinned(model)}
+        ours.act()
+        ours.settle()  # what `start` loads in the background is there
+        if ON_CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if ON_CUDA else 0
         samples = _rounds(training, contestants, repetitions)
+        grown = torch.cuda.max_memory_allocated() - before if ON_CUDA else 0
     what = f"training time lost to a best of {_named(size)}, no memory free"
     report.samples[what] = samples
     value = _lost(samples, OURS) / max(_lost(samples, PINNED), 1e-5)
     detail = _lost_in_words(samples, OURS, PINNED)
     report.add(Line(what, value, "at most 1.1 x the pinned copy", 1.1, detail=detail))
+    report.add(Line("device memory grows at its peak, no memory free", grown / MIB, "by nothing", 0.0, unit="MiB"))
 
 
 class Settled(Keepbest):
@@ -284,6 +296,9 @@ def host_time(report: Report, shapes: Mapping[tuple[int, int], float], repetitio
             ours = Settled(model, folder, async_save=True)
             try:
                 samples = measure.alternate({OURS: ours}, repetitions, warm_up=2)
+                ours.prepare()
+                longest = measure.longest_functions(ours.act)
+                ours.settle()
             finally:
                 ours.end()
         what = f"observe holds up the host, {count} tensors of {each / MIB:.3g} MiB"
@@ -291,6 +306,7 @@ def host_time(report: Report, shapes: Mapping[tuple[int, int], float], repetitio
         value = statistics.median(samples[OURS]) * 1e3
         detail = measure.figures(samples, OURS, scale=1e3, unit="ms")
         report.add(Line(what, value, f"at most {bar:g} ms", bar, unit="ms", detail=detail))
+        print(f"    in one of them, slowed by the profiler: {longest}")
 
 
 def first_best(report: Report, training: Training, size: int, repetitions: int, seconds: float) -> None:
@@ -360,7 +376,7 @@ def run(quick: bool) -> Report:
     }
     for part, measure_it in parts.items():
         started = time.monotonic()
-        measure_it()
+        measure.attempt(report, part, measure_it)
         if ON_CUDA:
             torch.cuda.empty_cache()
         print(f"({part}: {time.monotonic() - started:.1f} s)", flush=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import cProfile
+import faulthandler
 import functools
+import gc
 import json
 import math
 import os
@@ -11,8 +14,10 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +48,7 @@ PACKAGES = (
     "moto",
 )
 Samples = dict[str, list[float]]
+_PATIENCE = 150  # seconds that no part of a benchmark takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +98,17 @@ class Line:
 
 @dataclass(slots=True)
 class Report:
-    """What one program found out."""
+    """What one program found out.
+
+    Attributes:
+        lines: Figures beside their bars.
+        samples: Seconds that they come from.
+        failures: Parts that ended in an error, which the program has printed.
+    """
 
     lines: list[Line] = field(default_factory=list)
     samples: dict[str, Samples] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
@@ -130,6 +144,31 @@ def alternate(contestants: Mapping[str, Contestant], repetitions: int, *, warm_u
             if number >= warm_up:
                 samples[name].append(seconds)
     return samples
+
+
+def attempt(report: Report, part: str, measure: Callable[[], None]) -> None:
+    """Measure a part. If it fails, that is printed and noted, so that others can follow; if it hangs, where it does."""
+    faulthandler.dump_traceback_later(_PATIENCE, repeat=True)
+    try:
+        measure()
+    except Exception:  # noqa: BLE001  # `main` fails when the others are measured
+        traceback.print_exc(file=sys.stdout)
+        report.failures.append(part)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    gc.collect()  # what an error left behind
+
+
+def longest_functions(call: Callable[[], Any]) -> str:
+    """The functions in which the time of a call goes, those that they call left out, in ms, and how often they ran."""
+    with cProfile.Profile() as profile:
+        call()
+    longest = sorted(profile.getstats(), key=lambda each: -each.inlinetime)[:12]
+    return ", ".join(f"{_name(each.code)} {each.inlinetime * 1e3:.2f} ({each.callcount})" for each in longest)
+
+
+def _name(code: CodeType | str) -> str:
+    return code if isinstance(code, str) else f"{Path(code.co_filename).stem}.{code.co_name}"
 
 
 def settle_disk() -> None:
@@ -254,8 +293,13 @@ def main(program: str, measure: Callable[[bool], Report]) -> None:
         print("(quick: these figures only show that the program runs)")
     started = time.time()
     report = measure(quick)
-    if quick:
-        return
+    if not quick:
+        _write(program, report, started)
+    if report.failures:
+        sys.exit(f"failed: {', '.join(report.failures)}")
+
+
+def _write(program: str, report: Report, started: float) -> None:
     RESULTS.mkdir(exist_ok=True)
     result = {
         "program": program,

@@ -29,6 +29,7 @@ class Ranks:
         self._folder, self._group, self._left = folder, group, names
         self._runs = 0
         self._reports: list[dict[str, str]] = [{} for _ in range(WORLD)]
+        self.figures: list[tuple[str, str]] = []
         self._start()
 
     def _start(self) -> None:
@@ -56,9 +57,12 @@ class Ranks:
             for each in self._processes:
                 each.kill()
                 each.wait()
-            found = [_read(path) for _, path in self._files]
-            for rank, report in enumerate(found):
-                self._reports[rank] |= report
+            found = []
+            for rank, (_, path) in enumerate(self._files):
+                lines = _read(path)
+                self.figures += [(line["name"], f"rank {rank}: {line['figures']}") for line in lines if line["figures"]]
+                found.append({line["name"]: line["error"] for line in lines})
+                self._reports[rank] |= found[-1]
             left = [name for name in self._left if any(name not in report for report in found)]
             if not left:
                 return
@@ -76,9 +80,9 @@ class Ranks:
         return "\n".join(f"rank {rank}: {error}" for rank, error in found if error)
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> list[dict[str, str]]:
     lines = path.read_text().splitlines() if path.exists() else []
-    return {report["name"]: report["error"] for report in map(json.loads, lines)}
+    return list(map(json.loads, lines))
 
 
 def _environment(rank: int) -> dict[str, str]:
@@ -117,6 +121,9 @@ def groups(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group", list(GROUPS))
-def test_check_passes_on_both_ranks(groups, group, name):
+def test_check_passes_on_both_ranks(groups, group, name, record_property):
+    for check, figures in groups[group].figures:
+        if check == name:
+            record_property("figures", figures)
     errors = groups[group].errors(name)
     assert not errors, errors

@@ -10,7 +10,7 @@ import xxhash
 
 from keepbest.capture.refusals import is_plain_data
 from keepbest.modules.kinds import lacks_memory
-from keepbest.modules.raw_bytes import buffer_of, raw_bytes
+from keepbest.modules.raw_bytes import buffer_of, on_host, raw_bytes
 
 _WORDS_AT_ONCE = 1 << 20  # of a tensor on an accelerator, so that what is computed in between stays small
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no word is lost when it is multiplied modulo 2**64
@@ -21,12 +21,19 @@ def fingerprint(tensor: torch.Tensor) -> str:
     """A digest of all values of a plain tensor.
 
     Every byte counts, since ranks may differ in a single row. On the CPU this runs at the speed of the memory. On an
-    accelerator the tensor is reduced where it is, so only eight bytes of it travel.
+    accelerator the tensor is reduced where it is, so only eight bytes of it travel, or on the host where there is no
+    memory for that.
     """
-    values = _bytes_of(tensor)
-    if values.device.type == "cpu":
+    if tensor.device.type == "cpu":
+        values = _bytes_of(tensor)
         return xxhash.xxh3_64_hexdigest(buffer_of(values)) if values.numel() else ""
-    return f"{_reduced(values) & ((1 << 64) - 1):016x}"
+    try:
+        total = _reduced(_bytes_of(tensor))
+    except torch.OutOfMemoryError:
+        if _is_packed(tensor):
+            raise
+        total = _reduced(_bytes_of(on_host(tensor)))
+    return f"{total & ((1 << 64) - 1):016x}"
 
 
 def fingerprints_of_samples(tensors: Sequence[torch.Tensor]) -> list[str]:
@@ -68,7 +75,10 @@ def _samples_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     samples = list(map(_sample_of, tensors))
     for device in {sample.device for sample in samples}:
         places = [at for at, sample in enumerate(samples) if sample.device == device]
-        found = torch.cat([samples[at] for at in places]).cpu()
+        try:
+            found = torch.cat([samples[at] for at in places]).cpu()
+        except torch.OutOfMemoryError:
+            found = torch.cat([samples[at].cpu() for at in places])
         sizes = [samples[at].numel() for at in places]
         for at, values in zip(places, torch.split(found, sizes), strict=True):
             samples[at] = values
@@ -76,8 +86,11 @@ def _samples_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _sample_of(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    return raw_bytes(flat[:: max(1, flat.numel() // _SAMPLED)])
+    every = max(1, tensor.numel() // _SAMPLED)
+    try:
+        return raw_bytes(tensor.detach().reshape(-1)[::every])
+    except torch.OutOfMemoryError:  # torch copies what does not lie in order
+        return raw_bytes(on_host(tensor).reshape(-1)[::every])
 
 
 def _version_of(tensor: torch.Tensor) -> int:

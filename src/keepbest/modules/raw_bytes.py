@@ -1,4 +1,4 @@
-"""The values of a tensor as bytes, for files, digests and transfers that do not know its dtype."""
+"""The values of a tensor as they lie: bytes for files, digests and transfers, and copies of all of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # Not reshape(-1): a tensor of one element is contiguous with any stride, and would keep it.
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a dense tensor on the CPU, which takes no memory on its device.
+
+    Where elements do not lie side by side, torch would first copy them there. So this copies what lies between, too.
+    """
+    if not tensor.numel():
+        return tensor.detach().to("cpu", copy=True)
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((length,), (1,)).to("cpu", copy=True).as_strided(tensor.shape, tensor.stride())
 
 
 def buffer_of(tensor: torch.Tensor) -> memoryview:
