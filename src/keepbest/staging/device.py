@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from keepbest.modules.raw_bytes import on_host
 from keepbest.staging.batch import are_in_order
 from keepbest.staging.clone import Clone, Filled, clones_in, copied_as, fitting, room_for
 from keepbest.staging.rooms import Row
@@ -212,13 +213,7 @@ def _copy_in_order(room: torch.Tensor, value: torch.Tensor) -> None:
         # Only who waits gets the signs that torch changes on the host, which is before other values have arrived.
         room.copy_(value)
     except torch.OutOfMemoryError:  # torch puts the elements in order on the device
-        room.copy_(_whole_of(value).cpu().as_strided(value.shape, value.stride()))
-
-
-def _whole_of(value: torch.Tensor) -> torch.Tensor:
-    """All that lies in memory between the first and the last element of a value."""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return value.as_strided((last + 1,), (1,))
+        room.copy_(on_host(value))
 
 
 def _split(row: Row, values: Values) -> list[torch.Tensor]:
