@@ -33,7 +33,12 @@ def mounted(*arguments: str, at: Path):
 @contextmanager
 def bare_file_system() -> Iterator[None]:
     """While the block lasts, no file system has links, locks or maps of files, and none syncs folders."""
-    fsync = os.fsync
+    fsync, map_anything = os.fsync, mmap.mmap
+
+    def map_memory(descriptor: int, length: int, **settings: int) -> mmap.mmap:
+        if descriptor != -1:
+            refuse()
+        return map_anything(descriptor, length, **settings)
 
     def sync_files(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -46,7 +51,8 @@ def bare_file_system() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", sync_files)
         patch.setattr(os, "symlink", refuse)
-        for module, names in ((fcntl, ("fcntl", "lockf")), (mmap, ("mmap",)), (torch.UntypedStorage, ("from_file",))):
+        patch.setattr(mmap, "mmap", map_memory)
+        for module, names in ((fcntl, ("fcntl", "lockf")), (torch.UntypedStorage, ("from_file",))):
             for name in names:
                 patch.setattr(module, name, refuse)
         yield
