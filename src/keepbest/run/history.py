@@ -30,7 +30,7 @@ from keepbest.run.names import RESUME_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TimelineEntry:
     """An observation of a timeline, the snapshot that was taken of it, and whether it was a new best."""
 
     observation: Observation
@@ -62,14 +62,16 @@ class Timeline:
 
     number: int
     base: BestState = field(default_factory=BestState)
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[TimelineEntry] = field(default_factory=list)
     saved: dict[TrainingIteration, str] = field(default_factory=dict)
     best_snapshot: str | None = None
     left: dict[TrainingIteration, frozenset[str]] = field(default_factory=dict)
     spare: frozenset[str] = frozenset()
     skipped: list[int] = field(default_factory=list)
 
-    def walk(self, policy: Policy, *, until: TrainingIteration | None) -> Iterator[tuple[Entry, BestState, Decision]]:
+    def walk(
+        self, policy: Policy, *, until: TrainingIteration | None
+    ) -> Iterator[tuple[TimelineEntry, BestState, Decision]]:
         """Each entry up to `until` with the state after it, as `policy` sees it, and what followed from it."""
         state = self.base
         for entry in self.entries_until(until):
@@ -90,7 +92,7 @@ class Timeline:
         held = [Best(each.observation.value, each.observation.iteration) for each in entries if each.snapshot in left]
         return replace(state, best=best, top=policy.ranked(held))
 
-    def entries_until(self, iteration: TrainingIteration | None) -> list[Entry]:
+    def entries_until(self, iteration: TrainingIteration | None) -> list[TimelineEntry]:
         """The entries that are not after `iteration`; `None` is before all of them."""
         if iteration is None:
             return []
@@ -115,7 +117,7 @@ class Timeline:
         names = (self.saved.get(best.iteration) for best in bests if best is not None)
         return {name for name in names if name is not None}
 
-    def take_over(self, entries: Iterable[Entry]) -> None:
+    def take_over(self, entries: Iterable[TimelineEntry]) -> None:
         """Start with entries of another timeline."""
         for entry in entries:
             self.entries.append(entry)
@@ -126,7 +128,7 @@ class Timeline:
         """Add what was observed next."""
         if event.superseded:
             self.skipped.append(len(self.entries))
-        self.take_over([Entry(event.observation, event.snapshot, event.is_best)])
+        self.take_over([TimelineEntry(event.observation, event.snapshot, event.is_best)])
         if event.lost:
             self.skipped.clear()
         if event.snapshot is not None and event.is_best:
