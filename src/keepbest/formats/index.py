@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from keepbest.errors import SnapshotError
 from keepbest.formats.records import Global, Record, read_records
-from keepbest.run.inside import open_file
 from keepbest.run.names import is_safe
+from keepbest.run.no_links import open_file
 
 INDEX = ".metadata"
 _MOST_DIMENSIONS = 64

@@ -12,7 +12,7 @@ from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import has_shards
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
-from keepbest.run.inside import open_file
+from keepbest.run.no_links import open_file
 
 
 def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

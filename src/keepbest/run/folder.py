@@ -20,12 +20,12 @@ from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
-from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
 from keepbest.run.lost_ledger import describe_unknown, unknown_snapshots
+from keepbest.run.no_links import check_frame
 from keepbest.run.no_run import check_can_be_made, run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder

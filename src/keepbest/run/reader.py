@@ -10,10 +10,10 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.events import Event
 from keepbest.run.history import History
-from keepbest.run.inside import check_frame, open_file
 from keepbest.run.layout import MANIFEST, ledger_path, snapshots_folder
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest, manifest_digest
+from keepbest.run.no_links import check_frame, open_file
 from keepbest.run.no_run import why_no_run
 
 
