@@ -39,6 +39,17 @@ def read_history(directory: Path) -> History:
     return History.of(read_events(directory), ledger_path(directory))
 
 
+def is_best_of_its_run(path: Path) -> bool:
+    """Whether the snapshot in the folder `path` is the best that a keeper of its run has ever saved.
+
+    Raises:
+        SnapshotError: If it is in no run.
+        LedgerError: If the ledger is damaged or of another version.
+    """
+    history = read_history(path.parents[2])
+    return any(history.refs.get(keeper) == path.name for keeper in history.keepers)
+
+
 def read_events(directory: Path) -> list[Event]:
     """The events in the ledger of the run in `directory`.
 
