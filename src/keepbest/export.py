@@ -24,7 +24,7 @@ from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
-from keepbest.run.no_run import check_can_be_made, check_is_outside
+from keepbest.run.place import check_can_be_made, check_is_outside
 from keepbest.run.reader import FoundSnapshot, find_ref
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it

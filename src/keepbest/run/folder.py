@@ -26,7 +26,7 @@ from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
 from keepbest.run.lost_ledger import describe_unknown, unknown_snapshots
 from keepbest.run.no_links import check_frame
-from keepbest.run.no_run import check_can_be_made, run_around
+from keepbest.run.place import check_can_be_made, run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 

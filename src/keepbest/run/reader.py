@@ -14,7 +14,7 @@ from keepbest.run.layout import MANIFEST, ledger_path, snapshots_folder
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest, manifest_digest
 from keepbest.run.no_links import check_frame, open_file
-from keepbest.run.no_run import why_no_run
+from keepbest.run.place import why_no_run
 
 
 class FoundSnapshot(NamedTuple):
