@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from keepbest.decision import Best, BestState
 from keepbest.iteration import TrainingIteration
-from keepbest.run.history import KeeperHistory, Timeline, TimelineEntry
+from keepbest.run.history import KeeperHistory
+from keepbest.run.timeline import Timeline, TimelineEntry
 
 _UNITS = ("batch", "update", "epoch", "sample")
 _HIGHEST = 1e300  # the distance of two values, and the margins, must be numbers too
