@@ -12,7 +12,7 @@ from keepbest.capture.contents import is_extra_state
 from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.export import Contents, check_target, exported_files, verified_contents, write_contents
-from keepbest.formats.entries import Entry
+from keepbest.formats.entries import FileEntry
 from keepbest.listing import listed
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
@@ -119,7 +119,7 @@ def _averaged(refs: Sequence[str], contents: Sequence[Contents]) -> Contents:
     return best._replace(entries=entries)
 
 
-def _refuse_another_model(refs: str, best: Contents, other: Contents, theirs: Mapping[str, Entry]) -> None:
+def _refuse_another_model(refs: str, best: Contents, other: Contents, theirs: Mapping[str, FileEntry]) -> None:
     mine = {entry.key for entry in best.entries}
     if different := sorted({*mine, *best.tied, *best.others} ^ {*theirs, *other.tied, *other.others}):
         raise SnapshotError(f"{refs} do not have the same names, so they cannot be averaged: {listed(different)}")
@@ -142,7 +142,7 @@ def _kind(dtype: torch.dtype) -> str:
     return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else str(dtype)
 
 
-def _mean(entries: Sequence[Entry]) -> torch.Tensor:
+def _mean(entries: Sequence[FileEntry]) -> torch.Tensor:
     """The mean of one tensor of several snapshots, of which one at a time is in memory beside the sum."""
     first = entries[0].dtype
     wide = torch.complex128 if first.is_complex else torch.float32 if first.itemsize < 4 else torch.float64

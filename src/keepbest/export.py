@@ -15,7 +15,7 @@ from keepbest.capture.contents import PartContents, whole_key
 from keepbest.capture.selection import Selection, chosen_parts, unread_parts
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats import safetensors_file, torch_file
-from keepbest.formats.entries import Entry, fetched
+from keepbest.formats.entries import FileEntry, fetched
 from keepbest.formats.registry import find_format
 from keepbest.formats.safetensors_file import write_entries
 from keepbest.modules.state_dicts import Version, with_versions
@@ -26,7 +26,7 @@ from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
-from keepbest.run.no_run import check_can_be_made, check_is_outside
+from keepbest.run.place import check_can_be_made, check_is_outside
 from keepbest.run.reader import FoundSnapshot, find_ref
 
 _LARGEST_FILE = 5_000_000_000  # bytes of one file of a folder, as `save_pretrained` has it
@@ -46,7 +46,7 @@ class Contents(NamedTuple):
         versions: Versions of modules that are recorded, by their paths; `None` if none were recorded.
     """
 
-    entries: list[Entry]
+    entries: list[FileEntry]
     tied: dict[str, str]
     others: dict[str, Any]
     versions: dict[str, Version] | None = None
@@ -195,7 +195,7 @@ def _contents(found: FoundSnapshot, parts: Mapping[str, str], selection: Selecti
                 contents.others.update({prefix + each: reader.others[key] for each in chosen})
             elif chosen:
                 first, *further = chosen
-                contents.entries.append(Entry(prefix + first, *reader.kinds[key], partial(reader.fetch, key)))
+                contents.entries.append(FileEntry(prefix + first, *reader.kinds[key], partial(reader.fetch, key)))
                 contents.tied.update({prefix + each: prefix + first for each in further})
     return contents
 
@@ -253,7 +253,7 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
     return written
 
 
-def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Sequence[Sequence[Entry]]) -> Path:
+def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Sequence[Sequence[FileEntry]]) -> Path:
     index = {
         "metadata": {"total_size": sum(entry.bytes for entry in contents.entries)},
         "weight_map": {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group},
@@ -265,8 +265,8 @@ def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Seq
     return found
 
 
-def _grouped(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
-    groups: list[list[Entry]] = [[]]
+def _grouped(entries: Sequence[FileEntry], largest: int) -> list[list[FileEntry]]:
+    groups: list[list[FileEntry]] = [[]]
     size = 0
     for entry in entries:
         if groups[-1] and size + entry.bytes > largest:

@@ -1,11 +1,9 @@
-"""`BestKeeper`: the one path from a rank's value to a durable best, in straight lines."""
+"""`BestKeeper`: the public face of the one path from a rank's value to a durable best."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +12,19 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import Unpack
 
-from keepbest.decision import BestState, Decision, Observation, Outcome, decide, outcome_again
-from keepbest.errors import ConfigError, InvalidMetricError, StorageError
+from keepbest.bookkeeping import Bookkeeping
+from keepbest.decision import BestState, Outcome
+from keepbest.errors import ConfigError
 from keepbest.face import Face
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.load import LoadedSnapshot, load_into
-from keepbest.metric import Reading, agree_on_metric, read_value
+from keepbest.metric import Reading, read_value
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook, NewBests
 from keepbest.ranks import Ranks
 from keepbest.reading.page import fragment_of
 from keepbest.run.layout import snapshots_folder
-from keepbest.run.record import KeeperRecord, Revision
-from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import LoadedState, Owner
 from keepbest.saving.open_run import OpenRun, WorksInRun
 from keepbest.saving.saver import DISK_REMEDY, Saver
@@ -113,8 +110,15 @@ class BestKeeper(WorksInRun):
         )
         self._origin: tuple[str | None, int | None] = (None, None)  # the run, and the timeline of this keeper in it
         self._loaded: LoadedState | None = None
-        self._state = BestState()
-        self._is_rank_0_writing = False  # while the others continue
+        self._bookkeeping = Bookkeeping(
+            self._owner,
+            self.policy,
+            given,
+            ranks=self._ranks,
+            saver=self._saver,
+            new_bests=self._new_bests,
+            remedy=self._face.missing,
+        )
         self._phase: Literal["new", "started", "closed"] = "new"
 
     def start(self, at: TrainingIteration | None = None) -> None:
@@ -148,7 +152,7 @@ class BestKeeper(WorksInRun):
             self._leave()
             raise
         self._origin = facts["run"], facts["timeline"]
-        self._state = BestState.from_json(facts["state"])
+        self._bookkeeping.state = BestState.from_json(facts["state"])
         self._saver.best_snapshot = facts["best"]
         self._phase = "started"
 
@@ -194,29 +198,9 @@ class BestKeeper(WorksInRun):
         """As `observe`, with a function that reads the value of this rank. What it raises is raised on every rank."""
         return self._observe(read, partial(TrainingIteration.of, iteration, {}))
 
-    def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
-        self.start()
-        self._refuse_if_closed()
-        before = self._state
-        observation, revision = self._agree(read, find_iteration)
-        self._is_rank_0_writing = revision is not None
-        iteration, value = observation.iteration, observation.value
-        if revision is not None and iteration == self._state.last_iteration:
-            return outcome_again(observation, before, self._state, revision.value)
-        if not math.isfinite(value) and self._settings.on_nonfinite == "raise":
-            raise InvalidMetricError(f"{self.metric_key} is {value} at {iteration}, and on_nonfinite is 'raise'")
-        state, decision = decide(self.policy, self._state, observation)
-        # If this is interrupted before the end, the next exchange asks rank 0 what is recorded.
-        self._saver.is_in_doubt = True
-        outcome = (self._save if decision.is_saved else self._record)(observation, state, decision)
-        self._saver.is_in_doubt = False
-        self._is_rank_0_writing |= bool(outcome.newly_exceeded)
-        self._new_bests.call_hooks()
-        return outcome
-
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` resumes from; the same on every rank. **Rank-local**."""
-        return LoadedState(self._owner, *self._origin, self._state).to_json()
+        return LoadedState(self._owner, *self._origin, self.state).to_json()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from a state that `state_dict` returned. **Rank-local**: call it on every rank, before `start`.
@@ -228,7 +212,7 @@ class BestKeeper(WorksInRun):
             raise ConfigError("load_state_dict comes too late: load the state before start(), `with` or observe()")
         loaded = LoadedState.from_json(state_dict)
         loaded.check_belongs_to(self._owner)
-        self._loaded, self._state = loaded, loaded.state
+        self._loaded, self._bookkeeping.state = loaded, loaded.state
         self._origin = loaded.run_id, loaded.timeline
 
     def flush(self, *, pin: str | None = None) -> None:
@@ -242,13 +226,13 @@ class BestKeeper(WorksInRun):
         """
         self.start()
         self._refuse_if_closed()
-        self._settle(f"flush {self.name}", lambda record: record.flush(self._state, pin=pin))
+        self._bookkeeping.settle(f"flush {self.name}", lambda record: record.flush(self.state, pin=pin))
         self._new_bests.call_hooks()
 
     def release(self, pin: str) -> None:
         """Release what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
         self._refuse_if_closed()
-        self._settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))
+        self._bookkeeping.settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))
 
     def close(self) -> None:
         """End the run: tolerances that were never exceeded get a provisional ref on the best. **Collective**.
@@ -263,7 +247,8 @@ class BestKeeper(WorksInRun):
             return
         self._run.refuse_elsewhere()
         try:
-            self._settle(f"close {self.name}", lambda mine: self._saver.end(mine, self._state, self._face.unobserved))
+            unobserved = self._face.unobserved
+            self._bookkeeping.settle(f"close {self.name}", lambda mine: self._saver.end(mine, self.state, unobserved))
             self._saver.arrive(f"bring {self.name} to {self._settings.remote}")
             self._new_bests.call_hooks()
         finally:
@@ -282,18 +267,18 @@ class BestKeeper(WorksInRun):
         (self.close if kind is None else self.abandon)()
 
     def __repr__(self) -> str:
-        best = "nothing kept yet" if self._state.best is None else f"best {self._state.best.value}"
+        best = "nothing kept yet" if self.state.best is None else f"best {self.state.best.value}"
         return f"<BestKeeper {self.name} in {self.directory}: {best}>"
 
     @property
     def state(self) -> BestState:
         """The bookkeeping of the timeline; the same on every rank. **Rank-local**."""
-        return self._state
+        return self._bookkeeping.state
 
     @property
     def best_metric_value(self) -> float:
         """The best value of the timeline; the worst infinity before there is one. **Rank-local**."""
-        return self.policy.worst if self._state.best is None else self._state.best.value
+        return self.policy.worst if self.state.best is None else self.state.best.value
 
     @property
     def best_path(self) -> Path | None:
@@ -327,72 +312,10 @@ class BestKeeper(WorksInRun):
         self._new_bests.drop()
         self._run.leave(self.name, self)
 
-    def _agree(
-        self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]
-    ) -> tuple[Observation, Revision | None]:
-        """What all agree on, and what rank 0 has recorded, if not all know it. What it could not write comes first."""
-        failure: BaseException | None = None
-        iteration: TrainingIteration | None = None
-        revised: Revision | None = None
-        try:
-            failure = self._saver.take_failure()
-            iteration = find_iteration()
-            revised = None if failure is not None else self._saver.revised_state()
-        except BaseException as error:  # noqa: BLE001  # raised again on every rank: the others are waiting
-            failure = failure or error
-        value, news = agree_on_metric(
-            self._ranks,
-            self.metric_key,
-            read,
-            self._settings.metric_reduction,
-            failure=failure,
-            note="" if revised is None else revised.to_text(),
-            state=f"keeper={self.name} iteration={iteration} state=({self._state})".encode(),
-            saving=self._is_rank_0_writing,
-            remedy=self._face.missing,
-        )
-        if iteration is None:
-            raise RuntimeError("a rank without an iteration raises in the exchange")
-        revision = Revision.from_text(news) if news else None
-        self._adopt(revision)
-        return Observation(iteration, value), revision
-
-    def _adopt(self, revision: Revision | None) -> None:
-        """Adopt what rank 0 has recorded: without bests that were lost, with an observation that was interrupted."""
-        if revision is not None:
-            self._state = revision.state
-            self._new_bests.expect()  # it may say of one that is older
-            self._saver.all_know(revision)
-
-    def _save(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
-        iteration, value = observation.iteration, observation.value
-        exceeded = {each: state.exceeded[each] for each in decision.newly_exceeded}
-        step = f"save {'the new' if decision.is_new_best else 'one of the'} best of {self.metric_key} at {iteration}"
-        on_commit = partial(self._new_bests.commit, observation, self._state.best, decision.enters_top)
-        if decision.is_new_best:
-            self._new_bests.expect()
-        try:
-            self._saver.save(Kept(observation, decision.is_new_best, exceeded), step, on_commit)
-        except StorageError as error:
-            if self._settings.on_save_error == "raise":
-                raise
-            lost = replace(observation, durable=False)
-            outcome = self._record(lost, *decide(self.policy, self._state, lost))
-            self._saver.log_lost(iteration, error)
-            return outcome
-        self._state = state
-        return Outcome(iteration, value, decision.is_new_best, decision.newly_exceeded, decision.enters_top)
-
-    def _record(self, observation: Observation, state: BestState, decision: Decision) -> Outcome:
-        self._saver.record(observation, {each: state.exceeded[each] for each in decision.newly_exceeded})
-        self._state = state
-        iteration, value, failed = observation.iteration, observation.value, not observation.durable
-        return Outcome(iteration, value, False, decision.newly_exceeded, save_failed=failed)
-
-    def _settle(self, step: str, write: Callable[[KeeperRecord], None]) -> None:
-        """Wait for what is being written, and let rank 0 write something that all must know to be there."""
-        self._adopt(self._saver.settle(step))
-        self._saver.write(step, write)
+    def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
+        self.start()
+        self._refuse_if_closed()
+        return self._bookkeeping.observe(read, find_iteration)
 
     def _refuse_if_closed(self) -> None:
         self._run.refuse_elsewhere()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,19 @@ class LoadedSnapshot:
     unused: tuple[str, ...]
     training_state: tuple[str, ...]
     unused_training_state: tuple[str, ...]
+
+
+class _Wanted(NamedTuple):
+    """What is to be loaded: from which run, by which ref, which weights of it, and into which training states."""
+
+    place: str | Path
+    ref: str | None
+    selection: Selection
+    states: Mapping[str, Stateful]
+
+    def files(self, manifest: Manifest) -> list[str]:
+        """The files of a snapshot that are read."""
+        return manifest.files_in({*self.states, *(part.name for part in chosen_parts(manifest, self.selection))})
 
 
 def load(
@@ -132,10 +145,11 @@ def load_into(
         lambda: (Selection.of(only), place_of(run), check_states(training_state, []), _check_model(model, ref)),
         state=lambda found: f"{found[0]} {list(found[2])}".encode(),
     )
+    wanted = _Wanted(place, ref, selection, states)
     for attempt in range(TRIES):
         read: set[str] = set()  # the snapshot, on rank 0, once that is known
         try:
-            return _load(target, place, ref, selection, states, read, ranks=ranks, step=step)
+            return _load(target, wanted, read, ranks, step)
         except (SnapshotError, PartlyLoadedError):
             # A live run may have removed what its ledger named a moment ago.
             if attempt == TRIES - 1 or ranks.is_poisoned or not _is_exchanged(place, ref, read, ranks, step):
@@ -153,46 +167,16 @@ def _is_exchanged(place: str | Path, ref: str | None, read: set[str], ranks: Ran
     return answer
 
 
-def _load(
-    target: nn.Module,
-    place: str | Path,
-    ref: str | None,
-    selection: Selection,
-    states: Mapping[str, Stateful],
-    read: set[str],
-    *,
-    ranks: Ranks,
-    step: str,
-) -> LoadedSnapshot:
-    def files(manifest: Manifest) -> list[str]:
-        return manifest.files_in({*states, *(part.name for part in chosen_parts(manifest, selection))})
-
+def _load(target: nn.Module, wanted: _Wanted, read: set[str], ranks: Ranks, step: str) -> LoadedSnapshot:
+    place, states = wanted.place, wanted.states
     # What is made in inference mode, such as the weights of lazy modules, could not be trained.
-    with torch.inference_mode(mode=False), ExitStack() as stack:
-        found: FoundSnapshot | None = None
-
-        def find() -> list[str]:
-            nonlocal found
-            # Where every rank reads, each brings a copy to its own host, below.
-            copy = local_copy(place, snapshot_of(ref), files=lambda each: () if _way_of(each).is_local else files(each))
-            directory = stack.enter_context(copy)
-            history = read_history(directory)
-            name = only_best(place, history) if ref is None else ref
-            read.update(snapshot_of(ref)(history))
-            found = find_ref(directory, history, name)
-            return [found.folder.name, found.manifest.to_bytes().decode(), name]
-
-        name, text, ref = ranks.broadcast(step, find, saving=True)
-        manifest = Manifest.from_bytes(text.encode())
-        way = _way_of(manifest)
-        if way.is_local:
-            copy = local_copy(place, lambda _: {name}, files=files)
-            directory = ranks.agree(step, lambda: stack.enter_context(copy), saving=True)
-            found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
+    with torch.inference_mode(mode=False), ExitStack() as copies:
+        ref, name, manifest, found = _find(wanted, read, copies, ranks, step)
         _refuse_absent(states, manifest.training_state, ref)
-        stored = Stored(manifest, find_format(manifest.format), found, isinstance(place, Path), selection, states)
+        file_format = find_format(manifest.format)
+        stored = Stored(manifest, file_format, found, isinstance(place, Path), wanted.selection, states)
         with whole_parameters(target, writes=True):
-            restored = way.restore(target, stored, ranks, step)
+            restored = _way_of(manifest).restore(target, stored, ranks, step)
     return LoadedSnapshot(
         iteration=manifest.iteration,
         metric_key=manifest.metric_key,
@@ -205,6 +189,44 @@ def _load(
         training_state=tuple(states),
         unused_training_state=tuple(name for name in manifest.training_state if name not in states),
     )
+
+
+def _find(
+    wanted: _Wanted, read: set[str], copies: ExitStack, ranks: Ranks, step: str
+) -> tuple[str, str, Manifest, FoundSnapshot | None]:
+    """Find what is wanted: its ref, name and manifest, and the snapshot on the ranks that read it. **Collective**.
+
+    Args:
+        wanted: What is to be loaded.
+        read: Set that gets the name of the snapshot, on rank 0, once it is known.
+        copies: Stack that removes local copies of a remote run at its end.
+        ranks: Ranks that load.
+        step: What is being done, in words.
+    """
+    found: FoundSnapshot | None = None
+
+    def find() -> list[str]:
+        nonlocal found
+        # Where every rank reads, each brings a copy to its own host, below.
+        on_rank_0 = local_copy(
+            wanted.place,
+            snapshot_of(wanted.ref),
+            files=lambda each: () if _way_of(each).is_local else wanted.files(each),
+        )
+        directory = copies.enter_context(on_rank_0)
+        history = read_history(directory)
+        ref = only_best(wanted.place, history) if wanted.ref is None else wanted.ref
+        read.update(snapshot_of(wanted.ref)(history))
+        found = find_ref(directory, history, ref)
+        return [ref, found.folder.name, found.manifest.to_bytes().decode()]
+
+    ref, name, text = ranks.broadcast(step, find, saving=True)
+    manifest = Manifest.from_bytes(text.encode())
+    if _way_of(manifest).is_local:
+        copy = local_copy(wanted.place, lambda _: {name}, files=wanted.files)
+        directory = ranks.agree(step, lambda: copies.enter_context(copy), saving=True)
+        found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
+    return ref, name, manifest, found
 
 
 def _check_model(model: object, ref: object) -> nn.Module:

@@ -23,7 +23,7 @@ from keepbest.face import Face
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import LOG_REMEDY, read_scalar
-from keepbest.run.no_run import ledger_exists
+from keepbest.run.layout import ledger_exists
 from keepbest.run.takeover import Existing
 from keepbest.settings import CommonSettings
 

@@ -30,9 +30,8 @@ from keepbest.load import load_into
 from keepbest.ranks import Ranks
 from keepbest.run.checkpoints import checkpoint_refs
 from keepbest.run.history import History
-from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS
+from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS, ledger_exists
 from keepbest.run.names import LATEST
-from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import find_ref, read_history
 
 _logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from keepbest.capture.contents import EXTRA_STATE, is_extra_state
 from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened
 from keepbest.capture.share import Items
 from keepbest.capture.versions import versions_of
-from keepbest.formats.tied import place_of
+from keepbest.formats.tied import identity_of
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
 from keepbest.modules.state_dicts import Version
@@ -195,7 +195,7 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
 def _identity(key: str, value: torch.Tensor) -> Hashable:
     """What two keys of one tensor have in common."""
     has_place = type(value) in PLAIN_CLASSES and not value.is_nested  # others may not say where they lie
-    return place_of(key, value) if has_place else id(value)
+    return identity_of(key, value) if has_place else id(value)
 
 
 def _entry_of(source: Source, key: str, value: Any, role: Role, meshes: Meshes, flat: FlatEntry | None) -> Entry:

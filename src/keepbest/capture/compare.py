@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from keepbest.capture.contents import Kind, PartContents, is_extra_state, whole_key
 from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
-from keepbest.formats.tied import place_of
+from keepbest.formats.tied import identity_of
 from keepbest.listing import listed
 from keepbest.modules.kinds import PLAIN_CLASSES, form_of, has_shards, is_dense, lacks_memory, local_of
 from keepbest.modules.parts import Part
@@ -119,7 +119,7 @@ class Comparison:
     def _note_place(self, contents: PartContents, key: str, kind: Kind, target: object) -> None:
         if kind.dtype is None or kind.form or not isinstance(target, torch.Tensor):
             return
-        place = place_of(key, target) if type(target) in PLAIN_CLASSES and is_dense(target) else id(target)
+        place = identity_of(key, target) if type(target) in PLAIN_CLASSES and is_dense(target) else id(target)
         stored = contents.part.name, contents.names_to_keys[key]
         if stored not in (places := self._places.setdefault(place, [])):
             places.append(stored)

@@ -8,7 +8,7 @@ from keepbest.errors import ConfigError
 from keepbest.reading.page import page
 from keepbest.reading.picture import draw
 from keepbest.reading.run import open_run
-from keepbest.run.no_run import check_can_be_made, check_is_outside
+from keepbest.run.place import check_can_be_made, check_is_outside
 
 _FORMATS = (".png", ".svg")
 _PAGES = (".html", ".htm")  # what else somebody names may be weights

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from keepbest.callbacks.config import known_settings
 from keepbest.errors import ConfigError
-from keepbest.run.inside import check_own
+from keepbest.run.no_links import check_own
 from keepbest.training.config import CONFIG_FILE, RunConfig, TrainerConfig
 from keepbest.validation import Place, describe
 

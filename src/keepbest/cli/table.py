@@ -18,8 +18,8 @@ from keepbest.reading.rows import HistoryRow
 from keepbest.reading.run import open_run
 from keepbest.reading.sweep import RankedRun, find_runs, rank_runs
 from keepbest.remote.storage import is_remote, local_path
+from keepbest.run.layout import ledger_exists
 from keepbest.run.names import LATEST
-from keepbest.run.no_run import ledger_exists
 
 _DIGITS_SHOWN = 12
 

@@ -16,8 +16,8 @@ from keepbest.errors import ConfigError
 from keepbest.load import LoadedSnapshot, load
 from keepbest.modules.parts import Part, select_parts
 from keepbest.ranks import Ranks
-from keepbest.run.inside import check_own
-from keepbest.run.no_run import ledger_exists
+from keepbest.run.layout import ledger_exists
+from keepbest.run.no_links import check_own
 from keepbest.run.reader import find_ref, only_best, read_history
 from keepbest.training.config import CONFIG_FILE
 from keepbest.training.trainer import build_trainer

@@ -15,8 +15,8 @@ from keepbest.run.files import Files
 _ALIGNMENT = 64
 
 
-class Entry(NamedTuple):
-    """A tensor to be written: what is known before it is there, and how to get it."""
+class FileEntry(NamedTuple):
+    """A tensor of a file that is to be written: what is known before it is there, and how to get it."""
 
     key: str
     shape: Sequence[int]
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
+def fetched(entries: Sequence[FileEntry], space: Path) -> dict[str, torch.Tensor]:
     """Fetch all tensors, one at a time, into one file, and map them from there. Each has a storage of its own.
 
     One map holds them all, since the number of maps of a process is limited. The file is written and not filled through
@@ -44,7 +44,7 @@ def fetched(entries: Sequence[Entry], space: Path) -> dict[str, torch.Tensor]:
         OSError: Any refusal of the file system.
     """
     tensors: dict[str, torch.Tensor] = {}
-    places: list[tuple[Entry, int]] = []
+    places: list[tuple[FileEntry, int]] = []
     end = 0
     with Files().create(space) as file:
         for entry in entries:

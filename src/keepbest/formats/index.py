@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from keepbest.errors import SnapshotError
-from keepbest.formats.records import Kind, Record, read_records
-from keepbest.run.inside import open_file
+from keepbest.formats.records import Global, Record, read_records
 from keepbest.run.names import is_safe
+from keepbest.run.no_links import open_file
 
 INDEX = ".metadata"
 _MOST_DIMENSIONS = 64
@@ -61,18 +61,21 @@ def read_index(folder: Path) -> Metadata:
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_BYTES, _TENSOR = Kind(_METADATA, "BytesStorageMetadata"), Kind(_METADATA, "TensorStorageMetadata")
-_CHUNK, _PROPERTIES = Kind(_METADATA, "ChunkStorageMetadata"), Kind(_METADATA, "TensorProperties")
-_INDEX_KEY, _PLACE = Kind(_METADATA, "MetadataIndex"), Kind("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-_SIZE = Kind("torch", "Size")
+_BYTES, _TENSOR = Global(_METADATA, "BytesStorageMetadata"), Global(_METADATA, "TensorStorageMetadata")
+_CHUNK, _PROPERTIES = Global(_METADATA, "ChunkStorageMetadata"), Global(_METADATA, "TensorProperties")
+_INDEX_KEY, _PLACE = (
+    Global(_METADATA, "MetadataIndex"),
+    Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+)
+_SIZE = Global("torch", "Size")
 
 
 def _parse(root: object, folder: Path) -> Metadata:
-    fields = _fields(root, Kind(_METADATA, "Metadata"))
+    fields = _fields(root, Global(_METADATA, "Metadata"))
     places = {_parse_key(key): _parse_place(place) for key, place in _of(dict, fields["storage_data"]).items()}
     _check_files(folder, places.values())
     entries = _of(dict, fields["state_dict_metadata"])
-    tensors = [entry for entry in entries.values() if _of(Record, entry).kind != _BYTES]
+    tensors = [entry for entry in entries.values() if _of(Record, entry).maker != _BYTES]
     # One list that is there many times would be read as often.
     if len({id(_of(list, _fields(entry, _TENSOR)["chunks"])) for entry in tensors}) < len(tensors):
         raise ValueError("two tensors have the same shards")
@@ -116,12 +119,12 @@ def _check_files(folder: Path, places: Iterable[Place]) -> None:
 def _parse_entry(
     key: str, entry: object, places: Mapping[MetadataIndex, Place]
 ) -> TensorStorageMetadata | BytesStorageMetadata:
-    if _of(Record, entry).kind == _BYTES:
+    if _of(Record, entry).maker == _BYTES:
         return BytesStorageMetadata()
     fields = _fields(entry, _TENSOR)
     size = _parse_size(fields["size"])
     properties = _of(Record, fields["properties"])
-    if properties.kind != _PROPERTIES:
+    if properties.maker != _PROPERTIES:
         raise ValueError(f"{key!r} has no properties of a tensor")
     dtype = _parse_dtype(_of(tuple, properties.state)[0])
     chunks = [_parse_chunk(chunk, size) for chunk in fields["chunks"]]
@@ -135,8 +138,8 @@ def _parse_entry(
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
 
-def _parse_dtype(kind: object) -> torch.dtype:
-    module, name = _of(Kind, kind)
+def _parse_dtype(dtype_name: object) -> torch.dtype:
+    module, name = _of(Global, dtype_name)
     dtype = getattr(torch, name, None)
     if module != "torch" or not isinstance(dtype, torch.dtype):
         raise ValueError(f"{module}.{name} is no dtype")
@@ -153,7 +156,7 @@ def _parse_chunk(chunk: object, size: torch.Size) -> ChunkStorageMetadata:
 
 
 def _parse_size(size: object) -> torch.Size:
-    if type(size) is not Record or size.kind != _SIZE or type(size.arguments[0]) is not tuple:
+    if type(size) is not Record or size.maker != _SIZE or type(size.arguments[0]) is not tuple:
         raise TypeError("expected the size of a tensor")
     numbers, product = size.arguments[0], 1
     for number in numbers:
@@ -167,10 +170,10 @@ def _parse_size(size: object) -> torch.Size:
     return torch.Size(numbers)
 
 
-def _fields(record: object, kind: Kind) -> dict[str, Any]:
-    """The attributes of a record, which must be of this kind."""
-    if type(record) is not Record or record.kind != kind or type(record.state) is not dict:
-        raise TypeError(f"expected {kind.name}")
+def _fields(record: object, maker: Global) -> dict[str, Any]:
+    """The attributes of a record, which this must have made."""
+    if type(record) is not Record or record.maker != maker or type(record.state) is not dict:
+        raise TypeError(f"expected {maker.name}")
     return record.state
 
 

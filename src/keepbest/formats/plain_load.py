@@ -19,7 +19,7 @@ from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import can_be_mapped
 from keepbest.modules.kinds import is_dense
 from keepbest.modules.nested import leaves, spelled
-from keepbest.run.inside import open_file
+from keepbest.run.no_links import open_file
 
 _MOST_VIEWS = 16  # of the bytes of a file; those that look at the same bytes in another way are no further names
 

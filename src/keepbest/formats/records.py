@@ -23,20 +23,20 @@ from typing import Any, NamedTuple
 ))  # fmt: skip
 
 
-class Kind(NamedTuple):
-    """What the pickle would import."""
+class Global(NamedTuple):
+    """What the pickle would import from a module, such as a class."""
 
     module: str
     name: str
 
 
 class Record:
-    """An object that the pickle describes: what it would be, made from which arguments, and the state that it gets."""
+    """An object that the pickle describes: what would make it, from which arguments, and the state that it gets."""
 
-    __slots__ = ("arguments", "kind", "state")
+    __slots__ = ("arguments", "maker", "state")
 
-    def __init__(self, kind: Kind, arguments: tuple[Any, ...]) -> None:
-        self.kind = kind
+    def __init__(self, maker: Global, arguments: tuple[Any, ...]) -> None:
+        self.maker = maker
         self.arguments = arguments
         self.state: Any = None
 
@@ -51,7 +51,7 @@ def read_records(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915  # one loo
     stack: list[Any] = []
     memo: list[Any] = []
     marks: list[int] = []
-    place, kinds = 0, dict[Kind, Kind]()
+    place, names = 0, dict[Global, Global]()
     push, pop = stack.append, stack.pop
     while True:
         code = data[place]
@@ -65,10 +65,10 @@ def read_records(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915  # one loo
             push(data[place])
             place += 1
         elif code in _OBJECTS:
-            arguments, kind = pop(), pop()
-            if type(kind) is not Kind or type(arguments) is not tuple:
+            arguments, maker = pop(), pop()
+            if type(maker) is not Global or type(arguments) is not tuple:
                 raise TypeError("it makes an object of no class")
-            push(Record(kind, arguments))
+            push(Record(maker, arguments))
         elif code == _BUILD:
             state = pop()
             if type(stack[-1]) is not Record or stack[-1].state is not None:
@@ -116,8 +116,8 @@ def read_records(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915  # one loo
             name, module = pop(), pop()
             if type(name) is not str or type(module) is not str:
                 raise TypeError("it names what is no text")
-            found = Kind(module, name)
-            push(kinds.setdefault(found, found))
+            found = Global(module, name)
+            push(names.setdefault(found, found))
         elif code in _INTEGERS:
             size = _INTEGERS[code]
             if code == _LONG:

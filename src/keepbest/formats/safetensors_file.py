@@ -18,7 +18,7 @@ import torch
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.formats import torch_file
-from keepbest.formats.entries import Entry
+from keepbest.formats.entries import FileEntry
 from keepbest.formats.format import StateDict, special_kind
 from keepbest.formats.tied import first_names
 from keepbest.formats.whole_file import WholeFileFormat, can_be_mapped
@@ -87,7 +87,8 @@ class SafetensorsFile(WholeFileFormat):
         tied = first_names(state)
         stored = {key: value.detach() for key, value in state.items() if key not in tied}
         entries = [
-            Entry(key, tensor.shape, tensor.dtype, partial(stored.__getitem__, key)) for key, tensor in stored.items()
+            FileEntry(key, tensor.shape, tensor.dtype, partial(stored.__getitem__, key))
+            for key, tensor in stored.items()
         ]
         return write_entries(files, path, entries, tied)
 
@@ -107,7 +108,7 @@ def require_safetensors() -> None:
         raise ConfigError("format 'safetensors' needs: pip install 'keepbest[safetensors]'") from error
 
 
-def write_entries(files: Files, path: Path, entries: Sequence[Entry], tied: Mapping[str, str]) -> Digest:
+def write_entries(files: Files, path: Path, entries: Sequence[FileEntry], tied: Mapping[str, str]) -> Digest:
     """Write tensors durably to a new file, one at a time.
 
     Args:
@@ -163,7 +164,7 @@ def _read_bytes(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, json.loads(data[8 : 8 + size]).get(_METADATA, {})
 
 
-def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Sequence[FileEntry], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     end = 0
     for entry in entries:

@@ -18,7 +18,7 @@ from keepbest.formats.index import read_index
 from keepbest.formats.shards import Shard, ShardReader
 from keepbest.modules.kinds import is_dense
 from keepbest.modules.quiet import quiet
-from keepbest.run.inside import open_file
+from keepbest.run.no_links import open_file
 
 
 class ShardedPart:

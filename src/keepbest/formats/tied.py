@@ -12,7 +12,7 @@ from keepbest.errors import SnapshotError
 from keepbest.modules.kinds import has_shards
 from keepbest.run.digest import Digest, DigestingFile
 from keepbest.run.files import Files
-from keepbest.run.inside import open_file
+from keepbest.run.no_links import open_file
 
 
 def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -20,7 +20,7 @@ def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     seen: dict[Hashable, str] = {}
     tied: dict[str, str] = {}
     for key, tensor in tensors.items():
-        if (first := seen.setdefault(place_of(key, tensor), key)) != key:
+        if (first := seen.setdefault(identity_of(key, tensor), key)) != key:
             tied[key] = first
     return tied
 
@@ -46,7 +46,7 @@ def read_ties(path: Path) -> dict[str, str]:
     return tied
 
 
-def place_of(key: str, tensor: torch.Tensor) -> Hashable:
+def identity_of(key: str, tensor: torch.Tensor) -> Hashable:
     """What two keys of one tensor have in common, and those of others have not."""
     if has_shards(tensor) or tensor.layout != torch.strided:
         return id(tensor)  # such tensors have no one place, and where a rank's shard lies differs from rank to rank

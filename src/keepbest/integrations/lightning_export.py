@@ -22,7 +22,7 @@ from keepbest.remote.storage import local_path
 from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.manifest import Manifest
-from keepbest.run.no_run import check_can_be_made
+from keepbest.run.place import check_can_be_made
 from keepbest.run.reader import find_ref
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from keepbest.decision import Outcome
 from keepbest.errors import ConfigError
-from keepbest.run.kept import is_best_of_its_run
+from keepbest.run.reader import is_best_of_its_run
 
 _NAME = re.compile(r"[\w\-. ]+")
 _TAKEN = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)

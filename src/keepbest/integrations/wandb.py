@@ -9,7 +9,7 @@ import wandb
 
 from keepbest.decision import Outcome
 from keepbest.errors import ConfigError
-from keepbest.run.kept import is_best_of_its_run
+from keepbest.run.reader import is_best_of_its_run
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from keepbest.decision import Best, BestState
 from keepbest.iteration import TrainingIteration
-from keepbest.run.history import Entry, KeeperHistory, Timeline
+from keepbest.run.history import KeeperHistory
+from keepbest.run.timeline import Timeline, TimelineEntry
 
 _UNITS = ("batch", "update", "epoch", "sample")
 _HIGHEST = 1e300  # the distance of two values, and the margins, must be numbers too
@@ -145,7 +146,7 @@ def _points(keeper: KeeperHistory, timeline: Timeline) -> list[Point]:
     ]
 
 
-def _shared(mine: Sequence[Entry], others: Sequence[Entry]) -> int:
+def _shared(mine: Sequence[TimelineEntry], others: Sequence[TimelineEntry]) -> int:
     """Count the entries at the beginning of two timelines that are the same."""
     pairs = zip(mine, others, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one is not other), min(len(mine), len(others)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from keepbest.errors import KeepBestError
 from keepbest.reading.keepers import KeeperSummary
 from keepbest.reading.run import Run, open_run
-from keepbest.run.no_run import ledger_exists
+from keepbest.run.layout import ledger_exists
 
 _DEEPEST = 5  # folders below the one that is looked into
 

@@ -10,7 +10,7 @@ import xxhash
 
 from keepbest.errors import SnapshotError
 from keepbest.run.files import DurableFile
-from keepbest.run.inside import open_file
+from keepbest.run.no_links import open_file
 
 DIGEST_ALGORITHM = "xxh3-128"
 _READ_BYTES = 1 << 22

@@ -20,13 +20,13 @@ from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
-from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
 from keepbest.run.lost_ledger import describe_unknown, unknown_snapshots
-from keepbest.run.no_run import check_can_be_made, run_around
+from keepbest.run.no_links import check_frame
+from keepbest.run.place import check_can_be_made, run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
 
@@ -192,15 +192,12 @@ class RunFolder:
         try:
             self._ledger.append(event, durable=durable, withdraw=withdraw)
         except OSError:
-            if not withdraw:
-                self.history.take(event)
-            self._is_interrupted = False
+            self._know(None if withdraw else event)
             raise
         except SENSELESS:
-            self._is_interrupted = False
+            self._know(None)
             raise
-        self.history.take(event)
-        self._is_interrupted = False
+        self._know(event)
 
     def commit(self, event: Event, *, withdraw: bool = False) -> None:
         """Make an event durable, then do what follows: refs move, and what nothing names any more is removed.
@@ -314,6 +311,12 @@ class RunFolder:
         except OSError as error:
             # What must be on the disk is synced when it is written. The rest may be lost, as it may be in a crash.
             _logger.warning("%s: the newest observations may be lost: %s", self.path, error)
+
+    def _know(self, event: Event | None) -> None:
+        """What was begun in the ledger is over: `event` counts, or nothing does."""
+        if event is not None:
+            self.history.take(event)
+        self._is_interrupted = False
 
     def _read(self) -> None:
         events, self._ledger_bytes = read_ledger(self.path / LEDGER)

@@ -34,6 +34,11 @@ def ledger_path(directory: Path) -> Path:
     return directory / CHECKPOINTS / LEDGER
 
 
+def ledger_exists(directory: Path) -> bool:
+    """Whether there is a ledger in `directory`."""
+    return ledger_path(directory).is_file()
+
+
 def ref_paths(folder: Path) -> list[Path]:
     """What lies in `<run>/checkpoints` under a name that a ref can have."""
     return [*folder.glob(f"{REF_PREFIX}*"), *folder.glob(f"{RESUME_PREFIX}*")]

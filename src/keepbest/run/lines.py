@@ -7,7 +7,8 @@ import re
 import zlib
 from functools import lru_cache
 
-from keepbest.run.events import Event, Observed, event_to_json, parse_event
+from keepbest.run.event_parser import parse_event
+from keepbest.run.events import Event, Observed, event_to_json
 
 SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What a line that is no event makes `decode_line` raise."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keepbest.errors import RunExistsError
-from keepbest.run.inside import open_file
 from keepbest.run.lines import SENSELESS
+from keepbest.run.no_links import open_file
 
 _logger = logging.getLogger(__name__)
 _HELD = (errno.EACCES, errno.EAGAIN)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
+from keepbest.run.layout import ledger_exists
 from keepbest.run.lock import RunLock
-from keepbest.run.no_run import ledger_exists
 from keepbest.run.reader import read_history
 
 

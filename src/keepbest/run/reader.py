@@ -10,11 +10,11 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.run.digest import check_file
 from keepbest.run.events import Event
 from keepbest.run.history import History
-from keepbest.run.inside import check_frame, open_file
 from keepbest.run.layout import MANIFEST, ledger_path, snapshots_folder
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest, manifest_digest
-from keepbest.run.no_run import why_no_run
+from keepbest.run.no_links import check_frame, open_file
+from keepbest.run.place import why_no_run
 
 
 class FoundSnapshot(NamedTuple):
@@ -37,6 +37,17 @@ class FoundSnapshot(NamedTuple):
 def read_history(directory: Path) -> History:
     """What the ledger of the run in `directory` records. Raises as `read_events`."""
     return History.of(read_events(directory), ledger_path(directory))
+
+
+def is_best_of_its_run(path: Path) -> bool:
+    """Whether the snapshot in the folder `path` is the best that a keeper of its run has ever saved.
+
+    Raises:
+        SnapshotError: If it is in no run.
+        LedgerError: If the ledger is damaged or of another version.
+    """
+    history = read_history(path.parents[2])
+    return any(history.refs.get(keeper) == path.name for keeper in history.keepers)
 
 
 def read_events(directory: Path) -> list[Event]:

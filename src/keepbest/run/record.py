@@ -14,9 +14,10 @@ from keepbest.iteration import TrainingIteration
 from keepbest.run.checkpoints import forget_gone
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
-from keepbest.run.history import KeeperHistory, Timeline
+from keepbest.run.history import KeeperHistory
 from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_moves
 from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, check_takeover
+from keepbest.run.timeline import Timeline
 
 _logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from keepbest.decision import Best, BestState, Observation, Policy
 from keepbest.iteration import TrainingIteration
 from keepbest.run.events import Moves
-from keepbest.run.history import History, Timeline
+from keepbest.run.history import History
 from keepbest.run.names import tolerance_ref, top_ref
+from keepbest.run.timeline import Timeline
 
 _logger = logging.getLogger(__name__)
 

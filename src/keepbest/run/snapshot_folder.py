@@ -13,10 +13,10 @@ from pathlib import Path
 
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
-from keepbest.run.inside import open_file
 from keepbest.run.layout import MANIFEST, TEMPORARY, is_of_system, unfinished_folder
 from keepbest.run.lines import SENSELESS
 from keepbest.run.manifest import Manifest, manifest_digest
+from keepbest.run.no_links import open_file
 
 _logger = logging.getLogger(__name__)
 _REMOVED = f"{TEMPORARY}removed-"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from keepbest.ranks import Ranks
 from keepbest.run.files import Files
-from keepbest.run.inside import check_frame
 from keepbest.run.layout import CHECKPOINTS, TEMPORARY
-from keepbest.run.no_run import check_can_be_made
+from keepbest.run.no_links import check_frame
+from keepbest.run.place import check_can_be_made
 
 _REMEDY = "This format needs a run directory on a file system that all hosts share and may write to"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from keepbest.iteration import TrainingIteration
-from keepbest.run.inside import check_own
+from keepbest.run.no_links import check_own
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from keepbest.callbacks.assemble import assemble_callbacks
+from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.best_checkpoint import BestCheckpointCallback
 from keepbest.callbacks.checkpoint import CheckpointCallback
 from keepbest.callbacks.resume import Found, find_best, find_to_resume, load_to_resume
@@ -131,18 +132,7 @@ class Trainer:
         }
         self.tracker: Tracker = build_tracker(config.tracker, self.directory, is_main=ranks.is_main)
         self.log_writer = LogWriter(self.tracker, self.update_counter, is_main=ranks.is_main)
-        view: TrainerView = self  # mypy checks here that the trainer has what callbacks are promised
-        self.callbacks = assemble_callbacks(
-            config.callbacks,
-            trainer=view,
-            model=self.model if self.average is None else self.average.model,
-            data_container=data_container,
-            log_writer=self.log_writer,
-            tracker=self.tracker,
-            metric_property_provider=metric_property_provider or MetricPropertyProvider(),
-            ranks=ranks,
-            directory=self.directory,
-        )
+        self.callbacks = self._assemble_callbacks(metric_property_provider or MetricPropertyProvider())
         self._hooks = Hooks(self.callbacks, self.update_counter, self.batch_size, config.precision, self.device)
         self._update_step = UpdateStep(
             model=self.model,
@@ -238,6 +228,20 @@ class Trainer:
 
     def _set_aside(self) -> None:
         set_aside(self.directory, CONFIG_FILE, *TRACKER_FILES)
+
+    def _assemble_callbacks(self, metric_property_provider: MetricPropertyProvider) -> list[CallbackBase]:
+        view: TrainerView = self  # mypy checks here that the trainer has what callbacks are promised
+        return assemble_callbacks(
+            self.config.callbacks,
+            trainer=view,
+            model=self.model if self.average is None else self.average.model,
+            data_container=self.data_container,
+            log_writer=self.log_writer,
+            tracker=self.tracker,
+            metric_property_provider=metric_property_provider,
+            ranks=self.ranks,
+            directory=self.directory,
+        )
 
     def _load_resume_checkpoint(self) -> dict[str, Any] | None:
         if self.resume is None:

@@ -7,12 +7,7 @@ from pathlib import Path
 
 from keepbest.errors import ConfigError
 from keepbest.listing import listed
-from keepbest.run.layout import CHECKPOINTS, ledger_path
-
-
-def ledger_exists(directory: Path) -> bool:
-    """Whether there is a ledger in `directory`."""
-    return ledger_path(directory).is_file()
+from keepbest.run.layout import CHECKPOINTS, ledger_exists, ledger_path
 
 
 def run_around(place: Path) -> Path | None:
