@@ -55,18 +55,22 @@ class Counted:
 allocate = memory.allocate
 
 
+def keep_two_when_ready(model, **settings):
+    """Observe two bests when everything for the first one is prepared."""
+    with BestKeeper(model, metric_key="loss", **settings) as keeper:
+        for thread in threading.enumerate():
+            if thread.name == "keepbest-memory":
+                thread.join()
+        for number in (1, 2):
+            keeper.observe(-number, update(number))
+            keeper.flush()
+
+
 def keep_two(directory, wrap, file_format, in_background):
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
         model = WRAPS[wrap](Layers())
-        settings = {"metric_key": "loss", "async_save": in_background, "format": file_format}
-        with BestKeeper(model, directory=directory, **settings) as keeper:
-            for thread in threading.enumerate():
-                if thread.name == "keepbest-memory":
-                    thread.join()
-            for number in (1, 2):
-                keeper.observe(-number, update(number))
-                keeper.flush()
+        keep_two_when_ready(model, directory=directory, format=file_format, async_save=in_background)
     prepared = counted.by_thread.pop("keepbest-memory", [])
     return sum(prepared), counted.by_thread
 
@@ -96,14 +100,7 @@ def test_rooms_of_the_first_snapshot_are_there_beforehand(file_format, tmp_path,
         return lay_out(*arguments)
 
     monkeypatch.setattr(Rooms, "_lay_out", note)
-    model, settings = Layers(), {"metric_key": "loss", "async_save": True, "format": file_format}
-    with BestKeeper(model, directory=tmp_path, **settings) as keeper:
-        for thread in threading.enumerate():
-            if thread.name == "keepbest-memory":
-                thread.join()
-        for number in (1, 2):
-            keeper.observe(-number, update(number))
-            keeper.flush()
+    keep_two_when_ready(Layers(), directory=tmp_path, format=file_format, async_save=True)
     assert set(made_by) == {"keepbest-memory"}
 
 
@@ -171,27 +168,27 @@ def test_thread_that_cannot_start_leaves_no_trace(monkeypatch):
 
 def prepared_slowly(monkeypatch):
     """A thread that prepares rooms, and stays with each piece of memory until the event is set; which it began."""
-    goes_on, begun = threading.Event(), threading.Event()
+    may_end, begun = threading.Event(), threading.Event()
 
     def allocate_slowly(size):
         if threading.current_thread() is not threading.main_thread():
             begun.set()
-            assert goes_on.wait(30)
+            assert may_end.wait(30)
         return allocate(size)
 
     monkeypatch.setattr(memory, "allocate", allocate_slowly)
-    return goes_on, begun
+    return may_end, begun
 
 
 def test_interrupted_wait_leaves_the_rooms_to_one_thread(monkeypatch):
-    goes_on, begun = prepared_slowly(monkeypatch)
+    may_end, begun = prepared_slowly(monkeypatch)
     staging, wanted = HostStaging(make_room=lambda: None), {"weight": float32(1000)}
     staging.prepare(Needs(wanted, is_sure=True, devices=set()))
     assert begun.wait(30)
     threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         staging.claim()
-    threading.Timer(0.2, goes_on.set).start()
+    threading.Timer(0.2, may_end.set).start()
     slot = staging.claim()
     slot.reserve(wanted)
     written = slot.put_all(Batch({"weight": torch.ones(1000)}))
@@ -201,12 +198,12 @@ def test_interrupted_wait_leaves_the_rooms_to_one_thread(monkeypatch):
 
 
 def test_rooms_that_nobody_needs_are_not_made(monkeypatch):
-    goes_on, begun = prepared_slowly(monkeypatch)
+    may_end, begun = prepared_slowly(monkeypatch)
     staging = HostStaging(make_room=lambda: None)
     staging.prepare(Needs({str(number): float32(1 << 24) for number in range(4)}, is_sure=True, devices=set()))
     assert begun.wait(30)
     rooms = weakref.ref(staging._free[-1])
-    threading.Timer(0.2, goes_on.set).start()
+    threading.Timer(0.2, may_end.set).start()
     del staging
     gc.collect()
     assert rooms() is None

@@ -24,17 +24,17 @@ class Runtime:
     answer: Error code of each registration.
     registered: Bytes by address.
     threads: Threads that registered, one for each call.
-    goes_on: Set while a registration ends as soon as it has begun.
+    may_end: Set while a registration ends as soon as it has begun.
     """
 
     def __init__(self):
         self.answer, self.registered, self.threads = 0, {}, []
-        self.goes_on = threading.Event()
-        self.goes_on.set()
+        self.may_end = threading.Event()
+        self.may_end.set()
 
     def cudaHostRegister(self, address, nbytes, _flags):  # noqa: N802  # the name in CUDA
         self.threads.append(threading.current_thread())
-        assert self.goes_on.wait(30)
+        assert self.may_end.wait(30)
         if not self.answer:
             self.registered[address] = nbytes
         return self.answer
@@ -86,11 +86,11 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(runtime, is_prepared, cap
 
 
 def test_memory_is_unpinned_though_nobody_waited_for_it(runtime):
-    runtime.goes_on.clear()
+    runtime.may_end.clear()
     threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         Memory().take([Size(PAGE, is_pinned=True)])
-    runtime.goes_on.set()
+    runtime.may_end.set()
     (thread,) = runtime.threads
     thread.join()
     gc.collect()
