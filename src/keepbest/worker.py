@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
@@ -27,7 +29,7 @@ class Worker(Protocol):
     def close(self, timeout: float | None = None) -> bool:
         """Drain and end; returns whether it has ended within `timeout` seconds. A second call does nothing.
 
-        Work that calls it does not wait for itself.
+        Work that calls it does not wait for itself, nor does a forked child, which has no such thread.
         """
 
 
@@ -62,6 +64,7 @@ class Threaded:
     """
 
     def __init__(self, name: str) -> None:
+        self._process = os.getpid()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # `None` ends it
         self._is_closing = self._is_over = False
         self._alive = threading.Lock()  # held while the thread works
@@ -83,7 +86,7 @@ class Threaded:
         self._jobs.put(_Job(work, failed))
 
     def drain(self) -> None:
-        if self._is_over or threading.current_thread() is self._thread:
+        if self._is_over or threading.current_thread() is self._thread or os.getpid() != self._process:
             return  # what was submitted before this job is done
         if self._is_closing:
             self.close()
@@ -96,7 +99,7 @@ class Threaded:
     def close(self, timeout: float | None = None) -> bool:
         self._is_closing = True
         self._jobs.put(None)  # also the second time, since an interruption may have come before the first one
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread or os.getpid() != self._process:
             return False
         if not self._is_over:
             if not self._alive.acquire(timeout=-1 if timeout is None else timeout):
@@ -104,6 +107,11 @@ class Threaded:
             self._alive.release()
         self._thread.join()
         return True
+
+    def end_before_exit(self, stop: Callable[[], None]) -> None:
+        """Let the interpreter call `stop`, and then wait for this thread, before it exits, unless it has ended."""
+        # It is alive while it runs, and needs no wait when it is garbage. Nothing here may refer to it.
+        weakref.finalize(self._thread, _end, self._process, stop, self._jobs, self._alive)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -115,3 +123,11 @@ class Threaded:
                 del job  # it may name the keeper, which must not outlive its last user here
         self._is_over = True
         self._alive.release()
+
+
+def _end(process: int, stop: Callable[[], None], jobs: SimpleQueue[_Job | None], alive: threading.Lock) -> None:
+    if process == os.getpid():
+        stop()
+        jobs.put(None)
+        with alive:
+            return

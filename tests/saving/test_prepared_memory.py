@@ -167,25 +167,26 @@ def test_thread_that_cannot_start_leaves_no_trace(monkeypatch):
 
 
 def prepared_slowly(monkeypatch):
-    """A thread that prepares rooms, and stays with each piece of memory until the event is set; which it began."""
-    may_end, begun = threading.Event(), threading.Event()
+    """Events for a thread that prepares memory: that it may end what it has begun, and that it has; and the sizes."""
+    may_end, begun, allocated = threading.Event(), threading.Event(), []
 
     def allocate_slowly(size):
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert may_end.wait(30)
+            allocated.append(size.nbytes)
         return allocate(size)
 
     monkeypatch.setattr(memory, "allocate", allocate_slowly)
-    return may_end, begun
+    return may_end, begun, allocated
 
 
 def test_interrupted_wait_leaves_the_rooms_to_one_thread(monkeypatch):
-    may_end, begun = prepared_slowly(monkeypatch)
+    may_end, begun, _ = prepared_slowly(monkeypatch)
     staging, wanted = HostStaging(make_room=lambda: None), {"weight": float32(1000)}
     staging.prepare(Needs(wanted, is_sure=True, devices=set()))
     assert begun.wait(30)
-    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         staging.claim()
     threading.Timer(0.2, may_end.set).start()
@@ -198,16 +199,19 @@ def test_interrupted_wait_leaves_the_rooms_to_one_thread(monkeypatch):
 
 
 def test_rooms_that_nobody_needs_are_not_made(monkeypatch):
-    may_end, begun = prepared_slowly(monkeypatch)
+    may_end, begun, allocated = prepared_slowly(monkeypatch)
     staging = HostStaging(make_room=lambda: None)
     staging.prepare(Needs({str(number): float32(1 << 24) for number in range(4)}, is_sure=True, devices=set()))
     assert begun.wait(30)
     rooms = weakref.ref(staging._free[-1])
-    threading.Timer(0.2, may_end.set).start()
     del staging
     gc.collect()
     assert rooms() is None
-    assert not [thread for thread in threading.enumerate() if thread.name == "keepbest-memory"]
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "keepbest-memory"]
+    may_end.set()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert len(allocated) == 1
 
 
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])

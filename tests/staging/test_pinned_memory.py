@@ -25,22 +25,31 @@ class Runtime:
     registered: Bytes by address.
     threads: Threads that registered, one for each call.
     may_end: Set while a registration ends as soon as it has begun.
+    is_stale: Whether what lay at an address before is still registered.
+    during: Called in each registration.
     """
 
     def __init__(self):
         self.answer, self.registered, self.threads = 0, {}, []
         self.may_end = threading.Event()
         self.may_end.set()
+        self.is_stale, self.during = False, lambda: None
 
     def cudaHostRegister(self, address, nbytes, _flags):  # noqa: N802  # the name in CUDA
         self.threads.append(threading.current_thread())
+        self.during()
+        if self.is_stale:
+            return 712  # cudaErrorHostMemoryAlreadyRegistered
         assert self.may_end.wait(30)
         if not self.answer:
             self.registered[address] = nbytes
         return self.answer
 
     def cudaHostUnregister(self, address):  # noqa: N802  # the name in CUDA
-        del self.registered[address]
+        if self.is_stale:
+            self.is_stale = False
+        else:
+            del self.registered[address]
         return 0
 
 
@@ -87,7 +96,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(runtime, is_prepared, cap
 
 def test_memory_is_unpinned_though_nobody_waited_for_it(runtime):
     runtime.may_end.clear()
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         Memory().take([Size(PAGE, is_pinned=True)])
     runtime.may_end.set()
@@ -95,6 +104,28 @@ def test_memory_is_unpinned_though_nobody_waited_for_it(runtime):
     thread.join()
     gc.collect()
     assert not runtime.registered
+
+
+def test_memory_is_pinned_where_an_interruption_left_something_pinned(runtime, caplog):
+    runtime.is_stale = True
+    (taken,) = Memory().take([Size(PAGE, is_pinned=True)])
+    assert runtime.registered == {taken.ctypes.data: PAGE}
+    assert not caplog.messages
+
+
+def test_memory_that_becomes_garbage_while_it_is_pinned_stops_nobody(runtime):
+    memory = [Memory()]
+    thread = memory[0]
+
+    def collect():
+        memory.clear()
+        gc.collect()
+
+    runtime.during = collect
+    thread.prepare([Size(PAGE, is_pinned=True)] * 3)
+    ended = thread._thread
+    del thread
+    assert ended.close(timeout=30)
 
 
 def test_memory_is_used_as_it_is_where_no_thread_can_pin_it(runtime, monkeypatch, caplog):
@@ -134,6 +165,36 @@ if not child:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert (memory == 7).all()
 """
+
+
+CHILD_OF_A_BUSY_PARENT = """
+import os, threading
+from keepbest.staging import memory
+from keepbest.staging.memory import Memory, Size
+begun, may_end, allocate = threading.Event(), threading.Event(), memory.allocate
+
+def allocate_slowly(size):
+    begun.set()
+    may_end.wait(30)
+    return allocate(size)
+
+memory.allocate = allocate_slowly
+prepared = Memory()
+prepared.prepare([Size(100, is_pinned=False)])
+begun.wait()
+child = os.fork()
+if not child:
+    prepared.end()
+    del prepared
+    raise SystemExit(7)  # with all that runs at exit
+may_end.set()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_child_does_not_wait_for_memory_that_its_parent_prepares():
+    done = subprocess.run([sys.executable, "-c", CHILD_OF_A_BUSY_PARENT], check=False, timeout=60)
+    assert done.returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems copy all memory to a child")

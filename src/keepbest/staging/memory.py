@@ -7,7 +7,6 @@ import logging
 import mmap
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from keepbest.worker import Threaded
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+_ALREADY_PINNED = 712  # cudaErrorHostMemoryAlreadyRegistered
 # Of Linux. MADV_HUGEPAGE: a page takes as long to find, and to pin, however large it is. MADV_WIPEONFORK: no child has
 # a use for this memory, and workers that load data are forked again and again. Each would get a copy at once of all
 # that is pinned, and of the rest when the next snapshot is taken.
@@ -74,7 +74,10 @@ def _pin(memory: Bytes) -> None:
         thread = Threaded("keepbest-pin")
     except ConfigError as error:
         raise NotPinnedError(str(error)) from error
-    thread.submit(partial(_register, memory, torch.cuda.current_device()), errors.append)
+    try:
+        thread.submit(partial(_register, memory, torch.cuda.current_device()), errors.append)
+    finally:
+        thread.close(timeout=0)  # an interruption leaves no thread that waits for more
     thread.close()
     if errors:
         raise NotPinnedError(str(errors[0])) from errors[0]
@@ -83,7 +86,11 @@ def _pin(memory: Bytes) -> None:
 def _register(memory: Bytes, device: int) -> None:
     torch.cuda.set_device(device)
     address = memory.ctypes.data
-    if code := int(_runtime().cudaHostRegister(address, memory.nbytes, _PORTABLE)):
+    code = int(_runtime().cudaHostRegister(address, memory.nbytes, _PORTABLE))
+    if code == _ALREADY_PINNED:  # by what lay there before, if an interruption came while it was freed
+        _runtime().cudaHostUnregister(address)
+        code = int(_runtime().cudaHostRegister(address, memory.nbytes, _PORTABLE))
+    if code:
         raise NotPinnedError(f"{memory.nbytes} bytes: CUDA error {code}")
     # Here, since who waits for this thread may be interrupted.
     weakref.finalize(memory, _unpin, os.getpid(), device, address).atexit = False
@@ -128,7 +135,7 @@ class Memory:
     def __init__(self) -> None:
         self._source = _Source()
         self._ready: list[tuple[Size, Bytes]] = []
-        self._is_over = threading.Event()
+        self._stop = _Stop()
         self._thread: Threaded | None = None
 
     def prepare(
@@ -148,14 +155,18 @@ class Memory:
             ConfigError: If no thread can be started.
         """
         self.end()
-        self._is_over = threading.Event()
+        self._stop = _Stop()
         device = torch.cuda.current_device() if any(size.is_pinned for size in sizes) else None
         work = _Work(list(sizes), device, get_ready, use)
         self._thread = thread = Threaded("keepbest-memory")
-        # An interpreter that ends while the thread is in torch would abort.
-        weakref.finalize(self, _end, self._is_over, thread)
-        thread.submit(partial(_prepare, self._source, work, self._ready, self._is_over), _report)
-        thread.close(timeout=0)  # it ends when that is done
+        try:
+            # An interpreter that ends while the thread is in torch would abort.
+            thread.end_before_exit(self._stop.set)
+            # Nothing waits here: garbage is also collected on threads that this one waits for.
+            weakref.finalize(self, self._stop.set).atexit = False
+            thread.submit(partial(_prepare, self._source, work, self._ready, self._stop), _report)
+        finally:
+            thread.close(timeout=0)  # it ends when that is done
 
     def take(self, sizes: Sequence[Size]) -> list[Bytes]:
         """Memory of these sizes: what is ready, and the rest now. What else was prepared is freed.
@@ -173,13 +184,18 @@ class Memory:
 
     def end(self) -> None:
         """Prepare no more. What is being allocated is waited for."""
+        self._stop.set()
         if self._thread is not None:
-            _end(self._is_over, self._thread)
+            self._thread.close()
 
 
-def _end(is_over: threading.Event, thread: Threaded) -> None:
-    is_over.set()
-    thread.close()
+class _Stop:
+    """Ends what another thread does. It has no lock, since an interruption could leave that taken."""
+
+    is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
 
 
 def _report(error: BaseException) -> None:
@@ -195,7 +211,7 @@ class _Work(NamedTuple):
     use: Callable[[], None] | None
 
 
-def _prepare(source: _Source, work: _Work, ready: list[tuple[Size, Bytes]], is_over: threading.Event) -> None:
+def _prepare(source: _Source, work: _Work, ready: list[tuple[Size, Bytes]], stop: _Stop) -> None:
     # Who needs what cannot be had asks again, and raises it on every rank.
     with contextlib.suppress(RuntimeError):
         if work.device is not None:
@@ -204,8 +220,8 @@ def _prepare(source: _Source, work: _Work, ready: list[tuple[Size, Bytes]], is_o
             get_ready()
     with contextlib.suppress(MemoryError, RuntimeError):
         for size in work.sizes:
-            if is_over.is_set():
+            if stop.is_set:
                 return
             ready.append((size, source.allocate(size)))
-        if work.use is not None and not is_over.is_set():
+        if work.use is not None and not stop.is_set:
             work.use()
