@@ -106,7 +106,7 @@ def _naming_the_meeting(process: Process) -> Iterator[None]:
     try:
         yield
     except (DistNetworkError, DistStoreError) as error:
-        cause, *_ = str(error).splitlines()
+        cause = str(error).partition("\n")[0]
         raise RankTimeoutError(
             f"rank {process.rank} of {process.world_size} did not meet the others at {process.master_addr}, port "
             f"{process.master_port}: {cause.rstrip('.')}. Check that the port is free there, and that torchrun or srun "

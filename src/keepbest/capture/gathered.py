@@ -77,8 +77,10 @@ def needs_to_gather(inventory: Inventory) -> Needs:
     """What the tensors of a snapshot need on this rank. **Rank-local**."""
     if not inventory.ranks.is_main:
         return Needs({}, is_sure=True, devices=frozenset())
-    plan, held = inventory.plan, inventory.look()
-    devices = {held.values[name].device for name, _ in plan.copied} if plan.is_simple else frozenset[torch.device]()
+    plan, devices = inventory.plan, frozenset[torch.device]()
+    if plan.is_simple:
+        values = inventory.look().values
+        devices = frozenset(values[name].device for name, _ in plan.copied)
     return Needs(plan.rooms, is_sure=True, devices=devices)
 
 

@@ -66,8 +66,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             `None` is the `metric_for_best_model` of the training arguments.
         directory: Directory of the run. `None` is the `output_dir` of the training arguments. Each trial of a
             `hyperparameter_search` has a run in a folder there, which is named as the Trainer names that of its
-            checkpoints: by `hp_name`. Without one, it is `run-0` for the first trial that starts, and
-            `run-1` for the next.
+            checkpoints: by `hp_name`. Without `hp_name`, trials have numbers in the order of their starts: `run-0`,
+            then `run-1`.
         save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
             states `optimizer` and `scheduler`.
         on_new_best: As in `BestKeeper`. The Trainer cannot keep functions in its checkpoints, so it goes without
