@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -26,6 +28,40 @@ def test_no_memory_for_a_clone(device, setting, value):
     assert not events  # all has arrived
     assert "clone" not in device.log
     assert not device.taken
+
+
+def out_of_memory(*_arguments, **_settings):
+    raise torch.AcceleratorError("CUDA error: out of memory")
+
+
+def test_no_memory_for_a_stream(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", out_of_memory)
+    values, devices = of_all_kinds(), Devices(share=0.5)
+    expected = expected_of(values)
+    with contextlib.suppress(RuntimeError):  # as the thread does that calls it
+        devices.get_ready(CPU, {torch.float32}, [1])
+    found, _, events = brought(devices, values)
+    assert differing(found, values, expected) == []
+    assert (events, device.taken) == ([], [])
+
+
+def test_no_memory_for_the_code_that_makes_a_clone(device, monkeypatch):
+    monkeypatch.setattr(torch, "cat", out_of_memory)
+    values = of_all_kinds()
+    expected = expected_of(values)
+    found, _, events = brought(Devices(share=0.5), values)
+    assert differing(found, values, expected) == []
+    assert not events  # all has arrived
+
+
+@pytest.mark.parametrize("name", ["Stream", "cat"])
+def test_other_errors_of_the_device_are_raised(device, monkeypatch, name):
+    def fail(*_arguments, **_settings):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda if name == "Stream" else torch, name, fail)
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        brought(Devices(share=0.5), of_all_kinds())
 
 
 def test_share_of_zero_asks_for_no_memory(device):

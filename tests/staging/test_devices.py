@@ -139,39 +139,62 @@ def test_what_a_stream_has_still_to_write_is_in_the_copy(device, make):
     assert differing(found, {"value": value}, expected) == []
 
 
-@pytest.fixture
-def copies(monkeypatch, device):
+def stored(value):
+    """What a view has in memory, without its signs."""
+    return value.conj() if value.is_conj() else torch._neg_view(value) if value.is_neg() else value
+
+
+def change_signs_as_in(value, room):
+    if value.is_conj():
+        room.conj_physical_()
+    if value.is_neg():
+        room.neg_()
+
+
+@pytest.fixture(params=[False, True], ids=["full", "free"])
+def copies(request, monkeypatch, device):
     """Copies to the host as torch makes them from a device: they arrive later, and signs are changed on the host.
 
-    What is out of order is first put in order on the device, for which there is no memory here.
+    What is out of order, or has other signs, is first put in order on the device, if it has memory for that. torch
+    changes its signs there, and on the host once more.
     """
-    copy, on_their_way = torch.Tensor.copy_, []
+    copy, resolve, on_their_way = torch.Tensor.copy_, torch.Tensor.resolve_neg, []
+
+    def is_on_device(value):
+        return any(value.data_ptr() == each.data_ptr() for each in device.values)
+
+    def take_memory(value):
+        if is_on_device(value) and not request.param:
+            raise torch.OutOfMemoryError
 
     def copy_later(room, value, non_blocking=False):
-        if any(value is each for each in device.values) and not value.is_contiguous():
-            raise torch.OutOfMemoryError
-        raw = value.conj() if value.is_conj() else torch._neg_view(value) if value.is_neg() else value
+        if not value.is_contiguous():
+            take_memory(value)
         if non_blocking:
-            on_their_way.append(lambda: copy(room, raw))
+            on_their_way.append(lambda: copy(room, stored(value)))
         else:
-            copy(room, raw)
-        if value.is_conj():
-            room.conj_physical_()
-        if value.is_neg():
-            room.neg_()
+            copy(room, stored(value))
+        if value.is_contiguous() or not is_on_device(value):  # else they are changed twice
+            change_signs_as_in(value, room)
         return room
 
     def copy_all_later(rooms, values, non_blocking):
         for room, value in zip(rooms, values, strict=True):
             copy_later(room, value, non_blocking)
 
+    def resolve_neg(value):
+        if value.is_neg():
+            take_memory(value)
+        return resolve(value)
+
     monkeypatch.setattr(torch.Tensor, "copy_", copy_later)
+    monkeypatch.setattr(torch.Tensor, "resolve_neg", resolve_neg)
     monkeypatch.setattr(torch, "_foreach_copy_", copy_all_later)
     return on_their_way
 
 
 @pytest.mark.parametrize("make", STRANGE)
-def test_values_out_of_order_come_without_memory_of_the_device(device, copies, make):
+def test_values_out_of_order_need_no_memory_of_the_device(device, copies, make):
     values = {"first": torch.ones(3, dtype=torch.int16), "value": make()}
     device.values, expected = list(values.values()), expected_of(values)
     found, _, _ = brought(Devices(share=0.0), values)

@@ -8,7 +8,7 @@ import torch
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a dense tensor, in order, as one row of bytes: the same memory where they lie side by side."""
-    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    whole = signed(tensor).contiguous()
     # Not reshape(-1): a tensor of one element is contiguous with any stride, and would keep it.
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
 
@@ -21,7 +21,20 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
         return tensor.detach().to("cpu", copy=True)
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((length,), (1,)).to("cpu", copy=True).as_strided(tensor.shape, tensor.stride())
+    # As they are in memory: torch would give elements their signs on the device, in a copy.
+    stored = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    stored.set_(tensor.untyped_storage(), tensor.storage_offset(), (length,), (1,))
+    found = stored.to("cpu", copy=True).as_strided(tensor.shape, tensor.stride())
+    found = found.conj() if tensor.is_conj() else found
+    return found.neg() if tensor.is_neg() else found
+
+
+def signed(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor, with their signs in memory: those of a conjugated or negated view are put there.
+
+    torch must not copy such a view from a CUDA device: where elements do not lie side by side, it changes signs twice.
+    """
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def buffer_of(tensor: torch.Tensor) -> memoryview:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from keepbest.modules.raw_bytes import on_host
+from keepbest.modules.raw_bytes import on_host, signed
 from keepbest.staging.batch import are_in_order
-from keepbest.staging.clone import Clone, Filled, clones_in, copied_as, fitting, room_for
+from keepbest.staging.clone import Clone, Copy, Filled, clones_in, copied_as, fitting, room_for
 from keepbest.staging.rooms import Row
 
 # torch has a kernel for pieces of whole 16 bytes, one for those that begin at such, and one for all others.
@@ -96,13 +96,12 @@ class Devices:
             count, memory = self._take(device, [row.whole.nbytes for row, _ in rows])
             clones = [] if memory is None else clones_in(memory, rows[:count])
             copies = [copy for clone in clones for copy in clone.copies()]
-            for row, series in rows[count:]:
-                rooms.extend(_split(row, series.values))
-                values.extend(series.values)
+            _add(rooms, values, rows[count:])
             torch.cuda.synchronize()
             try:
-                for copy in copies:
-                    copy.make()
+                if not _are_made(copies):
+                    clones = []
+                    _add(rooms, values, rows[:count])
                 _copy_to_host(rooms, values, of_training)
                 copied = stream.record_event()
                 arrived = [_send(clones, stream)] if clones else []
@@ -132,7 +131,14 @@ class Devices:
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         """Without copies on the device that of training, since training waits for all."""
-        return _stream_of(device) if self._share else torch.cuda.current_stream(device)
+        if self._share:
+            try:
+                return _stream_of(device)
+            except torch.AcceleratorError as error:
+                if not _is_for_lack_of_memory(error):
+                    raise
+                self._share = 0.0  # torch loses some of the device's memory at each try
+        return torch.cuda.current_stream(device)
 
 
 @cache
@@ -210,10 +216,33 @@ def _copy_to_host(rooms: Values, values: Values, of_training: torch.cuda.Stream)
 def _copy_in_order(room: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a value whose elements are out of order, or have other signs in memory, and wait for it."""
     try:
-        # Only who waits gets the signs that torch changes on the host, which is before other values have arrived.
-        room.copy_(value)
-    except torch.OutOfMemoryError:  # torch puts the elements in order on the device
+        room.copy_(signed(value))
+    except torch.OutOfMemoryError:  # torch puts the elements in order on the device, and their signs there
         room.copy_(on_host(value))
+
+
+def _are_made(copies: Iterable[Copy]) -> bool:
+    """Make copies on a device, if it has the memory for the code that does it, which CUDA loads when it is needed."""
+    try:
+        for copy in copies:
+            copy.make()
+    except torch.AcceleratorError as error:
+        if not _is_for_lack_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _is_for_lack_of_memory(error: torch.AcceleratorError) -> bool:
+    """Whether CUDA itself had no memory, for which torch has no class of its own."""
+    return "out of memory" in str(error)
+
+
+def _add(rooms: list[torch.Tensor], values: list[torch.Tensor], rows: Sequence[Filled]) -> None:
+    """Add what rows hold to rooms and values that are copied one by one."""
+    for row, series in rows:
+        rooms.extend(_split(row, series.values))
+        values.extend(series.values)
 
 
 def _split(row: Row, values: Values) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
+from keepbest.modules.raw_bytes import signed
 from keepbest.staging.batch import Batch
 from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
@@ -70,7 +71,7 @@ class HostSlot:
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if not is_dense(value):
             return value.detach().to("cpu", copy=True)
-        return self.room(key, Like(value.shape, value.dtype, value.device.type)).copy_(value)
+        return self.room(key, Like(value.shape, value.dtype, value.device.type)).copy_(signed(value))
 
     def seal(self) -> None:
         self._copies.begin(self._rooms.rows)
