@@ -14,7 +14,7 @@ from tests.kit.changes import CHANGES, Doubled, Stateful, model_of, swap_in_a_ne
 def test_change_is_noticed(change):
     model = model_of()
     values = model.state_dict(keep_vars=True).values()
-    structure = Structure.of(model, values)
+    structure = Structure.of(model, values, with_grad=True)
     assert structure.is_unchanged()
     change(model)
     assert not structure.is_unchanged()
@@ -47,7 +47,7 @@ def patch_save_to_state_dict_of_all(patch, model):
 )
 def test_class_with_another_method_is_noticed(change, monkeypatch):
     model = model_of()
-    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True)
     change(monkeypatch, model)
     assert not structure.is_unchanged()
 
@@ -55,11 +55,11 @@ def test_class_with_another_method_is_noticed(change, monkeypatch):
 @pytest.mark.parametrize("place", [0, 255, 256, 299])
 def test_change_is_noticed_in_any_of_many_modules(place):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
-    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True)
     assert structure.is_unchanged()
     model[place].weight.data = torch.zeros(2, 2)
     assert not structure.is_unchanged()
-    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True)
     model[place].bias = nn.Parameter(torch.zeros(2))
     assert not structure.is_unchanged()
 
@@ -77,7 +77,7 @@ class Hiding(nn.Module):
 
 def test_change_in_a_module_that_hides_is_noticed():
     model = Hiding()
-    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True)
     model.hidden.register_buffer("late", torch.ones(1))
     assert not structure.is_unchanged()
 
@@ -86,7 +86,7 @@ def test_change_in_a_module_that_hides_is_noticed():
 def test_negation_at_the_same_place_is_noticed(count):
     pairs = torch.ones(count, 2)
     model = holding(pairs[:, 1])
-    structure = Structure.of(model, [model.value])
+    structure = Structure.of(model, [model.value], with_grad=True)
     assert structure.is_unchanged()
     negated = torch.view_as_complex(pairs).conj().imag
     assert negated.data_ptr() == model.value.data_ptr()
@@ -116,12 +116,12 @@ def holding(value):
 )
 def test_model_that_torch_alone_does_not_decide_is_unknown(make):
     model = make()
-    assert Structure.of(model, model.state_dict(keep_vars=True).values()) is None
+    assert Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True) is None
 
 
 def test_training_changes_nothing():
     model = model_of()
-    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True)
     optimizer = torch.optim.Adam(model.parameters())
     model.norm(model.last(model.first(torch.randn(3, 4)))).sum().backward()
     optimizer.step()
@@ -143,7 +143,17 @@ class Asked(torch.overrides.TorchFunctionMode):
 
 def test_mode_of_torch_is_not_asked_about_each_tensor():
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
-    structure = Structure.of(model, model.state_dict(keep_vars=True).values())
+    structure = Structure.of(model, model.state_dict(keep_vars=True).values(), with_grad=True)
     with Asked() as asked:
         assert structure.is_unchanged()
     assert asked.count == 0
+
+
+def test_frozen_weight_matters_only_where_it_is_asked_for():
+    model = model_of()
+    values = list(model.state_dict(keep_vars=True).values())
+    strict = Structure.of(model, values, with_grad=True)
+    loose = Structure.of(model, values, with_grad=False)
+    model.first.weight.requires_grad_(False)
+    assert loose.is_unchanged()
+    assert not strict.is_unchanged()

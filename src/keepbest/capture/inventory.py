@@ -229,7 +229,10 @@ class Inventory:
             return self._seen.held
         held = look(self.items, self.ranks.members[self.ranks.rank])
         add_states(held, self.items, self.ranks)
-        structure = None if self.items.training_state else Structure.of(self.items.model, held.values.values())
+        with_grad = not self.items.save_frozen_weights
+        structure = None
+        if not self.items.training_state:
+            structure = Structure.of(self.items.model, held.values.values(), with_grad=with_grad)
         self._seen = None if structure is None else _Seen(held, structure)
         return held
 

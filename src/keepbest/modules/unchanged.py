@@ -43,14 +43,15 @@ class Structure:
     Args:
         modules: Modules whose state dicts torch alone decides on.
         values: Plain tensors that are in them.
+        with_grad: Whether it matters which of them require grad.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], values: Sequence[torch.Tensor]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], values: Sequence[torch.Tensor], *, with_grad: bool) -> None:
         self._pieces: list[_Modules | _Tensors] = [*map(_Modules, _pieces_of(modules))]
-        self._pieces += map(_Tensors, _pieces_of(values))
+        self._pieces += [_Tensors(piece, with_grad=with_grad) for piece in _pieces_of(values)]
 
     @classmethod
-    def of(cls, model: nn.Module, values: Iterable[Any]) -> Structure | None:
+    def of(cls, model: nn.Module, values: Iterable[Any], *, with_grad: bool) -> Structure | None:
         """That of a model and of the `values` in its state dict.
 
         It is `None` where others than torch decide what the state dict has, or where it has more than plain tensors.
@@ -61,7 +62,7 @@ class Structure:
         has_tables = all(type(table) in (dict, OrderedDict) for table in _tables(owns))
         has_hooks = any(own[name] for own in owns for name in _HOOKS)
         is_of_torch = has_tables and not has_hooks and _is_of_torch(set(map(type, modules)), owns)
-        return cls(modules, values) if is_of_torch and all(map(_is_plain_tensor, values)) else None
+        return cls(modules, values, with_grad=with_grad) if is_of_torch and all(map(_is_plain_tensor, values)) else None
 
     def is_unchanged(self) -> bool:
         """Whether the state dict of the model would have the same tensors, at the same places, under the same names."""
@@ -108,13 +109,19 @@ class _Modules:
 
 
 class _Tensors:
-    """Some tensors, and where they lie."""
+    """Some tensors, and where they lie.
 
-    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+    Of thousands none is in the cache of the processor, and what takes long is to fetch them. So no more of each is
+    looked at than is needed: its address says on which device it is, and whether it requires grad lies apart.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor], *, with_grad: bool) -> None:
         self._values = values
-        self._kinds = list(map(_kind_of, values))
+        self._types = list(map(type, values))
         self._addresses = list(map(torch.Tensor.data_ptr, values))
+        self._kinds = list(map(_kind_of, values))
         self._are_contiguous = list(map(torch.Tensor.is_contiguous, values))
+        self._grads = list(map(_requires_grad, values)) if with_grad else None
         # The shape of a contiguous tensor says where its elements lie. And one of several elements is no negation, that
         # is a view of imaginary parts with the real ones between them, unless as_strided() laid it elsewhere.
         self._others = [
@@ -129,9 +136,11 @@ class _Tensors:
         """Whether the same values would be read at the same places."""
         try:
             return (
-                list(map(_kind_of, self._values)) == self._kinds
+                _same(map(type, self._values), self._types)
                 and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
+                and list(map(_kind_of, self._values)) == self._kinds
                 and list(map(torch.Tensor.is_contiguous, self._values)) == self._are_contiguous
+                and (self._grads is None or list(map(_requires_grad, self._values)) == self._grads)
                 and list(map(torch.Tensor.stride, self._others)) == self._strides
                 and list(map(torch.Tensor.is_neg, self._others)) == self._signs
             )
@@ -176,7 +185,8 @@ def _members(tables: Iterable[dict[str, Any]]) -> Iterator[object]:
     return chain.from_iterable(map(dict.values, tables))
 
 
-_kind_of = operator.attrgetter("__class__", "dtype", "device", "requires_grad", "shape")
+_kind_of = operator.attrgetter("dtype", "shape")
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _same(now: Iterable[object], then: Sequence[object]) -> bool:
