@@ -14,19 +14,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from benchmarks import measure
 from benchmarks.contestants import Action, Dcp, Keepbest, RawWrite, TorchSave
+from benchmarks.cuda_contestants import (
+    DEVICE,
+    ON_CUDA,
+    Pinned,
+    Training,
+    TunedDcp,
+    Weights,
+    Within,
+    can_stage_twice,
+    finish,
+    seconds_of,
+)
 from benchmarks.measure import Line, Report, Samples
 from keepbest.staging.memory import Size, allocate
 
-ON_CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 MIB, GIB = 1 << 20, 1 << 30
 ALONE, OURS, PINNED, FRESH, TUNED, SAVE = (
     "training alone",
@@ -37,118 +44,7 @@ ALONE, OURS, PINNED, FRESH, TUNED, SAVE = (
     "torch.save",
 )
 _ROOM = 20 * GIB  # bytes that the largest run may need
-
-
-class Weights(nn.Module):
-    """So many tensors of so many bytes on the device."""
-
-    def __init__(self, count: int, each: int) -> None:
-        super().__init__()
-        self.tensors = nn.ParameterList(nn.Parameter(torch.rand(each // 4, device=DEVICE)) for _ in range(count))
-
-    @property
-    def bytes(self) -> int:
-        return measure.weight_bytes(self)
-
-
-class Training:
-    """A loop of steps that occupy the device for about 10 ms each."""
-
-    def __init__(self, steps: int, width: int) -> None:
-        self._steps = steps
-        self._left = torch.rand(width, width, device=DEVICE, dtype=torch.bfloat16)
-        self._out = torch.empty_like(self._left)
-        self._products = 1
-        for _ in range(3):
-            seconds = _seconds(self.step)
-        self._products = max(round(0.01 / seconds), 1) if ON_CUDA else 1
-
-    def step(self) -> None:
-        for _ in range(self._products):
-            torch.mm(self._left, self._left, out=self._out)
-
-    def run(self, best: Callable[[], Any]) -> None:
-        for number in range(self._steps):
-            if number == self._steps // 3:
-                best()
-            self.step()
-        _finish()
-
-
-class Within(Action):
-    """Trains, and does one thing on the way."""
-
-    def __init__(self, training: Training, inner: Action) -> None:
-        self._training, self._inner = training, inner
-
-    def prepare(self) -> None:
-        self._inner.prepare()
-        _finish()
-
-    def act(self) -> None:
-        self._training.run(self._inner.act)
-
-    def settle(self) -> None:
-        self._inner.settle()
-
-    def end(self) -> None:
-        self._inner.end()
-
-
-class Pinned(Action):
-    """Copies the weights into pinned memory that is kept, on the stream that trains."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._source = [value.detach() for value in model.state_dict().values()]
-        self._buffers = [torch.empty(value.shape, dtype=value.dtype, pin_memory=ON_CUDA) for value in self._source]
-
-    def act(self) -> None:
-        for buffer, value in zip(self._buffers, self._source, strict=True):
-            buffer.copy_(value, non_blocking=True)
-
-
-def _can_stage_twice() -> bool:
-    """Whether a stager of this torch keeps its buffers. That of torch 2.11 closes them after its first save."""
-    stager = DefaultStager(StagingOptions(False, False, False, False))
-    try:
-        for _ in range(2):
-            stager.stage({"model": nn.Linear(1, 1).state_dict()})
-    except KeyError:
-        return False
-    finally:
-        stager.close()
-    return True
-
-
-class TunedDcp(Dcp):
-    """`async_save` with pinned staging buffers, which are kept where torch can do that."""
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        super().__init__(model, folder, "tuned")
-        self._is_kept = _can_stage_twice()
-        self._stager = self._new_stager()
-
-    def _new_stager(self) -> DefaultStager:
-        return DefaultStager(StagingOptions(ON_CUDA, False, False, ON_CUDA))
-
-    def settle(self) -> None:
-        super().settle()
-        if not self._is_kept:
-            self._stager.close()
-            self._stager = self._new_stager()
-
-
-def _finish() -> None:
-    if ON_CUDA:
-        torch.cuda.synchronize()
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    _finish()
-    started = time.perf_counter()
-    call()
-    _finish()
-    return time.perf_counter() - started
+_PRECISE = 3  # times as many repetitions where a millisecond counts
 
 
 def _lost(samples: Samples, name: str) -> float:
@@ -213,7 +109,7 @@ def raw_numbers(report: Report, size: int) -> None:
         ("copy into memory that a keeper has pinned", lambda: registered.copy_(source, non_blocking=True)),
         ("device clone", lambda: clone.copy_(source)),
     ):
-        seconds = statistics.median([_seconds(call) for _ in range(6)][1:])
+        seconds = statistics.median([seconds_of(call) for _ in range(6)][1:])
         report.add(Line(f"{what} of {_named(size)}", seconds * 1e3, unit="ms"))
     if ON_CUDA:
         pages = torch.zeros(size, dtype=torch.uint8)
@@ -233,11 +129,7 @@ def training_time(report: Report, training: Training, size: int, repetitions: in
     model = Weights(100, size // 100 // 4096 * 4096)
     with _memory_folder() as folder:
         contestants: dict[str, Action] = {OURS: Keepbest(model, folder, async_save=True), PINNED: Pinned(model)}
-        if has_peers:
-            contestants[FRESH] = Dcp(model, folder, "fresh")
-            contestants[TUNED] = TunedDcp(model, folder)
-            contestants[SAVE] = TorchSave(model, folder, sync=False)
-        samples = _rounds(training, contestants, repetitions)
+        samples = _rounds(training, contestants, _PRECISE * repetitions if has_peers else repetitions)
     what = f"training time lost to a best of {_named(size)}, memory free"
     report.samples[what] = samples
     figures = _lost_in_words(samples, OURS, PINNED) + f"; {measure.figures(samples, ALONE)}"
@@ -245,21 +137,34 @@ def training_time(report: Report, training: Training, size: int, repetitions: in
     report.add(Line(what, per_gib, "at most 1.5 ms per GiB", 1.5, unit="ms", detail=figures))
     if has_peers:
         ours = max(_lost(samples, OURS), 1e-5)  # no more than the noise is no time
-        for peer in (FRESH, SAVE):
-            is_bar = peer == FRESH
-            report.add(
-                Line(
-                    f"training time lost to {peer} beside it",
-                    _lost(samples, peer) / ours,
-                    "at least 3 x ours" if is_bar else "reported",
-                    3.0 if is_bar else None,
-                    at_least=True,
-                    detail=_lost_in_words(samples, peer),
-                )
+        _beside_peers(report, training, model, repetitions, ours)
+
+
+def _beside_peers(report: Report, training: Training, model: Weights, repetitions: int, ours: float) -> None:
+    """What peers cost, beside the seconds of training that we do."""
+    with _memory_folder() as folder:
+        contestants: dict[str, Action] = {
+            FRESH: Dcp(model, folder, "fresh"),
+            TUNED: TunedDcp(model, folder),
+            SAVE: TorchSave(model, folder, sync=False),
+        }
+        samples = _rounds(training, contestants, repetitions)
+    report.samples["training time lost to peers"] = samples
+    for peer in (FRESH, SAVE):
+        is_bar = peer == FRESH
+        report.add(
+            Line(
+                f"training time lost to {peer} beside it",
+                _lost(samples, peer) / ours,
+                "at least 3 x ours" if is_bar else "reported",
+                3.0 if is_bar else None,
+                at_least=True,
+                detail=_lost_in_words(samples, peer),
             )
-        value = ours / max(_lost(samples, TUNED), 1e-5)
-        kept = "" if _can_stage_twice() else " (this torch keeps no staging buffers)"
-        report.add(Line(f"beside {TUNED}", value, "at most 1.0 x", 1.0, detail=_lost_in_words(samples, TUNED) + kept))
+        )
+    value = ours / max(_lost(samples, TUNED), 1e-5)
+    kept = "" if can_stage_twice() else " (this torch keeps no staging buffers)"
+    report.add(Line(f"beside {TUNED}", value, "at most 1.0 x", 1.0, detail=_lost_in_words(samples, TUNED) + kept))
 
 
 def without_memory(report: Report, training: Training, size: int, repetitions: int) -> None:
@@ -272,7 +177,7 @@ def without_memory(report: Report, training: Training, size: int, repetitions: i
         if ON_CUDA:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if ON_CUDA else 0
-        samples = _rounds(training, contestants, repetitions)
+        samples = _rounds(training, contestants, _PRECISE * repetitions)
         grown = torch.cuda.max_memory_allocated() - before if ON_CUDA else 0
     what = f"training time lost to a best of {_named(size)}, no memory free"
     report.samples[what] = samples
@@ -286,7 +191,7 @@ class Settled(Keepbest):
     """Observes when the device has nothing to do: what is timed is the host."""
 
     def prepare(self) -> None:
-        _finish()
+        finish()
 
 
 def host_time(report: Report, shapes: Mapping[tuple[int, int], float], repetitions: int) -> None:
@@ -321,9 +226,9 @@ def first_best(report: Report, training: Training, size: int, repetitions: int, 
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 training.step()
-                _finish()
+                finish()
             for best in range(5):
-                _finish()
+                finish()
                 started = time.perf_counter()
                 ours.act()
                 took = time.perf_counter() - started

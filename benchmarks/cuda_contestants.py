@@ -1,0 +1,131 @@
+"""A model on a GPU, training beside it, and what only a GPU can be asked to do with its weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from benchmarks import measure
+from benchmarks.contestants import Action, Dcp
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+
+
+class Weights(nn.Module):
+    """So many tensors of so many bytes on the device."""
+
+    def __init__(self, count: int, each: int) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterList(nn.Parameter(torch.rand(each // 4, device=DEVICE)) for _ in range(count))
+
+    @property
+    def bytes(self) -> int:
+        return measure.weight_bytes(self)
+
+
+class Training:
+    """A loop of steps that occupy the device for about 10 ms each."""
+
+    def __init__(self, steps: int, width: int) -> None:
+        self._steps = steps
+        # Zeros need little power. With others a device at its limit is faster for a while whenever it had to wait.
+        self._left = torch.zeros(width, width, device=DEVICE, dtype=torch.bfloat16)
+        self._out = torch.empty_like(self._left)
+        self._products = 1
+        for _ in range(3):
+            seconds = seconds_of(self.step)
+        self._products = max(round(0.01 / seconds), 1) if ON_CUDA else 1
+
+    def step(self) -> None:
+        for _ in range(self._products):
+            torch.mm(self._left, self._left, out=self._out)
+
+    def run(self, best: Callable[[], Any]) -> None:
+        for number in range(self._steps):
+            if number == self._steps // 3:
+                best()
+            self.step()
+        finish()
+
+
+class Within(Action):
+    """Trains, and does one thing on the way."""
+
+    def __init__(self, training: Training, inner: Action) -> None:
+        self._training, self._inner = training, inner
+
+    def prepare(self) -> None:
+        self._inner.prepare()
+        finish()
+
+    def act(self) -> None:
+        self._training.run(self._inner.act)
+
+    def settle(self) -> None:
+        self._inner.settle()
+
+    def end(self) -> None:
+        self._inner.end()
+
+
+class Pinned(Action):
+    """Copies the weights into pinned memory that is kept, on the stream that trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._source = [value.detach() for value in model.state_dict().values()]
+        self._buffers = [torch.empty(value.shape, dtype=value.dtype, pin_memory=ON_CUDA) for value in self._source]
+
+    def act(self) -> None:
+        for buffer, value in zip(self._buffers, self._source, strict=True):
+            buffer.copy_(value, non_blocking=True)
+
+
+def can_stage_twice() -> bool:
+    """Whether a stager of this torch keeps its buffers. That of torch 2.11 closes them after its first save."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        for _ in range(2):
+            stager.stage({"model": nn.Linear(1, 1).state_dict()})
+    except KeyError:
+        return False
+    finally:
+        stager.close()
+    return True
+
+
+class TunedDcp(Dcp):
+    """`async_save` with pinned staging buffers, which are kept where torch can do that."""
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        super().__init__(model, folder, "tuned")
+        self._is_kept = can_stage_twice()
+        self._stager = self._new_stager()
+
+    def _new_stager(self) -> DefaultStager:
+        return DefaultStager(StagingOptions(ON_CUDA, False, False, ON_CUDA))
+
+    def settle(self) -> None:
+        super().settle()
+        if not self._is_kept:
+            self._stager.close()
+            self._stager = self._new_stager()
+
+
+def finish() -> None:
+    if ON_CUDA:
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    finish()
+    started = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - started
