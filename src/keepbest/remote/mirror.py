@@ -6,11 +6,13 @@ run is cut off, the remote ledger records an earlier state of the run, and all o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from keepbest.errors import KeepBestError, LedgerError, SnapshotError
 from keepbest.remote.storage import Remote, snapshot_in
@@ -65,7 +67,9 @@ class Mirror:
         self._newest = self._under_way = Committed()
         self._failure: OSError | None = None
         self._reported = ""  # what `arrive` raised
-        self._is_closing, self._is_over = threading.Event(), threading.Event()
+        # Whoever closes may be interrupted, which can leave the lock of an event taken, but not that of a queue of C.
+        self._is_closing = self._is_over = False
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # ends the delay before the next try
         self._is_queued = False
         self._uploader = Threaded("keepbest-upload")
 
@@ -105,11 +109,13 @@ class Mirror:
 
         A warning says what did not arrive, unless `arrive` has raised the same.
         """
-        self._is_closing.set()
+        self._is_closing = True
+        self._wakes.put(None)
         try:
             has_ended = self._uploader.close(timeout=_PATIENCE_AT_THE_END)
         finally:
-            self._is_over.set()
+            self._is_over = True
+            self._wakes.put(None)
         if (failure := self.failure) is not None:
             if str(failure) != self._reported:
                 _logger.warning("%s", failure)
@@ -153,13 +159,13 @@ class Mirror:
                 if delay == 0.5 or len(brought) > got_ahead:
                     got_ahead, failing_since, delay = len(brought), self._clock(), 0.5
                 delay = min(2 * delay, 30.0)
-                patience = min(self._patience, _PATIENCE_AT_THE_END) if self._is_closing.is_set() else self._patience
+                patience = min(self._patience, _PATIENCE_AT_THE_END) if self._is_closing else self._patience
                 is_final = isinstance(error, _WRONG_PLACE) and not self._is_right_place
-                if is_final or self._is_over.is_set() or self._clock() + delay > failing_since + patience:
+                if is_final or self._is_over or self._clock() + delay > failing_since + patience:
                     raise
                 _logger.warning("%s: %r; trying again in %g s", self._remote.url, error, delay)
-            # A run that ends does not wait out a delay, and one that was left waits no more.
-            (self._is_over if self._is_closing.is_set() else self._is_closing).wait(delay)
+            with contextlib.suppress(Empty):  # a run that ends does not wait out a delay
+                self._wakes.get(timeout=delay)
 
     def _pass(self, committed: Committed, brought: set[str]) -> None:
         with (self._folder / LEDGER).open("rb") as file:
@@ -217,7 +223,7 @@ class Mirror:
 
     def _refuse_if_over(self) -> None:
         # The folder may have another owner by now, whose newer ledger must stay.
-        if self._is_over.is_set():
+        if self._is_over:
             raise OSError("the run was left before all was brought there")
 
     def _files(self, committed: Committed, found: Mapping[str, int]) -> Iterator[tuple[str, Digest]]:

@@ -7,16 +7,18 @@ import hashlib
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
+from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.run.files import Files
 from keepbest.run.layout import MANIFEST, TEMPORARY, is_of_system, unfinished_folder
 from keepbest.run.lines import SENSELESS
 from keepbest.run.manifest import Manifest, manifest_digest
 from keepbest.run.no_links import open_file
+from keepbest.worker import Threaded
 
 _logger = logging.getLogger(__name__)
 _REMOVED = f"{TEMPORARY}removed-"
@@ -51,7 +53,7 @@ class SnapshotFolder:
         self._path = path
         self._given: set[str] = set()
         self._swept: set[str] | None = None  # all that is there, where that was needed the last time
-        self._removal: threading.Thread | None = None
+        self._removal: Threaded | None = None
 
     def holds(self, name: str) -> bool:
         """Whether there is a snapshot of this name."""
@@ -138,18 +140,18 @@ class SnapshotFolder:
         if not removed:
             self._swept = {path.name for path in there}
         else:
-            removal = threading.Thread(target=self._remove, args=(removed,), name="keepbest-removal", daemon=True)
             try:
-                removal.start()
-            except RuntimeError:  # too many threads, or the interpreter is about to exit
+                self._removal = Threaded("keepbest-removal")
+            except ConfigError:  # too many threads, or the interpreter is about to exit
                 self._remove(removed)
             else:
-                self._removal = removal
+                self._removal.submit(partial(self._remove, removed), _report)
+                self._removal.close(timeout=0)  # it ends when that is done
 
     def finish_removal(self) -> None:
         """Wait until the space of all that was removed is free."""
         if self._removal is not None:
-            self._removal.join()
+            self._removal.close()
             self._removal = None
 
     def _without_name(self, path: Path) -> Path:
@@ -165,3 +167,7 @@ class SnapshotFolder:
                 self._files.remove(path)
         except OSError as error:
             _logger.warning("snapshots that are no longer needed stay until the next save: %s", error)
+
+
+def _report(error: BaseException) -> None:
+    _logger.error("snapshots that are no longer needed could not be removed", exc_info=error)
