@@ -130,7 +130,7 @@ def write_contents(to: Path, contents: Contents, largest_file: int = _LARGEST_FI
         raise SnapshotError(f"safetensors files hold tensors only, but the snapshot has {names}; export to a .pt file")
     if _ending(to) == safetensors_file.FORMAT.ending:
         with appearing(to) as path:
-            write_entries(_files, path, contents.entries, contents.tied)
+            write_entries(_files, path, contents.entries, contents.tied, is_waited_for=True)
         return [to]
     return _write_folder(to, contents, largest_file)
 
@@ -221,7 +221,7 @@ def _write_torch(to: Path, contents: Contents) -> Path:
             state |= {key: state[first] for key, first in contents.tied.items()}
             state |= contents.others
             versioned = state if contents.versions is None else with_versions(state, contents.versions)
-            torch_file.FORMAT.write_file(_files, path, versioned)
+            torch_file.FORMAT.write_file(_files, path, versioned, is_waited_for=True)
         finally:
             _files.remove(space)
     return to
@@ -242,7 +242,7 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
                 keys = {entry.key for entry in group}
                 tied = {key: first for key, first in contents.tied.items() if first in keys}
                 with appearing(to / name) as path:
-                    write_entries(_files, path, group, tied)
+                    write_entries(_files, path, group, tied, is_waited_for=True)
                 written.append(to / name)
             if len(groups) > 1:
                 written.append(_write_index(to, contents, names, groups))

@@ -57,14 +57,16 @@ def test_impossible_format_is_refused_at_construction(settings, message, tmp_pat
 
 
 @pytest.mark.parametrize("size", [10, 5_000_000], ids=["small", "large"])
-def test_refused_write_of_a_torch_file_shows_its_cause(size, tmp_path):
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_refused_write_of_a_torch_file_shows_its_cause(size, is_waited_for, tmp_path):
     def refuse(operation):
         if operation.name == "write":
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    files, state = SteppedFiles(before(refuse)), {"weight": torch.randn(size)}
     with pytest.raises(OSError, match="No space left on device"):
-        find_format("torch").write_file(SteppedFiles(before(refuse)), tmp_path / "a.pt", {"weight": torch.zeros(size)})
-    find_format("torch").write_file(Files(), tmp_path / "b.pt", state := {"weight": torch.randn(size)})
+        find_format("torch").write_file(files, tmp_path / "a.pt", state, is_waited_for=is_waited_for)
+    find_format("torch").write_file(Files(), tmp_path / "b.pt", state, is_waited_for=is_waited_for)
     assert torch.equal(torch.load(tmp_path / "b.pt", weights_only=True)["weight"], state["weight"])
 
 

@@ -100,3 +100,8 @@ class Share:
     plans: Mapping[str, Any] = field(default_factory=dict)
     training_state: tuple[str, ...] = ()
     versions: Mapping[str, Mapping[str, Version]] = field(default_factory=dict)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether training waits for the write."""
+        return self.slot.is_live

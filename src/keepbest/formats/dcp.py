@@ -74,7 +74,7 @@ class DistributedCheckpoint(Format):
             inside = folder / _folder_name(part)
             files.make_folder(inside)
             planned: SharePlan = share.plans[part]
-            disk = DigestedFiles(files)
+            disk = DigestedFiles(files, is_waited_for=share.is_waited_for)
             plan = planned.planner.finish_plan(planned.plan)
             written[part] = []
             if plan.items:  # torch would leave an empty file where there is nothing to write
@@ -83,7 +83,8 @@ class DistributedCheckpoint(Format):
             records |= _records(part, inside, disk)
             if state:
                 path = folder / _file_of_others(part)
-                records[path.name] = FileRecord(part, torch_file.FORMAT.write_file(files, path, state), 0)
+                digest = torch_file.FORMAT.write_file(files, path, state, is_waited_for=share.is_waited_for)
+                records[path.name] = FileRecord(part, digest, 0)
             files.sync_folder(inside)
         return Receipt(records, base64.b64encode(pickle.dumps(written)).decode())
 
@@ -97,7 +98,7 @@ class DistributedCheckpoint(Format):
         results = [pickle.loads(base64.b64decode(receipt.note)) for receipt in receipts]
         for part, planned in share.plans.items():
             inside = folder / _folder_name(part)
-            disk = DigestedFiles(files)
+            disk = DigestedFiles(files, is_waited_for=share.is_waited_for)
             # torch notes in it where things lie, and it is used again.
             writer_into(inside, disk).finish(replace(planned.metadata), [each[part] for each in results])
             records |= _records(part, inside, disk)

@@ -28,13 +28,15 @@ class DigestedFiles(FileSystem):
 
     Args:
         files: Operations that change the run folder.
+        is_waited_for: Whether somebody waits for what is written.
 
     Attributes:
         digests: Digest of each file that was written, by its name.
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, *, is_waited_for: bool) -> None:
         self._files = files
+        self._is_waited_for = is_waited_for
         self.digests: dict[str, Digest] = {}
 
     @contextmanager
@@ -42,7 +44,7 @@ class DigestedFiles(FileSystem):
         """A new file, which is durable when the block ends. Raises `OSError`."""
         del mode
         with self._files.create(Path(path)) as file:
-            sink = DigestingFile(file)
+            sink = DigestingFile(file, is_waited_for=self._is_waited_for)
             with showing_causes():
                 yield cast("io.IOBase", _Stream(sink))
             sink.sync()

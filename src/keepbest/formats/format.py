@@ -32,6 +32,7 @@ class ToWrite(Protocol):
         training_state: Names of those parts that are no weights.
         plans: For each part what the capture has planned for the format, where it plans anything.
         versions: For each part the versions of modules that are recorded.
+        is_waited_for: Whether training waits for the write.
     """
 
     @property
@@ -42,6 +43,8 @@ class ToWrite(Protocol):
     def plans(self) -> Mapping[str, Any]: ...
     @property
     def versions(self) -> Mapping[str, Mapping[str, Version]]: ...
+    @property
+    def is_waited_for(self) -> bool: ...
 
 
 class Receipt(NamedTuple):

@@ -77,7 +77,7 @@ class SafetensorsFile(WholeFileFormat):
             return f"is {value.dtype}, which format 'safetensors' cannot hold; use format 'torch' or 'dcp'"
         return None
 
-    def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
+    def write_file(self, files: Files, path: Path, state: StateDict, *, is_waited_for: bool) -> Digest:
         for key, value in state.items():
             if not isinstance(value, torch.Tensor):
                 raise SnapshotError(
@@ -90,7 +90,7 @@ class SafetensorsFile(WholeFileFormat):
             FileEntry(key, tensor.shape, tensor.dtype, partial(stored.__getitem__, key))
             for key, tensor in stored.items()
         ]
-        return write_entries(files, path, entries, tied)
+        return write_entries(files, path, entries, tied, is_waited_for=is_waited_for)
 
     def read_file(self, path: Path) -> dict[str, Any]:
         require_safetensors()
@@ -108,7 +108,9 @@ def require_safetensors() -> None:
         raise ConfigError("format 'safetensors' needs: pip install 'keepbest[safetensors]'") from error
 
 
-def write_entries(files: Files, path: Path, entries: Sequence[FileEntry], tied: Mapping[str, str]) -> Digest:
+def write_entries(
+    files: Files, path: Path, entries: Sequence[FileEntry], tied: Mapping[str, str], *, is_waited_for: bool
+) -> Digest:
     """Write tensors durably to a new file, one at a time.
 
     Args:
@@ -116,6 +118,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[FileEntry], tied: 
         path: New file.
         entries: Tensors, each fetched when its turn comes and released after it.
         tied: Further names of these tensors, and the key of each.
+        is_waited_for: Whether somebody waits for the file.
 
     Raises:
         SnapshotError: If a tensor is of a kind that the format does not know.
@@ -124,7 +127,7 @@ def write_entries(files: Files, path: Path, entries: Sequence[FileEntry], tied: 
     # As the package does: wide types first, so that each tensor lies where it can be mapped from.
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
     with files.create(path) as file:
-        sink = DigestingFile(file)
+        sink = DigestingFile(file, is_waited_for=is_waited_for)
         sink.write(_header(entries, {_TIED: json.dumps(tied)} if tied else {}))
         for entry in entries:
             tensor = entry.fetch()

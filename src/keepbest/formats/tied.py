@@ -28,7 +28,7 @@ def first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def write_ties(files: Files, path: Path, tied: Mapping[str, str]) -> Digest:
     """Write further names of tensors, and the key of each, durably to a new file. Raises `OSError`."""
     with files.create(path) as file:
-        sink = DigestingFile(file)
+        sink = DigestingFile(file, is_waited_for=False)
         sink.write(json.dumps(dict(tied), indent=1).encode())
         sink.sync()
     return sink.digest

@@ -33,14 +33,14 @@ class TorchFile(WholeFileFormat):
     name = "torch"
     ending = ".pt"
 
-    def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
+    def write_file(self, files: Files, path: Path, state: StateDict, *, is_waited_for: bool) -> Digest:
         tied = first_names({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
         dtypes: dict[int, torch.dtype] = {}
         compact = {key: _compact(value, dtypes) for key, value in state.items() if key not in tied}
         compact |= {key: compact[first] for key, first in tied.items()}
         ordered = _like(state, {key: compact[key] for key in state})
         with files.create(path) as file, without_crc32():
-            sink = DigestingFile(file)
+            sink = DigestingFile(file, is_waited_for=is_waited_for)
             if _is_small(compact.values()):
                 torch.save(ordered, memory := io.BytesIO())
                 sink.write(memory.getbuffer())

@@ -79,8 +79,8 @@ class WholeFileFormat(Format):
         return self
 
     @abstractmethod
-    def write_file(self, files: Files, path: Path, state: StateDict) -> Digest:
-        """Write a state dict durably to a new file. Raises as `write`."""
+    def write_file(self, files: Files, path: Path, state: StateDict, *, is_waited_for: bool) -> Digest:
+        """Write a state dict durably to a new file, for which somebody waits or not. Raises as `write`."""
 
     @abstractmethod
     def read_file(self, path: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class WholeFileFormat(Format):
             form = self.for_state if is_state else self
             name = f"{part_name(part)}{form.ending}"
             content = state if is_state else with_versions(state, share.versions.get(part, {}))
-            digest = form.write_file(files, folder / name, content)
+            digest = form.write_file(files, folder / name, content, is_waited_for=share.is_waited_for)
             records[name] = FileRecord(part, digest, sum(isinstance(value, torch.Tensor) for value in state.values()))
         return Receipt(records)
 

@@ -64,7 +64,7 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
             # Mapped from the file, so that they take no memory.
             state = torch.load(weights, mmap=True, weights_only=True)
             content = {"state_dict": _as_in(module, state, manifest), **_around(manifest, module)}
-            torch_file.FORMAT.write_file(_files, written, content)
+            torch_file.FORMAT.write_file(_files, written, content, is_waited_for=True)
         finally:
             _files.remove(weights)
     return to

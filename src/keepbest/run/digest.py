@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from keepbest.errors import SnapshotError
+from keepbest.errors import ConfigError, SnapshotError
 from keepbest.run.files import DurableFile
 from keepbest.run.no_links import open_file
+from keepbest.worker import Threaded
 
 DIGEST_ALGORITHM = "xxh3-128"
 _READ_BYTES = 1 << 22
 _HELD_BYTES = 1 << 16
+_LARGE_BYTES = 1 << 22  # to start a thread takes less than to digest these
 
 
 class Digest(NamedTuple):
@@ -26,10 +29,17 @@ class Digest(NamedTuple):
 
 
 class DigestingFile:
-    """A file object that digests what passes through it."""
+    """A file object that digests what passes through it.
 
-    def __init__(self, file: DurableFile) -> None:
+    Args:
+        file: The file.
+        is_waited_for: Whether somebody waits for the file. Then a thread digests what is large while it is written.
+            Else that thread would compete for the interpreter's lock with training.
+    """
+
+    def __init__(self, file: DurableFile, *, is_waited_for: bool) -> None:
         self._file = file
+        self._is_waited_for = is_waited_for
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
         self._held = bytearray()  # torch writes each small tensor in many pieces
@@ -57,9 +67,19 @@ class DigestingFile:
         self._file.sync()
 
     def _pass(self, data: bytes | bytearray | memoryview) -> None:
-        written = self._file.write(data)
-        self._hash.update(data)
-        self._bytes += written
+        thread = _new_thread() if self._is_waited_for and len(data) >= _LARGE_BYTES else None
+        if thread is None:
+            self._bytes += self._file.write(data)
+            self._hash.update(data)
+            return
+        errors: list[BaseException] = []
+        try:
+            thread.submit(partial(self._hash.update, data), errors.append)
+            self._bytes += self._file.write(data)
+        finally:
+            _end(thread)
+        if errors:
+            raise errors[0]
 
     @property
     def size(self) -> int:
@@ -70,6 +90,23 @@ class DigestingFile:
     def digest(self) -> Digest:
         """Of all that was written, after `sync`."""
         return Digest(self._bytes, self._hash.hexdigest())
+
+
+def _new_thread() -> Threaded | None:
+    """A thread to digest on, if one can be started: there may be too many, or the interpreter is about to exit."""
+    try:
+        return Threaded("keepbest-digest")
+    except ConfigError:
+        return None
+
+
+def _end(thread: Threaded) -> None:
+    """Wait until a thread no longer reads what its caller may free, also if an interruption comes."""
+    try:
+        thread.close()
+    except BaseException:
+        thread.close()
+        raise
 
 
 def digest_file(path: Path) -> Digest:
