@@ -38,6 +38,7 @@ class Training:
         # Zeros need little power. With others a device at its limit is faster for a while whenever it had to wait.
         self._left = torch.zeros(width, width, device=DEVICE, dtype=torch.bfloat16)
         self._out = torch.empty_like(self._left)
+        self._mark = torch.empty(1, device=DEVICE)
         self._products = 1
         for _ in range(3):
             seconds = seconds_of(self.step)
@@ -47,26 +48,63 @@ class Training:
         for _ in range(self._products):
             torch.mm(self._left, self._left, out=self._out)
 
-    def run(self, best: Callable[[], Any]) -> None:
+    def run(self, best: Callable[[], Any]) -> float:
+        """Train, with one best on the way. Returns for how many seconds the device did not train because of it."""
+        pause = Pause()
         for number in range(self._steps):
             if number == self._steps // 3:
+                pause.begin()
                 best()
+                self._mark.zero_()  # the next work of training, and as long under way to the device as any
+                pause.end()
             self.step()
         finish()
+        return pause.seconds
+
+
+class Pause:
+    """The time between two places in what the current stream does; on the CPU, between two moments."""
+
+    def __init__(self) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if ON_CUDA else []
+        self._moments: list[float] = []
+
+    def begin(self) -> None:
+        self._note(0)
+
+    def end(self) -> None:
+        self._note(1)
+
+    def _note(self, place: int) -> None:
+        self._moments.append(time.perf_counter())
+        if ON_CUDA:
+            self._events[place].record()
+
+    @property
+    def seconds(self) -> float:
+        """Once the device has come to the end."""
+        if ON_CUDA:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._moments[1] - self._moments[0]
 
 
 class Within(Action):
-    """Trains, and does one thing on the way."""
+    """Trains, and does one thing on the way.
+
+    Attributes:
+        lost: Seconds that training lost each time.
+    """
 
     def __init__(self, training: Training, inner: Action) -> None:
         self._training, self._inner = training, inner
+        self.lost: list[float] = []
 
     def prepare(self) -> None:
         self._inner.prepare()
         finish()
 
     def act(self) -> None:
-        self._training.run(self._inner.act)
+        self.lost.append(self._training.run(self._inner.act))
 
     def settle(self) -> None:
         self._inner.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,8 +28,9 @@ def ballast(leaves: int) -> Iterator[None]:
     try:
         # In pieces, since there may be no room for all of it in one. torch takes no less than 20 MiB for a smaller one.
         for piece in (1024, 64, 10):
-            while torch.cuda.mem_get_info()[0] >= (piece + leaves) * MIB:
-                held.append(torch.empty(piece * MIB, dtype=torch.uint8, device=DEVICE))
+            with contextlib.suppress(torch.OutOfMemoryError):  # what is left may be in smaller pieces yet
+                while torch.cuda.mem_get_info()[0] >= (piece + leaves) * MIB:
+                    held.append(torch.empty(piece * MIB, dtype=torch.uint8, device=DEVICE))
         yield
     finally:
         held.clear()
