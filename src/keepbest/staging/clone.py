@@ -57,10 +57,11 @@ class Clone(NamedTuple):
 
     def copies(self) -> Iterator[Copy]:
         """What fills it."""
+        flat = raw_bytes if self.place.dtype == torch.uint8 else torch.Tensor.flatten
         for kind, group in groupby(self._pieces(), key=lambda piece: piece.kind):
             pieces = list(group)
             if kind is _Kind.ONE_OF_MANY:
-                values = [value for piece in pieces for value in map(self._flat, piece.values)]
+                values = [value for piece in pieces for value in map(flat, piece.values)]
                 yield Copy(values, self.place[pieces[0].begin : pieces[-1].end])
                 continue
             for piece in pieces:
@@ -74,9 +75,6 @@ class Clone(NamedTuple):
     def on_host(self, row: Row) -> torch.Tensor:
         """A row on the host, of the dtype of `place`."""
         return row.whole.view(self.place.dtype)
-
-    def _flat(self, value: torch.Tensor) -> torch.Tensor:
-        return raw_bytes(value) if self.place.dtype == torch.uint8 else value.flatten()
 
     def _pieces(self) -> Iterator[_Piece]:
         end = 0
