@@ -13,6 +13,7 @@ from torch import nn
 from keepbest import BestKeeper, load
 from keepbest.run.digest import DigestingFile
 from keepbest.run.files import Files
+from keepbest.worker import Threaded
 from tests.kit.files import SteppedFiles, before
 
 MIB = 1 << 20
@@ -67,6 +68,21 @@ def test_write_that_fails_leaves_nobody_who_reads(tmp_path, started, error):
 
     with pytest.raises(type(error)):
         written(tmp_path / "file", SteppedFiles(before(fail)), is_waited_for=True)
+    assert started
+    assert not [thread for thread in threading.enumerate() if thread.name in started]
+
+
+def test_interruptions_of_the_wait_leave_nobody_who_reads(tmp_path, started, monkeypatch):
+    close, interruptions = Threaded.close, iter(range(3))
+
+    def interrupt_or_close(thread):
+        if next(interruptions, None) is not None:
+            raise KeyboardInterrupt
+        return close(thread)
+
+    monkeypatch.setattr(Threaded, "close", interrupt_or_close)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "file", Files(), is_waited_for=True)
     assert started
     assert not [thread for thread in threading.enumerate() if thread.name in started]
 

@@ -101,12 +101,17 @@ def _new_thread() -> Threaded | None:
 
 
 def _end(thread: Threaded) -> None:
-    """Wait until a thread no longer reads what its caller may free, also if an interruption comes."""
-    try:
-        thread.close()
-    except BaseException:
-        thread.close()
-        raise
+    """Wait until a thread no longer reads what its caller may free, however many interruptions come."""
+    interruption: BaseException | None = None
+    while True:
+        try:
+            thread.close()
+        except BaseException as error:  # noqa: BLE001  # raised below
+            interruption = error
+        else:
+            break
+    if interruption is not None:
+        raise interruption
 
 
 def digest_file(path: Path) -> Digest:
