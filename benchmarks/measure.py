@@ -163,8 +163,10 @@ def longest_functions(call: Callable[[], Any]) -> str:
     """The functions in which the time of a call goes, those that they call left out, in ms, and how often they ran."""
     with cProfile.Profile() as profile:
         call()
-    longest = sorted(profile.getstats(), key=lambda each: -each.inlinetime)[:12]
-    return ", ".join(f"{_name(each.code)} {each.inlinetime * 1e3:.2f} ({each.callcount})" for each in longest)
+    longest = sorted(profile.getstats(), key=lambda each: -each.inlinetime)
+    whole = sum(each.inlinetime for each in longest)
+    parts = (f"{_name(each.code)} {each.inlinetime * 1e3:.2f} ({each.callcount})" for each in longest[:12])
+    return f"{whole * 1e3:.2f} in all, {', '.join(parts)}"
 
 
 def _name(code: CodeType | str) -> str:
