@@ -21,12 +21,18 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
         return tensor.detach().to("cpu", copy=True)
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    # As they are in memory: torch would give elements their signs on the device, in a copy.
-    stored = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    stored.set_(tensor.untyped_storage(), tensor.storage_offset(), (length,), (1,))
-    found = stored.to("cpu", copy=True).as_strided(tensor.shape, tensor.stride())
+    found = _unsigned(tensor).as_strided((length,), (1,)).to("cpu", copy=True)
+    found = found.as_strided(tensor.shape, tensor.stride())
     found = found.conj() if tensor.is_conj() else found
     return found.neg() if tensor.is_neg() else found
+
+
+def _unsigned(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor has in memory. torch would give a view its signs in a copy on the device."""
+    if not (tensor.is_conj() or tensor.is_neg()):
+        return tensor.detach()
+    stored = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return stored.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def signed(tensor: torch.Tensor) -> torch.Tensor:
