@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from keepbest.errors import ConfigError, SnapshotError
+from keepbest.errors import SnapshotError
 from keepbest.run.files import DurableFile
 from keepbest.run.no_links import open_file
-from keepbest.worker import Threaded
 
 DIGEST_ALGORITHM = "xxh3-128"
 _READ_BYTES = 1 << 22
 _HELD_BYTES = 1 << 16
-_LARGE_BYTES = 1 << 22  # to start a thread takes less than to digest these
+_LARGE_BYTES = 1 << 20  # to start a thread takes less than to digest these
 
 
 class Digest(NamedTuple):
@@ -33,13 +36,13 @@ class DigestingFile:
 
     Args:
         file: The file.
-        is_waited_for: Whether somebody waits for the file. Then a thread digests what is large while it is written.
-            Else that thread would compete for the interpreter's lock with training.
+        is_waited_for: Whether somebody waits for the file. Then a thread digests what is large while it is written, if
+            it may run on another CPU. Else that thread would compete for the interpreter's lock with training.
     """
 
     def __init__(self, file: DurableFile, *, is_waited_for: bool) -> None:
         self._file = file
-        self._is_waited_for = is_waited_for
+        self._has_thread = is_waited_for and _has_several_cpus()
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
         self._held = bytearray()  # torch writes each small tensor in many pieces
@@ -67,19 +70,20 @@ class DigestingFile:
         self._file.sync()
 
     def _pass(self, data: bytes | bytearray | memoryview) -> None:
-        thread = _new_thread() if self._is_waited_for and len(data) >= _LARGE_BYTES else None
-        if thread is None:
+        if not self._has_thread or len(data) < _LARGE_BYTES:
             self._bytes += self._file.write(data)
             self._hash.update(data)
             return
-        errors: list[BaseException] = []
+        digest = _Beside(partial(self._hash.update, data))
         try:
-            thread.submit(partial(self._hash.update, data), errors.append)
-            self._bytes += self._file.write(data)
+            try:
+                digest.start()
+                self._bytes += self._file.write(data)
+            finally:
+                digest.stop()  # the caller may free what the thread reads
         finally:
-            _end(thread)
-        if errors:
-            raise errors[0]
+            digest.stop()  # an interruption may have come just before the first one
+        digest.finish()
 
     @property
     def size(self) -> int:
@@ -92,26 +96,54 @@ class DigestingFile:
         return Digest(self._bytes, self._hash.hexdigest())
 
 
-def _new_thread() -> Threaded | None:
-    """A thread to digest on, if one can be started: there may be too many, or the interpreter is about to exit."""
-    try:
-        return Threaded("keepbest-digest")
-    except ConfigError:
-        return None
+def _has_several_cpus() -> bool:
+    """Whether this process may run on several CPUs at once."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) > 1
 
 
-def _end(thread: Threaded) -> None:
-    """Wait until a thread no longer reads what its caller may free, however many interruptions come."""
-    interruption: BaseException | None = None
-    while True:
+class _Beside:
+    """Work that a thread does beside other work. If it has not begun by the end of that, the caller does it.
+
+    So nothing depends on the thread: there may be too many, or the interpreter may be busy, or about to exit.
+    It is one without an object of `threading`, which would wait for it to begin, and for the interpreter's lock.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._turn = threading.RLock()  # the thread holds it while it works, the caller from `stop` on
+        self._is_done = False
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Let a thread begin, if one can be started."""
+        with contextlib.suppress(RuntimeError):  # then `finish` does the work
+            _thread.start_new_thread(self._run, ())
+
+    def stop(self) -> None:
+        """Wait for the thread if it has begun, and keep it from it otherwise, however many interruptions come."""
         try:
-            thread.close()
-        except BaseException as error:  # noqa: BLE001  # raised below
-            interruption = error
-        else:
-            break
-    if interruption is not None:
-        raise interruption
+            self._turn.acquire()  # once more does no harm
+        except BaseException:
+            self.stop()
+            raise
+
+    def finish(self) -> None:
+        """After `stop`: do the work if it was not done, or raise why it failed."""
+        if self._error is not None:
+            raise self._error
+        if not self._is_done:
+            self._work()
+
+    def _run(self) -> None:
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  # raised again by `finish`
+            self._error = error
+        finally:
+            self._is_done = True
+            self._turn.release()
 
 
 def digest_file(path: Path) -> Digest:
