@@ -66,7 +66,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
             `None` is the `metric_for_best_model` of the training arguments.
         directory: Directory of the run. `None` is the `output_dir` of the training arguments. Each trial of a
             `hyperparameter_search` has a run in a folder there, which is named as the Trainer names that of its
-            checkpoints: by `hp_name`. Without `hp_name`, trials have numbers in the order of their starts: `run-0`,
+            checkpoints: by `hp_name`. Without `hp_name`, trials are numbered as they start: `run-0`,
             then `run-1`.
         save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
             states `optimizer` and `scheduler`.
