@@ -25,6 +25,15 @@ class Weights(nn.Module):
         super().__init__()
         self.tensors = nn.ParameterList(nn.Parameter(torch.rand(each // 4, device=DEVICE)) for _ in range(count))
 
+    def train_for(self, steps: int) -> None:
+        """Take so many steps of an optimizer."""
+        for tensor in self.tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        for _ in range(steps):
+            optimizer.step()
+        optimizer.zero_grad()
+
     @property
     def bytes(self) -> int:
         return measure.weight_bytes(self)

@@ -97,10 +97,11 @@ def test_memory_for_the_first_clone_is_taken_beforehand(device):
     assert device.taken[1] <= prepared  # which torch takes from what it has kept
 
 
-def test_memory_that_torch_keeps_counts_for_the_next_clone(device):
+@pytest.mark.parametrize("free", [0.0, 0.4, 1.0], ids="{} of it is free too".format)
+def test_memory_that_torch_keeps_is_used_whole_for_the_next_clone(device, free):
     values, devices = of_all_kinds(), Devices(share=0.5)
     brought(devices, values)
-    device.free = device.taken[0]  # half of it and of what is kept is as much again
+    device.free = int(free * device.taken[0])
     for _ in range(3):
         brought(devices, values)
     assert device.taken == [device.taken[0]] * 4

@@ -22,10 +22,11 @@ Values = Sequence[torch.Tensor]
 
 
 class _Account(NamedTuple):
-    """Bytes that torch has taken from a device, and given back, in all."""
+    """Bytes that torch has taken from a device, and given back, in all, and those that it has now."""
 
     taken: int
     given_back: int
+    held: int
 
     def has_all_of(self, before: _Account) -> bool:
         """Whether torch has given nothing back since, as far as nobody had it count anew, which takes both to 0."""
@@ -115,12 +116,12 @@ class Devices:
         """How many of the first rows there is memory for on the device, and that memory."""
         if not (sizes and self._share):
             return 0, None
-        (free, account), held = _free_memory(device), self._held.get(device)
+        account, held = _account_of(device), self._held.get(device)
         is_kept = held is not None and account is not None and account.has_all_of(held.account)
         kept = held.nbytes if held is not None and is_kept else 0
-        # What is kept does not grow: it is that, or as much of what is free.
-        room = max(min(kept, int(self._share * (free + kept))), int(self._share * free))
-        if count := fitting(sizes, room):
+        # What is kept is nobody else's, and to ask for what is free takes time.
+        free = 0 if kept >= room_for(sizes) else _free_memory(device, account)
+        if count := fitting(sizes, max(kept, int(self._share * free))):
             wanted = room_for(sizes[:count])
             with contextlib.suppress(torch.OutOfMemoryError):  # there may be no room for it in one piece
                 memory = torch.empty(wanted, dtype=torch.uint8, device=device)
@@ -177,15 +178,20 @@ def settled(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _free_memory(device: torch.device) -> tuple[int, _Account | None]:
-    """Bytes that neither training, as far as it went, nor anybody else uses, and the account of torch if it has one."""
-    free, total = torch.cuda.mem_get_info(device)
+def _account_of(device: torch.device) -> _Account | None:
+    """The account of torch. Allocators other than its own have none."""
     if torch.cuda.get_allocator_backend() != "native":
-        return free, None  # other allocators say neither how much they may have nor how much they have
+        return None
     reserved = torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]
-    if (fraction := torch.cuda.get_per_process_memory_fraction(device)) < 1.0:
-        free = max(0, min(free, int(fraction * total) - reserved["current"]))
-    return free, _Account(reserved["allocated"], reserved["freed"])
+    return _Account(reserved["allocated"], reserved["freed"], reserved["current"])
+
+
+def _free_memory(device: torch.device, account: _Account | None) -> int:
+    """Bytes that neither training, as far as it went, nor anybody else uses."""
+    free, total = torch.cuda.mem_get_info(device)
+    if account is not None and (fraction := torch.cuda.get_per_process_memory_fraction(device)) < 1.0:
+        free = max(0, min(free, int(fraction * total) - account.held))
+    return free
 
 
 def _send(clones: Sequence[Clone], stream: torch.cuda.Stream) -> torch.cuda.Event:
