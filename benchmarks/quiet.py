@@ -85,7 +85,7 @@ def run(quick: bool) -> Report:
                 detail = f"rank {worst}: {_told(samples, OURS)}; {_told(samples, BARE)}"
                 value = measure.ratio(samples, OURS, BARE)
                 report.add(
-                    Line(f"quiet interval, {where}", value, "at most 1.5 x a bare all_gather", 1.5, detail=detail)
+                    Line(f"quiet interval, {where}", value, "at most 1.35 x a bare all_gather", 1.35, detail=detail)
                 )
     return report
 

@@ -313,7 +313,8 @@ class BestKeeper(WorksInRun):
         self._run.leave(self.name, self)
 
     def _observe(self, read: Callable[[], Reading], find_iteration: Callable[[], TrainingIteration]) -> Outcome:
-        self.start()
+        if self._phase == "new":
+            self.start()
         self._refuse_if_closed()
         return self._bookkeeping.observe(read, find_iteration)
 
