@@ -1,45 +1,31 @@
-"""The commands, and how their errors become exit statuses."""
+"""The commands and their options."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from pydantic import ValidationError
 
 from keepbest import __version__
 from keepbest.average import average
 from keepbest.cli.console import say
+from keepbest.cli.exit_status import run_command
 from keepbest.cli.launch_script import print_launch_script
 from keepbest.cli.numbers import parse_numbers, parse_top
 from keepbest.cli.pictures import plot, report
 from keepbest.cli.table import print_checkpoints, print_history, print_history_json, print_json
 from keepbest.cli.tolerance import print_tolerances
 from keepbest.cli.work import evaluate, train
-from keepbest.errors import KeepBestError, PoisonedError, PreemptedError, RankLostError, RankTimeoutError
+from keepbest.errors import KeepBestError
 from keepbest.export import export
-from keepbest.launch import Process, distributed
-from keepbest.printable import printable
 from keepbest.ranks import LONGEST_TIMEOUT
 from keepbest.remote.storage import local_path
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
 from keepbest.run.maintenance import repair
 from keepbest.run.verify import verify
-from keepbest.validation import describe
-
-# Errors that differ between ranks. All others are the same on every rank, and rank 0 reports them.
-_OWN_ERRORS = (RankTimeoutError, RankLostError, PoisonedError)
-
-_LINES = "\n\t"  # of errors, which may be tables
 
 app = typer.Typer(
     help="Train, and keep the best checkpoints. Start train and eval with torchrun or srun to use several processes.",
@@ -60,8 +46,6 @@ Timeout = Annotated[
         min=1.0, max=LONGEST_TIMEOUT, help="Seconds that a rank waits for the others in a collective of torch's own."
     ),
 ]
-
-
 Destination = Annotated[
     str, typer.Option("--to", help="File that ends in .pt, .pth or .safetensors, or a folder for safetensors files.")
 ]
@@ -105,7 +89,7 @@ def train_command(
     The exit status is 75 if a signal (SIGTERM, SIGUSR1, SIGINT) ended training early. Start it again with
     trainer.resume=auto to continue.
     """
-    _run(lambda: train(local_path(config), overrides or []), timeout=timeout, debug=context.obj)
+    run_command(lambda: train(local_path(config), overrides or []), timeout=timeout, debug=context.obj)
 
 
 @app.command("eval")
@@ -131,7 +115,7 @@ def eval_command(
     def evaluate_run() -> None:
         evaluate(local_path(run), ref, overrides or [], config=None if config is None else local_path(config))
 
-    _run(evaluate_run, timeout=timeout, debug=context.obj)
+    run_command(evaluate_run, timeout=timeout, debug=context.obj)
 
 
 @app.command("show")
@@ -148,7 +132,7 @@ def show_command(
         (True, False): print_history,
         (True, True): print_history_json,
     }
-    _run(lambda: tables[history, as_json](run), debug=context.obj)
+    run_command(lambda: tables[history, as_json](run), debug=context.obj)
 
 
 @app.command("plot")
@@ -158,7 +142,7 @@ def plot_command(
     to: Annotated[str, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    _run(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
+    run_command(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
 
 
 @app.command("report")
@@ -168,7 +152,7 @@ def report_command(
     to: Annotated[str, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    _run(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
+    run_command(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
 
 
 @app.command("tolerance")
@@ -178,7 +162,7 @@ def tolerance_command(
     tolerances: Annotated[str, typer.Argument(metavar="TOLERANCES", help="Like 0..20, or 1,2,5.")] = "0..20",
 ) -> None:
     """Show what any tolerance would have kept in RUN, and whether its weights are there."""
-    _run(lambda: print_tolerances(run, parse_numbers(tolerances, "tolerances")), debug=context.obj)
+    run_command(lambda: print_tolerances(run, parse_numbers(tolerances, "tolerances")), debug=context.obj)
 
 
 @app.command("verify")
@@ -197,7 +181,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
         if faults:
             raise typer.Exit(1)
 
-    _run(check, debug=context.obj)
+    run_command(check, debug=context.obj)
 
 
 @app.command("export")
@@ -210,7 +194,7 @@ def export_command(
     only: Only = None,
 ) -> None:
     """Write a checkpoint of RUN, of any format, to a file or a folder that others read, with little memory."""
-    _run(lambda: _say_written(export(run, ref, to, part=part, only=only or None)), debug=context.obj)
+    run_command(lambda: _say_written(export(run, ref, to, part=part, only=only or None)), debug=context.obj)
 
 
 @app.command("average")
@@ -231,7 +215,7 @@ def average_command(
         keeper, places = parse_top(which)
         _say_written(average(run, to, top=places, keeper=keeper, part=part, only=only or None))
 
-    _run(write, debug=context.obj)
+    run_command(write, debug=context.obj)
 
 
 @app.command("repair")
@@ -249,7 +233,7 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
         if after:
             raise typer.Exit(1)
 
-    _run(repair_and_report, debug=context.obj)
+    run_command(repair_and_report, debug=context.obj)
 
 
 @app.command("upload")
@@ -267,7 +251,7 @@ def upload_command(
             raise KeepBestError(str(error)) from error
         say(f"{to}: everything that {run} keeps is there")
 
-    _run(upload_run, debug=context.obj)
+    run_command(upload_run, debug=context.obj)
 
 
 def _say_written(paths: Iterable[Path]) -> None:
@@ -284,44 +268,4 @@ def launch_script_command(
     ] = None,
 ) -> None:
     """Print a script that starts training with torchrun or SLURM, to be edited at its top."""
-    _run(lambda: print_launch_script(name), debug=context.obj)
-
-
-@contextmanager
-def _modules_here() -> Iterator[None]:
-    """Let a config name classes of modules in the present folder. `python -m` does so for every command."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _run(command: Callable[[], None], *, timeout: float | None = None, debug: bool) -> None:
-    """Run a command, on all ranks if it has a `timeout`, and turn its errors into an exit status."""
-    process = Process()
-    try:
-        if timeout is None:
-            command()
-            return
-        with _modules_here(), distributed(timeout=timedelta(seconds=timeout)) as process:
-            level = logging.INFO if process.rank == 0 else logging.WARNING
-            logging.basicConfig(level=level, format=f"[rank {process.rank}] %(message)s")
-            command()
-    except PreemptedError as error:
-        if process.rank == 0:
-            say(str(error), err=True)
-        raise typer.Exit(os.EX_TEMPFAIL) from error
-    except (KeepBestError, NotImplementedError, ValidationError, OSError) as error:
-        # In training an OSError that is none of ours comes from the user's code, which its traceback shows.
-        is_of_user = timeout is not None and isinstance(error, OSError) and not isinstance(error, KeepBestError)
-        if is_of_user and isinstance(error, BrokenPipeError):
-            traceback.print_exc()  # typer takes it for the end of the output, and would say nothing
-        elif debug or is_of_user:
-            raise
-        elif process.rank == 0 or isinstance(error, _OWN_ERRORS):
-            text = "\n".join(describe(error, lambda _: ())) if isinstance(error, ValidationError) else str(error)
-            color = None if os.environ.get("NO_COLOR") else typer.colors.RED  # which tables follow by themselves
-            typer.secho(f"error: {printable(text, keep=_LINES)}", err=True, fg=color, reset=color is not None)
-        raise typer.Exit(1) from error
+    run_command(lambda: print_launch_script(name), debug=context.obj)

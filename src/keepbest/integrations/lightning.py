@@ -6,7 +6,7 @@ For trainers of `pytorch_lightning` and for those of `lightning.pytorch`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,15 @@ from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.face import Face
-from keepbest.integrations.lightning_epochs import call_after_epochs, is_same
-from keepbest.integrations.lightning_export import export_checkpoint, show_to
+from keepbest.integrations.lightning_best import BestAsCheckpoint, show_to
+from keepbest.integrations.lightning_epochs import call_after_epochs
 from keepbest.integrations.lightning_intervals import refuse_if_never_at_a_step, refuse_if_never_validated, validates
+from keepbest.integrations.lightning_metric import LoggedMetric
 from keepbest.integrations.lightning_packages import WEIGHT_AVERAGINGS, Callback
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import Reading, read_reported
 from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.misspelling import misspelt, nearest
+from keepbest.misspelling import misspelt
 from keepbest.new_best import Hook
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
@@ -121,10 +121,8 @@ class BestCheckpoint(Callback):
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
         self._epoch_to_observe: TrainingIteration | None = None
-        self._before: Any = None  # value of the metric that was logged before the present interval
-        self._module: LightningModule | None = None  # that of the last fit
-        self._is_asked = False  # for the best as a checkpoint
-        self._is_rank_0 = self._is_alone = False
+        self._metric = LoggedMetric(metric_key)
+        self._best: BestAsCheckpoint | None = None  # of the last fit
 
     @property
     def state_key(self) -> str:
@@ -148,10 +146,7 @@ class BestCheckpoint(Callback):
         Raises:
             KeepBestError: As `export_checkpoint`.
         """
-        path = self._checkpoint_of_best()
-        if path is not None and self._is_rank_0:
-            self._write_best(path)
-        return "" if path is None else str(path)
+        return "" if self._best is None else self._best.write()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Be the best that `ckpt_path="best"` of the trainer's other methods names, and write it for them.
@@ -164,9 +159,9 @@ class BestCheckpoint(Callback):
             self._loaded = {}  # what a checkpoint that was tested, for example, had
         if stage == "fit" or replaced is not None:
             show_to(trainer, self._name_best, instead_of=replaced)
-        if stage != "fit" and self.keeper is not None:
+        if stage != "fit" and self._best is not None:
             # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
-            Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._write_if_asked, saving=True)
+            Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._best.write_if_asked, saving=True)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a misspelt metric if the sanity check has logged the one that is meant. **Collective**.
@@ -222,7 +217,7 @@ class BestCheckpoint(Callback):
         if self._every is None:
             self._observe(trainer, _iteration_of(trainer, trainer.current_epoch + 1), "validation")
         else:  # it is no metric of training that a validation logged
-            self._begin_interval(trainer)
+            self._metric.begin_interval(trainer.callback_metrics)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -238,7 +233,7 @@ class BestCheckpoint(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was logged in another epoch is no value of this one. **Rank-local**."""
-        self._begin_interval(trainer)
+        self._metric.begin_interval(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation, observe as soon as the module has logged the metric. **Rank-local**.
@@ -282,49 +277,29 @@ class BestCheckpoint(Callback):
         # A trainer that fits once more, for example for more epochs, continues from where this callback was.
         if self.keeper is not None and trainer.ckpt_path is None and trainer.global_step > 0:
             self._loaded = self.keeper.state_dict()
-        self._module, self._is_rank_0 = pl_module, trainer.is_global_zero
-        self._is_alone = trainer.world_size == 1
         model = pl_module if trainer.model is None else trainer.model
         self.keeper = self._make_keeper(
             model,
             directory=self._directory or trainer.default_root_dir,
             training_state=_training_state(trainer) if self._saves_training_state else None,
         )
+        self._best = BestAsCheckpoint(self.keeper, pl_module, trainer)
         if self._loaded:
             self.keeper.load_state_dict(self._loaded)
             self._loaded = {}
         elif trainer.ckpt_path is not None:
             self.keeper.resumed_without_a_state()
         self.keeper.start(at=_iteration_of(trainer, trainer.current_epoch) if self._resume == "ledger" else None)
-        self._open, self._epoch_to_observe, self._before = self.keeper, None, None
+        self._open, self._epoch_to_observe, self._metric = self.keeper, None, LoggedMetric(self.metric_key)
 
     def _succeed(self, before: BestCheckpoint) -> Callable[[], str]:
         """Continue the run of a callback in whose place this one is. Returns how that one named its best."""
         if self.keeper is None and self._directory == before._directory:
-            self.keeper, self._module, self._is_asked = before.keeper, before._module, before._is_asked
-            self._is_rank_0, self._is_alone = before._is_rank_0, before._is_alone
+            self.keeper, self._best = before.keeper, before._best
         return before._name_best
 
-    def _checkpoint_of_best(self) -> Path | None:
-        if self.keeper is None or self.keeper.best_path is None:
-            return None
-        # Another best is another file, and so is that of another run, since what was set aside has left its own here.
-        best = f"{self.keeper.best_path.name}.{str(self.keeper.state_dict()['run_id'])[:8]}"
-        return self.keeper.directory / f"{self.keeper.name}={best}.ckpt"
-
     def _name_best(self) -> str:
-        """As `best_model_path`, but where other ranks would wait for rank 0, `setup` writes it."""
-        self._is_asked = True
-        return self.best_model_path if self._is_alone else str(self._checkpoint_of_best() or "")
-
-    def _write_if_asked(self) -> None:
-        if self._is_asked and (path := self._checkpoint_of_best()) is not None:
-            self._write_best(path)
-        self._is_asked = False
-
-    def _write_best(self, path: Path) -> None:
-        if self.keeper is not None and self._module is not None and not path.exists():
-            export_checkpoint(self.keeper.directory, self.keeper.name, path, self._module)
+        return "" if self._best is None else self._best.ask()
 
     def _observe_epoch(self, trainer: Trainer) -> None:
         iteration, self._epoch_to_observe = self._epoch_to_observe, None
@@ -333,18 +308,15 @@ class BestCheckpoint(Callback):
 
     def _observe(self, trainer: Trainer, iteration: TrainingIteration, interval: str) -> None:
         if self._open is not None:
-            self._open.observe_reading(lambda: self._read(trainer.callback_metrics, interval), iteration)
-            self._begin_interval(trainer)
-
-    def _begin_interval(self, trainer: Trainer) -> None:
-        self._before = trainer.callback_metrics.get(self.metric_key)
+            self._open.observe_reading(lambda: self._metric.read(trainer.callback_metrics, interval), iteration)
+            self._metric.begin_interval(trainer.callback_metrics)
 
     def _let_go(self) -> BestKeeper | None:
         keeper, self._open = self._open, None
         return keeper
 
     def _refuse_if_absent(self, trainer: Trainer) -> None:
-        absent = self._read(trainer.callback_metrics, "validation").absent
+        absent = self._metric.read(trainer.callback_metrics, "validation").absent
         if absent and (trainer.is_global_zero or self._reduction != "rank0"):
             raise MissingMetricError(absent)
 
@@ -354,25 +326,13 @@ class BestCheckpoint(Callback):
         is_shown = len(trainer.num_sanity_val_batches) == 1 and bool(metrics)
         if not trainer.is_global_zero or not is_shown or self.metric_key in metrics:
             return
-        absent = self._read(metrics, "the sanity check").absent
+        absent = self._metric.read(metrics, "the sanity check").absent
         if misspelt(self.metric_key, metrics) is not None:
             raise MissingMetricError(
                 f"{absent} If the two differ, and the sanity check does not log {self.metric_key!r}, "
                 "pass num_sanity_val_steps=0 to the Trainer"
             )
         _logger.warning("%s", absent)
-
-    def _read(self, metrics: Mapping[str, Any], interval: str) -> Reading:
-        if self.metric_key not in metrics:
-            logged, near = ", ".join(sorted(metrics)) or "nothing", nearest(self.metric_key, metrics)
-            absent = f"{self.metric_key!r} was not logged by the end of {interval}; logged: {logged}{near}"
-            return Reading(absent=absent)
-        if is_same(metrics[self.metric_key], self._before):
-            return Reading(
-                absent=f"{self.metric_key!r} was logged before, but not again by the end of {interval}: Lightning "
-                "still has the value of other weights. Log it each time, or observe it only where it is logged"
-            )
-        return read_reported(metrics[self.metric_key], self.metric_key)
 
 
 def _iteration_of(trainer: Trainer, epoch: int) -> TrainingIteration:

@@ -1,11 +1,9 @@
-"""When an epoch of Lightning has logged everything, and whether a value was logged anew."""
+"""When an epoch of Lightning has logged everything."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from keepbest.integrations.lightning_packages import Callback, Checkpoint
 
@@ -43,11 +41,3 @@ def call_after_epochs(trainer: Trainer, owner: Callback, call: Callable[[Trainer
     # A new list, since the trainer is going through the old one. Last, since it asks the first one for its best.
     trainer.callbacks = [*(each for each in callbacks if each not in gone), _AfterEpochs(owner, call)]  # type: ignore[attr-defined]
     return gone[0].owner if gone else None
-
-
-def is_same(value: Any, before: Any) -> bool:
-    """Whether this is what was logged before, by its place in memory, since Lightning makes new views of it."""
-    if not (isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor)):
-        return False
-    # While the former is held nothing else takes its place. Tensors without one have 0.
-    return value is before or value.data_ptr() == before.data_ptr() != 0

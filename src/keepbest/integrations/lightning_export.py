@@ -1,8 +1,8 @@
-"""`export_checkpoint`: a best as a checkpoint that Lightning loads. And how a trainer finds it as its best."""
+"""`export_checkpoint`: a best as a checkpoint that Lightning loads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError
 from keepbest.export import appearing, verified_contents, write_contents
 from keepbest.formats import torch_file
-from keepbest.integrations.lightning_packages import CHECKPOINTS, VERSION, Checkpoint, monitors
+from keepbest.integrations.lightning_packages import VERSION
 from keepbest.modules.kinds import is_dtensor
 from keepbest.modules.state_dicts import UNRECORDED, paths_above, versioned_for
 from keepbest.modules.wrappers import PlainNames
@@ -26,7 +26,7 @@ from keepbest.run.place import check_can_be_made
 from keepbest.run.reader import find_ref
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import LightningModule
 
 _files = Files()
 
@@ -125,46 +125,3 @@ def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:
             around[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
     module.on_save_checkpoint(around)
     return around
-
-
-class BestOfTrainer(Checkpoint):
-    """Stands among the callbacks of a trainer, where it looks for its best.
-
-    The trainer takes the first of its checkpoint callbacks, by their class. It also calls those last, and where it is
-    made with one it adds none itself. So this one has no hook, and comes when the trainer was made.
-    """
-
-    def __init__(self, find_path: Callable[[], str], replaced: Any) -> None:
-        self.find_path = find_path
-        self._replaced = replaced
-
-    @property
-    def best_model_path(self) -> str:
-        return self.find_path()
-
-    def __getattr__(self, name: str) -> Any:
-        """What else is asked of `trainer.checkpoint_callback` is what it was before, such as `last_model_path`."""
-        replaced = self.__dict__.get("_replaced")
-        if replaced is None or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(replaced, name)
-
-
-def show_to(trainer: Trainer, find_path: Callable[[], str], *, instead_of: Callable[[], str] | None = None) -> None:
-    """Let `ckpt_path="best"` be this path, unless a callback that monitors a metric has a best already.
-
-    So is another path that was shown before, unless it is to be shown `instead_of` that one.
-    """
-    if "MultiProcessing" in type(trainer.strategy.launcher).__name__:
-        return  # a process that ends after this: the path would go back to another callback, which takes it for its own
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    checkpoints = [each for each in callbacks if isinstance(each, CHECKPOINTS)]
-    shown = [each for each in checkpoints if isinstance(each, BestOfTrainer)]
-    for each in shown:
-        each.find_path = find_path if each.find_path == instead_of else each.find_path
-    if shown or any(monitors(each) for each in checkpoints):
-        return
-    place = callbacks.index(checkpoints[0]) if checkpoints else len(callbacks)
-    # A new list: the trainer is going through the old one.
-    best = BestOfTrainer(find_path, checkpoints[0] if checkpoints else None)
-    trainer.callbacks = [*callbacks[:place], best, *callbacks[place:]]  # type: ignore[attr-defined]

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from typing_extensions import Unpack
 
 from keepbest.errors import ConfigError, MissingMetricError
 from keepbest.face import Face
+from keepbest.integrations.transformers_arguments import direction, refuse_if_never_evaluated, reported_key
+from keepbest.integrations.transformers_evaluations import Evaluations, is_only_evaluation, read_metric
 from keepbest.iteration import TrainingIteration
 from keepbest.keeper import BestKeeper
-from keepbest.metric import DEFAULT_REMEDY, Reading, read_reported
-from keepbest.metric_properties import MetricPropertyProvider
-from keepbest.misspelling import nearest
+from keepbest.metric import DEFAULT_REMEDY, Reading
 from keepbest.new_best import Hook, check_hooks
 from keepbest.ranks import Ranks
 from keepbest.remote.storage import local_path
@@ -29,9 +29,6 @@ _logger = logging.getLogger(__name__)
 
 # What the newest checkpoint of the Trainer names is kept under one tag: no hook says which of them are removed.
 _PIN = "transformers"
-_PREFIX = "eval_"
-# Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
-_ONLY_EVALUATION = "eval_runtime"
 _RESUME = "resume='ledger' of BestCheckpoint"
 
 
@@ -105,10 +102,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self._saves_training_state = save_training_state
         self._hooks = check_hooks(on_new_best)
         self._open: BestKeeper | None = None
-        self._is_due = self._is_scheduled = self._is_logged = self._has_stepped = self._has_warned = False
-        # Since the last step: by evaluations of the training, and with other prefixes.
-        self._reported: set[str] = set()
-        self._beside: set[str] = set()
+        self._evaluations = Evaluations()
+        self._has_warned = False
         self._trials = 0
         self._attempt: tuple[Any, int] = None, 0
 
@@ -156,9 +151,11 @@ class BestCheckpoint(TrainerCallback, ExportableState):
                 "save_training_state: the optimizer of DeepSpeed has its state in a form of its own, which keepbest "
                 "cannot gather; leave it out, and resume from the Trainer's checkpoints"
             )
-        _refuse_if_never_evaluated(args, state)
-        key = _reported_key(args, self._metric_key)
-        settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
+        refuse_if_never_evaluated(args, state)
+        key = reported_key(args, self._metric_key)
+        settings = self._settings.keeper_arguments()
+        if settings["higher_is_better"] is None:
+            settings["higher_is_better"] = direction(args, key)
         directory = self._directory or local_path(str(args.output_dir))
         if state.is_hyper_param_search:
             # The number that the Trainer has is not shown to callbacks.
@@ -190,20 +187,19 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         keeper.start(at=begun if settings["resume"] == "ledger" or starts_over else None)
         self.keeper = self._open = keeper
         self._attempt = _attempt_of(state)
-        self._has_stepped = self._has_warned = False
-        self._await_evaluation(due=False)
+        self._evaluations, self._has_warned = Evaluations(), False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """From now on an evaluation observes something new. **Collective** where a checkpoint follows, as `flush`."""
-        self._await_evaluation(due=True)
-        self._has_stepped, self._is_scheduled = True, control.should_evaluate
+        self._evaluations.step()
+        self._evaluations.schedule(control.should_evaluate)
         self._prepare_checkpoint(control.should_save)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """**Collective** where a checkpoint follows, as `flush`."""
-        self._is_scheduled |= control.should_evaluate
+        self._evaluations.schedule(control.should_evaluate)
         self._prepare_checkpoint(control.should_save)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -217,16 +213,14 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         metrics: Mapping[str, Any] = kwargs["metrics"]
         if self._open is None:
             return
-        if not self._has_stepped and _ONLY_EVALUATION in metrics:
+        if not self._evaluations.has_stepped and is_only_evaluation(metrics):
             is_needed = state.is_world_process_zero or self._settings.metric_reduction != "rank0"
-            reading = _read(self._open.metric_key, metrics) if is_needed else Reading()
+            reading = read_metric(self._open.metric_key, metrics) if is_needed else Reading()
             Ranks.connect().agree("look for the metric before training", lambda: _refuse_if_absent(reading))
-        if not self._is_due:
+        if not self._evaluations.is_due:
             return
-        if self._open.metric_key not in metrics and _ONLY_EVALUATION not in metrics:
-            # One of several data sets, which are evaluated one by one, or what somebody evaluates beside the training.
-            self._reported.update(key for key in metrics if key.startswith(_PREFIX))
-            self._beside.update(metrics)
+        if self._open.metric_key not in metrics and not is_only_evaluation(metrics):
+            self._evaluations.add(metrics)
             return
         self._observe(metrics, state)
         # Whether there is a new best of the Trainer, which it saves then, it knows only after this.
@@ -234,7 +228,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """**Rank-local**."""
-        self._is_logged |= any(key.startswith(_PREFIX) for key in kwargs.get("logs") or ())
+        self._evaluations.log(kwargs.get("logs") or ())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what the checkpoint names until there is a newer one. **Collective**. Raises as `BestKeeper.flush`.
@@ -274,40 +268,16 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         is_smaller = trial == trial_before and samples < samples_before
         return self._open is not None and args.auto_find_batch_size and is_smaller
 
-    def _direction(self, args: TrainingArguments, key: str) -> bool | None:
-        if self._settings.higher_is_better is not None or args.metric_for_best_model is None:
-            return self._settings.higher_is_better
-        if key != _reported_key(args, None):
-            return None
-        try:
-            by_name = MetricPropertyProvider().higher_is_better(key)
-        except ConfigError:
-            return args.greater_is_better
-        if by_name != args.greater_is_better:
-            raise ConfigError(
-                f"greater_is_better of the training arguments is {args.greater_is_better} for {key!r}, but its name "
-                f"says {by_name}; where it is not set, it is guessed from whether the name ends in 'loss'. "
-                "Set it, and higher_is_better of BestCheckpoint"
-            )
-        return by_name
-
     def _observe(self, metrics: Mapping[str, Any], state: TrainerState) -> None:
-        self._await_evaluation(due=False)
+        self._evaluations.end()
         if self._open is not None:
             key = self._open.metric_key
-            self._open.observe_reading(lambda: _read(key, metrics), TrainingIteration(update=state.global_step))
-
-    def _await_evaluation(self, *, due: bool) -> None:
-        self._is_due, self._is_scheduled, self._is_logged = due, False, False
-        self._reported, self._beside = set(), set()
+            self._open.observe_reading(lambda: read_metric(key, metrics), TrainingIteration(update=state.global_step))
 
     def _refuse_what_was_not_reported(self, state: TrainerState) -> None:
-        # What somebody evaluates beside the training is no reason, unless all that was to be evaluated is there.
-        reported = self._reported or (self._beside if self._is_scheduled else set())
-        if reported:
-            self._observe(dict.fromkeys(reported), state)
-        # A callback of the user may have cancelled the evaluation, but nobody logs one that was not.
-        elif self._is_due and self._is_scheduled and self._is_logged and self._open and not self._has_warned:
+        if names := self._evaluations.names_without_metric():
+            self._observe(dict.fromkeys(names), state)
+        elif self._evaluations.is_hidden and self._open and not self._has_warned:
             self._has_warned = True
             if state.is_world_process_zero:
                 _logger.warning(
@@ -342,33 +312,6 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         if self._open is not None:
             self._open.abandon()
             self._open = None
-
-
-def _reported_key(args: TrainingArguments, metric_key: str | None) -> str:
-    """The name under which an evaluation reports the metric, by the rule of the Trainer for `metric_for_best_model`."""
-    key = args.metric_for_best_model if metric_key is None else metric_key
-    if key is None:
-        raise ConfigError("no metric is named: set metric_key, or metric_for_best_model of the training arguments")
-    return key if key.startswith(_PREFIX) else _PREFIX + key
-
-
-def _refuse_if_never_evaluated(args: TrainingArguments, state: TrainerState) -> None:
-    # Counted in what the strategy counts. Versions of the Trainer differ in whether they evaluate after the last step.
-    strategy = IntervalStrategy(args.eval_strategy).value
-    ends = {"steps": state.max_steps, "epoch": state.num_train_epochs}.get(strategy, -1)
-    if args.eval_delay > ends:
-        raise ConfigError(
-            f"there is no evaluation with eval_strategy={strategy!r} and eval_delay={args.eval_delay}, "
-            f"so no best could be kept: training ends at step {state.max_steps}, in epoch {state.num_train_epochs}. "
-            "Change these training arguments"
-        )
-
-
-def _read(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
-    if metric_key not in metrics:
-        reported, near = ", ".join(sorted(metrics)), nearest(metric_key, metrics)
-        return Reading(absent=f"{metric_key!r} was not reported by the evaluation; reported: {reported}{near}")
-    return read_reported(metrics[metric_key], metric_key)
 
 
 def _refuse_if_absent(reading: Reading) -> None:
