@@ -26,13 +26,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from keepbest.printable import printable
+from keepbest.printable import printable, without_passwords
 
 
 class KeepBestError(Exception):
-    """Base of all errors of this library. Its text is fit for a terminal, also where it quotes a file."""
+    """Base of all errors of this library. Its text is fit for a terminal, also where it quotes a file or a URL."""
 
     _keep: ClassVar[str] = "\n\t"
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_passwords(each) if isinstance(each, str) else each for each in args))
 
     def __str__(self) -> str:
         # KeyError.__str__ would print the repr of the message, line breaks escaped.

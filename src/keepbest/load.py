@@ -21,7 +21,7 @@ from keepbest.errors import ConfigError, PartlyLoadedError, SnapshotError
 from keepbest.formats.registry import find_format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
-from keepbest.ranks import Ranks
+from keepbest.ranks import NO_REMEDY, Ranks
 from keepbest.remote.download import TRIES, local_copy, snapshot_of
 from keepbest.remote.live import named_now
 from keepbest.remote.storage import place_of
@@ -163,7 +163,7 @@ def _is_exchanged(place: str | Path, ref: str | None, read: set[str], ranks: Ran
     def is_exchanged() -> bool:
         return bool(read) and named_now(place, snapshot_of(ref)) != read
 
-    answer: bool = ranks.broadcast(step, is_exchanged, saving=True)
+    answer: bool = ranks.broadcast(step, is_exchanged, remedy=NO_REMEDY, saving=True)
     return answer
 
 
@@ -220,11 +220,11 @@ def _find(
         found = find_ref(directory, history, ref)
         return [ref, found.folder.name, found.manifest.to_bytes().decode()]
 
-    ref, name, text = ranks.broadcast(step, find, saving=True)
+    ref, name, text = ranks.broadcast(step, find, remedy=NO_REMEDY, saving=True)
     manifest = Manifest.from_bytes(text.encode())
     if _way_of(manifest).is_local:
         copy = local_copy(wanted.place, lambda _: {name}, files=wanted.files)
-        directory = ranks.agree(step, lambda: copies.enter_context(copy), saving=True)
+        directory = ranks.agree(step, lambda: copies.enter_context(copy), remedy=NO_REMEDY, saving=True)
         found = FoundSnapshot(snapshots_folder(directory) / name, manifest)
     return ref, name, manifest, found
 

@@ -12,7 +12,7 @@ import torch
 from keepbest.errors import InvalidMetricError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.misspelling import nearest
-from keepbest.ranks import Number, Ranks
+from keepbest.ranks import NO_REMEDY, Number, Ranks
 from keepbest.reduction import MetricReduction, reduce_numbers
 
 DEFAULT_REMEDY = "Each of these ranks needs a value at each interval; with metric_reduction='rank0', rank 0 alone does."
@@ -171,7 +171,7 @@ def agree_on_metric(
         metric_key: Key of the metric, for messages.
         read: Function that returns the reading of this rank. What it raises is raised on every rank.
         reduction: Way in which the values become one. Weights count in `mean` and `sum`. A rank of weight 0 is ignored.
-        failure: Earlier failure of this rank, which every rank raises.
+        failure: Earlier failure of this rank, as of its storage, which every rank raises.
         note: Text from rank 0 to the others. It costs a second exchange.
         state: Bytes that must be equal on all ranks.
         saving: Whether rank 0 may still be writing, so that the others wait for `save_timeout`.
@@ -184,7 +184,7 @@ def agree_on_metric(
         RanksError: On every rank, if a rank failed, does not arrive, or is in another step. See `Ranks.exchange`.
     """
     step = f"observe {metric_key}"
-    reading = Reading()
+    reading, storage = Reading(), None if failure is None else NO_REMEDY  # what is read is of the user
     try:
         reading = read()
     except BaseException as error:  # noqa: BLE001  # raised again by exchange, on every rank
@@ -193,7 +193,7 @@ def agree_on_metric(
     if reading.is_reduced and reduction == "sum":
         reduction, state = "identical", state + b", summed by the metric itself"
     mine = Number(reading.value, reading.weight, note)
-    numbers = ranks.exchange(step, mine, failure=failure, state=state, saving=saving)
+    numbers = ranks.exchange(step, mine, failure=failure, remedy=storage, state=state, saving=saving)
     needed = numbers[:1] if reduction == "rank0" else numbers
     if any(number.value is None and number.weight != 0.0 for number in needed):
         reasons = ranks.gather_json(step, lambda: reading.absent)

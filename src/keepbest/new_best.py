@@ -7,7 +7,8 @@ import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from keepbest.decision import Best, Observation, Outcome
 from keepbest.errors import ConfigError, KeepBestError, RankFailedError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
+from keepbest.ranks.failure import text_of
 from keepbest.run.folder import RunFolder
 from keepbest.run.layout import snapshots_folder
 from keepbest.saving.open_run import OpenRun
@@ -153,7 +155,8 @@ class NewBests:
             # A keeper that is dropped, or open when the interpreter exits, does not come to `drop`.
             self._run.at_release(self._name, partial(_let_go_of, self._committed, self._name, self._run.folder))
         # Last, since a handler of the log may raise, and the best is kept.
-        _logger.info("%s: new best %r at %s (%s): %s", self._name, observed.value, observed.iteration, was, path)
+        with _code_of_the_user():
+            _logger.info("%s: new best %r at %s (%s): %s", self._name, observed.value, observed.iteration, was, path)
 
     def call_hooks(self) -> None:
         """Call the hooks on what is committed by now. **Collective**; it costs nothing where no new best is expected.
@@ -209,7 +212,7 @@ class NewBests:
 
         def call() -> None:
             for hook in hooks:
-                _call(hook, best.outcome, path)
+                hook(best.outcome, path)
 
         try:
             self._ranks.agree(f"call on_new_best of {self._name} at {iteration}", call, saving=True)
@@ -244,11 +247,12 @@ def _let_go_of(committed: deque[NewBest], name: str, folder: RunFolder) -> None:
         folder.let_go(left.snapshot)
 
 
-def _call(hook: Hook, outcome: Outcome, path: Path) -> None:
+@contextmanager
+def _code_of_the_user() -> Iterator[None]:
+    """Raise an `OSError` so that it is not taken for a refusal of the run folder, which is written in the same step."""
     try:
-        hook(outcome, path)
+        yield
     except KeepBestError:
         raise
     except OSError as error:
-        # As such it would be taken for a refusal of the run folder, where everything is written.
-        raise RankFailedError(f"{type(error).__name__}: {error}") from error
+        raise RankFailedError(f"{type(error).__name__}: {text_of(error)}") from error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keepbest.data import evaluation_indices, gather_in_dataset_order
-from keepbest.errors import DesyncError, RankFailedError, StorageError
+from keepbest.errors import DesyncError, RankFailedError
 from keepbest.ranks import Ranks
 from tests.kit.pool import run_ranks
 
@@ -70,7 +70,7 @@ def gather_what_rank_1_cannot_give(fault):
 @pytest.mark.parametrize(
     ("fault", "kind", "message"),
     [
-        ("error", StorageError, "failed to evaluate on rank 1 of 2: OSError: sample 3 cannot be read"),
+        ("error", RankFailedError, "failed to evaluate on rank 1 of 2: OSError: sample 3 cannot be read"),
         ("rows", RankFailedError, "one row for each of this rank's 3 samples, found shape [2]"),
         ("dtype", DesyncError, "rank 0: torch.float32 [3]; rank 1: torch.float64 [3]"),
     ],

@@ -51,4 +51,4 @@ def _parse(given: CallBackBaseConfig | Mapping[str, Any]) -> CallBackBaseConfig:
     try:
         return CallBackBaseConfig.parse(given)
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(error, lambda place: known_settings(given, place)))) from error
+        raise ConfigError("\n".join(describe(error, lambda place: known_settings(given, place)))) from None

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -23,6 +24,7 @@ from keepbest.face import Face
 from keepbest.interval import IntervalType
 from keepbest.keeper import BestKeeper
 from keepbest.metric import LOG_REMEDY, read_scalar
+from keepbest.ranks import NO_REMEDY
 from keepbest.run.layout import ledger_exists
 from keepbest.run.takeover import Existing
 from keepbest.settings import CommonSettings
@@ -199,7 +201,8 @@ class BestCheckpointCallback(PeriodicCallback):
             )
 
     def _ledger_exists(self) -> bool:
-        return bool(self.ranks.broadcast("look for a ledger", lambda: ledger_exists(self.directory), saving=True))
+        look = partial(ledger_exists, self.directory)
+        return bool(self.ranks.broadcast("look for a ledger", look, remedy=NO_REMEDY, saving=True))
 
     def periodic_callback(
         self,

@@ -27,7 +27,7 @@ from keepbest.callbacks.training_state import (
 from keepbest.capture.per_rank import PerRank
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.load import load_into
-from keepbest.ranks import Ranks
+from keepbest.ranks import NO_REMEDY, Ranks
 from keepbest.run.checkpoints import checkpoint_refs
 from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS, ledger_exists
@@ -85,7 +85,7 @@ def find_to_resume(directory: Path, resume: Path | str, ranks: Ranks) -> Found |
         found = _newest(directory) if resume == "auto" else _at(Path(resume), directory)
         return None if found is None else [str(found.directory), found.ref, list(found.training_state)]
 
-    answer = ranks.broadcast("find the resume checkpoint", find, saving=True)
+    answer = ranks.broadcast("find the resume checkpoint", find, remedy=NO_REMEDY, saving=True)
     return None if answer is None else Found(Path(answer[0]), answer[1], tuple(answer[2]))
 
 
@@ -123,7 +123,9 @@ def find_best(directory: Path, ref: str, ranks: Ranks) -> Found:
             )
         return list(manifest.training_state)
 
-    return Found(directory, ref, tuple(ranks.broadcast("find the best to resume from", find, saving=True)))
+    return Found(
+        directory, ref, tuple(ranks.broadcast("find the best to resume from", find, remedy=NO_REMEDY, saving=True))
+    )
 
 
 def load_to_resume(found: Found, trainer: TrainerView, ranks: Ranks) -> Resumed:

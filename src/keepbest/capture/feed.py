@@ -24,7 +24,7 @@ from keepbest.capture.target_room import localized, room_for
 from keepbest.formats.format import Format, PartReader
 from keepbest.modules.parts import Part
 from keepbest.modules.sources import Source, StateDict
-from keepbest.ranks import Ranks
+from keepbest.ranks import NO_REMEDY, Ranks
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot
 
@@ -146,7 +146,9 @@ class FromMain(Feed):
     """Rank 0 reads, and sends each value once."""
 
     def contents(self) -> list[PartContents]:
-        contents = self.ranks.broadcast(self.step, lambda: [each.to_json() for each in self._open()], saving=True)
+        contents = self.ranks.broadcast(
+            self.step, lambda: [each.to_json() for each in self._open()], remedy=NO_REMEDY, saving=True
+        )
         return [PartContents.from_json(part, each) for part, each in zip(self.stored.parts, contents, strict=True)]
 
     def layout(self, source: Source) -> StateDict:
@@ -171,7 +173,10 @@ class FromMain(Feed):
     def _which(self, things: Sequence[T], is_one: Callable[[T], bool]) -> list[int]:
         all_of_them = range(len(things))
         found: list[int] = self.ranks.broadcast(
-            self.step, lambda: [number for number in all_of_them if is_one(things[number])], saving=True
+            self.step,
+            lambda: [number for number in all_of_them if is_one(things[number])],
+            remedy=NO_REMEDY,
+            saving=True,
         )
         return found
 
@@ -208,13 +213,13 @@ class FromFiles(Feed):
 
     def contents(self) -> list[PartContents]:
         share = (self.ranks.rank, self.ranks.world_size) if self.stored.is_shared else ()
-        return self.ranks.agree(self.step, lambda: self._open(*share), saving=True)
+        return self.ranks.agree(self.step, lambda: self._open(*share), remedy=NO_REMEDY, saving=True)
 
     def layout(self, source: Source) -> StateDict:
         return sharded_state_dict(source)
 
     def bring(self, contents: PartContents, keys: Sequence[str], targets: Mapping[str, Any]) -> StateDict:
-        return self.ranks.agree(self.step, lambda: self._read(contents, keys, targets), saving=True)
+        return self.ranks.agree(self.step, lambda: self._read(contents, keys, targets), remedy=NO_REMEDY, saving=True)
 
     def loading(self, module: nn.Module) -> AbstractContextManager[None]:
         return sharded_fsdp1_state(module)
@@ -222,7 +227,7 @@ class FromFiles(Feed):
     def _which(self, things: Sequence[T], is_one: Callable[[T], bool]) -> list[int]:
         mine = range(self.ranks.rank, len(things), self.ranks.world_size)
         found = self.ranks.gather_json(
-            self.step, lambda: [number for number in mine if is_one(things[number])], saving=True
+            self.step, lambda: [number for number in mine if is_one(things[number])], remedy=NO_REMEDY, saving=True
         )
         return sorted(chain.from_iterable(found))
 

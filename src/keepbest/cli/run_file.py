@@ -63,7 +63,7 @@ class RunFile:
         try:
             return cls(content, RunConfig.model_validate(content))
         except ValidationError as error:
-            raise ConfigError("\n".join([f"{path} does not describe a run:", *describe(error, known)])) from error
+            raise ConfigError("\n".join([f"{path} does not describe a run:", *describe(error, known)])) from None
 
     def save(self) -> None:
         """Write the content to `config.yaml` in the directory of the run. A crash leaves the old file or the new one.

@@ -15,7 +15,7 @@ from keepbest.cli.table import print_checkpoints
 from keepbest.errors import ConfigError
 from keepbest.load import LoadedSnapshot, load
 from keepbest.modules.parts import Part, select_parts
-from keepbest.ranks import Ranks
+from keepbest.ranks import NO_REMEDY, Ranks
 from keepbest.run.layout import ledger_exists
 from keepbest.run.no_links import check_own
 from keepbest.run.reader import find_ref, only_best, read_history
@@ -80,10 +80,10 @@ def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, conf
         return name
 
     # A wrong path is found here, before a config is looked for that is not there either.
-    name = ranks.broadcast("look into the run", find, saving=True)
+    name = ranks.broadcast("look into the run", find, remedy=NO_REMEDY, saving=True)
     path = directory / CONFIG_FILE if config is None else config
     if config is None:
-        ranks.agree(f"read the config {path}", lambda: _check_config(path))
+        ranks.agree(f"read the config {path}", lambda: _check_config(path), remedy=NO_REMEDY)
     run = _read(ranks, path, settings)
     if ranks.is_main:
         whose = "which came with the run" if config is None else "which you chose"
@@ -115,6 +115,7 @@ def _read(ranks: Ranks, path: Path, settings: Callable[[], dict[str, Any]]) -> R
     return ranks.agree(
         f"read the config {path.name}",
         lambda: RunFile.read(path, settings()),
+        remedy=NO_REMEDY,
         state=lambda run: yaml.safe_dump(run.content).encode(),
     )
 

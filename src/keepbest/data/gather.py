@@ -15,7 +15,7 @@ Results: TypeAlias = Tensor | dict[str, Tensor]
 
 
 def gather_in_dataset_order(
-    step: str, work: Callable[[], Results], *, dataset_length: int, ranks: Ranks, remedy: str = ""
+    step: str, work: Callable[[], Results], *, dataset_length: int, ranks: Ranks, remedy: str | None = None
 ) -> Results:
     """Do `work` on every rank and merge the results. **Collective**.
 
@@ -27,7 +27,7 @@ def gather_in_dataset_order(
             `[ceil(dataset_length / world_size), ...]`.
         dataset_length: Number of samples of the dataset.
         ranks: Ranks that take part.
-        remedy: What the user can do if `work` fails.
+        remedy: As `Ranks.agree` takes it.
 
     Returns:
         The same structure with tensors of shape `[dataset_length, ...]`: one row for each sample, in the order of the

@@ -18,6 +18,7 @@ from keepbest.face import Face
 from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.new_best import Hook
+from keepbest.ranks import NO_REMEDY
 from keepbest.remote.storage import local_path
 from keepbest.run.takeover import Existing
 from keepbest.settings_dict import KeeperSettingsDict
@@ -116,14 +117,14 @@ class AcceleratedKeeper(BestKeeper):
             return
         if self._phase == "started":
             self.flush(pin=_PIN)
-        self._ranks.agree(f"write the state of {self.name}", lambda: self._write(file), saving=True)
+        self._ranks.agree(f"write the state of {self.name}", lambda: self._write(file), remedy=NO_REMEDY, saving=True)
 
     def _load_from(self, models: list[nn.Module], input_dir: str) -> None:
         """On every rank, before the accelerator loads. **Collective** until the keeper closes."""
         if self._phase == "closed":  # the states are loaded for what comes after
             return
         file = Path(input_dir) / self._file
-        state = self._ranks.broadcast(f"read the state of {self.name}", lambda: self._read(file))
+        state = self._ranks.broadcast(f"read the state of {self.name}", lambda: self._read(file), remedy=NO_REMEDY)
         if state is not None:
             self.load_state_dict(state)
             # A kill in the middle of a save leaves this state newer than what is written after it. The loop then

@@ -25,7 +25,7 @@ from keepbest.keeper import BestKeeper
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.misspelling import misspelt
 from keepbest.new_best import Hook
-from keepbest.ranks import Ranks
+from keepbest.ranks import NO_REMEDY, Ranks
 from keepbest.remote.storage import local_path
 from keepbest.run.takeover import Existing
 from keepbest.settings import KeeperSettings, check_flag, check_metric_key
@@ -161,7 +161,9 @@ class BestCheckpoint(Callback):
             show_to(trainer, self._name_best, instead_of=replaced)
         if stage != "fit" and self._best is not None:
             # Whether it was asked for, rank 0 says: others may have asked on some ranks alone.
-            Ranks.connect().broadcast(f"write the best of {self.metric_key}", self._best.write_if_asked, saving=True)
+            Ranks.connect().broadcast(
+                f"write the best of {self.metric_key}", self._best.write_if_asked, remedy=NO_REMEDY, saving=True
+            )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a misspelt metric if the sanity check has logged the one that is meant. **Collective**.

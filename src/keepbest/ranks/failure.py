@@ -11,6 +11,9 @@ from typing_extensions import Self
 from keepbest import errors
 from keepbest.errors import KeepBestError, RankFailedError, StorageError
 
+NO_REMEDY = ""
+"""Remedy of a step that uses files of the run, where there is nothing to advise."""
+
 
 class FailureReport(NamedTuple):
     """A failure in the words of the rank that failed.
@@ -32,11 +35,13 @@ class FailureReport(NamedTuple):
     is_ours: bool
 
     @classmethod
-    def of(cls, step: str, failure: BaseException, remedy: str) -> Self:
-        """Return the report on `failure`."""
-        refused = isinstance(failure, OSError) and not isinstance(failure, KeepBestError)
+    def of(cls, step: str, failure: BaseException, remedy: str | None) -> Self:
+        """Return the report on `failure`. An `OSError` is a refusal of the file system where there is a `remedy`."""
+        is_of_files = remedy is not None and isinstance(failure, OSError)
+        refused = is_of_files and not isinstance(failure, KeepBestError)
         name = type(failure).__name__
-        return cls(step, name, text_of(failure), remedy, refused, is_ours=getattr(errors, name, None) is type(failure))
+        is_ours = getattr(errors, name, None) is type(failure)
+        return cls(step, name, text_of(failure), remedy or "", refused, is_ours=is_ours)
 
     def to_text(self) -> str:
         """Return the report as text. `from_text` is the inverse."""

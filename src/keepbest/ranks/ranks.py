@@ -125,7 +125,7 @@ class Ranks:
         step: str,
         work: Callable[[], T],
         *,
-        remedy: str = "",
+        remedy: str | None = None,
         state: Callable[[T], bytes] = lambda _: b"",
         saving: bool = False,
     ) -> T:
@@ -134,7 +134,8 @@ class Ranks:
         Args:
             step: Description of the work, in words. The same on every rank.
             work: Function that is rank-local and runs no collective.
-            remedy: What the user can do if the file system refuses.
+            remedy: What the user can do if the file system refuses. `None` where no file of the run is used, so that an
+                `OSError` is one of the code of the user.
             state: Function from the result of `work` to bytes that must be equal on all ranks.
             saving: Whether to wait for `save_timeout` rather than `rank_timeout`.
 
@@ -158,12 +159,14 @@ class Ranks:
         self.exchange(step, Number(None, None), failure=failure, remedy=remedy, state=held, saving=saving)
         return outcome[0]  # type: ignore[index]  # exchange raised if there is no outcome
 
-    def broadcast(self, step: str, work: Callable[[], Any], *, remedy: str = "", saving: bool = False) -> Any:
+    def broadcast(self, step: str, work: Callable[[], Any], *, remedy: str | None = None, saving: bool = False) -> Any:
         """Do `work` on rank 0, and return its JSON value on every rank. **Collective**. Raises what `agree` raises."""
         mine = work if self.is_main else lambda: None
         return self.gather_json(step, mine, remedy=remedy, saving=saving)[0]
 
-    def gather_json(self, step: str, work: Callable[[], Any], *, remedy: str = "", saving: bool = False) -> list[Any]:
+    def gather_json(
+        self, step: str, work: Callable[[], Any], *, remedy: str | None = None, saving: bool = False
+    ) -> list[Any]:
         """Do `work` on every rank, and return all their JSON values, by rank. **Collective**. Raises as `agree`."""
         text, failure = self._attempt(lambda: json.dumps(work()))
         frames = self._meet(step, Number(None, None), failure=failure, remedy=remedy, text=text or "", saving=saving)
@@ -175,7 +178,7 @@ class Ranks:
         number: Number,
         *,
         failure: BaseException | None = None,
-        remedy: str = "",
+        remedy: str | None = None,
         state: bytes = b"",
         saving: bool = False,
     ) -> list[Number]:
@@ -185,7 +188,8 @@ class Ranks:
             step: Description of the work, in words. The same on every rank.
             number: Number that this rank holds.
             failure: Earlier failure of this rank, which every rank raises.
-            remedy: What the user can do if the file system refuses.
+            remedy: What the user can do if the file system refuses. `None` where no file of the run is used, so that an
+                `OSError` is one of the code of the user.
             state: Bytes that must be equal on all ranks.
             saving: Whether to wait for `save_timeout` rather than `rank_timeout`.
 
@@ -204,7 +208,7 @@ class Ranks:
         return [Number(frame.value, frame.weight, note) for frame, note in zip(frames, notes, strict=True)]
 
     def compare(
-        self, step: str, work: Callable[[], tuple[T, Number]], *, remedy: str = "", saving: bool = False
+        self, step: str, work: Callable[[], tuple[T, Number]], *, remedy: str | None = None, saving: bool = False
     ) -> tuple[T, list[Number]]:
         """Do `work` here, and return its result and the numbers of all ranks. **Collective**. Raises as `agree`.
 
@@ -213,7 +217,8 @@ class Ranks:
         Args:
             step: Description of the work, in words. The same on every rank.
             work: Function that is rank-local and runs no collective. It returns a result and the number of this rank.
-            remedy: What the user can do if the file system refuses.
+            remedy: What the user can do if the file system refuses. `None` where no file of the run is used, so that an
+                `OSError` is one of the code of the user.
             saving: Whether to wait for `save_timeout` rather than `rank_timeout`.
         """
         outcome, failure = self._attempt(work)
@@ -287,7 +292,7 @@ class Ranks:
         number: Number,
         *,
         failure: BaseException | None,
-        remedy: str,
+        remedy: str | None,
         state: bytes = b"",
         text: str = "",
         saving: bool,

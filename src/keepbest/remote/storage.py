@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from keepbest.errors import ConfigError
+from keepbest.printable import without_passwords
 from keepbest.run.files import Files
 from keepbest.run.layout import CHECKPOINTS, LEDGER, SNAPSHOTS, TEMPORARY
 
@@ -52,7 +53,7 @@ def local_path(given: str | Path) -> Path:
         path = Path(given)
     except TypeError as error:
         raise ConfigError(f"expected a path, as text or as a pathlib.Path, got {given!r}") from error
-    if re.match(r"[\w+.-]+:/", str(given)):
+    if re.match(r"[\w+.:-]+:/", str(given)):
         raise ConfigError(f"expected a directory of this machine, got {str(given)!r}; a URL is for remote copies")
     try:
         path = path.expanduser().absolute()
@@ -246,6 +247,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
         from fsspec.core import split_protocol, url_to_fs  # comes with torch, but only remote runs need it
     except ImportError as error:
         raise ConfigError("a remote storage needs fsspec, and a package for its kind: keepbest[s3]") from error
+    if without_passwords(url) != url:
+        # The config of a run, its lock and the messages of other libraries would hold it.
+        raise ConfigError(
+            f"expected a URL without a password, got {url!r}: leave it out, and set it in the environment as fsspec "
+            "reads it, such as AWS_SECRET_ACCESS_KEY, or FSSPEC_SFTP_PASSWORD for sftp://"
+        )
     protocol, path = split_protocol(url)
     if not protocol or not path.strip("/ "):  # often a variable that is not set, which would be a place all the same
         raise ConfigError(f"expected the URL of a run, like s3://bucket/runs/a, got {url!r}")

@@ -17,7 +17,7 @@ from keepbest.errors import ConfigError, StorageError
 from keepbest.formats.format import Format
 from keepbest.iteration import TrainingIteration
 from keepbest.modules.zero import whole_parameters
-from keepbest.ranks import Number, Ranks
+from keepbest.ranks import NO_REMEDY, Number, Ranks
 from keepbest.run.record import KeeperRecord, Revision
 from keepbest.run.ref_moves import Kept
 from keepbest.run.takeover import Existing, LoadedState
@@ -261,7 +261,7 @@ class Saver:
                 _logger.warning("%s: %s", self._name, error)
 
         if self._run.remote is not None:
-            self._on_main(step, wait, remedy="")
+            self._on_main(step, wait, remedy=NO_REMEDY)
 
     def log_lost(self, iteration: TrainingIteration, error: StorageError) -> None:
         """Log on every rank that a new best was not saved. **Collective**: what a handler raises, every rank raises."""

@@ -26,7 +26,7 @@ from keepbest.errors import ConfigError
 from keepbest.metric_properties import MetricPropertyProvider
 from keepbest.models import Model
 from keepbest.random_state import restore_random_state, seed_random_state
-from keepbest.ranks import Ranks
+from keepbest.ranks import NO_REMEDY, Ranks
 from keepbest.remote.storage import local_path
 from keepbest.run.maintenance import set_aside
 from keepbest.training.average import build_average
@@ -171,7 +171,7 @@ class Trainer:
             # Only now, since a schedule continues with the length that it was saved with.
             check_lengths(self._update_step.schedules, self.update_counter.end_update)
             if self.config.existing == "set_aside" and self.resume is None:
-                self.ranks.broadcast("set aside the run that is there", self._set_aside, saving=True)
+                self.ranks.broadcast("set aside the run that is there", self._set_aside, remedy=NO_REMEDY, saving=True)
             self.tracker.resume_from(self.update_counter.iteration)
             self._hooks.before_training()
             on_start()
