@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from keepbest import load
@@ -102,6 +102,43 @@ def test_trainer_that_fits_again_continues_in_its_folder(tmp_path):
     assert {ref: entry[:2] for ref, entry in FACE.kept(tmp_path / "parts").items()} == {
         ref: entry[:2] for ref, entry in FACE.kept(tmp_path / "whole").items()
     }
+
+
+class LooksBetweenEpochs(LearningRateFinder):
+    """Finds another learning rate before the third epoch, and restores what it has changed from a checkpoint."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            self.lr_find(trainer, pl_module)
+
+
+class HasRate(Model):
+    lr = 0.1
+
+
+def test_search_for_a_learning_rate_within_training(tmp_path):
+    adapter, peer = BestCheckpoint(METRIC, tolerances=[0, 5]), Peer(tmp_path, 1)
+    fit(tmp_path, VALUES, [adapter, peer, LooksBetweenEpochs(num_training_steps=9)], model=HasRate)
+    fit(tmp_path / "without", VALUES, [without := BestCheckpoint(METRIC, tolerances=[0, 5])])
+    assert adapter.keeper.state == without.keeper.state
+    assert FACE.kept(tmp_path)[""][1:] == peer.ours(FACE)[0]
+
+
+class LoadsAnother(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        [adapter] = [each for each in trainer.callbacks if isinstance(each, BestCheckpoint)]
+        if trainer.current_epoch == 0:
+            self.first = adapter.state_dict()
+        else:
+            adapter.load_state_dict(self.first)
+
+
+def test_other_state_is_not_loaded_within_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"trains already.*another fit\(ckpt_path=...\)"):
+        fit(tmp_path, VALUES, [BestCheckpoint(METRIC), LoadsAnother()])
 
 
 QUIET = {

@@ -133,8 +133,14 @@ class BestCheckpoint(Callback):
         return self._loaded if self.keeper is None else self.keeper.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from this state when training starts. **Rank-local**."""
-        self._loaded = state_dict
+        """Continue from this state when training starts. **Rank-local**.
+
+        During training it can only be the present one, which those load who look for a learning rate or a batch size.
+        """
+        if self._open is None:
+            self._loaded = state_dict
+        elif state_dict != self._open.state_dict():
+            raise ConfigError("fit() trains already: pass the checkpoint to another fit(ckpt_path=...)")
 
     @property
     def best_model_path(self) -> str:
