@@ -98,10 +98,13 @@ ONES, ZEROS = [[1.0, 1.0]] * 3, [[0.0, 0.0]] * 3
 @pytest.mark.parametrize("file_format", ["torch", "safetensors", "dcp"])
 def test_numbers_that_would_change_are_refused_on_every_rank(file_format, tmp_path):
     value = torch.tensor([[1.0, 2.0], [3.0, 1e6]])
-    for dtype, reason in [
-        (torch.int8, "float32 cannot become int8 without a loss for value. Nothing was loaded"),
-        (torch.float16, "values that the dtype of the model cannot hold: what the model has as float16 for value"),
-    ]:
+    reasons = {
+        torch.int8: "float32 cannot become int8 without a loss for value. Nothing was loaded",
+        torch.float16: "values that the dtype of the model cannot hold: what the model has as float16 for value",
+    }
+    if torch.__version__ < "2.11":
+        del reasons[torch.int8]  # FSDP2 takes no model of integers
+    for dtype, reason in reasons.items():
         for weights, message in run_ranks(load_with_dtype, 2, tmp_path, file_format, value, dtype):
             assert weights == [ZEROS, [[0, 0], [0, 0]]]
             assert reason in message

@@ -75,7 +75,7 @@ def test_train_ends_with_the_table(tmp_path):
     first, second = runs.succeeded(runs.train_on_ranks(2, config))
     assert f"checkpoints of {tmp_path / 'run'}" in first.output.replace("\n", "")
     assert runs.BEST in first.output
-    assert second.output == ""
+    assert [line for line in second.output.splitlines() if not line.startswith("[Gloo]")] == []  # of torch 2.10
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, TrainerCallback
 
@@ -24,6 +25,12 @@ FACE = Transformers()
 
 class TestContract(TrainerContract):
     face = FACE
+
+    @pytest.fixture(autouse=True)
+    def skip_what_torch_cannot_resume(self, request):
+        resumed = getattr(request.node, "callspec", None) and request.node.callspec.params.get("interrupted")
+        if resumed and "strategy" not in resumed and torch.__version__ < "2.11":
+            pytest.skip("torch 2.10 loads nothing to cpu:0, where transformers wants the optimizer of each rank")
 
 
 def test_optimizer_and_scheduler_of_the_best_can_be_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Optional
@@ -34,6 +35,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _refuse_nan(seconds: float) -> float:
+    if math.isnan(seconds):  # which older versions of click take for a number between any two others
+        raise typer.BadParameter("nan is no number of seconds")
+    return seconds
+
+
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or the URL of its remote copy.")]
 LocalRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.")]
 Overrides = Annotated[
@@ -43,7 +51,10 @@ Overrides = Annotated[
 Timeout = Annotated[
     float,
     typer.Option(
-        min=1.0, max=LONGEST_TIMEOUT, help="Seconds that a rank waits for the others in a collective of torch's own."
+        min=1.0,
+        max=LONGEST_TIMEOUT,
+        callback=_refuse_nan,
+        help="Seconds that a rank waits for the others in a collective of torch's own.",
     ),
 ]
 Destination = Annotated[

@@ -55,7 +55,9 @@ def run_command(command: Callable[[], None], *, timeout: float | None = None, de
         # In training an OSError that is none of ours comes from the user's code, which its traceback shows.
         is_of_user = timeout is not None and isinstance(error, OSError) and not isinstance(error, KeepBestError)
         if is_of_user and isinstance(error, BrokenPipeError):
-            traceback.print_exc()  # typer takes it for the end of the output, and would say nothing
+            typer.echo(
+                traceback.format_exc(), err=True
+            )  # typer takes it for the end of the output, and would say nothing
         elif debug or is_of_user:
             raise
         elif process.rank == 0 or isinstance(error, _OWN_ERRORS):
