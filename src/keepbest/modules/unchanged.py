@@ -119,7 +119,8 @@ class _Tensors:
         self._values = values
         self._types = list(map(type, values))
         self._addresses = list(map(torch.Tensor.data_ptr, values))
-        self._kinds = list(map(_kind_of, values))
+        self._dtypes = list(map(_dtype, values))
+        self._shapes = list(map(_shape, values))
         self._are_contiguous = list(map(torch.Tensor.is_contiguous, values))
         self._grads = list(map(_requires_grad, values)) if with_grad else None
         # The shape of a contiguous tensor says where its elements lie. And one of several elements is no negation, that
@@ -136,9 +137,10 @@ class _Tensors:
         """Whether the same values would be read at the same places."""
         try:
             return (
-                _same(map(type, self._values), self._types)
+                list(map(type, self._values)) == self._types
                 and list(map(torch.Tensor.data_ptr, self._values)) == self._addresses
-                and list(map(_kind_of, self._values)) == self._kinds
+                and list(map(_dtype, self._values)) == self._dtypes
+                and list(map(_shape, self._values)) == self._shapes
                 and list(map(torch.Tensor.is_contiguous, self._values)) == self._are_contiguous
                 and (self._grads is None or list(map(_requires_grad, self._values)) == self._grads)
                 and list(map(torch.Tensor.stride, self._others)) == self._strides
@@ -185,7 +187,7 @@ def _members(tables: Iterable[dict[str, Any]]) -> Iterator[object]:
     return chain.from_iterable(map(dict.values, tables))
 
 
-_kind_of = operator.attrgetter("dtype", "shape")
+_dtype, _shape = operator.attrgetter("dtype"), operator.attrgetter("shape")
 _requires_grad = operator.attrgetter("requires_grad")
 
 

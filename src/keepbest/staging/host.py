@@ -43,10 +43,11 @@ class HostSlot:
         self._release.atexit = False
         self._copies = Copies(devices)
         self._needed: set[str] = set()
+        self._reserved: list[Mapping[str, Like]] = []
 
     def reserve(self, wanted: Mapping[str, Like]) -> None:
         self._copies.wait()  # those of a save that was given up, which may land after the next ones
-        self._needed.update(wanted)
+        self._reserved.append(wanted)  # to go through thousands takes time, which `release` has
         self._rooms.make(wanted)
 
     def room(self, key: str, like: Like) -> torch.Tensor:
@@ -82,7 +83,8 @@ class HostSlot:
     def release(self) -> None:
         if self._release.alive:
             self._copies.wait()
-            self._rooms.keep(self._needed)  # others are of weights that went, or lie among the ranks in another way now
+            # Others are of weights that went, or lie among the ranks in another way now.
+            self._rooms.keep(self._needed.union(*self._reserved))
         self._release()
 
 
