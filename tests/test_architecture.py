@@ -174,7 +174,7 @@ COLLECTIVES = {
     "recv_object_list", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
     "send_object_list", "split_group",
 }  # fmt: skip
-# Collectives as methods of tensors and of process groups, whatever the object is called.
+# Collectives as methods of tensors and of process groups, however the object is called.
 COLLECTIVE_METHODS = {"allgather", "allreduce", "full_tensor", "redistribute"}
 # Functions of torch.distributed.checkpoint that every rank calls.
 COLLECTIVE_CHECKPOINTS = {

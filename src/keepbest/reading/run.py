@@ -99,7 +99,7 @@ class Run:
         return self.refs[name]
 
     def history(self, keeper: str | None = None) -> list[HistoryRow]:
-        """Return all that happened in the run, in order: one row for each observation, restart and so on.
+        """Return all that happened in the run, in order: one row for each observation, restart or other event.
 
         Args:
             keeper: Name of the keeper whose rows are returned; `None` is everything.
