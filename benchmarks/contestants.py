@@ -13,8 +13,9 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ class Action:
 
     def end(self) -> None:
         """Nothing."""
+
+
+@contextmanager
+def ended(contestants: Mapping[str, Action]) -> Iterator[None]:
+    """End each contestant when the block is left."""
+    try:
+        yield
+    finally:
+        for contestant in contestants.values():
+            contestant.end()
 
 
 class Copy(Action):

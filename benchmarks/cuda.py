@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import measure
-from benchmarks.contestants import Action, Dcp, Keepbest, RawWrite, TorchSave
+from benchmarks.contestants import Action, Dcp, Keepbest, RawWrite, TorchSave, ended
 from benchmarks.cuda_contestants import (
     DEVICE,
     ON_CUDA,
@@ -109,12 +109,9 @@ def _ballast(leaves: int) -> Iterator[None]:
 
 def _rounds(training: Training, contestants: Mapping[str, Action], repetitions: int) -> Rounds:
     within = {name: Within(training, action) for name, action in {ALONE: Action(), **contestants}.items()}
-    try:
+    with ended(within):
         # Two rounds to warm up, since there are two staging buffers.
         whole = measure.alternate(within, repetitions, warm_up=2)
-    finally:
-        for action in within.values():
-            action.end()
     return Rounds({name: action.lost[-repetitions:] for name, action in within.items()}, whole)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.contestants import SYNC_PEERS, SYNCING, Action, Keepbest, RawWrite
+from benchmarks.contestants import SYNC_PEERS, SYNCING, Action, Keepbest, RawWrite, ended
 from benchmarks.measure import Line, Report, Samples, Size
 
 OURS, RAW = "keepbest", "raw write + fsync"
@@ -18,11 +18,8 @@ def measure_on_rank(folder: Path, size: Size) -> Samples:
         OURS: Keepbest(model, folder),
     }
     contestants |= {name: make(model, folder) for name, make in SYNC_PEERS.items()}
-    try:
+    with ended(contestants):
         return measure.alternate(contestants, size.repetitions)
-    finally:
-        for contestant in contestants.values():
-            contestant.end()
 
 
 def run(quick: bool) -> Report:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from benchmarks import measure
-from benchmarks.contestants import Action, Copy, Keepbest
+from benchmarks.contestants import Action, Copy, Keepbest, ended
 from benchmarks.measure import Line, Report, Samples
 
 OURS, COPY = "keepbest", "copy of each tensor"
@@ -17,10 +17,8 @@ _WIDTH = 64  # a weight has 16 KiB
 def measure_on_rank(folder: Path, count: int, repetitions: int) -> Samples:
     model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(count)))
     contestants: dict[str, Action] = {COPY: Copy(model), OURS: Keepbest(model, folder, async_save=True)}
-    try:
+    with ended(contestants):
         return measure.alternate(contestants, repetitions, warm_up=2)
-    finally:
-        contestants[OURS].end()
 
 
 def run(quick: bool) -> Report:

@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.contestants import Keepbest
+from benchmarks.contestants import Keepbest, ended
 from benchmarks.measure import Line, Report, Samples, Size, resident, shard
 
 SHARDED, GATHERED = "keepbest, format dcp", "keepbest, written by rank 0"
@@ -19,11 +19,8 @@ def measure_times(world_size: int, folder: Path, size: Size) -> Samples:
         SHARDED: Keepbest(model, folder / "dcp", format="dcp"),
         GATHERED: Keepbest(model, folder / "torch"),
     }
-    try:
+    with ended(contestants):
         return measure.alternate(contestants, size.repetitions)
-    finally:
-        for contestant in contestants.values():
-            contestant.end()
 
 
 def measure_memory(world_size: int, folder: Path, size: Size, async_save: bool) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from benchmarks import measure
-from benchmarks.contestants import Action, Keepbest, RawWrite, is_main
+from benchmarks.contestants import Action, Keepbest, RawWrite, ended, is_main
 from benchmarks.heartbeat import Written, longest_gap
 from benchmarks.measure import Line, Report, Samples, Size, shard
 from benchmarks.sharded import measure_memory
@@ -105,11 +105,8 @@ def measure_stalls(world_size: int, folder: Path, size: Size) -> Samples:
         DURABLE: Durable(model, folder / "durable", **settings),
         BUSY: Busy(model, folder / "busy", **settings),
     }
-    try:
+    with ended(contestants):
         return measure.alternate(contestants, size.repetitions, warm_up=2)
-    finally:
-        for contestant in contestants.values():
-            contestant.end()
 
 
 def run(quick: bool) -> Report:

@@ -8,7 +8,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import measure
-from benchmarks.contestants import ASYNC_PEERS, SYNC_PEERS, TUNED, TUNED_PEER, Action, ColdKeepbest, Copy, Keepbest
+from benchmarks.contestants import (
+    ASYNC_PEERS,
+    SYNC_PEERS,
+    TUNED,
+    TUNED_PEER,
+    Action,
+    ColdKeepbest,
+    Copy,
+    Keepbest,
+    ended,
+)
 from benchmarks.measure import Line, Report, Samples, Size
 
 OURS, FIRST, COPY = "keepbest", "keepbest, first best of a run", "copy into warm buffers"
@@ -25,12 +35,9 @@ def measure_on_rank(folder: Path, size: Size, is_ddp: bool) -> Samples:
         FIRST: ColdKeepbest(model, folder, async_save=True, seconds=size.megabytes / 200),  # 5 s for 1 GB
     }
     contestants |= {name: make(model, folder) for name, make in (AS_THEY_COME | TUNED_PEER).items()}
-    try:
+    with ended(contestants):
         # Two rounds to warm up, since there are two staging buffers.
         return measure.alternate(contestants, size.repetitions, warm_up=2)
-    finally:
-        for contestant in contestants.values():
-            contestant.end()
 
 
 def run(quick: bool) -> Report:

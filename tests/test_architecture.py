@@ -174,7 +174,7 @@ COLLECTIVES = {
     "recv_object_list", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
     "send_object_list", "split_group",
 }  # fmt: skip
-# Collectives as methods of tensors and of process groups, whatever the object is called.
+# Collectives as methods of tensors and of process groups, however the object is called.
 COLLECTIVE_METHODS = {"allgather", "allreduce", "full_tensor", "redistribute"}
 # Functions of torch.distributed.checkpoint that every rank calls.
 COLLECTIVE_CHECKPOINTS = {
@@ -286,11 +286,11 @@ def test_every_module_has_its_place():
     assert [name for name in SOURCES if name != "__init__.py" and not place_of(name)] == []
 
 
-@pytest.mark.parametrize("room", WALLS)
-def test_no_room_looks_over_its_wall(room: str):
-    names = [name for name in SOURCES if name.startswith(room)]
+@pytest.mark.parametrize("place", WALLS)
+def test_no_place_looks_over_its_wall(place: str):
+    names = [name for name in SOURCES if name.startswith(place)]
     assert names
-    over = [f"{name}: {path}" for name in names for path in imported(name) if path.partition("/")[0] in WALLS[room]]
+    over = [f"{name}: {path}" for name in names for path in imported(name) if path.partition("/")[0] in WALLS[place]]
     assert over == []
 
 
@@ -330,14 +330,14 @@ def test_no_barrier_anywhere():
     assert uses(is_barrier) == []
 
 
-@pytest.mark.parametrize("room", ["keeper.py", "bookkeeping.py", "capture/", "ranks/", "staging/", "modules/"])
-def test_room_opens_no_file(room: str):
+@pytest.mark.parametrize("place", ["keeper.py", "bookkeeping.py", "capture/", "ranks/", "staging/", "modules/"])
+def test_place_opens_no_file(place: str):
     def is_file_access(used: str) -> bool:
         # What capture/feed.py packs goes to memory: plain data on its way to other ranks.
-        is_torchs = used in {"torch.save", "torch.load"} and room != "capture/"
+        is_torchs = used in {"torch.save", "torch.load"} and place != "capture/"
         return is_torchs or used.rpartition(".")[2] in FILE_FUNCTIONS
 
-    assert uses(is_file_access, outside=tuple(name for name in SOURCES if not name.startswith(room))) == []
+    assert uses(is_file_access, outside=tuple(name for name in SOURCES if not name.startswith(place))) == []
 
 
 def test_no_assert_validates():

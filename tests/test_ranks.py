@@ -1,4 +1,4 @@
-"""The ranks agree, or every one of them that lives is told what went wrong."""
+"""The ranks agree, or every one of them that lives learns what went wrong."""
 
 from __future__ import annotations
 

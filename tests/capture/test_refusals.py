@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from keepbest import BestKeeper
 from keepbest.errors import ConfigError
+from tests.kit.models import WithState
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
 
@@ -29,18 +30,6 @@ class WithBuffer(nn.Linear):
     def __init__(self, buffer):
         super().__init__(2, 2)
         self.register_buffer("extra", buffer)
-
-
-class WithState(nn.Linear):
-    def __init__(self, state):
-        super().__init__(2, 2)
-        self.state = state
-
-    def get_extra_state(self):
-        return self.state
-
-    def set_extra_state(self, state):
-        self.state = state
 
 
 def scaled_parameter():

@@ -14,7 +14,7 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
 from tests.kit.capture import gather
-from tests.kit.models import Bare, Composite, Odd, filled, nested, odd, same, same_bits
+from tests.kit.models import Bare, Composite, Odd, WithState, filled, nested, odd, same, same_bits
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
 from tests.kit.strategies import FAMILIES, WRAPS, compiled, fits, whole_weights
@@ -161,18 +161,6 @@ def test_other_keys_than_the_frozen_ones_may_not_be_missing(tmp_path):
     bigger.extra = nn.Linear(1, 1)
     with pytest.raises(SnapshotError, match=r"the snapshot lacks extra.bias, extra.weight\. Nothing"):
         load(tmp_path, REF, bigger)
-
-
-class WithState(nn.Linear):
-    def __init__(self, state):
-        super().__init__(1, 1)
-        self.state = state
-
-    def get_extra_state(self):
-        return self.state
-
-    def set_extra_state(self, state):
-        self.state = state
 
 
 class Named(NamedTuple):

@@ -68,7 +68,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A run that was taken up again after its third value."""
+    """A run that was resumed after its third value."""
     directory = tmp_path_factory.mktemp("seen") / "<b>run"
     settings = {"metric_key": METRIC, "higher_is_better": False, "tolerances": [1, 7], "keep_top_k": 2}
     first = Run(directory, **settings)

@@ -1,4 +1,4 @@
-"""The map shows what is there: rooms, signatures, names, and what each call costs."""
+"""The map shows what is there: packages, signatures, names, and what each call costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = (ROOT / "docs" / "architecture.md").read_text()
 CODE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL))
 
 
-def test_page_names_every_room():
+def test_page_names_every_package():
     there = {path.name for path in PACKAGE.glob("*.py")}
     there |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     assert sorted(re.findall(r"^- `([\w./]+)`: ", TEXT, flags=re.MULTILINE)) == sorted(there)
@@ -31,11 +31,11 @@ def test_page_names_every_shell():
     assert re.findall(r"`(\w+)`", named) == SHELLS
 
 
-def test_page_names_every_module_of_the_large_rooms():
-    section = re.search(r"^## Inside the two large rooms$(.*?)^## ", TEXT, flags=re.MULTILINE | re.DOTALL)[1]
-    for room in ("capture", "run"):
-        there = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
-        [listed] = re.findall(rf"`{room}/`[^:]*:\n\n((?:[- ] .*\n)+)", section)
+def test_page_names_every_module_of_the_large_packages():
+    section = re.search(r"^## Inside the two large packages$(.*?)^## ", TEXT, flags=re.MULTILINE | re.DOTALL)[1]
+    for package in ("capture", "run"):
+        there = {path.stem for path in (PACKAGE / package).glob("*.py")} - {"__init__"}
+        [listed] = re.findall(rf"`{package}/`[^:]*:\n\n((?:[- ] .*\n)+)", section)
         assert set(re.findall(r"`(\w+)`", listed)) == there
 
 

@@ -19,6 +19,7 @@ from keepbest.run.folder import RunFolder
 from keepbest.run.verify import verify
 from keepbest.staging.host import HostSlot
 from tests.kit.files import Operation, SteppedFiles, before
+from tests.kit.models import WithState
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, ledger, refs, saved_at, set_weights, update
 from tests.kit.seams import use
@@ -175,20 +176,8 @@ def test_tolerance_that_a_lost_best_closes_keeps_the_one_before(tmp_path):
     assert verify(tmp_path) == []
 
 
-class WithState(nn.Linear):
-    def __init__(self):
-        super().__init__(1, 1)
-        self.state = {"scale": torch.ones(2), "steps": [1]}
-
-    def get_extra_state(self):
-        return self.state
-
-    def set_extra_state(self, state):
-        self.state = state
-
-
 def test_extra_state_is_written_as_it_was_at_the_best(tmp_path, disk):
-    run = Run(tmp_path, WithState(), async_save=True)
+    run = Run(tmp_path, WithState({"scale": torch.ones(2), "steps": [1]}), async_save=True)
     with run.keeper as keeper:
         run.observe(5.0)
         assert disk.has_begun.wait(30)

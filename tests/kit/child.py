@@ -24,7 +24,7 @@ _to_parent: list[Connection] = []
 
 
 def announce(text: str) -> None:
-    """Tells the test, which waits with `RankProcesses.wait_for(rank, text)`, how far this rank is."""
+    """Informs the test, which waits with `RankProcesses.wait_for(rank, text)`, how far this rank is."""
     _to_parent[0].send_bytes(pickle.dumps(("event", text)))
 
 
@@ -95,7 +95,7 @@ def _transportable(error: BaseException) -> BaseException | None:
     """The error itself where it survives pickling, otherwise None (its traceback is sent as text anyway)."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever an exception class raises, it cannot be sent
+    except Exception:  # noqa: BLE001 - an exception class may raise anything, and then it cannot be sent
         return None
     return error
 

@@ -58,6 +58,20 @@ class Composite(CompositeModel):
         raise NotImplementedError
 
 
+class WithState(nn.Linear):
+    """With an extra state of any kind."""
+
+    def __init__(self, state: Any, width: int = 1, **options: Any):
+        super().__init__(width, width, **options)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
 class Bare(Composite):
     """Without one."""
 

@@ -106,7 +106,7 @@ def run_ranks(
 
 
 def start_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, init: bool = True) -> RankProcesses:
-    """Starts the ranks and returns their handles, to be used in a `with` block; whatever still lives then is killed."""
+    """Starts the ranks and returns their handles, to be used in a `with` block; what still lives then is killed."""
     return RankProcesses(pickle.dumps((function, arguments)), world_size, init=init)
 
 
@@ -145,7 +145,7 @@ class RankProcesses:
         os.kill(self.processes[rank].pid, number)
 
     def resume(self, rank: int) -> None:
-        """Lets a rank go on that waits in `child.pause`."""
+        """Lets a rank continue that waits in `child.pause`."""
         self._connections[rank].send_bytes(b"")
 
     def wait_for(self, rank: int, text: str, timeout: float = 30.0) -> None:

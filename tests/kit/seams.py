@@ -19,7 +19,7 @@ def use(
     patience: float | None = None,
     lock_patience: float | None = None,
 ) -> Iterator[None]:
-    """While the block lasts, whatever this process opens of the run in `directory` goes by these.
+    """While the block lasts, what this process opens of the run in `directory` goes by these.
 
     Args:
         directory: Directory of the run.

@@ -31,7 +31,7 @@ from keepbest.staging.slot import Like
 from tests.capture.test_strategies import for_each_wrap, read_files
 from tests.kit.child import announce
 from tests.kit.files import Operation, SteppedFiles, before
-from tests.kit.models import expected_files, same
+from tests.kit.models import WithState, expected_files, same
 from tests.kit.pool import run_ranks, start_ranks
 from tests.kit.runs import Run, refs, set_weights, update
 from tests.kit.seams import use
@@ -204,12 +204,15 @@ def test_next_call_reports_a_share_that_failed(rank, call, tmp_path):
     assert verify(tmp_path) == []
 
 
+def linear(step):
+    return WithState([1], 4, bias=False) if step == "list" else nn.Linear(4, 4, bias=False)
+
+
 def fail_after_the_exchange(directory, rank, step):
     def out_of_memory(*_):
         raise MemoryError("no room")
 
-    model = WithState() if step == "list" else nn.Linear(4, 4, bias=False)
-    run = Run(directory, fully_shard(model, mesh=init_device_mesh("cpu", (2,))), **DCP)
+    run = Run(directory, fully_shard(linear(step), mesh=init_device_mesh("cpu", (2,))), **DCP)
     run.observe(5.0)
     run.keeper.flush()
     if Ranks.connect().rank == rank:
@@ -234,7 +237,7 @@ def test_rank_that_cannot_copy_its_share_costs_the_best(rank, step, tmp_path):
     began = time.monotonic()
     run_ranks(fail_after_the_exchange, 2, tmp_path, rank, step)
     assert time.monotonic() - began < 40  # the thread of the other rank does not wait for what never comes
-    load(tmp_path, REF, model := WithState() if step == "list" else nn.Linear(4, 4, bias=False))
+    load(tmp_path, REF, model := linear(step))
     assert model.weight.unique().tolist() == [1.0]
 
 
@@ -336,28 +339,14 @@ def test_rank_that_dies_while_it_writes_costs_its_best_alone(victim, wait, tmp_p
     assert verify(tmp_path) == []
 
 
-class WithState(nn.Linear):
-    def __init__(self):
-        super().__init__(4, 4, bias=False)
-        self.state = {"scale": torch.ones(2), "steps": [1]}
-
-    def get_extra_state(self):
-        return self.state
-
-    def set_extra_state(self, state):
-        self.state = state
-
-
 def test_extra_state_is_written_as_it_was_at_the_best(tmp_path):
     door = Door()
     with behind(tmp_path, door):
-        run = Run(tmp_path, WithState(), **DCP)
+        run = Run(tmp_path, WithState({"scale": torch.ones(2), "steps": [1]}), **DCP)
         with run.keeper:
             run.observe(5.0)
             run.model.state["scale"].fill_(7.0)
             run.model.state["steps"].append(2)
             door.is_open.set()
-    other = WithState()
-    other.state = None
-    load(tmp_path, REF, other)
+    load(tmp_path, REF, other := WithState(None))
     assert (other.state["scale"].tolist(), other.state["steps"]) == ([1.0, 1.0], [1])

@@ -29,7 +29,7 @@ class Pause(PeriodicCallback):
 
 
 class LateAutoEncoder(AutoEncoder):
-    """Tells by a file in `folder` that its rank has come here, and waits for the file `go` there."""
+    """Shows by a file in `folder` that its rank has come here, and waits for the file `go` there."""
 
     def __init__(self, folder: str, dropout: float) -> None:
         (Path(folder) / f"rank{os.environ['SLURM_PROCID']}").touch()

@@ -133,7 +133,7 @@ def test_job_that_is_sent_back_to_the_queue_goes_on(cluster, rounds, updates, wh
 
 def test_job_returns_when_one_of_its_nodes_goes_down(cluster, rounds, updates, whole, tmp_path):
     if rounds == 1:
-        pytest.skip("the same as above, but for what SLURM does; make soak has the time")
+        pytest.skip("the same as above, except for what SLURM does; make soak has the time")
     down = ("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
     job = submit(cluster, tmp_path, "run", updates)
     # The node is up again as soon as SLURM hears of it.

@@ -1,4 +1,4 @@
-"""Training that is asked to stop by a signal, and goes on later."""
+"""Training that is asked to stop by a signal, and continues later."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.kit.pool import run_ranks
 
 KEY = "loss/val"
 TOLERANCES = [0, 1, 2, 9]
-LEFT = [5.0, 3.0, 4.0, 6.0, 2.0, 1.0, 3.0]  # goes down where the other goes on
+LEFT = [5.0, 3.0, 4.0, 6.0, 2.0, 1.0, 3.0]  # falls below the other after the fourth
 TAKEN = [5.0, 3.0, 4.0, 6.0, 3.5, 3.25, 2.5, 7.0, math.nan, 2.0]
 CHECKPOINT = 4
 

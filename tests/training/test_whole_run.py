@@ -76,7 +76,7 @@ def test_stopped_and_resumed_run_keeps_the_best(strategy, world_size, other_stra
         for tolerance in (0, 2):
             if counter > tolerance:
                 at_exceeded.setdefault(tolerance, best)
-    assert 0 < losses.index(best) < UPDATES - 1, "the best must not be the first or the last for this to tell anything"
+    assert 0 < losses.index(best) < UPDATES - 1, "the best must not be the first or the last for this to show anything"
     for result in results:
         assert result["best"] == pytest.approx(best, rel=1e-9)
         assert result["counter"] == counter

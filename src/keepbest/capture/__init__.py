@@ -1,1 +1,1 @@
-"""From a model, however it is wrapped and sharded, to what each rank writes of it, and back. Collective."""
+"""From a model, however it is wrapped and sharded, to what each rank writes of it, and back. **Collective**."""

@@ -25,7 +25,7 @@ _DIGITS_SHOWN = 12
 
 
 def print_checkpoints(run: Path | str) -> None:
-    """Print what a run keeps, and what is going on in it, for people; of a folder of runs, which is best.
+    """Print what a run keeps, and what happens in it now, for people; of a folder of runs, which is best.
 
     Raises as `open_run`.
     """

@@ -1,8 +1,8 @@
 """Reads a pickle as plain records. Pure.
 
 Python's own unpicklers import and call what a pickle names. They also take memory for what it only announces, and a key
-that is nested deeply enough ends the process. Here a pickle is data: what it would make are records, and what could do
-harm is not known.
+that is nested deeply enough ends the process. Here a pickle is data. What it would make becomes records, and opcodes
+that an index does not need are refused.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Adapters for training frameworks. keepbest itself imports none of them; each needs the extra of its name."""
+"""Adapters for training frameworks, and hooks for loggers. keepbest itself imports none of these."""

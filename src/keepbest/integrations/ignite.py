@@ -163,7 +163,7 @@ class BestCheckpoint:
         self._loaded = dict(state_dict)
 
     def _start(self, trainer: Engine) -> None:
-        """Take up the run folder. **Collective**. Raises as `BestKeeper` and its `start`."""
+        """Start the keeper. **Collective**. Raises as `BestKeeper` and its `start`."""
         self._let_go()
         for event in (Events.ITERATION_STARTED, Events.COMPLETED):
             if trainer.has_event_handler(self._refuse_without_start, event):

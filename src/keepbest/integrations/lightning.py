@@ -75,7 +75,7 @@ class BestCheckpoint(Callback):
             observes validations, or epochs.
         metric_property_provider: As in `BestKeeper`.
         save_training_state: Whether optimizers and schedulers are kept with each best: as the training states
-            `optimizer` and `scheduler`, or `optimizer.0` and so on where there are several.
+            `optimizer` and `scheduler`, or `optimizer.0`, `optimizer.1` and up where there are several.
         on_new_best: As in `BestKeeper`.
         **settings: The settings of `KeeperSettings`. They are described once, in the table of docs/settings.md.
             `resume="ledger"` resumes a folder that holds a run even if Lightning has no checkpoint to resume from, or
@@ -184,7 +184,7 @@ class BestCheckpoint(Callback):
             Ranks.connect().agree("look for the metric in the sanity check", lambda: self._refuse_if_misspelt(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the run folder, unless this is a `fast_dev_run`. **Collective**.
+        """Start the keeper, unless this is a `fast_dev_run`. **Collective**.
 
         By now the strategy has wrapped the model and restored what is resumed from, and the sanity check is over.
 

@@ -105,7 +105,7 @@ class BestCheckpointCallback(PeriodicCallback):  # type: ignore[misc]  # it is n
         self._place = dict(state_dict["place"])
 
     def before_training(self, *, update_counter: UpdateCounter) -> None:
-        """Take up the run folder: by now noether has made the weights, or resumed them. **Collective**.
+        """Start the keeper: by now noether has made the weights, or resumed them. **Collective**.
 
         Raises:
             KeepBestError: On every rank, as `BestKeeper` and its `start`.

@@ -135,7 +135,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the run folder. **Collective**.
+        """Start the keeper. **Collective**.
 
         By now the Trainer has wrapped the model and restored what is resumed from.
 

@@ -1,4 +1,4 @@
-"""The model's own `state_dict` and `load_state_dict`, also those with the signatures of old. **Rank-local**.
+"""The model's own `state_dict` and `load_state_dict`, also overrides with older signatures. **Rank-local**.
 
 torch passes `destination`, `prefix` and `keep_vars` down to each child, and users pass `strict`. Overrides that were
 written before there were these arguments know nothing of them.

@@ -1,4 +1,4 @@
-"""Two ranks send to each other. Nobody passes anything on, and no pool of threads is asked."""
+"""Two ranks send to each other, without a third one in between and without a pool of threads."""
 
 from __future__ import annotations
 

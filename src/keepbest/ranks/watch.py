@@ -1,4 +1,4 @@
-"""Says for whom this rank waits, when that takes long. An exchange itself does nothing for it but an assignment.
+"""Says for whom this rank waits, when that takes long. It costs an exchange one assignment.
 
 A thread looks every few seconds, since an exchange between two ranks cannot be waited for in parts: gloo closes the
 connection when the time of a wait is up.

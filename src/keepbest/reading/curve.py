@@ -32,7 +32,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class KeptByTolerance:
     """What early stopping with some tolerance keeps.
 
     Attributes:
@@ -58,7 +58,7 @@ class Curve:
         points: Points of the present timeline.
         abandoned: Points of other timelines that the next timeline does not share.
         restarts: Last iterations before each restart in the present timeline.
-        patiences: Patiences of the keeper's own tolerances.
+        tolerances: What each tolerance of the keeper itself keeps.
         best: Best of the present timeline; `None` if there is none.
         top: Best values that are kept, the best first; empty if only the best is kept.
     """
@@ -70,7 +70,7 @@ class Curve:
     points: list[Point]
     abandoned: list[list[Point]]
     restarts: list[TrainingIteration]
-    patiences: list[Patience]
+    tolerances: list[KeptByTolerance]
     best: Best | None
     top: tuple[Best, ...]
 
@@ -102,7 +102,7 @@ def curve(name: str, keeper: KeeperHistory) -> Curve:
         points=_points(keeper, present),
         abandoned=abandoned,
         restarts=restarts,
-        patiences=patiences(keeper, keeper.policy.tolerances),
+        tolerances=kept_by_tolerances(keeper, keeper.policy.tolerances),
         best=state.best,
         top=state.top,
     )
@@ -127,16 +127,19 @@ def close_up(curve: Curve) -> tuple[float, float] | None:
     return found if 0 < found[1] - found[0] < _LARGEST_SHARE * (highest - lowest) else None
 
 
-def patiences(keeper: KeeperHistory, tolerances: Sequence[int]) -> list[Patience]:
+def kept_by_tolerances(keeper: KeeperHistory, tolerances: Sequence[int]) -> list[KeptByTolerance]:
     """Return what each of `tolerances` keeps in the present timeline, whether the run had it or not."""
     policy = replace(keeper.policy, tolerances=tuple(tolerances))
     present = keeper.present
     state: BestState = present.base
-    found: dict[int, Patience] = {}
+    found: dict[int, KeptByTolerance] = {}
     for entry, state, decision in present.walk(policy, until=present.last_iteration):
         for tolerance in decision.newly_exceeded:
-            found[tolerance] = Patience(tolerance, state.exceeded[tolerance], entry.observation.iteration)
-    return [found.get(each) or Patience(each, state.exceeded.get(each, state.best), None) for each in policy.tolerances]
+            found[tolerance] = KeptByTolerance(tolerance, state.exceeded[tolerance], entry.observation.iteration)
+    return [
+        found.get(each) or KeptByTolerance(each, state.exceeded.get(each, state.best), None)
+        for each in policy.tolerances
+    ]
 
 
 def _points(keeper: KeeperHistory, timeline: Timeline) -> list[Point]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keepbest.errors import ConfigError
-from keepbest.reading.curve import Curve, Patience, Point, close_up, has_height
+from keepbest.reading.curve import Curve, KeptByTolerance, Point, close_up, has_height
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,18 +134,18 @@ def _draw_marks(axes: Axes, curve: Curve) -> None:
         value = group[0].kept
         size = _SMALLEST + min(5.0, (_LARGEST - _SMALLEST) / kept[value]) * inside[value]
         inside[value] += 1
-        _draw_patiences(axes, curve, group, _TOLERANCES[number % len(_TOLERANCES)], size)
+        _draw_tolerances(axes, curve, group, _TOLERANCES[number % len(_TOLERANCES)], size)
 
 
-def _groups(curve: Curve) -> list[list[Patience]]:
+def _groups(curve: Curve) -> list[list[KeptByTolerance]]:
     """Tolerances that are drawn as one, ascending."""
-    if len(curve.patiences) <= _EACH:
-        return [[each] for each in curve.patiences]
-    alike = itertools.groupby(curve.patiences, lambda each: (each.kept, each.exceeded_at is None))
+    if len(curve.tolerances) <= _EACH:
+        return [[each] for each in curve.tolerances]
+    alike = itertools.groupby(curve.tolerances, lambda each: (each.kept, each.exceeded_at is None))
     return [list(group) for _, group in alike]
 
 
-def _draw_patiences(axes: Axes, curve: Curve, group: Sequence[Patience], color: str, size: float) -> None:
+def _draw_tolerances(axes: Axes, curve: Curve, group: Sequence[KeptByTolerance], color: str, size: float) -> None:
     """Draw what tolerances keep, and the wait for an improvement after it. The marks differ in shape and color.
 
     The wait is drawn along the edge of the square of `size`, on the side where no value is until the tolerance is
@@ -166,7 +166,7 @@ def _draw_patiences(axes: Axes, curve: Curve, group: Sequence[Patience], color: 
     axes.plot(ends[1:], [last.kept.value], end, color=color, ms=6, transform=edge)
 
 
-def _label(group: Sequence[Patience], value: float) -> str:
+def _label(group: Sequence[KeptByTolerance], value: float) -> str:
     first, last = group[0], group[-1]
     if first is last:
         state = f"closed at {last.exceeded_at}" if last.exceeded_at else "not exceeded"

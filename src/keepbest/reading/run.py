@@ -10,7 +10,7 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.printable import printable
 from keepbest.reading.activity import Activity, read_activity
 from keepbest.reading.checkpoint import Checkpoint, read_checkpoints
-from keepbest.reading.curve import Curve, Patience, curve, patiences
+from keepbest.reading.curve import Curve, KeptByTolerance, curve, kept_by_tolerances
 from keepbest.reading.keepers import KeeperSummary, keeper_summaries
 from keepbest.reading.rows import HistoryRow, history_rows
 from keepbest.remote.download import local_copy, no_file
@@ -99,7 +99,7 @@ class Run:
         return self.refs[name]
 
     def history(self, keeper: str | None = None) -> list[HistoryRow]:
-        """Return all that happened in the run, in order: one row for each observation, restart and so on.
+        """Return all that happened in the run, in order: one row for each observation, restart or other event.
 
         Args:
             keeper: Name of the keeper whose rows are returned; `None` is everything.
@@ -124,7 +124,7 @@ class Run:
         return [
             _answer(name, self._history.keepers[name], each, kept)
             for name in self._names(keeper)
-            for each in patiences(self._history.keepers[name], tolerances)
+            for each in kept_by_tolerances(self._history.keepers[name], tolerances)
         ]
 
     def verify(self) -> list[Fault]:
@@ -188,14 +188,14 @@ def open_run(run: str | Path) -> Run:
     return found
 
 
-def _answer(name: str, keeper: KeeperHistory, patience: Patience, kept: set[str]) -> ToleranceAnswer:
-    best = patience.kept
+def _answer(name: str, keeper: KeeperHistory, found: KeptByTolerance, kept: set[str]) -> ToleranceAnswer:
+    best = found.kept
     snapshot = None if best is None else keeper.present.saved.get(best.iteration)
     return ToleranceAnswer(
         keeper=name,
-        tolerance=patience.tolerance,
+        tolerance=found.tolerance,
         value=None if best is None else best.value,
         iteration=None if best is None else str(best.iteration),
-        exceeded_at=None if patience.exceeded_at is None else str(patience.exceeded_at),
+        exceeded_at=None if found.exceeded_at is None else str(found.exceeded_at),
         snapshot=snapshot if snapshot in kept else None,
     )

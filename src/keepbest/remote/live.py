@@ -1,4 +1,4 @@
-"""Reads of a run that may be in training, and removes what its ledger named a moment ago. **Rank-local**."""
+"""Reads a run that may be in training, which may remove at any moment what its ledger has named. **Rank-local**."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Mirror:
         with (self._folder / LEDGER).open("rb") as file:
             ledger = file.read(committed.ledger_bytes)
         found = self._remote.sizes()
-        # Whatever this run has put there is a beginning of what it has now.
+        # What this run has put there is a beginning of what it has now.
         if LEDGER in found:
             self._refuse_ledger_of_another(ledger)
         wanted = dict(self._files(committed, found))

@@ -1,7 +1,7 @@
 """Names that are safe to be files, made from names that may hold anything. Pure.
 
-Different names stay different, on file systems that fold case too as far as the names differ in more than case, and no
-name can climb out of its folder.
+Different names stay different, and no name can climb out of its folder. On a file system that folds case, names stay
+different if they differ in more than case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors that are copied at once, and what is found out about them once, however often they are copied."""
+"""Tensors that are copied together, and what is found out about them once for all copies."""
 
 from __future__ import annotations
 
