@@ -88,7 +88,7 @@ def export(
     files = partial(exported_files, part=part, selection=selection)
 
     def read(directory: Path, history: History) -> list[Path]:
-        found, path = find_ref(directory, history, ref), local_path(to)
+        found, path = find_ref(directory, history, ref), local_path(to, "to")
         check_target(path)
         return write_contents(path, verified_contents(found, part, selection), largest_file)
 

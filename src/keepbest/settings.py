@@ -296,7 +296,7 @@ def check_settings(
     check_format(given.format)
     return CheckedSettings(
         given=given,
-        directory=local_path(directory),
+        directory=local_path(directory, "directory"),
         name=best_ref(metric_key, given.id),
         policy=Policy(
             higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k, given.baseline

@@ -129,7 +129,7 @@ def eval_command(
     """
 
     def evaluate_run() -> None:
-        evaluate(local_path(run), ref, overrides or [], config=None if config is None else local_path(config))
+        evaluate(local_path(run, "run"), ref, overrides or [], config=None if config is None else local_path(config))
 
     _run(evaluate_run, timeout=timeout, debug=context.obj)
 
@@ -158,7 +158,7 @@ def plot_command(
     to: Annotated[str, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    _run(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
+    _run(lambda: _say_written([plot(run, local_path(to, "--output"))]), debug=context.obj)
 
 
 @app.command("report")
@@ -168,7 +168,7 @@ def report_command(
     to: Annotated[str, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    _run(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
+    _run(lambda: _say_written([report(run, local_path(to, "--output"))]), debug=context.obj)
 
 
 @app.command("tolerance")
@@ -239,7 +239,7 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
     """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
 
     def repair_and_report() -> None:
-        directory = local_path(run)
+        directory = local_path(run, "run")
         before = verify(directory)
         repair(directory)
         after = verify(directory)
@@ -262,7 +262,7 @@ def upload_command(
 
     def upload_run() -> None:
         try:
-            upload(local_path(run), to)
+            upload(local_path(run, "run"), to)
         except OSError as error:
             raise KeepBestError(str(error)) from error
         say(f"{to}: everything that {run} keeps is there")

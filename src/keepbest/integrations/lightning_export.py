@@ -53,7 +53,7 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
-    to = local_path(to)
+    to = local_path(to, "to")
     if to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     check_can_be_made(to.parent)

@@ -40,7 +40,7 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
         SnapshotError: If there is no such run or ref, a file is missing or damaged, or it has not the whole adapter.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
-    to = local_path(to)
+    to = local_path(to, "to")
     if to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     adapters = getattr(model, "peft_config", {})

@@ -97,7 +97,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self.keeper: BestKeeper | None = None
         self._metric_key = metric_key
         self._given = None if directory is None else str(directory)
-        self._directory = None if directory is None else local_path(directory)
+        self._directory = None if directory is None else local_path(directory, "directory")
         self._settings = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         if metric_key is not None:
             check_metric_key(metric_key)
@@ -159,7 +159,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         _refuse_if_never_evaluated(args, state)
         key = _reported_key(args, self._metric_key)
         settings = self._settings.keeper_arguments() | {"higher_is_better": self._direction(args, key)}
-        directory = self._directory or local_path(str(args.output_dir))
+        directory = self._directory or local_path(str(args.output_dir), "output_dir")
         if state.is_hyper_param_search:
             # The number that the Trainer has is not shown to callbacks.
             self._trials += not starts_over

@@ -293,6 +293,6 @@ def abandon(directory: str | Path) -> None:
     Raises:
         ConfigError: If `directory` is a URL.
     """
-    run = _open_runs.get(local_path(directory).resolve())
+    run = _open_runs.get(local_path(directory, "directory").resolve())
     for keeper in [] if run is None else run.keepers():
         keeper.abandon()
