@@ -117,7 +117,7 @@ def check_target(to: Path) -> None:
 def verified_contents(found: FoundSnapshot, part: str | None, selection: Selection) -> Contents:
     """What is exported of a snapshot, after its files were verified. Raises `ConfigError` and `SnapshotError`."""
     parts = _parts(found.manifest, part)
-    found.check_files(parts={each.name for each in chosen_parts(found.manifest, selection)} & parts.keys())
+    found.check_before_use(parts={each.name for each in chosen_parts(found.manifest, selection)} & parts.keys())
     return _contents(found, parts, selection)
 
 

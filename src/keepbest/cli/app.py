@@ -33,7 +33,7 @@ from keepbest.remote.storage import local_path
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
 from keepbest.run.maintenance import repair
-from keepbest.run.verify import verify
+from keepbest.run.verify import Fault, verify
 from keepbest.validation import describe
 
 # Errors that differ between ranks. All others are the same on every rank, and rank 0 reports them.
@@ -194,6 +194,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
         for fault in faults:
             say(f"{fault.kind}: {fault.message}")
         say(f"{run}: {len(faults)} faults" if faults else f"{run}: everything is as the ledger says")
+        _say_what_to_do(faults)
         if faults:
             raise typer.Exit(1)
 
@@ -246,6 +247,7 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
         for fault in before:
             say(f"{'left' if fault in after else 'repaired'}: {fault.message}")
         say(f"{run}: {len(before) - len(after)} repaired, {len(after)} left")
+        _say_what_to_do(after)
         if after:
             raise typer.Exit(1)
 
@@ -268,6 +270,14 @@ def upload_command(
         say(f"{to}: everything that {run} keeps is there")
 
     _run(upload_run, debug=context.obj)
+
+
+def _say_what_to_do(faults: Iterable[Fault]) -> None:
+    kinds = {fault.kind for fault in faults}
+    if "unfinished" in kinds:
+        say("What is unfinished is finished, or removed, by the next resume, and by: python -m keepbest repair")
+    if "damage" in kinds:
+        say("Damage stays. Load what is damaged from a copy of the run, such as its remote one, and all else from here")
 
 
 def _say_written(paths: Iterable[Path]) -> None:
