@@ -10,7 +10,9 @@ from functools import partial
 from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
+from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
+from keepbest.misspelling import nearest
 from keepbest.run.checkpoints import forget_gone
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
@@ -276,7 +278,19 @@ class KeeperRecord:
         self.folder.commit(Pinned(self.keeper, tag, tuple(sorted(held))))
 
     def unpin(self, tag: str) -> None:
-        """Release what `tag` pinned. Raises `OSError`."""
+        """Release what `tag` pinned. A run that was resumed before it was released may release it once more.
+
+        Raises:
+            ConfigError: If nothing was ever pinned under this tag.
+            OSError: Any refusal of the file system.
+        """
+        history = self.folder.history
+        if (self.keeper, tag) not in history.tags:
+            pinned = sorted(each for keeper, each in history.pins if keeper == self.keeper)
+            raise ConfigError(
+                f"expected a tag under which {self.keeper} has pinned something, got {tag!r}; pinned are: "
+                f"{', '.join(map(repr, pinned)) or 'none'}{nearest(tag, pinned)}"
+            )
         self.folder.commit(Unpinned(self.keeper, tag))
 
     def end(self, state: BestState) -> None:
