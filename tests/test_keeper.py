@@ -271,9 +271,12 @@ def test_pinned_snapshots_stay_until_pinned_anew_or_released(tmp_path):
         assert snapshots(tmp_path) == {"U2", "U5", "U6"}
         run.keeper.release("E1")
         assert snapshots(tmp_path) == {"U2", "U6"}
-        run.keeper.release("never pinned")
+        run.keeper.release("E1")  # as a loop does that was resumed from before the first time
+        with pytest.raises(ConfigError, match=r"got 'latst'; pinned are: 'latest'; did you mean 'latest'\?"):
+            run.keeper.release("latst")
     run = Run(tmp_path, tolerances=[0])
     run.keeper.start(at=update(6))
+    run.keeper.release("E1")
     run.observe(0.5, first=7)
     assert snapshots(tmp_path) == {"U2", "U6", "U7.r1"}
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import get_type_hints
 
@@ -165,11 +166,24 @@ def test_what_knows_no_direction_is_no_provider(provider, tmp_path):
         BestKeeper(nn.Linear(1, 1), directory=tmp_path, metric_key="loss", metric_property_provider=provider)
 
 
+@pytest.mark.parametrize(
+    ("face", "needed"),
+    [
+        (KeeperSettings, {}),
+        (BestCheckpointCallbackConfig, {"name": "BestCheckpointCallback", "metric_key": "loss", "every_n_epochs": 1}),
+    ],
+)
+@pytest.mark.parametrize("kind", [list, tuple, deque])
+def test_sequences_come_back_as_lists(kind, face, needed):
+    settings = face(tolerances=kind([2, 1]), model_names=kind(["b", "a"]), **needed)
+    assert (settings.tolerances, settings.model_names) == ([1, 2], ["b", "a"])
+
+
 def test_sequences_and_integers_are_taken_as_what_they_mean():
     settings = KeeperSettings.of(
         {"tolerances": range(3, 0, -1), "model_names": ["a"], "min_delta": 1, "rank_timeout": 5}
     )
-    assert (settings.tolerances, settings.model_names) == ((1, 2, 3), ("a",))
+    assert (settings.tolerances, settings.model_names) == ([1, 2, 3], ["a"])
     assert [type(value) for value in (settings.min_delta, settings.rank_timeout)] == [float, float]
 
 
@@ -190,8 +204,8 @@ def test_numbers_of_numpy_and_torch_are_taken_as_what_they_are():
         settings.higher_is_better,
         settings.rank_timeout,
     ]
-    assert repr(found) == "[(1, 3), 0.5, 2, True, 5.0]"
-    assert repr(KeeperSettings.of({"tolerances": [np.int32(1)]}).tolerances) == "(1,)"
+    assert repr(found) == "[[1, 3], 0.5, 2, True, 5.0]"
+    assert repr(KeeperSettings.of({"tolerances": [np.int32(1)]}).tolerances) == "[1]"
     for wrong in ({"keep_top_k": np.float64(2.0)}, {"tolerances": [np.float64(1.0)]}, {"min_delta": np.bool_(True)}):
         with pytest.raises(ConfigError, match="must be a valid"):
             KeeperSettings.of(wrong)

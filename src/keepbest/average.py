@@ -55,7 +55,7 @@ def average(
             shapes and kinds of numbers.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
-    selection, path = Selection.of(only), local_path(to)
+    selection, path = Selection.of(only), local_path(to, "to")
     places = _places(top)
 
     def snapshots(history: History) -> set[str]:

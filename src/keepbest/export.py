@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +19,9 @@ from keepbest.modules.state_dicts import Version, with_versions
 from keepbest.remote.download import snapshot_of
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
+from keepbest.run.appearing import appearing, made_for, name_all, space_beside
 from keepbest.run.files import Files
 from keepbest.run.history import History
-from keepbest.run.layout import TEMPORARY
 from keepbest.run.manifest import Manifest
 from keepbest.run.place import check_can_be_made, check_is_outside
 from keepbest.run.reader import FoundSnapshot, find_ref
@@ -88,7 +85,7 @@ def export(
     files = partial(exported_files, part=part, selection=selection)
 
     def read(directory: Path, history: History) -> list[Path]:
-        found, path = find_ref(directory, history, ref), local_path(to)
+        found, path = find_ref(directory, history, ref), local_path(to, "to")
         check_target(path)
         return write_contents(path, verified_contents(found, part, selection), largest_file)
 
@@ -117,7 +114,7 @@ def check_target(to: Path) -> None:
 def verified_contents(found: FoundSnapshot, part: str | None, selection: Selection) -> Contents:
     """What is exported of a snapshot, after its files were verified. Raises `ConfigError` and `SnapshotError`."""
     parts = _parts(found.manifest, part)
-    found.check_files(parts={each.name for each in chosen_parts(found.manifest, selection)} & parts.keys())
+    found.check_before_use(parts={each.name for each in chosen_parts(found.manifest, selection)} & parts.keys())
     return _contents(found, parts, selection)
 
 
@@ -129,38 +126,10 @@ def write_contents(to: Path, contents: Contents, largest_file: int = _LARGEST_FI
         names = ", ".join(sorted(contents.others))
         raise SnapshotError(f"safetensors files hold tensors only, but the snapshot has {names}; export to a .pt file")
     if _ending(to) == safetensors_file.FORMAT.ending:
-        with appearing(to) as path:
+        with appearing(to, _files) as path:
             write_entries(_files, path, contents.entries, contents.tied, is_waited_for=True)
         return [to]
     return _write_folder(to, contents, largest_file)
-
-
-def temporary_beside(path: Path) -> Path:
-    """A free name beside `path`, to which another process, such as each rank of a training, may write now."""
-    return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
-
-
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Another path to write to; what was written there has the name `path` when the block has ended, and only then.
-
-    Raises:
-        ConfigError: If something has the name by then.
-        OSError: Any refusal of the file system.
-    """
-    temporary = temporary_beside(path)
-    made = [temporary]
-    with _folder(path.parent):
-        try:
-            yield temporary
-            _name(temporary, path)
-            made.append(path)
-            _files.remove(temporary)
-            _files.sync_folder(path.parent)
-        except BaseException:
-            for each in made:
-                _files.remove(each)
-            raise
 
 
 def _ending(to: Path) -> str:
@@ -212,19 +181,18 @@ def _versions(manifest: Manifest, parts: Mapping[str, str]) -> dict[str, Version
 
 
 def _write_torch(to: Path, contents: Contents) -> Path:
-    with appearing(to) as path:
-        # torch.save wants all tensors at once: they lie in one mapped file, so that the memory is that of the disk.
-        space = path.with_name(f"{path.name}.space")
-        _files.remove(space)
-        try:
-            state = fetched(contents.entries, space)
-            state |= {key: state[first] for key, first in contents.tied.items()}
-            state |= contents.others
-            versioned = state if contents.versions is None else with_versions(state, contents.versions)
-            torch_file.FORMAT.write_file(_files, path, versioned, is_waited_for=True)
-        finally:
-            _files.remove(space)
+    with appearing(to, _files) as path:
+        _save(path, contents)
     return to
+
+
+def _save(path: Path, contents: Contents) -> None:
+    # torch.save wants all tensors at once: they lie in one mapped file, so that the memory is that of the disk.
+    state = fetched(contents.entries, path.with_name("tensors"))
+    state |= {key: state[first] for key, first in contents.tied.items()}
+    state |= contents.others
+    versioned = state if contents.versions is None else with_versions(state, contents.versions)
+    torch_file.FORMAT.write_file(_files, path, versioned, is_waited_for=True)
 
 
 def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]:
@@ -235,34 +203,27 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
     names = [f"{_FOLDER_FILE}-{number:05}-of-{len(groups):05}{ending}" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
         names = [f"{_FOLDER_FILE}{ending}"]
-    written: list[Path] = []
-    with _folder(to):
-        try:
-            for name, group in zip(names, groups, strict=True):
-                keys = {entry.key for entry in group}
-                tied = {key: first for key, first in contents.tied.items() if first in keys}
-                with appearing(to / name) as path:
-                    write_entries(_files, path, group, tied, is_waited_for=True)
-                written.append(to / name)
-            if len(groups) > 1:
-                written.append(_write_index(to, contents, names, groups))
-        except BaseException:
-            for path in written:
-                _files.remove(path)
-            raise
-    return written
+    with made_for(to), space_beside(to / _FOLDER_FILE, _files) as space:
+        written = [space / name for name in names]
+        for path, group in zip(written, groups, strict=True):
+            keys = {entry.key for entry in group}
+            tied = {key: first for key, first in contents.tied.items() if first in keys}
+            write_entries(_files, path, group, tied, is_waited_for=True)
+        if len(groups) > 1:
+            written.append(_write_index(space, contents, names, groups))  # last, since it says that all is there
+        return name_all(written, to, _files)
 
 
-def _write_index(to: Path, contents: Contents, names: Sequence[str], groups: Sequence[Sequence[FileEntry]]) -> Path:
+def _write_index(folder: Path, contents: Contents, names: Sequence[str], groups: Sequence[Sequence[FileEntry]]) -> Path:
     index = {
         "metadata": {"total_size": sum(entry.bytes for entry in contents.entries)},
         "weight_map": {entry.key: name for name, group in zip(names, groups, strict=True) for entry in group},
     }
-    found = to / f"{_FOLDER_FILE}{safetensors_file.FORMAT.ending}.index.json"
-    with appearing(found) as path, _files.create(path) as file:
+    path = folder / f"{_FOLDER_FILE}{safetensors_file.FORMAT.ending}.index.json"
+    with _files.create(path) as file:
         file.write(json.dumps(index, indent=2, sort_keys=True).encode())
         file.sync()
-    return found
+    return path
 
 
 def _grouped(entries: Sequence[FileEntry], largest: int) -> list[list[FileEntry]]:
@@ -275,27 +236,3 @@ def _grouped(entries: Sequence[FileEntry], largest: int) -> list[list[FileEntry]
         groups[-1].append(entry)
         size += entry.bytes
     return groups
-
-
-def _name(temporary: Path, path: Path) -> None:
-    """Give a file the name `path`, in one step, if nothing has it. Raises `ConfigError` if something has."""
-    try:
-        path.hardlink_to(temporary)
-    except OSError as error:
-        if os.path.lexists(path):
-            raise ConfigError(f"{path} exists; nothing is overwritten") from error
-        _files.rename(temporary, path)  # a file system may know no second names
-
-
-@contextlib.contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """Make a folder, and those above it, which are gone again if the block fails."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # something else is in it by now
-                folder.rmdir()
-        raise

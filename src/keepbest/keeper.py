@@ -230,7 +230,12 @@ class BestKeeper(WorksInRun):
         self._new_bests.call_hooks()
 
     def release(self, pin: str) -> None:
-        """Release what `flush(pin=...)` pinned under this tag. **Collective**. Raises as `flush`."""
+        """Release what `flush(pin=...)` pinned under this tag, in this run or before a resume. **Collective**.
+
+        Raises:
+            ConfigError: On every rank, if nothing was ever pinned under this tag.
+            StorageError: As `flush`.
+        """
         self._refuse_if_closed()
         self._bookkeeping.settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))
 

@@ -60,10 +60,10 @@ def _as_python(value: object) -> object:
         return value
 
 
-def _sorted_if_unique(values: Sequence[int]) -> Sequence[int]:
+def _sorted_if_unique(values: Sequence[int]) -> list[int]:
     if len(set(values)) != len(values):
         raise PydanticCustomError("unique", "Input should be integers that differ from each other")
-    return tuple(sorted(values))
+    return sorted(values)
 
 
 def _check_name(value: str) -> str:
@@ -80,7 +80,7 @@ _Tolerances = Annotated[
     AfterValidator(_sorted_if_unique),
 ]
 Direction = Annotated[bool | None, BeforeValidator(_check_direction)]
-_Names = Annotated[Sequence[str], BeforeValidator(partial(_as_list, example=["encoder"])), AfterValidator(tuple)]
+_Names = Annotated[Sequence[str], BeforeValidator(partial(_as_list, example=["encoder"])), AfterValidator(list)]
 _TIMEOUTS = ("rank_timeout", "save_timeout")
 
 
@@ -296,7 +296,7 @@ def check_settings(
     check_format(given.format)
     return CheckedSettings(
         given=given,
-        directory=local_path(directory),
+        directory=local_path(directory, "directory"),
         name=best_ref(metric_key, given.id),
         policy=Policy(
             higher_is_better, given.min_delta, tuple(given.tolerances or ()), given.keep_top_k, given.baseline

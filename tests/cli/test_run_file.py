@@ -36,7 +36,7 @@ def test_settings_replace_those_of_the_file_at_any_depth(tmp_path):
     )
     assert run.config.trainer.epochs == 3
     assert run.config.seed == 5
-    assert run.config.trainer.callbacks[1].tolerances == (7,)
+    assert run.config.trainer.callbacks[1].tolerances == [7]
     assert run.config.build_model().encoder[2].p == 0.5
 
 
@@ -247,3 +247,9 @@ def test_config_is_utf_8_for_a_process_of_any_locale(tmp_path):
     command = [sys.executable, "-c", code, str(path)]
     ended = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert ended.stdout == "'gr\\xf6\\xdfe'\n", ended.stderr
+
+
+@pytest.mark.parametrize("second", ["trainer.epochs=4", "trainer.epochs=3"])
+def test_setting_that_is_given_twice_is_refused(second):
+    with pytest.raises(ConfigError, match=f"trainer.epochs is given twice, as 'trainer.epochs=3' and as '{second}'"):
+        parse_settings(["trainer.epochs=3", "seed=1", second])

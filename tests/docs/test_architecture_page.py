@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def count_collectives(folder: Path) -> dict[str, int]:
             "best": lambda keeper=keeper: keeper.observe(3.0, TrainingIteration(update=1)),
             "next best": lambda keeper=keeper: keeper.observe(2.0, TrainingIteration(update=2)),
             "quiet": lambda keeper=keeper: keeper.observe(4.0, TrainingIteration(update=3)),
-            "flush": keeper.flush,
+            "flush": partial(keeper.flush, pin="a tag"),
             "release": lambda keeper=keeper: keeper.release("a tag"),
             "load": lambda name=name, model=model: load(folder / name, "best_model.loss", model),
             "close": keeper.close,

@@ -154,7 +154,7 @@ def test_noether(block):
     others = {"kind": "any", "max_epochs": 1, "effective_batch_size": 1, "add_default_callbacks": False}
     read = schemas.BaseTrainerConfig(callbacks=shown, **others).callbacks
     assert [each.kind for each in read] == [each["kind"] for each in shown]
-    assert (read[1].metric_key, read[1].tolerances, read[1].async_save) == ("loss/val/total", (2, 5), True)
+    assert (read[1].metric_key, read[1].tolerances, read[1].async_save) == ("loss/val/total", [2, 5], True)
 
 
 @blocks_of("requeue")

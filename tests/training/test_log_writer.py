@@ -68,13 +68,49 @@ def test_what_the_disk_refuses_is_written_once_it_can_be(tmp_path, caplog):
     assert [(record["update"], record["loss"]) for record in records(log)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+MANY = 12_000
+
+
+def refuse_many(folder, caplog):
+    """A writer of 12,000 records that cannot be written, and where they belong."""
+    (log := folder / "log").mkdir()
+    writer, counter = make_writer(log)
+    for number in range(1, MANY + 1):
+        counter.next_update()
+        writer.add_scalar("loss", float(number))
+        writer.flush()
+    [warning] = caplog.records
+    assert "the newest 10000 records are kept" in warning.getMessage()
+    caplog.clear()
+    return log, writer
+
+
+def test_of_many_records_the_newest_are_kept(tmp_path, caplog):
+    log, writer = refuse_many(tmp_path, caplog)
+    log.rmdir()
+    writer.flush()
+    assert [record["loss"] for record in records(log)] == [float(number) for number in range(MANY - 9999, MANY + 1)]
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "It lacks 2000 records, those of E0_U1_S8 to E1000_U2000_S16000" in warning
+    writer.flush()
+    writer.close()
+    assert len(caplog.records) == 1
+
+
+def test_all_records_that_are_lost_are_counted(tmp_path, caplog):
+    _, writer = refuse_many(tmp_path, caplog)
+    writer.close()
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "12000 records could not be written, and are lost" in warning
+
+
 def test_what_is_lost_at_the_end_is_a_warning(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     trainer = toys.make_trainer(tmp_path, epochs=2, tracker="jsonl")
     trainer.train()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text.partition(":")[0] for text in warnings] == [
-        "what is logged cannot be written, and is kept until it can be",
+        "what is logged cannot be written, and the newest 10000 records are kept until it can be",
         "of what was logged 2 records could not be written, and are lost",
     ]
 

@@ -136,7 +136,7 @@ class Feed(ABC):
         found = self.stored.found
         if found is None:
             raise RuntimeError(f"rank {self.ranks.rank} was not given the folder of the snapshot")
-        found.check_files(*share, parts={part.name for part in self.stored.parts})
+        found.check_before_use(*share, parts={part.name for part in self.stored.parts})
         self._readers = self.stored.readers(found)
         return [PartContents.of(part, self._readers[part.name]) for part in self.stored.parts]
 

@@ -26,7 +26,7 @@ from keepbest.remote.storage import local_path
 from keepbest.remote.upload import upload
 from keepbest.remote.verify import verify_run
 from keepbest.run.maintenance import repair
-from keepbest.run.verify import verify
+from keepbest.run.verify import Fault, verify
 
 app = typer.Typer(
     help="Train, and keep the best checkpoints. Start train and eval with torchrun or srun to use several processes.",
@@ -124,7 +124,7 @@ def eval_command(
     """
 
     def evaluate_run() -> None:
-        evaluate(local_path(run), ref, overrides or [], config=None if config is None else local_path(config))
+        evaluate(local_path(run, "run"), ref, overrides or [], config=None if config is None else local_path(config))
 
     run_command(evaluate_run, timeout=timeout, debug=context.obj)
 
@@ -153,7 +153,7 @@ def plot_command(
     to: Annotated[str, typer.Option("--output", "-o", help="The picture, .png or .svg.")],
 ) -> None:
     """Draw each metric of RUN over its iterations: every new best, what each tolerance kept, and restarts."""
-    run_command(lambda: _say_written([plot(run, local_path(to))]), debug=context.obj)
+    run_command(lambda: _say_written([plot(run, local_path(to, "--output"))]), debug=context.obj)
 
 
 @app.command("report")
@@ -163,7 +163,7 @@ def report_command(
     to: Annotated[str, typer.Option("--output", "-o", help="The report, an HTML file.")],
 ) -> None:
     """Write a report on RUN for the browser: the picture of plot, and the table of show, in one file."""
-    run_command(lambda: _say_written([report(run, local_path(to))]), debug=context.obj)
+    run_command(lambda: _say_written([report(run, local_path(to, "--output"))]), debug=context.obj)
 
 
 @app.command("tolerance")
@@ -189,6 +189,7 @@ def verify_command(context: typer.Context, run: Run) -> None:
         for fault in faults:
             say(f"{fault.kind}: {fault.message}")
         say(f"{run}: {len(faults)} faults" if faults else f"{run}: everything is as the ledger says")
+        _say_what_to_do(faults)
         if faults:
             raise typer.Exit(1)
 
@@ -234,13 +235,14 @@ def repair_command(context: typer.Context, run: LocalRun) -> None:
     """Finish or undo what a crash left in RUN. Weights that a ref needs are never removed."""
 
     def repair_and_report() -> None:
-        directory = local_path(run)
+        directory = local_path(run, "run")
         before = verify(directory)
         repair(directory)
         after = verify(directory)
         for fault in before:
             say(f"{'left' if fault in after else 'repaired'}: {fault.message}")
         say(f"{run}: {len(before) - len(after)} repaired, {len(after)} left")
+        _say_what_to_do(after)
         if after:
             raise typer.Exit(1)
 
@@ -257,12 +259,20 @@ def upload_command(
 
     def upload_run() -> None:
         try:
-            upload(local_path(run), to)
+            upload(local_path(run, "run"), to)
         except OSError as error:
             raise KeepBestError(str(error)) from error
         say(f"{to}: everything that {run} keeps is there")
 
     run_command(upload_run, debug=context.obj)
+
+
+def _say_what_to_do(faults: Iterable[Fault]) -> None:
+    kinds = {fault.kind for fault in faults}
+    if "unfinished" in kinds:
+        say("What is unfinished is finished, or removed, by the next resume, and by: python -m keepbest repair")
+    if "damage" in kinds:
+        say("Damage stays. Load what is damaged from a copy of the run, such as its remote one, and all else from here")
 
 
 def _say_written(paths: Iterable[Path]) -> None:

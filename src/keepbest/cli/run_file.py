@@ -85,13 +85,16 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the values by dotted key of arguments like `trainer.epochs=3`. Values are YAML.
 
     Raises:
-        ConfigError: If an argument has another form.
+        ConfigError: If an argument has another form, or a key is there twice.
     """
     settings: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"expected a setting like trainer.epochs=3, found {argument!r}")
+        if key in settings:
+            first = next(each for each in arguments if each.partition("=")[0] == key)
+            raise ConfigError(f"{key} is given twice, as {first!r} and as {argument!r}: remove one of them")
         try:
             settings[key] = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
         except yaml.YAMLError as error:

@@ -30,7 +30,7 @@ def print_checkpoints(run: Path | str) -> None:
     Raises as `open_run`.
     """
     if is_folder_of_runs(run):
-        _print_runs(local_path(run))
+        _print_runs(local_path(run, "run"))
         return
     found = open_run(run)
     headings = ("ref", "value", "better", "iteration", "tolerance", "files", "bytes", "digest")
@@ -51,7 +51,7 @@ def print_json(run: Path | str) -> None:
 
     Raises as `open_run`.
     """
-    _print_objects(rank_runs(local_path(run)) if is_folder_of_runs(run) else open_run(run).refs.values())
+    _print_objects(rank_runs(local_path(run, "run")) if is_folder_of_runs(run) else open_run(run).refs.values())
 
 
 def print_history(run: Path | str) -> None:
@@ -68,7 +68,7 @@ def print_history_json(run: Path | str) -> None:
 
 def is_folder_of_runs(run: Path | str) -> bool:
     """Whether `run` is a folder that is no run itself, with runs below it."""
-    if is_remote(run) or ledger_exists(directory := local_path(run)):
+    if is_remote(run) or ledger_exists(directory := local_path(run, "run")):
         return False
     return directory.is_dir() and find_runs(directory) != []
 

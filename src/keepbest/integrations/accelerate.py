@@ -82,7 +82,7 @@ class AcceleratedKeeper(BestKeeper):
                 "expected a model on one device, or one of DDP, FSDP or DeepSpeed, but the accelerator has one of "
                 "Megatron-LM, whose weights keepbest cannot gather: save it by its own means"
             )
-        project, place = accelerator.project_configuration, local_path(directory)
+        project, place = accelerator.project_configuration, local_path(directory, "directory")
         if project.automatic_checkpoint_naming and Path(project.project_dir).resolve() == place.resolve():
             raise ConfigError(
                 f"{directory} is the project_dir of an accelerator with automatic_checkpoint_naming, which counts and "

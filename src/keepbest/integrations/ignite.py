@@ -98,7 +98,7 @@ class BestCheckpoint:
         self._make_keeper = partial(
             _Keeper,
             model,
-            directory=local_path(directory),
+            directory=local_path(directory, "directory"),
             metric_key=metric_key,
             metric_property_provider=metric_property_provider,
             training_state=training_state,

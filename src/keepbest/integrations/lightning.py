@@ -107,7 +107,7 @@ class BestCheckpoint(Callback):
         self.metric_key = metric_key
         self._every = every_n_train_steps
         self.keeper: BestKeeper | None = None
-        self._directory = None if directory is None else local_path(directory)
+        self._directory = None if directory is None else local_path(directory, "directory")
         self._id = checked.id
         self._resume, self._reduction = checked.resume, checked.metric_reduction
         self._saves_training_state = save_training_state

@@ -10,7 +10,7 @@ import torch
 
 from keepbest.capture.selection import Selection
 from keepbest.errors import ConfigError
-from keepbest.export import appearing, verified_contents, write_contents
+from keepbest.export import verified_contents, write_contents
 from keepbest.formats import torch_file
 from keepbest.integrations.lightning_packages import VERSION
 from keepbest.modules.kinds import is_dtensor
@@ -19,6 +19,7 @@ from keepbest.modules.wrappers import PlainNames
 from keepbest.remote.download import every_file, snapshot_of
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
+from keepbest.run.appearing import appearing
 from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.manifest import Manifest
@@ -53,21 +54,22 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
-    to = local_path(to)
+    to = local_path(to, "to")
     if to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     check_can_be_made(to.parent)
-    with appearing(to) as written:
-        weights = written.with_name(f"{written.name}.pt")
-        try:
-            manifest = _export_whole(run, ref, weights)
-            # Mapped from the file, so that they take no memory.
-            state = torch.load(weights, mmap=True, weights_only=True)
-            content = {"state_dict": _as_in(module, state, manifest), **_around(manifest, module)}
-            torch_file.FORMAT.write_file(_files, written, content, is_waited_for=True)
-        finally:
-            _files.remove(weights)
+    with appearing(to, _files) as written:
+        _write(written, run, ref, module)
     return to
+
+
+def _write(to: Path, run: Path | str, ref: str, module: LightningModule) -> None:
+    weights = to.with_name(f"{to.name}.pt")
+    manifest = _export_whole(run, ref, weights)
+    # Mapped from the file, so that they take no memory.
+    state = torch.load(weights, mmap=True, weights_only=True)
+    content = {"state_dict": _as_in(module, state, manifest), **_around(manifest, module)}
+    torch_file.FORMAT.write_file(_files, to, content, is_waited_for=True)
 
 
 def _export_whole(run: Path | str, ref: str, to: Path) -> Manifest:

@@ -11,9 +11,10 @@ import torch
 from peft import AdaLoraConfig, get_peft_model_state_dict
 
 from keepbest.errors import ConfigError, SnapshotError
-from keepbest.export import export, temporary_beside
+from keepbest.export import export
 from keepbest.modules.kinds import has_shards
 from keepbest.remote.storage import local_path
+from keepbest.run.appearing import made_for, space_beside
 from keepbest.run.files import Files
 
 _files = Files()
@@ -40,7 +41,7 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
         SnapshotError: If there is no such run or ref, a file is missing or damaged, or it has not the whole adapter.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
-    to = local_path(to)
+    to = local_path(to, "to")
     if to.exists():
         raise ConfigError(f"{to} exists; nothing is overwritten")
     adapters = getattr(model, "peft_config", {})
@@ -52,23 +53,24 @@ def export_adapter(run: Path | str, ref: str, to: Path | str, model: Any, *, ada
             f"PEFT writes the adapter {adapter_name!r}, which learns a prompt, from the model alone: load the best "
             "into the model with keepbest.load, and call its save_pretrained"
         )
-    folder = temporary_beside(to)
-    weights = folder / "weights.pt"
-    try:
-        export(run, ref, weights)
-        state = torch.load(weights, mmap=True, weights_only=True)
-        with _all_ranks(adapters[adapter_name], state, adapter_name):
-            state = _whole(state, model, adapter_name, ref)
-            model.save_pretrained(str(folder), selected_adapters=[adapter_name], state_dict=state)
-        _files.remove(weights)
+    with made_for(to.parent), space_beside(to, _files) as space:
+        folder = space / to.name
+        _write(folder, run, ref, model, adapter_name)
         for path in folder.rglob("*"):
             (_files.sync_folder if path.is_dir() else _files.sync_file)(path)
         _files.sync_folder(folder)
         _files.rename(folder, to)
         _files.sync_folder(to.parent)
-    finally:
-        _files.remove(folder)
     return to if adapter_name == "default" else to / adapter_name
+
+
+def _write(folder: Path, run: Path | str, ref: str, model: Any, adapter_name: str) -> None:
+    weights = folder.with_name("weights.pt")
+    export(run, ref, weights)
+    state = torch.load(weights, mmap=True, weights_only=True)
+    with _all_ranks(model.peft_config[adapter_name], state, adapter_name):
+        state = _whole(state, model, adapter_name, ref)
+        model.save_pretrained(str(folder), selected_adapters=[adapter_name], state_dict=state)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         self.keeper: BestKeeper | None = None
         self._metric_key = metric_key
         self._given = None if directory is None else str(directory)
-        self._directory = None if directory is None else local_path(directory)
+        self._directory = None if directory is None else local_path(directory, "directory")
         self._settings = KeeperSettings.of(settings, taken_by=BestCheckpoint)
         if metric_key is not None:
             check_metric_key(metric_key)
@@ -156,7 +156,7 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         settings = self._settings.keeper_arguments()
         if settings["higher_is_better"] is None:
             settings["higher_is_better"] = direction(args, key)
-        directory = self._directory or local_path(str(args.output_dir))
+        directory = self._directory or local_path(str(args.output_dir), "output_dir")
         if state.is_hyper_param_search:
             # The number that the Trainer has is not shown to callbacks.
             self._trials += not starts_over

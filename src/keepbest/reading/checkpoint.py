@@ -10,7 +10,7 @@ from typing import Any
 from keepbest.errors import SnapshotError
 from keepbest.run.history import History, KeeperHistory
 from keepbest.run.names import tolerance_ref, top_ref
-from keepbest.run.reader import find_ref
+from keepbest.run.reader import find_snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def _read_checkpoint(
     snapshot = history.refs[ref]
     damage, manifest = None, None
     try:
-        manifest = find_ref(directory, history, ref).manifest
+        manifest = find_snapshot(directory, history, history.refs[ref]).manifest
     except SnapshotError as error:
         damage = str(error)
     return Checkpoint(

@@ -71,7 +71,7 @@ def local_copy(
         OSError: If there is no room for the copy.
     """
     if not is_remote(run):
-        yield local_path(run)
+        yield local_path(run, "run")
         return
     remote = Remote(str(run))
     with tempfile.TemporaryDirectory(prefix="keepbest-") as space:

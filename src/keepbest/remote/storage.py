@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from keepbest.errors import ConfigError
 from keepbest.printable import without_passwords
@@ -31,6 +31,7 @@ _NO_CONDITIONS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, err
 # own parts have 50 MiB: training stands still for tens of milliseconds, and the process grows by 1 GB.
 _PART_BYTES = 8 << 20
 _MOST_PARTS = 10_000  # as S3 has it
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^{}/]+\})")  # of a shell, or of a library for configs
 
 
 def is_remote(run: str | Path) -> bool:
@@ -38,14 +39,18 @@ def is_remote(run: str | Path) -> bool:
     return "://" in str(run)
 
 
-def local_path(given: str | Path) -> Path:
+def local_path(given: str | Path, setting: str = "") -> Path:
     """A path of this machine as it is now: absolute, so that `os.chdir` does not move it, and with `~` expanded.
 
     Every path that a user gives passes through here, when it is given.
 
+    Args:
+        given: Path.
+        setting: Name of the setting that it is the value of, for messages.
+
     Raises:
         ConfigError: If it is a URL, even one that became a `Path`, or the home of nobody, or an empty text, or nothing
-            on a disk can have this path.
+            on a disk can have this path, or it holds a variable that nothing has replaced.
     """
     if isinstance(given, str) and not given.strip():  # often a variable that is not set, which would be '.' as a path
         raise ConfigError(f"expected a path, got an empty text, {given!r}; the present directory is '.'")
@@ -56,7 +61,9 @@ def local_path(given: str | Path) -> Path:
     if re.match(r"[\w+.:-]+:/", str(given)):
         raise ConfigError(f"expected a directory of this machine, got {str(given)!r}; a URL is for remote copies")
     try:
-        path = path.expanduser().absolute()
+        path = path.expanduser()
+        _refuse_variable(path, setting)
+        path = path.absolute()
     except RuntimeError as error:
         raise ConfigError(f"{str(given)!r} cannot be found: {error}") from error
     except FileNotFoundError as error:
@@ -65,6 +72,24 @@ def local_path(given: str | Path) -> Path:
         ) from error
     _check_can_exist(path)
     return path
+
+
+def _refuse_variable(path: Path, setting: str) -> None:
+    """Raise `ConfigError` if there is a variable in `path`, unless there is something of that literal name."""
+    found = _VARIABLE.search(str(path))
+    if found is None:
+        return
+    last = max(number for number, part in enumerate(path.parts) if _VARIABLE.search(part))
+    if not os.path.lexists(Path(*path.parts[: last + 1])):
+        _raise_for_variable(str(path), found[0], setting)
+
+
+def _raise_for_variable(given: str, variable: str, setting: str) -> NoReturn:
+    raise ConfigError(
+        f"{setting + ': ' if setting else ''}{given!r} has the variable {variable} in it, which nothing replaces here: "
+        "give the path that you mean. On a command line the shell replaces a variable, if it is not in single quotes, "
+        "and in Python os.path.expandvars does"
+    )
 
 
 def _check_can_exist(path: Path) -> None:
@@ -95,7 +120,7 @@ def _is_utf8(path: Path) -> bool:
 
 def place_of(run: str | Path) -> str | Path:
     """Where a run is that may be a URL: that, or the `local_path`. Raises `ConfigError` as that."""
-    return str(run) if is_remote(run) else local_path(run)
+    return str(run) if is_remote(run) else local_path(run, "run")
 
 
 def check_remote(url: str | None) -> str | None:
@@ -104,12 +129,14 @@ def check_remote(url: str | None) -> str | None:
     A folder of this machine becomes absolute, as by `local_path`.
 
     Raises:
-        ConfigError: If it is no URL, or a package that opens it is not installed.
+        ConfigError: If it is no URL, holds a variable or a password, or a package that opens it is not installed.
     """
     if url is None:
         return None
     if not is_remote(url):
         raise ConfigError(f"remote must be a URL like s3://bucket/runs/a, got {url!r}")
+    if (found := _VARIABLE.search(url)) is not None:
+        _raise_for_variable(url, found[0], "remote")
     filesystem, root = _filesystem(url)
     return f"file://{root}" if "file" in filesystem.protocol else url
 

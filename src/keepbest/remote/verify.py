@@ -24,7 +24,7 @@ def verify_run(run: Path | str) -> list[Fault]:
         SnapshotError: If there is no run, or it cannot be read.
         LedgerError: If the ledger is damaged or of another version: then nothing else can be checked.
     """
-    return _remote_faults(str(run)) if is_remote(run) else _faults_of_directory(local_path(run))
+    return _remote_faults(str(run)) if is_remote(run) else _faults_of_directory(local_path(run, "run"))
 
 
 def _faults_of_directory(directory: Path) -> list[Fault]:

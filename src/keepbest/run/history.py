@@ -105,6 +105,7 @@ class History:
         keepers: History of each keeper, by the name of its ref on the best.
         refs: Name of the ref -> name of the snapshot.
         pins: (keeper, tag) -> snapshots that must stay while the tag is pinned.
+        tags: (keeper, tag) of all that was ever pinned.
         manifests: Name of the snapshot -> digest of its `snapshot.json`.
         checkpoints: Name of the snapshot -> the resume checkpoint that it is.
         abandoned: Refs on resume checkpoints of a timeline that was left.
@@ -115,6 +116,7 @@ class History:
     keepers: dict[str, KeeperHistory] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     pins: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    tags: set[tuple[str, str]] = field(default_factory=set)
     manifests: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, ResumeCheckpoint] = field(default_factory=dict)
     abandoned: frozenset[str] = frozenset()
@@ -192,6 +194,7 @@ class History:
                 self._begin(event)
             case Pinned():
                 self.pins[event.keeper, event.tag] = frozenset(event.snapshots)
+                self.tags.add((event.keeper, event.tag))
             case Unpinned():
                 self.pins.pop((event.keeper, event.tag), None)
             case RefsMoved():

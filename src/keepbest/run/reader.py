@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,25 @@ class FoundSnapshot(NamedTuple):
         files = sorted(self.manifest.files) if parts is None else self.manifest.files_in(parts)
         for name in files[share::shares]:
             check_file(self.folder / name, self.manifest.files[name].digest)
+
+    def check_before_use(self, share: int = 0, shares: int = 1, *, parts: Container[str] | None = None) -> None:
+        """As `check_files`, with errors that say what can be done."""
+        with _advising(self.folder):
+            self.check_files(share, shares, parts=parts)
+
+
+@contextmanager
+def _advising(folder: Path) -> Iterator[None]:
+    """Let errors of the snapshot in `folder` say what can be done, for somebody who wants to use it."""
+    try:
+        yield
+    except SnapshotError as error:
+        directory = folder.parents[2]
+        raise SnapshotError(
+            f"{error}. Load another ref (python -m keepbest show {directory}), or this one from a copy of the run, as "
+            "at the URL of a remote one; from that, a resume brings back a snapshot whose folder was removed. What "
+            f"else is damaged: python -m keepbest verify {directory}"
+        ) from error
 
 
 def read_history(directory: Path) -> History:
@@ -86,12 +106,13 @@ def find_ref(directory: Path, history: History, ref: str) -> FoundSnapshot:
 
     Raises:
         SnapshotError: If there is no such ref (the message lists those that exist), or the manifest is missing or
-            damaged.
+            damaged (the message says what can be done).
     """
     if ref not in history.refs:
         known = ", ".join(sorted(history.refs)) or "none yet"
         raise SnapshotError(f"{directory} has no ref {ref!r}; there are: {known}")
-    return find_snapshot(directory, history, history.refs[ref])
+    with _advising(snapshots_folder(directory) / history.refs[ref]):
+        return find_snapshot(directory, history, history.refs[ref])
 
 
 def find_snapshot(directory: Path, history: History, snapshot: str) -> FoundSnapshot:

@@ -10,13 +10,15 @@ from functools import partial
 from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
+from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
+from keepbest.misspelling import nearest
 from keepbest.run.checkpoints import forget_gone
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
 from keepbest.run.folder import RunFolder
 from keepbest.run.history import KeeperHistory
 from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_moves
-from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, check_takeover
+from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, check_takeover, describe_other_policy
 from keepbest.run.timeline import Timeline
 
 _logger = logging.getLogger(__name__)
@@ -101,14 +103,21 @@ class KeeperRecord:
             at = branch.last_iteration
         if branch is not None and not branch.reaches(at):
             branch = None
+        if past is not None and branch is not None:
+            before = replace(policy, min_delta=past.policy.min_delta, baseline=past.policy.baseline)
+            known = branch.state(before, until=at)
+            if loaded is not None and known != loaded.state:
+                _logger.warning(
+                    "%s: the ledger records another state than the one that was loaded, and wins. Ledger: %s. Loaded: "
+                    "%s.",
+                    keeper,
+                    known.to_json(),
+                    loaded.state.to_json(),
+                )
+            if policy != before and branch.entries_until(at):
+                now = branch.state(policy, until=at)
+                _logger.warning("%s: %s", keeper, describe_other_policy(before, policy, known, now))
         event, state = self._beginning(branch, at, BestState() if loaded is None else loaded.state)
-        if branch is not None and loaded is not None and (known := branch.state(policy, until=at)) != loaded.state:
-            _logger.warning(
-                "%s: the ledger records another state than the one that was loaded, and wins. Ledger: %s. Loaded: %s.",
-                keeper,
-                known.to_json(),
-                loaded.state.to_json(),
-            )
         folder.open(None if loaded is None else loaded.run_id)
         folder.commit(event)
         self._repair_pins()
@@ -269,7 +278,19 @@ class KeeperRecord:
         self.folder.commit(Pinned(self.keeper, tag, tuple(sorted(held))))
 
     def unpin(self, tag: str) -> None:
-        """Release what `tag` pinned. Raises `OSError`."""
+        """Release what `tag` pinned. A run that was resumed before it was released may release it once more.
+
+        Raises:
+            ConfigError: If nothing was ever pinned under this tag.
+            OSError: Any refusal of the file system.
+        """
+        history = self.folder.history
+        if (self.keeper, tag) not in history.tags:
+            pinned = sorted(each for keeper, each in history.pins if keeper == self.keeper)
+            raise ConfigError(
+                f"expected a tag under which {self.keeper} has pinned something, got {tag!r}; pinned are: "
+                f"{', '.join(map(repr, pinned)) or 'none'}{nearest(tag, pinned)}"
+            )
         self.folder.commit(Unpinned(self.keeper, tag))
 
     def end(self, state: BestState) -> None:

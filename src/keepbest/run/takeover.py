@@ -131,3 +131,27 @@ def check_takeover(
     if past is not None and past.policy.higher_is_better != policy.higher_is_better:
         direction = "higher" if past.policy.higher_is_better else "lower"
         raise ConfigError(f"{keeper}: this run was kept with '{direction} is better'; higher_is_better cannot change")
+
+
+def describe_other_policy(before: Policy, now: Policy, known: BestState, state: BestState) -> str:
+    """What follows where a keeper resumes with another `min_delta` or `baseline` than it had.
+
+    Args:
+        before: Policy by which it decided.
+        now: Policy by which it decides.
+        known: State at which it resumes, as `before` has it.
+        state: The same as `now` has it.
+    """
+    changes = (
+        f"{name} was {getattr(before, name)} and is {getattr(now, name)}"
+        for name in ("min_delta", "baseline")
+        if getattr(before, name) != getattr(now, name)
+    )
+    best = "the best to beat stays"
+    if known.best != state.best:
+        was, is_now = (each.best or "none yet" for each in (known, state))
+        best = f"the best to beat was {was} and is {is_now}"
+    return (
+        f"{' and '.join(changes)}. All that was observed up to {state.last_iteration} is decided anew by that: {best}, "
+        "and tolerances count anew. To continue as before, resume with what it was"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,7 @@ from keepbest.run.lock import RunLock
 from keepbest.saving.job import PendingSnapshot
 from keepbest.worker import Inline, Threaded, Worker
 
+_logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 RESUME_SAVER = "resume"
 """Name of what saves resume checkpoints, among those of the keepers of a run."""
@@ -223,11 +225,23 @@ class OpenRun:
             threading.Thread(target=self._release_if_left, name="keepbest-release", daemon=True).start()
 
     def leave_at_exit(self) -> None:
-        """Let all keepers go, since the interpreter exits. **Rank-local**."""
-        if not self.is_elsewhere:
-            self._is_over = True
-            while self._keepers:
-                self._keepers.popitem()[1].detach()
+        """Let all keepers go, since the interpreter exits. **Rank-local**.
+
+        The first interruption is a warning, since what is queued would be lost. The second one loses it.
+        """
+        if self.is_elsewhere:
+            return
+        self._is_over = True
+        while self._keepers:
+            self._keepers.popitem()[1].detach()
+        try:
+            self._release_if_left()
+        except (KeyboardInterrupt, SystemExit):  # the second is what handlers of SIGTERM raise
+            _logger.warning(
+                "%s: the process waits until what was saved in the background is written; another interruption loses "
+                "what is not",
+                self.directory,
+            )
             self._release_if_left()
 
     def _release_if_left(self) -> None:
@@ -293,6 +307,6 @@ def abandon(directory: str | Path) -> None:
     Raises:
         ConfigError: If `directory` is a URL.
     """
-    run = _open_runs.get(local_path(directory).resolve())
+    run = _open_runs.get(local_path(directory, "directory").resolve())
     for keeper in [] if run is None else run.keepers():
         keeper.abandon()

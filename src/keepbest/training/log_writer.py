@@ -15,6 +15,7 @@ from keepbest.training.counter import UpdateCounter
 from keepbest.training.trackers import Tracker
 
 _logger = logging.getLogger(__name__)
+_MOST_UNWRITTEN = 10_000  # records of an update or an epoch: some MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class LogWriter:
         self._update_counter = update_counter
         self._is_main = is_main
         self._unwritten: deque[tuple[TrainingIteration, dict[str, float]]] = deque()  # by rank 0
+        self._dropped: list[TrainingIteration] = []  # the first and the last one of those that were too many
+        self._dropped_records = 0
         self._refusal: OSError | None = None
 
     @property
@@ -101,7 +104,8 @@ class LogWriter:
         """Pass the cached scalars to the tracker, one record for each iteration, and clear the cache. **Rank-local**.
 
         What the file system refuses is a warning, once, since rank 0 alone writes and the others are in the next
-        update. These records go to the tracker at the next flush.
+        update. The newest 10,000 of these records go to the tracker once it can write. A warning then says how many it
+        lacks, if there were more.
         """
         cached, self._log_cache = self._log_cache, {}
         if not self._is_main:
@@ -113,7 +117,11 @@ class LogWriter:
         before = self._refusal
         self._write()
         if self._refusal is not None and before is None:
-            _logger.warning("what is logged cannot be written, and is kept until it can be: %s", self._refusal)
+            _logger.warning(
+                "what is logged cannot be written, and the newest %d records are kept until it can be: %s",
+                _MOST_UNWRITTEN,
+                self._refusal,
+            )
 
     def close(self) -> None:
         """Close the tracker. A warning says so if it lacks records that still cannot be written. **Rank-local**."""
@@ -122,7 +130,7 @@ class LogWriter:
             if self._refusal is not None:
                 _logger.warning(
                     "of what was logged %d records could not be written, and are lost: %s",
-                    len(self._unwritten),
+                    self._dropped_records + len(self._unwritten),
                     self._refusal,
                 )
         finally:
@@ -137,6 +145,27 @@ class LogWriter:
                 self._unwritten.popleft()
         except OSError as error:
             self._refusal = error
+            self._drop_the_oldest()
+        else:
+            self._report_dropped()
+
+    def _drop_the_oldest(self) -> None:
+        while len(self._unwritten) > _MOST_UNWRITTEN:
+            iteration, _ = self._unwritten.popleft()
+            self._dropped = [*self._dropped[:1], iteration]
+            self._dropped_records += 1
+
+    def _report_dropped(self) -> None:
+        if self._dropped:
+            _logger.warning(
+                "what is logged can be written again. It lacks %d records, those of %s to %s, since no more than %d "
+                "were kept",
+                self._dropped_records,
+                self._dropped[0],
+                self._dropped[-1],
+                _MOST_UNWRITTEN,
+            )
+        self._dropped, self._dropped_records = [], 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,10 +106,10 @@ class Trainer:
         check_strategy(config.strategy, ranks)
         self.config = config
         self.data_container = data_container
-        self.directory = local_path(directory)
+        self.directory = local_path(directory, "directory")
         self.ranks = ranks
         self.seed = seed
-        self.resume = resume if resume in (None, "auto", "best") else local_path(resume)
+        self.resume = resume if resume in (None, "auto", "best") else local_path(resume, "trainer.resume")
         self.batch_size = config.batch_size(ranks.world_size)
         self.update_counter = UpdateCounter(
             updates_per_epoch=count_updates_per_epoch(
