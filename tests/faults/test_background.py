@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -84,9 +85,25 @@ def observe_until_it_is_told(run: Run) -> None:
 def test_next_call_tells_every_rank_of_a_save_that_failed(tmp_path, call):
     messages = run_ranks(told_at, 2, tmp_path / "run", call)
     assert len(set(messages)) == 1
-    assert "rank 0 of 2: OSError: [Errno 28] No space left on device" in messages[0]
+    what = r"failed to save the new best of \S+ at U2 on rank 0 of 2: OSError: \[Errno 28\] No space left on device\. "
+    assert re.search(what + "Free or repair the storage of the run directory and resume", messages[0])
     assert saved_at(tmp_path / "run", REF) == 1
     assert verify(tmp_path / "run") == []
+
+
+def test_observation_that_was_not_recorded_is_named_by_the_next(tmp_path):
+    def refuse(operation: Operation) -> None:
+        if operation.name == "write" and b'"U2"' in bytes(operation.data):
+            raise OSError(28, "No space left on device")
+
+    with use(tmp_path / "run", files=SteppedFiles(before(refuse))):
+        run = Run(tmp_path / "run")
+        run.observe(5.0, 6.0)
+        with pytest.raises(
+            StorageError, match=r"failed to record U2 of best_model.loss on rank 0 of 1: .*Free or repair"
+        ):
+            run.observe(7.0, first=3)
+        run.keeper.abandon()
 
 
 def best_after_a_flush_that_raised(directory: Path) -> tuple[str, float]:

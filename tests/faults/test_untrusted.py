@@ -207,6 +207,14 @@ def test_new_run_writes_through_no_link(tmp_path, name, file_format):
     assert tree(tmp_path) == before
 
 
+def test_folder_that_is_a_link_to_another_disk_names_the_way(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(KeepBestError, match=f"checkpoints is a link to .*, let {tmp_path / 'run'} itself be the link"):
+        BestKeeper(net(0.0), directory=tmp_path / "run", **settings()).start()
+
+
 def test_directory_of_a_run_may_be_reached_through_links(tmp_path):
     (tmp_path / "scratch/a").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "scratch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -145,6 +146,28 @@ def test_second_interrupt_is_obeyed_and_handlers_are_restored():
     with pytest.raises(KeyboardInterrupt):
         interrupt_twice()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def say_and_wait(begun):
+    begun.send("a child that Python has just forked drops its signals")
+    while True:
+        signal.pause()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_a_forked_child_ends_it(number):
+    with Preemption(Ranks.connect()) as preemption:
+        here, there = multiprocessing.Pipe()
+        child = multiprocessing.get_context("fork").Process(target=say_and_wait, args=(there,), daemon=True)
+        child.start()
+        try:
+            here.recv()
+            os.kill(child.pid, number)
+            child.join(10)  # as Python does when it exits, which waits for as long as it takes
+            assert child.exitcode == -number
+        finally:
+            child.kill()
+        assert [preemption.is_agreed() for _ in range(2)] == [False, False]
 
 
 def test_outside_of_the_main_thread_no_signal_is_caught():

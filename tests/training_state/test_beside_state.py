@@ -110,3 +110,50 @@ def continue_local_sgd(directory):
 
 def test_post_local_sgd_counts_from_where_it_was(tmp_path):
     assert run_ranks(continue_local_sgd, 2, tmp_path) == [(1, 1, True)] * 2
+
+
+class Within(torch.optim.SGD):
+    """Has its state within a state dict of its own, as some that wrap an optimizer do."""
+
+    def state_dict(self):
+        return {"base": super().state_dict(), "rho": 0.05}
+
+
+@pytest.mark.parametrize("wrap", [single, fsdp1])
+def test_state_dict_of_another_form_is_refused_at_start(wrap, tmp_path):
+    run_ranks(keep_within, 2 if wrap is fsdp1 else 1, tmp_path, wrap)
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
+def keep_within(directory, wrap):
+    model = wrap(nn.Linear(2, 2))
+    states = {"it": Within(model.parameters(), lr=0.1)}
+    reason = r"training_state 'it': state_dict\(\) of a Within has 'base', 'rho', and not 'state'.*leave it out of trai"
+    with pytest.raises(ConfigError, match=reason):
+        BestKeeper(model, directory=directory, metric_key="loss", training_state=states).start()
+
+
+class Quantized(torch.Tensor):
+    pass
+
+
+class InFewBits(torch.optim.SGD):
+    """Keeps its momentum in a class of tensors of its own, as optimizers of 8 bits do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for state in self.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].as_subclass(Quantized)
+
+
+def test_class_of_tensors_in_a_state_names_its_way_out(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = InFewBits(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    keeper = BestKeeper(model, directory=tmp_path, metric_key="loss", training_state={"it": optimizer})
+    with pytest.raises(
+        ConfigError, match=r"weight/momentum_buffer of it' is a .*Quantized.*out of training_state"
+    ) as it:
+        keeper.start()
+    assert "model_names" not in str(it.value)

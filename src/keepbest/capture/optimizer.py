@@ -90,7 +90,7 @@ def group_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, Any]
     rest = _rest(optimizer, optimizer.param_groups, named)
     # torch cuts what is no number as it cuts the parameter.
     rest["is_flat"] = True
-    rest |= _beside(optimizer.state_dict(), is_sharded=True)
+    rest |= _beside(_state_of(optimizer), is_sharded=True)
     rest["by_element"] = sorted(
         {key for state in optimizer.state.values() for key, value in state.items() if _has_rows(key, value)}
     )
@@ -104,7 +104,7 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
         ConfigError: If it has a parameter that is not in the model, or cannot be kept right.
     """
     named = names.of_groups(optimizer)
-    state = optimizer.state_dict()  # with its hooks; it copies no tensor
+    state = _state_of(optimizer)
     groups = state["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group) for group in named]:
         raise ConfigError("state_dict() of the optimizer has other groups than the optimizer itself")
@@ -130,6 +130,18 @@ def optimizer_entries(optimizer: Optimizer, names: ParameterNames) -> dict[str, 
                 rest["state"].setdefault(name, {})[key] = value
     rest["by_element"] = sorted(by_element)
     return {**entries, f"{GROUPS}.{_digest(named)}": rest}
+
+
+def _state_of(optimizer: Optimizer) -> Mapping[str, Any]:
+    """The state dict of an optimizer, with its hooks. It copies no tensor."""
+    state = optimizer.state_dict()
+    if all(isinstance(state.get(key), kind) for key, kind in zip(_OF_TORCH, (Mapping, list), strict=True)):
+        return state
+    raise ConfigError(
+        f"state_dict() of a {type(optimizer).__name__} has {', '.join(map(repr, state)) or 'nothing'}, and not 'state' "
+        "and 'param_groups' as an optimizer of torch has. So it is not known which state belongs to which parameter. "
+        "Keep the optimizer that is in it, or leave it out of training_state"
+    )
 
 
 def _beside(state: Mapping[str, Any], *, is_sharded: bool) -> dict[str, Any]:

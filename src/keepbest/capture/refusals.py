@@ -73,7 +73,7 @@ def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | No
     if isinstance(value, torch.Tensor) and form.role != "data":
         if form.layout not in _LAYOUTS:
             return f"is of layout {form.layout}, which is not supported. Register a dense or sparse tensor in its place"
-        return _fault_of_tensor(value, is_in_unit=form.is_in_unit)
+        return _fault_of_tensor(value, is_in_unit=form.is_in_unit, is_training_state=is_training_state)
     if (strange := next((each for each in leaves(value) if not _is_plain(each[1])), None)) is None:
         return None
     where = f" at {spelled(strange[0])}" if strange[0] else ""
@@ -88,7 +88,7 @@ def _fault_of(value: object, form: Form, *, is_training_state: bool) -> str | No
     )
 
 
-def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
+def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool, is_training_state: bool) -> str | None:
     if is_lazy(value):
         return "is not initialized yet. Run one batch through the lazy modules before the keeper starts"
     if is_in_unit:
@@ -97,10 +97,11 @@ def _fault_of_tensor(value: torch.Tensor, *, is_in_unit: bool) -> str | None:
         return _IN_A_UNIT_AROUND
     if is_dtensor(value) and any(placement.is_partial() for placement in value.placements):
         return "is a DTensor with a Partial placement, of which no rank holds values. Redistribute it first"
-    return _fault_of_values(value.to_local().detach() if is_dtensor(value) else value)
+    inside = value.to_local().detach() if is_dtensor(value) else value
+    return _fault_of_values(inside, is_training_state=is_training_state)
 
 
-def _fault_of_values(inside: torch.Tensor) -> str | None:
+def _fault_of_values(inside: torch.Tensor, *, is_training_state: bool) -> str | None:
     """What is wrong with the values that this rank has of a tensor."""
     if inside.is_meta:
         return "is on the meta device: it has no values that could be saved. Materialize it before the keeper starts"
@@ -111,9 +112,12 @@ def _fault_of_values(inside: torch.Tensor) -> str | None:
         )
     if type(inside) not in PLAIN_CLASSES:
         kind = f"{type(inside).__module__}.{type(inside).__qualname__}"
+        remedy = "convert it with as_subclass(torch.Tensor), or leave it out (model_names, or save_frozen_weights)"
+        if is_training_state:
+            remedy = "or leave it out of training_state: the weights are kept without it"
         return (
             f"is a {kind}, a subclass of Tensor, which could not be read again without code of its own. Keep a plain "
-            "tensor, convert it with as_subclass(torch.Tensor), or leave it out (model_names, or save_frozen_weights)"
+            f"tensor, {remedy}"
         )
     if inside.dtype in _WITHOUT_VALUES:
         return f"is {inside.dtype}, which torch neither copies nor saves. Keep its bytes: view(torch.uint8)"
@@ -165,5 +169,5 @@ def is_plain_data(value: object) -> bool:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        return not is_dtensor(value) and _fault_of_tensor(value, is_in_unit=False) is None
+        return not is_dtensor(value) and _fault_of_tensor(value, is_in_unit=False, is_training_state=False) is None
     return type(value) in (NoneType, bool, int, float, complex, str, bytes)

@@ -25,7 +25,9 @@ def check_frame(directory: Path) -> None:
     folder = directory / CHECKPOINTS
     for path in (folder, folder / SNAPSHOTS):
         if path.is_symlink():
-            raise LedgerError(_led_out(path))
+            raise LedgerError(
+                f"{_led_out(path)}. For another disk, let {directory} itself be the link, or choose it there"
+            )
     for path in (folder / LOCK, folder / LEDGER):
         _check_is_file(path)
 

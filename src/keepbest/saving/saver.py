@@ -145,7 +145,8 @@ class Saver:
 
     def record(self, observation: Observation, exceeded: Mapping[int, Best | None]) -> None:
         """Record an observation without a snapshot, and the tolerances that it closes. **Rank-local**."""
-        self._submit(lambda record: record.observe(observation, exceeded), names_bests=bool(exceeded))
+        step = f"record {observation.iteration} of {self._name}"
+        self._submit(step, lambda record: record.observe(observation, exceeded), names_bests=bool(exceeded))
 
     def save(self, kept: Kept, step: str, on_commit: Callable[[str], None]) -> None:
         """Save the weights of a new best, or of one of the top k. **Collective**.
@@ -175,10 +176,10 @@ class Saver:
         if not self._in_background:
             self.best_snapshot = self._on_main(step, lambda record: self._run_now(job, record))
         elif job is not None:
-            self._submit(partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
+            self._submit(step, partial(self._run_in_background, job, kept), names_bests=bool(kept.exceeded))
             self._queued = snapshot
         else:
-            self._run.worker.submit(snapshot.contribute, self.losses.add)
+            self._run.worker.submit(snapshot.contribute, partial(self._note_failure, step))
         if shared is None:
             # All ranks come here, or none: a snapshot that is known to have failed is not shared.
             self._run.remember(iteration, content, snapshot, self._inventory.mark)
@@ -191,7 +192,7 @@ class Saver:
         """
         if self._record is None or not (self.losses.announce() or self.is_in_doubt):
             return None
-        self._submit(KeeperRecord.drop_skipped, names_bests=False)
+        self._submit(f"record what {self._name} keeps", KeeperRecord.drop_skipped, names_bests=False)
         self._run.worker.drain()
         return self._record.revision(self._policy)
 
@@ -199,7 +200,8 @@ class Saver:
         """Every rank has adopted the revision. Tolerances that it closes are recorded. **Rank-local**."""
         exceeded = revision.state.exceeded
         if exceeded:
-            self._submit(lambda record: record.close_tolerances(exceeded), names_bests=True)
+            step = f"record the tolerances of {self._name}"
+            self._submit(step, lambda record: record.close_tolerances(exceeded), names_bests=True)
         # Last, so that a revision comes again if this is interrupted.
         self.losses.all_know()
         self.is_in_doubt = False
@@ -356,12 +358,22 @@ class Saver:
 
         return self._ranks.broadcast(step, work_now, remedy=remedy, saving=True)
 
-    def _submit(self, write: Callable[[KeeperRecord], None], *, names_bests: bool) -> None:
+    def _submit(self, step: str, write: Callable[[KeeperRecord], None], *, names_bests: bool) -> None:
         if self._record is None:
             return
         if names_bests and self._queued is not None:
             self._queued.need()
-        self._run.worker.submit(partial(write, self._record), self.losses.add)
+        self._run.worker.submit(partial(write, self._record), partial(self._note_failure, step))
+
+    def _note_failure(self, step: str, failure: BaseException) -> None:
+        """Note that something could not be written, from any thread, with what it was: a later call raises it."""
+        noted = failure
+        if isinstance(failure, OSError):
+            place = f"rank {self._ranks.rank} of {self._ranks.world_size}"
+            reason = f"{type(failure).__name__}: {failure}"
+            noted = StorageError(f"failed to {step} on {place}: {reason}. {DISK_REMEDY}")
+            noted.__cause__ = failure
+        self.losses.add(noted)
 
     def _give_up_the_queued(self) -> Slot | None:
         queued, self._queued = self._queued, None

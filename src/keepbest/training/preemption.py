@@ -11,6 +11,7 @@ SLURM warns a job before its time limit (`--signal`), clouds warn before they re
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -25,7 +26,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Preemption:
     """Catches SIGTERM, SIGUSR1 and SIGINT in a `with` block. A second SIGINT interrupts at once.
 
-    Outside of the main thread Python receives no signals. There it only learns of the signals of the other ranks.
+    Outside of the main thread Python receives no signals. There it only learns of the signals of the other ranks. A
+    child that is forked in the block is no rank: there each signal does what it did before the block.
 
     Args:
         ranks: Ranks that stop together.
@@ -34,6 +36,7 @@ class Preemption:
     def __init__(self, ranks: Ranks) -> None:
         self._flag = ranks.flag()
         self._handlers: dict[int, Any] = {}
+        self._process = 0
 
     def is_agreed(self) -> bool:
         """Whether all ranks stop now, because one of them was asked to before the last call. **Collective**.
@@ -60,6 +63,7 @@ class Preemption:
         )
 
     def __enter__(self) -> Preemption:
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
@@ -71,6 +75,10 @@ class Preemption:
             self._restore_handler(number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # whoever ends such a child, as Python does when it exits, waits for its end
+            self._restore_handler(number)
+            signal.raise_signal(number)
+            return
         self._flag.raise_it()
         if number == signal.SIGINT:
             self._restore_handler(number)
