@@ -14,9 +14,12 @@ class OnDevice(torch.Tensor):
     device = torch.device("cuda")
 
 
-@pytest.fixture
-def full(monkeypatch):
-    """Makes that device full when its function is called, until torch was refused memory once."""
+LACK = {"torch": torch.OutOfMemoryError(), "CUDA": torch.AcceleratorError("CUDA error: out of memory")}
+
+
+@pytest.fixture(params=LACK)
+def full(request, monkeypatch):
+    """Makes that device full when its function is called, until torch, or CUDA, was refused memory once."""
     refusals: list[str] = []
     arange, zeros, contiguous, reshape = torch.arange, torch.zeros, torch.Tensor.contiguous, torch.Tensor.reshape
 
@@ -24,7 +27,7 @@ def full(monkeypatch):
         def call(*arguments, **options):
             if name in refusals:
                 refusals.clear()
-                raise torch.OutOfMemoryError
+                raise LACK[request.param]
             return function(*arguments, **options)
 
         return call

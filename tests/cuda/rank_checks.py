@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from keepbest import BestKeeper, load
+from keepbest.errors import RankFailedError
 from tests.cuda.device import DEVICE, MIB, ON_CUDA, alter, assert_same, copied, finish, keeper_of, zero
 
 REF = "best_model.loss"
@@ -260,6 +262,54 @@ def check_share_of_zero(folder: Path) -> None:
         assert_same(copied(plain), expected)
 
 
+@contextmanager
+def limited() -> Iterator[None]:
+    """torch takes hardly more memory from the device in this process than it has now: 2 MiB for small tensors."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 3 * MIB) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def check_full_device(folder: Path) -> str:
+    """Rank 0 makes do with the memory that torch has for small tensors. Without it both ranks raise one error.
+
+    Returns:
+        What this rank needed, in words.
+    """
+    torch.manual_seed(0)
+    big = nn.Linear(4096, 4096, bias=False, device=DEVICE)  # 64 MiB
+    expected, error = copied(big), ""
+    model = fully_shard(big, mesh=mesh(WORLD))
+    taken = []
+    is_limited = ON_CUDA and dist.get_rank() == 0
+    with BestKeeper(model, directory=folder, metric_key="loss") as keeper, limited() if is_limited else nullcontext():
+        if ON_CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if ON_CUDA else 0
+        keeper.observe(2.0, epoch=1)
+        grown = torch.cuda.max_memory_allocated() - before if ON_CUDA else 0
+        if is_limited:
+            with suppress(torch.OutOfMemoryError):
+                while True:
+                    taken.append(torch.empty(1 << 14, device=DEVICE))
+        try:
+            keeper.observe(1.0, epoch=2)
+        except RankFailedError as raised:
+            error = str(raised)
+        taken.clear()
+    load(folder, REF, zero(plain := nn.Linear(4096, 4096, bias=False)))
+    assert_same(copied(plain), expected)
+    assert ("on rank 0 of 2: RankFailedError: there is no memory for two buckets" in error) == ON_CUDA, error
+    assert grown <= 32 * MIB, f"{grown / MIB:.1f} MiB more were needed, and 64 are without a limit"
+    return f"{grown / MIB:.1f} MiB more at most"
+
+
 def checks() -> Iterator[tuple[str, Callable[[Path], str | None]]]:
     """Each check by its name. It returns what is to be reported although it passed, if anything."""
     ways = [(form, is_async) for form in ("torch", "dcp") for is_async in (False, True)]
@@ -274,6 +324,7 @@ def checks() -> Iterator[tuple[str, Callable[[Path], str | None]]]:
         check = partial(check_memory, file_format="torch", async_save=is_async)
         yield f"memory-{'async' if is_async else 'sync'}", check
     yield "share_of_zero", check_share_of_zero
+    yield "full_device", check_full_device
 
 
 NAMES = [name for name, _ in checks()]

@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from keepbest.errors import RankFailedError
+from keepbest.modules.device_memory import unless_full
+
 _ALIGNMENT = 16  # bytes, since NCCL is slow with values that begin elsewhere
+
+LEAST = 1 << 16
+"""Bytes of a bucket where there is no memory for more. torch finds so few in what it has for small tensors."""
+
+
+class BucketRoom(NamedTuple):
+    """Memory of a device that buckets need, whichever group they are for.
+
+    Attributes:
+        size: Bytes of a bucket, a multiple of 16.
+        memory: On the rank that receives, two buckets of that size; nothing on the others.
+        message: Room for one number.
+    """
+
+    size: int
+    memory: Sequence[torch.Tensor]
+    message: torch.Tensor
+
+    @classmethod
+    def take(cls, device: torch.device, size: int, *, receives: bool) -> BucketRoom:
+        """Take it from `device`, with smaller buckets where there is no memory for such. **Rank-local**.
+
+        Raises:
+            RankFailedError: If there is no memory for the least of them.
+        """
+        if not receives:
+            new = partial(torch.empty, 1, dtype=torch.int64, device=device)
+            message: torch.Tensor | None = unless_full(new, lambda: None)
+            if message is None:
+                raise _no_memory_for(f"any message to rank 0, on {device}, which it needs to send its shards")
+            return cls(size, (), message)
+        least = min(size, LEAST)
+        while not (memory := unless_full(partial(_two, size, device), lambda: None)):
+            if size == least:
+                raise _no_memory_for(f"two buckets of {least} bytes on {device}, in which the shards of others arrive")
+            size = max(least, size // 2 // _ALIGNMENT * _ALIGNMENT)
+        return cls(size, memory, memory[0][:8].view(torch.int64))
+
+
+def _two(size: int, device: torch.device) -> Sequence[torch.Tensor] | None:
+    return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+
+
+def _no_memory_for(what: str) -> RankFailedError:
+    return RankFailedError(
+        f"there is no memory for {what}. Leave some memory of the device free, as with smaller batches, or use "
+        'format="dcp", with which each rank writes its own shards'
+    )
 
 
 class _Piece(NamedTuple):
@@ -30,24 +83,26 @@ class Buckets:
     NCCL has no tags: what two ranks send and receive is matched by its order. So every rank counts the bytes of
     all ranks, and ends each bucket at the same byte. Other collectives of the group may run in between.
 
-    A rank other than 0 sends from where the values are. Rank 0 has up to two buckets on the device, one of which is
-    received while the other one is copied from.
+    A rank other than 0 sends from where the values are. Rank 0 has two buckets on the device, one of which is received
+    while the other one is copied from. How large they are depends on the memory that it has, so it says so first.
 
     Args:
         group: Group of the ranks.
-        device: Device that the values are on.
-        size: Bytes of a bucket, a multiple of 16.
+        room: Memory of the device that the values are on, taken before. Nothing else is taken.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int) -> None:
-        self._group, self._device, self._size = group, device, size
-        self._rank = group.rank()
+    def __init__(self, group: dist.ProcessGroup, room: BucketRoom) -> None:
+        self._group, self._memory, self._device = group, room.memory, room.message.device
+        self._flushed = 0
         self._pieces: list[_Piece] = []
         self._fill = 0
         self._posted: _Bucket | None = None
         self._landed: list[torch.cuda.Event] = []
         # The first thing that NCCL does in a group needs all of its ranks, and some may have nothing to send.
-        dist.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), group=group, group_src=0)
+        if group.rank() == 0:
+            room.message.copy_(torch.tensor([room.size], device="cpu"))
+        dist.broadcast(room.message, group=group, group_src=0)
+        self._size = int(room.message.item())
 
     def add(self, peer: int, length: int, values: torch.Tensor | None) -> None:
         """Add bytes that rank `peer` of the group has.
@@ -74,7 +129,8 @@ class Buckets:
         if not pieces:
             return
         self._wait_for_landed()  # of the two buckets before this one, the first is empty again
-        received = torch.empty(length, dtype=torch.uint8, device=self._device) if self._rank == 0 else None
+        received = self._memory[self._flushed % 2][:length] if self._memory else None
+        self._flushed += 1
         operations = [
             dist.P2POp(dist.isend, each.values, group=self._group, group_peer=0)
             if received is None

@@ -9,8 +9,9 @@ import torch
 import xxhash
 
 from keepbest.capture.refusals import is_plain_data
+from keepbest.modules.device_memory import unless_full
 from keepbest.modules.kinds import lacks_memory
-from keepbest.modules.raw_bytes import buffer_of, on_host, raw_bytes
+from keepbest.modules.raw_bytes import buffer_of, joined_on_host, on_host, raw_bytes
 
 _WORDS_AT_ONCE = 1 << 20  # of a tensor on an accelerator, so that what is computed in between stays small
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no word is lost when it is multiplied modulo 2**64
@@ -27,12 +28,10 @@ def fingerprint(tensor: torch.Tensor) -> str:
     if tensor.device.type == "cpu":
         values = _bytes_of(tensor)
         return xxhash.xxh3_64_hexdigest(buffer_of(values)) if values.numel() else ""
-    try:
+    if _is_packed(tensor):
         total = _reduced(_bytes_of(tensor))
-    except torch.OutOfMemoryError:
-        if _is_packed(tensor):
-            raise
-        total = _reduced(_bytes_of(on_host(tensor)))
+    else:
+        total = unless_full(lambda: _reduced(raw_bytes(tensor)), lambda: _reduced(raw_bytes(on_host(tensor))))
     return f"{total & ((1 << 64) - 1):016x}"
 
 
@@ -71,14 +70,11 @@ def _is_packed(tensor: torch.Tensor) -> bool:
 
 
 def _samples_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Bytes of some values of each tensor, on the CPU. All of a device come at once, since each copy waits for it."""
+    """Bytes of some values of each tensor, on the CPU."""
     samples = list(map(_sample_of, tensors))
     for device in {sample.device for sample in samples}:
         places = [at for at, sample in enumerate(samples) if sample.device == device]
-        try:
-            found = torch.cat([samples[at] for at in places]).cpu()
-        except torch.OutOfMemoryError:
-            found = torch.cat([samples[at].cpu() for at in places])
+        found = joined_on_host([samples[at] for at in places])
         sizes = [samples[at].numel() for at in places]
         for at, values in zip(places, torch.split(found, sizes), strict=True):
             samples[at] = values
@@ -87,10 +83,11 @@ def _samples_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def _sample_of(tensor: torch.Tensor) -> torch.Tensor:
     every = max(1, tensor.numel() // _SAMPLED)
-    try:
-        return raw_bytes(tensor.detach().reshape(-1)[::every])
-    except torch.OutOfMemoryError:  # torch copies what does not lie in order
-        return raw_bytes(on_host(tensor).reshape(-1)[::every])
+
+    def sampled(values: torch.Tensor) -> torch.Tensor:
+        return raw_bytes(values.reshape(-1)[::every])  # torch copies what does not lie in order
+
+    return unless_full(lambda: sampled(tensor.detach()), lambda: sampled(on_host(tensor)))
 
 
 def _version_of(tensor: torch.Tensor) -> int:

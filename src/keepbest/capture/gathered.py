@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from keepbest.staging.device import every_stream
 from keepbest.staging.live import LiveSlot
 from keepbest.staging.slot import Needs, Slot, Staging
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
     """Bring the weights of a model to rank 0, which writes them. **Collective**.
@@ -45,12 +48,15 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
             that shards the model ends their wait, on the others. No further collective may run then (`PoisonedError`).
     """
     ranks = inventory.ranks
+    shards = ShardTransfer(ranks)
     with claiming(staging) as claim:
 
-        def reserve(_: Agreed) -> None:
+        def reserve(agreed: Agreed) -> None:
+            # While a lack of memory is an error that every rank can raise.
             if ranks.is_main:
-                # While a lack of memory is an error that every rank can raise.
                 claim().reserve(inventory.plan.rooms)
+            if not inventory.plan.is_simple:
+                shards.reserve(_sharded(agreed))
 
         agreed = inventory.settle(step, reserve, saving=staging.waits)  # rank 0 may have to wait for a write
         slot = claim() if ranks.is_main else LiveSlot()
@@ -59,7 +65,7 @@ def gathered(inventory: Inventory, staging: Staging, step: str) -> Share:
                 files = _take(inventory, agreed, slot)
             else:
                 with every_stream(entry.device for entry in agreed.held.entries.values()):
-                    files = _files_of(inventory, _gather(inventory, agreed, slot), agreed)
+                    files = _files_of(inventory, _gather(inventory, agreed, slot, shards), agreed)
         except BaseException as error:  # noqa: BLE001  # lose raises
             ranks.lose("gather the weights", error)
     return Share(
@@ -93,7 +99,15 @@ def _take(inventory: Inventory, agreed: Agreed, slot: Slot) -> Mapping[str, Stat
     return inventory.plan.files_in(copied)
 
 
-def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]:
+def _sharded(agreed: Agreed) -> Iterator[DTensor]:
+    """What this rank holds of tensors that may be moved to rank 0 shard by shard."""
+    values = agreed.held.values
+    for name, holding in agreed.union.kept.items():
+        if holding.owner == 0 and not holding.entry.first and is_dtensor(value := values.get(name)):
+            yield value
+
+
+def _gather(inventory: Inventory, agreed: Agreed, slot: Slot, transfer: ShardTransfer) -> dict[Name, Any]:
     """On rank 0 all that is kept, whole. Every rank goes through the entries in the same order."""
     ranks = inventory.ranks
     kept = agreed.union.kept.items()
@@ -104,7 +118,7 @@ def _gather(inventory: Inventory, agreed: Agreed, slot: Slot) -> dict[Name, Any]
         if ranks.is_main and not holding.entry.form.is_packed
     }
     found: dict[Name, Any] = {}
-    with ForeignTransfer(ranks, foreign.items(), rooms) as elsewhere, ShardTransfer(ranks) as shards, torch.no_grad():
+    with ForeignTransfer(ranks, foreign.items(), rooms) as elsewhere, transfer as shards, torch.no_grad():
         new_receiver = partial(_Receiver, agreed, ranks, slot, shards, elsewhere)
         for source in agreed.held.sources:
             receiver = new_receiver()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from keepbest.capture.buckets import Buckets
+from keepbest.capture.buckets import LEAST, BucketRoom, Buckets
 from keepbest.modules.raw_bytes import raw_bytes
 from keepbest.ranks import Ranks
 
@@ -30,7 +30,7 @@ class ShardTransfer:
 
     Args:
         ranks: Ranks of the model.
-        bucket: Bytes of a bucket, a multiple of 16.
+        bucket: Bytes of a bucket at most, a multiple of 16.
         bucketed: Kinds of device, each with the backend of the mesh for it, whose shards travel in buckets.
     """
 
@@ -38,11 +38,35 @@ class ShardTransfer:
         self._ranks = ranks
         self._size = bucket
         self._bucketed = bucketed
+        self._rooms: dict[torch.device, BucketRoom] = {}
         self._buckets: dict[tuple[dist.ProcessGroup, torch.device], Buckets] = {}
         self._devices: set[torch.device] = set()  # the CUDA devices of what was moved
         self._under_way: list[dist.Work] = []
         self._over_all: dict[int, bool] = {}  # by the id of a mesh
         self._kept: list[torch.Tensor] = []  # what is being sent must live until it has arrived
+
+    def reserve(self, tensors: Iterable[DTensor]) -> None:
+        """Take what it takes of the memory of devices to move these of which it can. **Rank-local**.
+
+        A lack of it is an error that every rank can raise as long as nothing is moved.
+
+        Raises:
+            RankFailedError: If a device has no memory for the least of buckets.
+        """
+        nbytes: dict[torch.device, int] = {}
+        for tensor in tensors:
+            before = nbytes.get(tensor.device, 0)
+            if before < 2 * self._size and self.can_move(tensor) and self._is_bucketed(tensor):
+                nbytes[tensor.device] = before + tensor.nbytes
+        for device, wanted in nbytes.items():
+            self._room(device, wanted)
+
+    def _room(self, device: torch.device, nbytes: int) -> BucketRoom:
+        """What buckets need on a device through which so many bytes are moved, or more."""
+        if device not in self._rooms:
+            half = max(LEAST, -(-nbytes // 2 // 16) * 16)
+            self._rooms[device] = BucketRoom.take(device, min(self._size, half), receives=self._ranks.is_main)
+        return self._rooms[device]
 
     def can_move(self, tensor: DTensor) -> bool:
         """Whether `tensor` is sharded along its first dimension over exactly these ranks, or replicas of that are.
@@ -126,7 +150,7 @@ class ShardTransfer:
         if (group, device) not in self._buckets:
             for other in self._buckets.values():
                 other.finish()  # so that the device holds the buckets of one group
-            self._buckets = {(group, device): Buckets(group, device, self._size)}
+            self._buckets = {(group, device): Buckets(group, self._room(device, 2 * self._size))}
         return self._buckets[group, device]
 
     def _rows_of(self, tensor: DTensor) -> list[tuple[int, slice]]:
@@ -148,6 +172,8 @@ class ShardTransfer:
                 work.wait()
             for device in self._devices:
                 torch.cuda.current_stream(device).synchronize()
+            self._buckets.clear()
+            self._rooms.clear()
 
     def _add(self, work: dist.Work | None) -> None:
         if work is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+
+from keepbest.modules.device_memory import unless_full
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -25,6 +29,17 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     found = found.as_strided(tensor.shape, tensor.stride())
     found = found.conj() if tensor.is_conj() else found
     return found.neg() if tensor.is_neg() else found
+
+
+def copy_to_host(room: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a dense tensor into a room on the CPU, with its signs, and wait for it."""
+    # torch puts the elements in order on the device, and their signs there.
+    unless_full(lambda: room.copy_(signed(value)), lambda: room.copy_(on_host(value)))
+
+
+def joined_on_host(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one device one after the other, on the CPU. They come at once: each copy waits for the device."""
+    return unless_full(lambda: torch.cat(list(rows)).cpu(), lambda: torch.cat([row.cpu() for row in rows]))
 
 
 def _unsigned(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 
-from keepbest.modules.raw_bytes import on_host, signed
+from keepbest.modules.device_memory import unless_full
+from keepbest.modules.raw_bytes import copy_to_host
 from keepbest.staging.batch import are_in_order
 from keepbest.staging.clone import Clone, Copy, Filled, clones_in, copied_as, fitting, room_for
 from keepbest.staging.rooms import Row
@@ -123,8 +124,9 @@ class Devices:
         free = 0 if kept >= room_for(sizes) else _free_memory(device, account)
         if count := fitting(sizes, max(kept, int(self._share * free))):
             wanted = room_for(sizes[:count])
-            with contextlib.suppress(torch.OutOfMemoryError):  # there may be no room for it in one piece
-                memory = torch.empty(wanted, dtype=torch.uint8, device=device)
+            take = partial(torch.empty, wanted, dtype=torch.uint8, device=device)
+            memory: torch.Tensor | None = unless_full(take, lambda: None)  # there may be no room for it in one piece
+            if memory is not None:
                 if account is not None:
                     self._held[device] = _Held(max(kept, wanted), account)
                 return count, memory
@@ -133,12 +135,10 @@ class Devices:
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         """Without copies on the device that of training, since training waits for all."""
         if self._share:
-            try:
-                return _stream_of(device)
-            except torch.AcceleratorError as error:
-                if not _is_for_lack_of_memory(error):
-                    raise
-                self._share = 0.0  # torch loses some of the device's memory at each try
+            found: torch.cuda.Stream | None = unless_full(partial(_stream_of, device), lambda: None)
+            if found is not None:
+                return found
+            self._share = 0.0  # torch loses some of the device's memory at each try
         return torch.cuda.current_stream(device)
 
 
@@ -212,36 +212,22 @@ def _copy_to_host(rooms: Values, values: Values, of_training: torch.cuda.Stream)
         with torch.cuda.stream(of_training):  # for which torch keeps memory to put the elements in order
             for room, value in pairs:
                 if not are_in_order([value]):
-                    _copy_in_order(room, value)
+                    copy_to_host(room, value)
     if in_order:
         torch._foreach_copy_(  # see ADR 10
             [room for room, _ in in_order], [value for _, value in in_order], non_blocking=True
         )
 
 
-def _copy_in_order(room: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a value whose elements are out of order, or have other signs in memory, and wait for it."""
-    try:
-        room.copy_(signed(value))
-    except torch.OutOfMemoryError:  # torch puts the elements in order on the device, and their signs there
-        room.copy_(on_host(value))
-
-
 def _are_made(copies: Iterable[Copy]) -> bool:
     """Make copies on a device, if it has the memory for the code that does it, which CUDA loads when it is needed."""
-    try:
+
+    def make() -> bool:
         for copy in copies:
             copy.make()
-    except torch.AcceleratorError as error:
-        if not _is_for_lack_of_memory(error):
-            raise
-        return False
-    return True
+        return True
 
-
-def _is_for_lack_of_memory(error: torch.AcceleratorError) -> bool:
-    """Whether CUDA itself had no memory, for which torch has no class of its own."""
-    return "out of memory" in str(error)
+    return unless_full(make, lambda: False)
 
 
 def _add(rooms: list[torch.Tensor], values: list[torch.Tensor], rows: Sequence[Filled]) -> None:
