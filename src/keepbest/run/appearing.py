@@ -18,8 +18,6 @@ from keepbest.errors import ConfigError
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
 
-_HELD = (errno.EACCES, errno.EAGAIN)
-
 
 @contextlib.contextmanager
 def appearing(path: Path, files: Files) -> Iterator[Path]:
@@ -109,7 +107,7 @@ def _locked_space(path: Path) -> tuple[Path, int | None]:
         space = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}")
         space.mkdir()
         lock, refusal = _lock(space)
-        if refusal in _HELD or not space.exists():  # somebody has taken it for one that was left
+        if refusal == errno.EWOULDBLOCK or not space.exists():  # somebody has taken it for one that was left
             if lock is not None:
                 os.close(lock)
             continue
