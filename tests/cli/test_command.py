@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -29,6 +30,22 @@ def test_config_names_classes_of_the_present_folder(tmp_path, monkeypatch):
     assert trained.exit_code == 0, trained.output
     assert runs.BEST in runs.checkpoints(tmp_path / "run")
     assert sys.path == known
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_training_ends_well_where_its_table_cannot_be_read(is_read, tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    config = runs.write_config(tmp_path / "config.yaml", runs.describe_run(tmp_path / "run", epochs=1))
+    with monkeypatch.context() as patch:
+        if not is_read:
+            patch.setattr("keepbest.run.reader.read_ledger", refuse)
+        trained = runs.keepbest("train", config)
+    assert (trained.exit_code, "checkpoints of" in trained.output) == (0, is_read)
+    assert ("Input/output error" in caplog.text) is not is_read
+    assert (f"python -m keepbest show {tmp_path / 'run'}" in caplog.text) is not is_read
+    assert runs.keepbest("verify", tmp_path / "run").exit_code == 0
 
 
 def test_message_names_the_extra_that_is_missing(monkeypatch):

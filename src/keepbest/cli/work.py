@@ -48,8 +48,21 @@ def train(config: Path, arguments: Sequence[str]) -> None:
 
     # Not before training starts: until then the directory may turn out to hold another run.
     trainer.train(on_start=keep_config)
-    if ranks.is_main and ledger_exists(run.config.directory):
-        print_checkpoints(run.config.directory)
+    if ranks.is_main:
+        _print_what_is_kept(run.config.directory)
+
+
+def _print_what_is_kept(directory: Path) -> None:
+    try:
+        if ledger_exists(directory):
+            print_checkpoints(directory)
+    except OSError as error:  # training went well, and all that it kept is on the disk
+        _logger.warning(
+            "training has ended well, but the table of what it kept cannot be printed: %s. Print it later: "
+            "python -m keepbest show %s",
+            error,
+            directory,
+        )
 
 
 def evaluate(directory: Path, ref: str | None, arguments: Sequence[str], *, config: Path | None = None) -> None:
