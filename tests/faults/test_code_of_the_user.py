@@ -20,7 +20,7 @@ REF = "best_model.loss"
 
 
 class Failing:
-    """Raises on one rank for as long as it is armed, in the place of whatever the user wrote."""
+    """Raises on one rank for as long as it is armed, in the place of code of the user."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.is_armed = rank, False
