@@ -257,6 +257,24 @@ def test_trainer_that_starts_over_is_not_resumed_with_a_state(tmp_path):
     assert weights_of(again.model.state_dict()) == weights
 
 
+def test_state_that_is_loaded_in_training_is_the_present_one(tmp_path):
+    engines = make_engines([3.0, 2.0, 1.0])
+    adapter, states = engines.attach(tmp_path), []
+
+    @engines.trainer.on(Events.EPOCH_COMPLETED)
+    def load_the_present_one():
+        states.append(adapter.state_dict())
+        adapter.load_state_dict(states[-1])
+
+    engines.train(2)
+    assert [state["state"]["last_iteration"] for state in states] == ["E1_U2", "E2_U4"]
+    engines.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: adapter.load_state_dict(states[0]))
+    with pytest.raises(
+        ConfigError, match=r"runs already, so best_model.loss cannot go back.*load it before trainer.run"
+    ):
+        engines.train(3)
+
+
 def test_evaluator_that_was_cut_off_has_no_new_value(tmp_path):
     """Its metrics are still those of its run before."""
     engines = make_engines(VALUES)

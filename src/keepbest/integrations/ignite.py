@@ -159,8 +159,18 @@ class BestCheckpoint:
         return self._state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from this state when the trainer runs. **Rank-local**, on every rank, before that."""
-        self._loaded = dict(state_dict)
+        """Continue from this state when the trainer runs. **Rank-local**, on every rank, before that.
+
+        Raises:
+            ConfigError: If the trainer runs already, and this is another state than the present one.
+        """
+        if self._open is None:
+            self._loaded = dict(state_dict)
+        elif dict(state_dict) != self._open.state_dict():
+            raise ConfigError(
+                f"the trainer runs already, so {self._open.name} cannot go back to another state: load it before "
+                "trainer.run(), or leave this handler out of what is loaded"
+            )
 
     def _start(self, trainer: Engine) -> None:
         """Start the keeper. **Collective**. Raises as `BestKeeper` and its `start`."""
