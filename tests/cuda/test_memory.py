@@ -91,13 +91,13 @@ def test_no_room_to_put_weights_in_order(tmp_path, file_format, async_save, leav
     assert_kept(tmp_path, model, expected)
 
 
-def test_no_room_to_change_the_signs_of_weights(tmp_path, async_save):
+def test_no_room_to_change_the_signs_of_weights(tmp_path, file_format, async_save):
     values = torch.randn(8 * MIB, dtype=torch.complex64, device=DEVICE).conj().imag
     expected = {"value": values.cpu().resolve_neg()}
     model, target = nn.Module(), nn.Module()
     model.register_buffer("value", values)
     target.register_buffer("value", torch.zeros(values.shape))
-    with ballast(1), keeper_of(model, tmp_path, "torch", async_save) as keeper:
+    with ballast(1), keeper_of(model, tmp_path, file_format, async_save) as keeper:
         keeper.observe(1.0, epoch=1)
     load(tmp_path, REF, target)
     assert_same(copied(target), expected)
