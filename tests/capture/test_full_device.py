@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from keepbest import BestKeeper, load
 from keepbest.capture.transfer import ShardTransfer
@@ -89,6 +89,22 @@ def test_buckets_are_as_large_as_memory_allows(memory, is_reserved):
     assert arrived
     assert min(wanted, memory * KIB) / 2 <= taken <= min(wanted, memory * KIB)
     assert others == [(True, 8)] * 2
+
+
+def taken_for_replicas():
+    """What this rank took to move tensors that every rank has all of."""
+    ranks = Ranks.connect()
+    over = init_device_mesh("cpu", (ranks.world_size, 1))
+    value = torch.arange(6.0)
+    tensor = distribute_tensor(value, over, [Replicate(), Shard(0)])
+    with device_with(MIB) as device, ShardTransfer(ranks, bucketed=IN_BUCKETS) as shards:
+        shards.reserve([tensor])
+        found = shards.move(tensor, lambda: torch.zeros(6), 0)
+    return same_bits(found, value if ranks.is_main else value[:0]), device.most
+
+
+def test_replicas_need_no_buckets():
+    assert run_ranks(taken_for_replicas, 2) == [(True, 0)] * 2
 
 
 def keep_with(directory, memory):
