@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from keepbest.capture.alike import alike_of
 from keepbest.capture.fingerprint import fingerprint, fingerprints_of_samples
 
 
@@ -56,3 +57,11 @@ def test_fingerprints_of_samples_are_the_same_without_memory(full, what):
     full(what)
     assert fingerprints_of_samples(values) == expected
     assert fingerprints_of_samples([value + 1 for value in values]) != expected
+
+
+def test_state_beside_shards_is_the_same_without_memory(full):
+    state = [("weight", "step", torch.tensor(3.0)), ("bias", "step", torch.tensor(-0.0))]
+    expected = alike_of("optimizer", state)
+    full("cat")
+    assert alike_of("optimizer", state) == expected
+    assert alike_of("optimizer", [(name, key, value + 1) for name, key, value in state]) != expected

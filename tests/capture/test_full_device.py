@@ -1,4 +1,4 @@
-"""Shards on their way through buckets where a device has little memory, or none, with the CPU in its place."""
+"""Weights on their way from a device that has little memory, or none, with the CPU in its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from keepbest import BestKeeper, load
 from keepbest.capture.transfer import ShardTransfer
@@ -91,6 +91,22 @@ def test_buckets_are_as_large_as_memory_allows(memory, is_reserved):
     assert others == [(True, 8)] * 2
 
 
+def taken_for_replicas():
+    """What this rank took to move tensors that every rank has all of."""
+    ranks = Ranks.connect()
+    over = init_device_mesh("cpu", (ranks.world_size, 1))
+    value = torch.arange(6.0)
+    tensor = distribute_tensor(value, over, [Replicate(), Shard(0)])
+    with device_with(MIB) as device, ShardTransfer(ranks, bucketed=IN_BUCKETS) as shards:
+        shards.reserve([tensor])
+        found = shards.move(tensor, lambda: torch.zeros(6), 0)
+    return same_bits(found, value if ranks.is_main else value[:0]), device.most
+
+
+def test_replicas_need_no_buckets():
+    assert run_ranks(taken_for_replicas, 2) == [(True, 0)] * 2
+
+
 def keep_with(directory, memory):
     """The error of a best where ranks have only so much memory, and whether the next one is right."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -120,3 +136,61 @@ def test_no_memory_for_buckets_is_an_error_on_every_rank(tmp_path, full, what):
     assert len(errors) == 1
     assert f"on rank {full} of 3: RankFailedError: there is no memory for {what}" in errors.pop()
     assert all(is_right for _, is_right in found)  # no rank was left in the middle of a transfer
+
+
+@contextmanager
+def without_memory_beside(tensors):
+    """torch can put neither signs nor the order of elements into memory of the device that these tensors are on."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def refusing(name, is_done):
+        method = getattr(torch.Tensor, name)
+
+        def call(tensor):
+            if not is_done(tensor) and tensor.untyped_storage().data_ptr() in storages:
+                raise torch.OutOfMemoryError("no memory on the pretended device")
+            return method(tensor)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "resolve_conj", refusing("resolve_conj", lambda tensor: not tensor.is_conj()))
+        patch.setattr(torch.Tensor, "resolve_neg", refusing("resolve_neg", lambda tensor: not tensor.is_neg()))
+        patch.setattr(torch.Tensor, "contiguous", refusing("contiguous", torch.Tensor.is_contiguous))
+        patch.setattr(torch.Tensor, "cpu", refusing("cpu", torch.Tensor.is_contiguous))
+        yield
+
+
+class Stage(nn.Module):
+    """A stage of a pipeline."""
+
+    def __init__(self, values):
+        super().__init__()
+        for name, value in values.items():
+            self.register_buffer(name, value)
+
+
+def strange(seed):
+    """Values that have other signs, or another order, in memory."""
+    values = torch.randn(5, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
+    return {"negated": values.conj().imag, "conjugated": values.conj(), "sliced": values.t()[:, 1:4]}
+
+
+def keep_stages(directory, file_format):
+    """Names of what is not kept as it is of two stages, one on each rank."""
+    rank, stages = dist.get_rank(), [strange(0), strange(1)]
+    model = nn.ModuleDict({f"stage{rank}": Stage(stages[rank])})
+    with BestKeeper(model, directory=directory, metric_key="loss", format=file_format, async_save=True) as keeper:
+        keeper.start()
+        with without_memory_beside(stages[rank].values()):
+            keeper.observe(1.0, epoch=1)
+            keeper.flush()
+    targets = [{name: torch.zeros(value.shape, dtype=value.dtype) for name, value in each.items()} for each in stages]
+    load(directory, REF, nn.ModuleDict({f"stage{number}": Stage(each) for number, each in enumerate(targets)}))
+    pairs = [(name, target[name], each[name]) for target, each in zip(targets, stages, strict=True) for name in each]
+    return [name for name, found, expected in pairs if not torch.equal(found, expected)]
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+def test_weights_that_a_full_device_cannot_put_in_order(tmp_path, file_format):
+    assert run_ranks(keep_stages, 2, tmp_path, file_format) == [[], []]

@@ -14,7 +14,7 @@ from keepbest.errors import ConfigError
 from keepbest.listing import listed, listed_ranks
 from keepbest.modules.kinds import is_dense, is_dtensor, local_of
 from keepbest.modules.nested import leaves, spelled
-from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.modules.raw_bytes import joined_on_host, raw_bytes
 
 _WAY_OUT = "Leave the optimizer out of training_state, or use one whose state is made of DTensors"
 
@@ -118,7 +118,7 @@ def _has_at(path: Sequence[object]) -> str:
 def _texts(tensors: Sequence[torch.Tensor]) -> Iterator[str]:
     """The values of tensors of one device as text, after one transfer."""
     rows = [raw_bytes(tensor) for tensor in tensors]
-    together = bytes(torch.cat(rows).cpu().tolist())
+    together = bytes(joined_on_host(rows).tolist())
     at = 0
     for tensor, row in zip(tensors, rows, strict=True):
         yield f"{tensor.dtype} {together[at : at + row.numel()].hex()}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from keepbest.capture.catalogue import Name
 from keepbest.capture.union import Holding
-from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.modules.raw_bytes import brought_to_host, raw_bytes
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import Slot
 
@@ -56,7 +56,7 @@ class ForeignTransfer:
         number = self._wanted[name].number
         if not self._wanted[name].entry.form.is_packed:
             if value.numel():
-                sent = raw_bytes(value.detach().cpu())
+                sent = raw_bytes(brought_to_host(value))
                 if (work := dist.isend(sent, group=self._group, group_dst=0, tag=2 * number)) is not None:
                     work.wait()
             return

@@ -237,7 +237,7 @@ class _Receiver:
         if is_dtensor(value) and holding.owner == 0 and self._shards.can_move(value):
             room = partial(self._slot.room, room_of(name), like(holding))
             return self._shards.move(value, room, holding.number)
-        whole = whole_tensor(value) if is_dtensor(value) else value.detach().resolve_conj().resolve_neg()
+        whole = whole_tensor(value) if is_dtensor(value) else value.detach()
         if self._ranks.is_main and holding.owner == 0:
             # What was made whole is freed before the next one is.
             return (self._slot.copy if is_dtensor(value) else self._slot.put)(room_of(name), whole)

@@ -179,8 +179,7 @@ def _own_share(agreed: Agreed, inventory: Inventory, writers: Mapping[Name, int]
                 if holding.entry.form.role == "data" and not ranks.is_main:
                     elsewhere.send(name, value)
                 else:
-                    is_tensor = isinstance(value, torch.Tensor)
-                    found[name] = value.resolve_conj().resolve_neg() if is_tensor else value
+                    found[name] = value
     for source in sources if ranks.is_main else ():
         if source.holds_fsdp1:
             found |= added_by_hooks(source, states[source.path], agreed)

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from keepbest.capture.catalogue import Held, Name
 from keepbest.capture.union import Union
 from keepbest.formats.dcp import SharePlan
+from keepbest.modules.kinds import has_shards
 from keepbest.modules.quiet import quiet, use_up_warning_of_the_writer
+from keepbest.modules.raw_bytes import signed, unsigned
 from keepbest.ranks import Ranks
 from keepbest.staging.slot import Like, Slot
 
@@ -60,9 +62,9 @@ class Layout:
         shards: dict[str, dict[MetadataIndex, torch.Tensor]] = {part: {} for part in self.mine}
         states = {part: dict(tensors[part]) for part in self.mine}
         for part, item, _ in self._items():
-            value = find_state_dict_object(states[part], item.index).detach().resolve_conj().resolve_neg()
+            value = find_state_dict_object(states[part], item.index).detach()
             is_written_from_there = slot.is_live and value.device.type == "cpu"
-            shards[part][item.index] = value if is_written_from_there else slot.put(_room_of(part, item), value)
+            shards[part][item.index] = signed(value) if is_written_from_there else slot.put(_room_of(part, item), value)
         slot.seal()
         return {
             part: SharePlan(_Shards(shards[part]), plan, self.metadata.get(part, Metadata({})), self.tied[part])
@@ -112,7 +114,9 @@ def plan_layout(
 
     def plan_own() -> Plans:
         for part, state in tensors.items():
-            planners[part].set_up_planner(dict(state), storage_meta=None, is_coordinator=ranks.is_main)
+            # torch asks whether each is pinned, and gives a view its signs in a copy on the device for that.
+            planned = {key: value if has_shards(value) else unsigned(value) for key, value in state.items()}
+            planners[part].set_up_planner(planned, storage_meta=None, is_coordinator=ranks.is_main)
         with torch.device("cpu"):  # torch plans with tensors of the default device, which may be any
             return {part: planner.create_local_plan() for part, planner in planners.items()}
 

@@ -20,7 +20,7 @@ from keepbest.capture.versions import RecordedVersions, saved_versions
 from keepbest.errors import PartlyLoadedError, SnapshotError
 from keepbest.modules.kinds import is_dense, local_of
 from keepbest.modules.parts import Part
-from keepbest.modules.raw_bytes import raw_bytes
+from keepbest.modules.raw_bytes import brought_to_host, raw_bytes
 from keepbest.modules.sources import Source, StateDict, list_sources, plain_state_dict
 from keepbest.modules.state_dicts import load_state, loading_module
 from keepbest.modules.wrappers import PlainNames, modules_along, walk
@@ -277,4 +277,6 @@ def _is_loaded(value: Any, now: Any) -> bool:
     if not (isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and is_dense(value) and is_dense(now)):
         return True
     value, now = local_of(value), local_of(now)
-    return value.shape == now.shape and torch.equal(raw_bytes(value.to(now)), raw_bytes(now))
+    return value.shape == now.shape and torch.equal(
+        *map(raw_bytes, (brought_to_host(value).to(now.dtype), brought_to_host(now)))
+    )

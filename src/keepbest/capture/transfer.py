@@ -56,7 +56,7 @@ class ShardTransfer:
         nbytes: dict[torch.device, int] = {}
         for tensor in tensors:
             before = nbytes.get(tensor.device, 0)
-            if before < 2 * self._size and self.can_move(tensor) and self._is_bucketed(tensor):
+            if before < 2 * self._size and self.can_move(tensor) and self._needs_buckets(tensor):
                 nbytes[tensor.device] = before + tensor.nbytes
         for device, wanted in nbytes.items():
             self._room(device, wanted)
@@ -95,6 +95,10 @@ class ShardTransfer:
     def _is_bucketed(self, tensor: DTensor) -> bool:
         kind = tensor.device.type
         return f"{kind}:{backends_of(shard_group(tensor.device_mesh)).get(kind)}" in self._bucketed
+
+    def _needs_buckets(self, tensor: DTensor) -> bool:
+        """Whether they are needed for what can be moved. If there is one shard, rank 0 has all of it."""
+        return self._is_bucketed(tensor) and shard_count(tensor.device_mesh) > 1
 
     def move(self, tensor: DTensor, room: Callable[[], torch.Tensor], number: int) -> torch.Tensor:
         """Start to bring `tensor` to rank 0.

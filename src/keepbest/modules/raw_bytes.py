@@ -25,7 +25,7 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
         return tensor.detach().to("cpu", copy=True)
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    found = _unsigned(tensor).as_strided((length,), (1,)).to("cpu", copy=True)
+    found = unsigned(tensor).as_strided((length,), (1,)).to("cpu", copy=True)
     found = found.as_strided(tensor.shape, tensor.stride())
     found = found.conj() if tensor.is_conj() else found
     return found.neg() if tensor.is_neg() else found
@@ -37,12 +37,17 @@ def copy_to_host(room: torch.Tensor, value: torch.Tensor) -> None:
     unless_full(lambda: room.copy_(signed(value)), lambda: room.copy_(on_host(value)))
 
 
+def brought_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor on the CPU, with its signs in memory: itself if it is there and has them."""
+    return unless_full(lambda: signed(tensor).cpu(), lambda: signed(on_host(tensor)))
+
+
 def joined_on_host(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors of one device one after the other, on the CPU. They come at once: each copy waits for the device."""
     return unless_full(lambda: torch.cat(list(rows)).cpu(), lambda: torch.cat([row.cpu() for row in rows]))
 
 
-def _unsigned(tensor: torch.Tensor) -> torch.Tensor:
+def unsigned(tensor: torch.Tensor) -> torch.Tensor:
     """What a tensor has in memory. torch would give a view its signs in a copy on the device."""
     if not (tensor.is_conj() or tensor.is_neg()):
         return tensor.detach()

@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
-from keepbest.modules.raw_bytes import signed
+from keepbest.modules.raw_bytes import copy_to_host, signed
 from keepbest.staging.batch import Batch
 from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
@@ -58,7 +58,7 @@ class HostSlot:
         if type(value) not in PLAIN_CLASSES:
             return self.copy(key, settled(value))
         if not is_dense(value):
-            return value.detach().to("cpu", copy=True)
+            return signed(value).to("cpu", copy=True)
         room = self.room(key, Like(value.shape, value.dtype, value.device.type))
         self._copies.add(key, room, value)
         return room
@@ -71,8 +71,10 @@ class HostSlot:
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         if not is_dense(value):
-            return value.detach().to("cpu", copy=True)
-        return self.room(key, Like(value.shape, value.dtype, value.device.type)).copy_(signed(value))
+            return signed(value).to("cpu", copy=True)
+        room = self.room(key, Like(value.shape, value.dtype, value.device.type))
+        copy_to_host(room, value)
+        return room
 
     def seal(self) -> None:
         self._copies.begin(self._rooms.rows)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from keepbest.modules.kinds import PLAIN_CLASSES, is_dense
-from keepbest.modules.raw_bytes import signed
+from keepbest.modules.raw_bytes import copy_to_host, signed
 from keepbest.staging.batch import Batch
 from keepbest.staging.copies import Copies
 from keepbest.staging.device import Devices, settled
@@ -46,15 +46,20 @@ class LiveSlot:
             self._copies.add(key, room, value)
             return room
         reserved = self._reserved(key, settled(value))
-        return value.cpu() if reserved is None else reserved.copy_(signed(value))
+        if reserved is None:
+            return signed(value).cpu()
+        copy_to_host(reserved, value)
+        return reserved
 
     def put_all(self, batch: Batch) -> dict[str, torch.Tensor]:
-        values = batch.values.items()
-        return {key: self.put(key, value if value.is_cuda else signed(value)) for key, value in values}
+        return {key: self.put(key, value) for key, value in batch.values.items()}
 
     def copy(self, key: str, value: torch.Tensor) -> torch.Tensor:
         room = self._reserved(key, value)
-        return value.to("cpu", copy=True) if room is None else room.copy_(signed(value))
+        if room is None:
+            return signed(value).to("cpu", copy=True)
+        copy_to_host(room, value)
+        return room
 
     def room(self, key: str, like: Like) -> torch.Tensor:
         if like.device == "cuda":
