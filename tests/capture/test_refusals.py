@@ -63,6 +63,7 @@ REFUSED = {
     "bits": (lambda: WithBuffer(torch.ones(2, dtype=torch.uint8).view(torch.bits8)), ("dcp",), "is torch.bits8"),
     "int4": (lambda: WithBuffer(torch.ones(2, dtype=torch.uint8).view(torch.int4)), ALL, "'extra' is torch.int4"),
     "uint1": (lambda: WithState([torch.ones(2, dtype=torch.uint8).view(torch.uint1)]), ALL[::2], "'_extra_state'"),
+    "qint8": (lambda: WithBuffer(torch.ones(2, dtype=torch.int8).view(torch.qint8)), ALL, "qint8 without a scale"),
     "metadata": (lambda: nn.ParameterDict({"__metadata__": torch.ones(2)}), ("safetensors",), "'__metadata__' has"),
     "complex128": (lambda: WithBuffer(torch.ones(2, dtype=torch.complex128)), ("safetensors",), "complex128"),
     "e8m0": (lambda: WithBuffer(torch.ones(2).to(torch.float8_e8m0fnu)), ("safetensors",), "float8_e8m0fnu"),

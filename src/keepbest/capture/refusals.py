@@ -24,6 +24,7 @@ _IN_A_UNIT_AROUND = (
 )
 
 _WITHOUT_VALUES = {getattr(torch, f"{kind}{bits}", None) for kind in ("int", "uint") for bits in range(1, 8)}
+_QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 _LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
@@ -121,6 +122,8 @@ def _fault_of_values(inside: torch.Tensor, *, is_training_state: bool) -> str | 
         )
     if inside.dtype in _WITHOUT_VALUES:
         return f"is {inside.dtype}, which torch neither copies nor saves. Keep its bytes: view(torch.uint8)"
+    if inside.dtype in _QUANTIZED and not inside.is_quantized:
+        return f"is {inside.dtype} without a scale, which torch saves and cannot read again. Keep what it is a view of"
     return _lost_memory(inside)
 
 
