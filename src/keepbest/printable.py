@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-# Of a URL that lost a slash as a `Path`, too. A password may have slashes in it, as those of AWS do; a port may not.
-_PASSWORD = re.compile(r"(:/{1,2}[^\s/@:'\"]*):(?!\d+(?:/|$))[^\s'\"]+@")
-_SECRET = re.compile(
-    r"([?&;][^\s=&;'\"]*(?:token|secret|passw|pwd|key|sig|cred|auth)[^\s=&;'\"]*=)[^\s&;'\"]+", re.IGNORECASE
-)
+# Of a URL that lost a slash as a `Path`, too. A name may have an @ in it, as an address does. A password may have a
+# slash in it, as those of AWS do; a port may not. The limits keep the time short for texts of any length.
+_PASSWORD = re.compile(r"(:/{1,2}[^\s/:\['\"]{0,500}):(?!\d+(?:/|$))[^\s'\"]{1,2000}@")
+_QUERY = re.compile(r"([?&;]([^\s?=&;'\"]{1,500})=)[^\s&;'\"]+")
+_SECRET = re.compile("token|secret|passw|pwd|key|sig|cred|auth", re.IGNORECASE)
 
 
 def without_passwords(text: str) -> str:
@@ -18,7 +18,11 @@ def without_passwords(text: str) -> str:
     """
     if ":/" not in text:
         return text
-    return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
+    return _QUERY.sub(_hidden, _PASSWORD.sub(r"\1:***@", text))
+
+
+def _hidden(setting: re.Match[str]) -> str:
+    return f"{setting[1]}***" if _SECRET.search(setting[2]) else setting[0]
 
 
 def printable(text: str, *, keep: str = "") -> str:

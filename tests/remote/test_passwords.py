@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from keepbest import BestKeeper, load, open_run
 from keepbest.cli.app import app
-from keepbest.errors import ConfigError, RunExistsError
+from keepbest.errors import ConfigError, KeepBestError, RunExistsError
 from keepbest.remote.storage import check_remote
 from tests.kit.runs import Run
 
@@ -20,6 +21,7 @@ URLS = [
     f"s3://user:{SECRET}@host/runs/a",
     f"s3://AKIA:wJa/{SECRET}/bPx@bucket/runs/a",
     f"https://user:p@ss{SECRET}@host:8080/runs/a",
+    f"sftp://somebody@example.org:{SECRET}@host/runs/a",
     f"simplecache::sftp://:{SECRET}@host/runs/a",
     f"https://host/runs/a?token={SECRET}",
     f"https://host/runs/a?v=1&X-Amz-Signature={SECRET}",
@@ -54,7 +56,14 @@ def test_command_refuses_a_password_without_it(url, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["memory://runs/a:b@c", "memory://host:8080/runs@v2", "memory://user@host/a", "memory://a/b?version=3"]
+    "url",
+    [
+        "memory://runs/a:b@c",
+        "memory://host:8080/runs@v2",
+        "memory://user@host/a",
+        "memory://a/b?version=3",
+        "memory://[fe80::1]:22/runs@v2",
+    ],
 )
 def test_url_without_a_password_is_taken_as_it_is(url):
     assert check_remote(url) == url
@@ -63,3 +72,10 @@ def test_url_without_a_password_is_taken_as_it_is(url):
 def test_error_with_two_bases_hides_a_password_too():
     error = RunExistsError(f"sftp://user:{SECRET}@host/a holds a run")
     assert (str(error), error.args) == ("sftp://user:***@host/a holds a run", (str(error),))
+
+
+@pytest.mark.parametrize("text", ["?key" * 5000, "?" * 9000 + "key" * 3000, ":/a:" * 5000])
+def test_error_with_a_long_text_is_made_at_once(text):
+    before = time.process_time()
+    assert str(KeepBestError(f"s3://a {text}")) == f"s3://a {text}"
+    assert time.process_time() - before < 2.0

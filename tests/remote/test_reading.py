@@ -46,6 +46,27 @@ def test_copy_is_read_from_python_as_the_run_is(tmp_path, finished):
     assert torch.load(to, weights_only=True)["weight"].item() == 5.5, "of the updates 4 and 7"
 
 
+def test_temporary_copy_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
+    """One rank alone would raise it, when all have loaded."""
+    run, rmdir, refused = Run(tmp_path / "a", remote=f"file://{tmp_path}/copy"), os.rmdir, []
+    with run.keeper:
+        run.observe(2.0)
+
+    def refuse(path, **options):
+        if "keepbest-" in str(path):
+            refused.append(path)
+            raise OSError(39, "Directory not empty")  # as NFS has it for files that are open
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    model = nn.Linear(1, 1)
+    assert load(f"file://{tmp_path}/copy", BEST, model).value == 2.0
+    monkeypatch.undo()
+    [found] = refused
+    assert [f"the temporary copy {found} cannot be removed" in each for each in caplog.messages] == [True]
+    rmdir(found)
+
+
 def observed(directory: Path) -> list[tuple]:
     return [
         (line["iteration"], line["value"], line.get("refs"), line.get("snapshot", "").split(".r")[0])

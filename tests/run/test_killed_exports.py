@@ -112,3 +112,22 @@ def test_folder_without_locks_is_never_taken_for_left(run, tmp_path, monkeypatch
     monkeypatch.setattr("fcntl.flock", refuse)
     export(run, BEST, tmp_path / "best.pt")
     assert {path.name for path in tmp_path.glob(".tmp-*")} == {each for each in left if "/" not in each}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_space_that_cannot_be_removed_is_a_warning(name, run, tmp_path, monkeypatch, caplog):
+    """What another user left is theirs, and a network may hold on to what was just written."""
+    kill_an_export(run, tmp_path / name)
+    remove = Files.remove
+
+    def refuse(files, path):
+        if path.name.startswith(".tmp-"):
+            raise PermissionError(13, "Permission denied", path)
+        remove(files, path)
+
+    monkeypatch.setattr(Files, "remove", refuse)
+    written = export(run, BEST, tmp_path / name)
+    assert all(path.exists() for path in written)
+    left = sorted(map(str, tmp_path.rglob(".tmp-*/")))
+    assert sorted(record.args[0].as_posix() for record in caplog.records) == [each.rstrip("/") for each in left]
+    assert len(left) == 2

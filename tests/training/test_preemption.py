@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from keepbest.callbacks.base import CallbackBase
 from keepbest.callbacks.config import CallBackBaseConfig
@@ -154,20 +156,29 @@ def say_and_wait(begun):
         signal.pause()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_to_a_forked_child_ends_it(number):
+def test_sigterm_to_a_forked_child_ends_it():
     with Preemption(Ranks.connect()) as preemption:
-        here, there = multiprocessing.Pipe()
-        child = multiprocessing.get_context("fork").Process(target=say_and_wait, args=(there,), daemon=True)
+        child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
         child.start()
         try:
-            here.recv()
-            os.kill(child.pid, number)
+            os.kill(child.pid, signal.SIGTERM)
             child.join(10)  # as Python does when it exits, which waits for as long as it takes
-            assert child.exitcode == -number
+            assert child.exitcode == -signal.SIGTERM
         finally:
             child.kill()
         assert [preemption.is_agreed() for _ in range(2)] == [False, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_signal_to_all_leaves_those_who_load_data(number):
+    samples = torch.arange(20.0)
+    with Preemption(Ranks.connect()):
+        batches = iter(DataLoader(samples, num_workers=2, multiprocessing_context="fork"))
+        seen = [next(batches)]
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+        seen += batches
+    assert torch.equal(torch.cat(seen), samples)
 
 
 def test_outside_of_the_main_thread_no_signal_is_caught():

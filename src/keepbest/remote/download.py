@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPOR
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot, bests_of, read_history, read_manifest
+
+_logger = logging.getLogger(__name__)
 
 TRIES = 5
 _LOCAL_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -74,8 +77,7 @@ def local_copy(
         yield local_path(run, "run")
         return
     remote = Remote(str(run))
-    with tempfile.TemporaryDirectory(prefix="keepbest-") as space:
-        directory = Path(space)
+    with _temporary_folder() as directory:
         (directory / CHECKPOINTS / SNAPSHOTS).mkdir(parents=True)
         with _naming(directory, str(run)):
             for _ in range(TRIES):
@@ -92,6 +94,19 @@ def local_copy(
             elif too_large:
                 raise SnapshotError("; ".join(too_large.values()))
             yield directory
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for this block. A network may hold on to files that are still open, as those of a tensor are."""
+    folder = tempfile.TemporaryDirectory(prefix="keepbest-")
+    try:
+        yield Path(folder.name)
+    finally:
+        try:
+            folder.cleanup()
+        except OSError as error:  # one rank alone would raise it, and what was read is complete
+            _logger.warning("the temporary copy %s cannot be removed: %s", folder.name, error)
 
 
 @contextmanager

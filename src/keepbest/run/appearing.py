@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from keepbest.errors import ConfigError
 from keepbest.run.files import Files
 from keepbest.run.layout import TEMPORARY
+
+_logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -61,26 +64,24 @@ def space_beside(path: Path, files: Files) -> Iterator[Path]:
     """A folder beside `path` of this process alone, which is gone when the block has ended.
 
     Those for the same path that processes left which were killed are removed before. Another process, such as each rank
-    of a training, may write to the same path at the same time.
+    of a training, may write to the same path at the same time. A warning names a folder that cannot be removed, as one
+    of another user: what is written is complete without that.
 
     Raises:
-        OSError: Any refusal of the file system.
+        OSError: Any other refusal of the file system.
     """
     for left in path.parent.glob(f"{TEMPORARY}*"):
         if left.name.startswith(_prefix(path)) and left.is_dir() and not left.is_symlink():
             _remove_if_left(left, files)
     space, lock = _locked_space(path)
     try:
-        try:
-            yield space
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first failure is the cause, and the next one removes the space
-                files.remove(space)
-            raise
-        files.remove(space)
+        yield space
     finally:
-        if lock is not None:
-            os.close(lock)
+        try:
+            _remove(space, files)
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 @contextlib.contextmanager
@@ -119,9 +120,16 @@ def _remove_if_left(space: Path, files: Files) -> None:
     lock, _ = _lock(space)
     if lock is not None:
         try:
-            files.remove(space)
+            _remove(space, files)
         finally:
             os.close(lock)
+
+
+def _remove(space: Path, files: Files) -> None:
+    try:
+        files.remove(space)
+    except OSError as error:
+        _logger.warning("%s is not used any more and cannot be removed: %s", space, error)
 
 
 def _lock(space: Path) -> tuple[int | None, int | None]:

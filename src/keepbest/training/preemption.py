@@ -27,7 +27,8 @@ class Preemption:
     """Catches SIGTERM, SIGUSR1 and SIGINT in a `with` block. A second SIGINT interrupts at once.
 
     Outside of the main thread Python receives no signals. There it only learns of the signals of the other ranks. A
-    child that is forked in the block is no rank: there each signal does what it did before the block.
+    child that is forked in the block is no rank. It ends by SIGTERM, as without the block. SIGUSR1 and the first SIGINT
+    leave it alone: a terminal and SLURM send them to all processes, and training still needs those that load its data.
 
     Args:
         ranks: Ranks that stop together.
@@ -75,11 +76,11 @@ class Preemption:
             self._restore_handler(number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # whoever ends such a child, as Python does when it exits, waits for its end
+        if os.getpid() == self._process:
+            self._flag.raise_it()
+        elif number == signal.SIGTERM:  # whoever ends such a child, as Python does when it exits, waits for its end
             self._restore_handler(number)
             signal.raise_signal(number)
-            return
-        self._flag.raise_it()
         if number == signal.SIGINT:
             self._restore_handler(number)
 
