@@ -191,7 +191,7 @@ def be_in_another_place(directory, difference):
     ("difference", "said"),
     [
         ("iteration", ["differ in step 'observe loss'", "iteration=U2", "iteration=U3"]),
-        ("settings", ["'check the settings of the keeper of loss'", "tolerances=(1,)", "tolerances=(2,)"]),
+        ("settings", ["'check the settings of the keeper of loss'", "tolerances=[1]", "tolerances=[2]"]),
         ("what to do on failures", ["check the settings", "on_save_error='raise'", "on_save_error='warn'"]),
         ("state", ["for best_model.loss'", "loaded=None", "loaded=(best_model.loss of run "]),
         ("close", ["not in the same step", "observe loss", "close best_model.loss"]),

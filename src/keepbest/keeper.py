@@ -232,9 +232,7 @@ class BestKeeper(WorksInRun):
     def release(self, pin: str) -> None:
         """Release what `flush(pin=...)` pinned under this tag, in this run or before a resume. **Collective**.
 
-        Raises:
-            ConfigError: On every rank, if nothing was ever pinned under this tag.
-            StorageError: As `flush`.
+        A warning says so where nothing was ever pinned under it. Raises as `flush`.
         """
         self._refuse_if_closed()
         self._bookkeeping.settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))

@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
-from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.misspelling import nearest
 from keepbest.run.checkpoints import forget_gone
@@ -278,18 +277,16 @@ class KeeperRecord:
         self.folder.commit(Pinned(self.keeper, tag, tuple(sorted(held))))
 
     def unpin(self, tag: str) -> None:
-        """Release what `tag` pinned. A run that was resumed before it was released may release it once more.
+        """Release what `tag` pinned. A warning says so where it never pinned anything. Raises `OSError`.
 
-        Raises:
-            ConfigError: If nothing was ever pinned under this tag.
-            OSError: Any refusal of the file system.
+        A run that was resumed from before it was released may release it once more.
         """
         history = self.folder.history
         if (self.keeper, tag) not in history.tags:
             pinned = sorted(each for keeper, each in history.pins if keeper == self.keeper)
-            raise ConfigError(
-                f"expected a tag under which {self.keeper} has pinned something, got {tag!r}; pinned are: "
-                f"{', '.join(map(repr, pinned)) or 'none'}{nearest(tag, pinned)}"
+            listed = ", ".join(map(repr, pinned)) or "none"
+            _logger.warning(
+                "%s: nothing was ever pinned under %r; pinned are: %s%s", self.keeper, tag, listed, nearest(tag, pinned)
             )
         self.folder.commit(Unpinned(self.keeper, tag))
 
