@@ -62,9 +62,8 @@ class BestCheckpoint(TrainerCallback, ExportableState):
         metric_key: Name of the metric in what an evaluation reports. `eval_` is put before it where it is absent.
             `None` is the `metric_for_best_model` of the training arguments.
         directory: Directory of the run. `None` is the `output_dir` of the training arguments. Each trial of a
-            `hyperparameter_search` has a run in a folder there, which is named as the Trainer names that of its
-            checkpoints: by `hp_name`. Without `hp_name`, trials are numbered as they start: `run-0`,
-            then `run-1`.
+            `hyperparameter_search` has a folder for its run there. `hp_name` names it, as it names that of the
+            Trainer's checkpoints. Without `hp_name`, the first trial has `run-0`, and the second one `run-1`.
         save_training_state: Whether the Trainer's optimizer and scheduler are kept with each best: as the training
             states `optimizer` and `scheduler`.
         on_new_best: As in `BestKeeper`. The Trainer cannot keep functions in its checkpoints, so it goes without
