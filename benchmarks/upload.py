@@ -45,8 +45,13 @@ _LEAST_SECONDS = 0.2
 @contextlib.contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
     """An S3 server on loopback with an empty bucket; yields the environment in which `s3://bucket` leads there."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.socket() as holder:  # bound until the server listens, so that no connection gets its port
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield from _s3_server_on(holder.getsockname()[1])
+
+
+def _s3_server_on(port: int) -> Iterator[dict[str, str]]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     # It keeps large objects in memory, so that it does not compete for the disk.
     environment = os.environ | {"MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 40)}

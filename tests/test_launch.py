@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from keepbest.errors import ConfigError, RankTimeoutError
 from keepbest.launch import Process, distributed, expand_node_list, read_environment
+from tests.kit.ports import held_ports
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SLURM = {
@@ -224,14 +224,12 @@ def set_environment(monkeypatch, variables):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_process_that_no_other_meets_says_how_to_start(rank, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    here = {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
-    set_environment(monkeypatch, {**SLURM, **here, "SLURM_PROCID": rank})
-    said = f"^rank {rank} of 2 did not meet the others at localhost, port {port}: .*[Tt]imed out .*srun has started all"
-    with pytest.raises(RankTimeoutError, match=said), distributed(timeout=timedelta(seconds=1)):
-        pass
+    with held_ports(1) as [port]:
+        here = {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+        set_environment(monkeypatch, {**SLURM, **here, "SLURM_PROCID": rank})
+        said = f"^rank {rank} of 2 did not meet the others at localhost, port {port}: .*[Tt]imed out .*srun has started"
+        with pytest.raises(RankTimeoutError, match=said), distributed(timeout=timedelta(seconds=1)):
+            pass
     assert not dist.is_initialized()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 
 import pytest
 import torch.distributed as dist
@@ -14,6 +13,7 @@ import typer
 from keepbest.cli.exit_status import run_command
 from keepbest.errors import ConfigError, PreemptedError, RankLostError, RankTimeoutError
 from tests.kit.pool import run_ranks
+from tests.kit.ports import held_ports
 
 
 def exit_status_and_text(kind, port):
@@ -43,6 +43,6 @@ def exit_status_and_text(kind, port):
 )
 def test_error_that_all_ranks_share_is_said_by_one(kind, status, texts, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    assert run_ranks(exit_status_and_text, 2, kind, port) == [(status, text) for text in texts]
+    with held_ports(1) as [port]:
+        ends = run_ranks(exit_status_and_text, 2, kind, port)
+    assert ends == [(status, text) for text in texts]

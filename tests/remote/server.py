@@ -19,16 +19,17 @@ from pathlib import Path
 
 import boto3
 
+from tests.kit.ports import held_ports
+
 BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 class Server:
-    """`moto_server` on a port of its own, with an empty bucket; `restart` empties it again."""
+    """`moto_server` on `port`, with an empty bucket; `restart` empties it again."""
 
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+    def __init__(self, port: int) -> None:
+        self.port = port
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -168,12 +169,13 @@ class Link:
 
 @contextlib.contextmanager
 def serving() -> Iterator[tuple[Server, Link]]:
-    server = Server()
-    try:
-        link = Link(server.port)
+    with held_ports(1) as [port]:
+        server = Server(port)
         try:
-            yield server, link
+            link = Link(server.port)
+            try:
+                yield server, link
+            finally:
+                link.close()
         finally:
-            link.close()
-    finally:
-        server.kill()
+            server.kill()

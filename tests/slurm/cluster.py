@@ -21,6 +21,7 @@ from pathlib import Path
 from pwd import getpwuid
 
 from tests.kit.debian import install
+from tests.kit.ports import held_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 # A node's name is where the ranks meet, so each is a name that leads to this machine wherever Linux runs.
@@ -126,7 +127,7 @@ class Cluster:
             stack.callback(shutil.rmtree, folder)
             folder.chmod(0o755)
             cluster = cls(folder)
-            cluster._configure()
+            cluster._configure(stack.enter_context(held_ports(1 + len(NODES))))
             for name, command in cluster._daemons():
                 stack.enter_context(cluster._daemon(name, command))
                 if name == "munged":
@@ -148,14 +149,13 @@ class Cluster:
         printed = self.run("sbatch", "--parsable", f"--output={output}", str(script), *arguments)
         return Job(self, int(printed), output)
 
-    def _configure(self) -> None:
+    def _configure(self, ports: list[int]) -> None:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
         host = socket.gethostname().partition(".")[0]
-        ports = _free_ports(1 + len(NODES))
         nodes = [
             f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port} CPUs=4 State=UNKNOWN"
             for node, port in zip(NODES, ports[1:], strict=True)
@@ -217,12 +217,6 @@ class Cluster:
 
 def _user() -> str:
     return getpwuid(os.geteuid()).pw_name
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def _wait_until(what: str, condition: Callable[[], bool], *, timeout: float = 60) -> None:

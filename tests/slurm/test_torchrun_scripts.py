@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.kit import cli_runs as runs
+from tests.kit.ports import held_ports
 from tests.slurm.scripts import edited
 
 COMMAND = "(-m keepbest train examples/digits/float64.yaml)"
@@ -36,12 +36,11 @@ def test_one_machine_and_several_machines_train_the_same(tmp_path):
     script = edited("torchrun_single_node.sh", tmp_path, COMMAND=COMMAND, PROCESSES=4)
     assert end(start(script, f"directory={tmp_path}/one")).count(f"{BEST} ") == 1
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        point = f"localhost:{listener.getsockname()[1]}"
-    size = {"NODES": 2, "PROCESSES": 2}
-    script = edited("torchrun_multi_node.sh", tmp_path, COMMAND=COMMAND, MEETING_POINT=point, **size)
-    agents = [start(script, f"directory={tmp_path}/several") for _ in range(2)]
-    assert end(*agents).count(f"{BEST} ") == 1
+    with held_ports(1) as [port]:
+        size = {"NODES": 2, "PROCESSES": 2, "MEETING_POINT": f"localhost:{port}"}
+        script = edited("torchrun_multi_node.sh", tmp_path, COMMAND=COMMAND, **size)
+        agents = [start(script, f"directory={tmp_path}/several") for _ in range(2)]
+        assert end(*agents).count(f"{BEST} ") == 1
 
     one, several = runs.checkpoints(tmp_path / "one"), runs.checkpoints(tmp_path / "several")
     assert {ref: (each.value, each.iteration) for ref, each in several.items()} == {
