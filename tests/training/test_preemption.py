@@ -157,10 +157,12 @@ def say_and_wait(begun):
 
 
 def test_sigterm_to_a_forked_child_ends_it():
+    here, there = multiprocessing.Pipe(duplex=False)
     with Preemption(Ranks.connect()) as preemption:
-        child = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+        child = multiprocessing.get_context("fork").Process(target=say_and_wait, args=(there,), daemon=True)
         child.start()
         try:
+            here.recv()
             os.kill(child.pid, signal.SIGTERM)
             child.join(10)  # as Python does when it exits, which waits for as long as it takes
             assert child.exitcode == -signal.SIGTERM
