@@ -12,6 +12,7 @@ import torch
 from keepbest.errors import InvalidMetricError, MissingMetricError
 from keepbest.iteration import TrainingIteration
 from keepbest.misspelling import nearest
+from keepbest.modules.kinds import is_dtensor, is_fake
 from keepbest.ranks import NO_REMEDY, Number, Ranks
 from keepbest.reduction import MetricReduction, reduce_numbers
 
@@ -225,23 +226,19 @@ def _real(value: Any, what: str) -> float:
 
 
 def _real_of_tensor(value: torch.Tensor, what: str) -> float:
-    placements = getattr(value, "placements", None)
-    if placements is not None:  # a DTensor, of which each rank may hold something else
+    if is_dtensor(value):  # of which each rank may hold something else
+        placements = tuple(value.placements)
         if not all(placement.is_replicate() for placement in placements):
             raise InvalidMetricError(
-                f"the {what} must be one real number, got a DTensor with the placements {tuple(placements)}, of which "
-                "each rank holds a part; call its full_tensor() on every rank and pass that"
+                f"the {what} must be one real number, got a DTensor with the placements {placements}, of which each "
+                "rank holds a part; call its full_tensor() on every rank and pass that"
             )
-        value = value.to_local()  # type: ignore[attr-defined]  # of DTensor, which is not imported here
-    place = " on the meta device" if value.is_meta else " of FakeTensorMode" if _is_fake(value) else ""
+        value = value.to_local()
+    place = " on the meta device" if value.is_meta else " of FakeTensorMode" if is_fake(value) else ""
     if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or place:
         got = f"a {value.dtype} tensor of shape {tuple(value.shape)}{place}"
         raise InvalidMetricError(f"the {what} must be one real number, got {got}")
     return float(value.item())
-
-
-def _is_fake(value: torch.Tensor) -> bool:
-    return type(value).__name__ == "FakeTensor"
 
 
 def _real_of_array(value: Any, what: str) -> float:

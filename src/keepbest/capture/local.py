@@ -62,6 +62,22 @@ class Local:
             agreed = inventory.settle(step, reserve, saving=staging.waits)
             return self._share(inventory, agreed, claim(), step)
 
+    def needs(self, inventory: Inventory) -> Needs:
+        """What the share of this rank will probably need; nothing where that is known late. **Rank-local**."""
+        rooms, devices = dict[str, Like](), set[torch.device]()
+        if any(holding.entry.form.is_in_unit for holding in inventory.union.kept.values()):
+            return Needs(rooms, is_sure=False, devices=devices)  # of all parameters in a unit it has the same flat one
+        writers, held, rank = self._writers_of_whole(inventory.union), inventory.look(), inventory.ranks.rank
+        for name, holding in inventory.union.kept.items():
+            value = held.values.get(name)
+            if value is None or holding.entry.first or holding.entry.form.is_packed:
+                continue
+            if has_shards(value) or writers.get(name, holding.owner) == rank:
+                local = local_of(value)
+                rooms[room_of(name)] = Like(local.shape, local.dtype, local.device.type)
+                devices.add(local.device)
+        return Needs(rooms, is_sure=False, devices=devices)
+
     def _share(self, inventory: Inventory, agreed: Agreed, slot: Slot, step: str) -> Share:
         ranks, items = inventory.ranks, inventory.items
         writers = self._writers(ranks, slot, step)
@@ -100,23 +116,6 @@ class Local:
             return AllNow(ranks, step)
         self._captured += 1
         return EachAlone(ranks, ranks.mailbox(), self._captured, step, time.monotonic())
-
-
-def needs_of_share(inventory: Inventory) -> Needs:
-    """What the share of this rank will probably need; nothing where that is known late. **Rank-local**."""
-    rooms, devices = dict[str, Like](), set[torch.device]()
-    if any(holding.entry.form.is_in_unit for holding in inventory.union.kept.values()):
-        return Needs(rooms, is_sure=False, devices=devices)  # of all parameters in a unit it has the same flat one
-    writers, held, rank = spread_over_holders(inventory.union), inventory.look(), inventory.ranks.rank
-    for name, holding in inventory.union.kept.items():
-        value = held.values.get(name)
-        if value is None or holding.entry.first or holding.entry.form.is_packed:
-            continue
-        if has_shards(value) or writers.get(name, holding.owner) == rank:
-            local = local_of(value)
-            rooms[room_of(name)] = Like(local.shape, local.dtype, local.device.type)
-            devices.add(local.device)
-    return Needs(rooms, is_sure=False, devices=devices)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def find_way(kind: Literal["gathered", "local"]) -> Way:
     if kind == "gathered":
         return Way(gathered, restore_gathered, needs_to_gather, is_local=False)
     # torch's distributed checkpoints take half a second to import.
-    from keepbest.capture.local import Local, needs_of_share
+    from keepbest.capture.local import Local
 
-    return Way(Local().capture, restore_local, needs_of_share, is_local=True)
+    local = Local()
+    return Way(local.capture, restore_local, local.needs, is_local=True)
