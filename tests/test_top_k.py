@@ -96,6 +96,16 @@ def test_resumed_run_keeps_its_best_and_another_k_moves_the_refs(tmp_path):
     assert stamps(tmp_path) == {"": 2, ".tolerance=1": 2}
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 3), (3, 2)])
+def test_resume_with_another_k_reports_no_weights_as_gone(before, after, tmp_path, caplog):
+    _, state = train(tmp_path, VALUES[:5], 1, keep_top_k=before)
+    keeper = BestKeeper(nn.Linear(1, 1), directory=tmp_path, metric_key="loss", tolerances=[0, 1], keep_top_k=after)
+    keeper.load_state_dict(state)
+    with keeper:
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+        assert [best.value for best in keeper.state.top] == [3.0, 3.0][:before]
+
+
 def test_values_that_are_no_numbers_are_never_among_the_best(tmp_path):
     outcomes, _ = train(tmp_path, [float("nan"), float("inf"), 1.0], 1)
     assert [outcome[1] for outcome in outcomes] == [False, False, True]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from keepbest.decision import Best, BestState, Observation, Policy, decide
 from keepbest.iteration import TrainingIteration
+from keepbest.listing import listed
 from keepbest.misspelling import nearest
 from keepbest.run.checkpoints import forget_gone
 from keepbest.run.events import KeeperBegan, KeeperEnded, Moves, Observed, Pinned, RefsMoved, Unpinned
@@ -102,9 +103,9 @@ class KeeperRecord:
             at = branch.last_iteration
         if branch is not None and not branch.reaches(at):
             branch = None
+        known = state = BestState() if loaded is None else loaded.state
         if past is not None and branch is not None:
-            before = replace(policy, min_delta=past.policy.min_delta, baseline=past.policy.baseline)
-            known = branch.state(before, until=at)
+            known = branch.state(past.policy, until=at)
             if loaded is not None and known != loaded.state:
                 _logger.warning(
                     "%s: the ledger records another state than the one that was loaded, and wins. Ledger: %s. Loaded: "
@@ -113,10 +114,11 @@ class KeeperRecord:
                     known.to_json(),
                     loaded.state.to_json(),
                 )
+            before = replace(policy, min_delta=past.policy.min_delta, baseline=past.policy.baseline)
             if policy != before and branch.entries_until(at):
                 now = branch.state(policy, until=at)
                 _logger.warning("%s: %s", keeper, describe_other_policy(before, policy, known, now))
-        event, state = self._beginning(branch, at, BestState() if loaded is None else loaded.state)
+        event, state = self._beginning(branch, at, state, known)
         folder.open(None if loaded is None else loaded.run_id)
         folder.commit(event)
         self._repair_pins()
@@ -125,16 +127,19 @@ class KeeperRecord:
         return state
 
     def _beginning(
-        self, branch: Timeline | None, at: TrainingIteration | None, loaded: BestState
+        self, branch: Timeline | None, at: TrainingIteration | None, loaded: BestState, known: BestState
     ) -> tuple[KeeperBegan, BestState]:
-        """How the keeper begins: at a point of a timeline, or from a state that was loaded; and the state then."""
+        """How the keeper begins: at a point of a timeline, or from a state that was loaded; and the state then.
+
+        `known` is that state as it was with the settings of the time, which may have kept fewer bests.
+        """
         keeper, history, holds = self.keeper, self.folder.history, self.folder.snapshots.holds
         past = history.keepers.get(keeper)
         before = () if past is None else past.policy.tolerances
         policy = replace(self._policy, tolerances=tuple({*before, *self._policy.tolerances}))
         timeline = Timeline(0, loaded) if branch is None else branch
         state = loaded if branch is None else branch.state(policy, until=at)
-        left = self._left(timeline, state)
+        left = self._left(timeline, state, known)
         if left is not None:
             state = timeline.with_only(left, policy, state)
         best = None if state.best is None else timeline.saved.get(state.best.iteration)
@@ -156,8 +161,8 @@ class KeeperRecord:
         }
         return event, state if branch is None else replace(state, exceeded=exceeded)
 
-    def _left(self, timeline: Timeline, state: BestState) -> tuple[str, ...] | None:
-        """The snapshots that are there, if that of a best is not. A warning says so."""
+    def _left(self, timeline: Timeline, state: BestState, known: BestState) -> tuple[str, ...] | None:
+        """The snapshots that are there, if that of a best is not. A warning names those that `known` has."""
         holds, path = self.folder.snapshots.holds, self.folder.path
         saved = {best: timeline.saved.get(best.iteration) for best in (state.best, *state.top) if best is not None}
         gone = [best for best, name in saved.items() if name is None or not holds(name)]
@@ -170,10 +175,8 @@ class KeeperRecord:
                 state.best,
                 path,
             )
-        else:
-            _logger.warning(
-                "%s: the weights of %s are not in %s (any more)", self.keeper, ", ".join(map(str, gone)), path
-            )
+        elif lost := [best for best in gone if best in known.top]:
+            _logger.warning("%s: the weights of %s are not in %s (any more)", self.keeper, listed(lost), path)
         return tuple(sorted(name for name in {*self.folder.history.kept(), *timeline.saved.values()} if holds(name)))
 
     def _repair_pins(self) -> None:
