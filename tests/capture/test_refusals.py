@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from keepbest import BestKeeper
+from keepbest import BestKeeper, load
 from keepbest.errors import ConfigError
 from tests.kit.models import WithState
 from tests.kit.pool import run_ranks
@@ -66,6 +66,16 @@ REFUSED = {
     "qint8": (lambda: WithBuffer(torch.ones(2, dtype=torch.int8).view(torch.qint8)), ALL, "qint8 without a scale"),
     "metadata": (lambda: nn.ParameterDict({"__metadata__": torch.ones(2)}), ("safetensors",), "'__metadata__' has"),
     "complex128": (lambda: WithBuffer(torch.ones(2, dtype=torch.complex128)), ("safetensors",), "complex128"),
+    "expanded": (
+        lambda: WithBuffer(torch.ones(2, 1).expand(2, 3)),
+        ALL,
+        "'extra' has elements that share memory.* its c",
+    ),
+    "expanded parameter": (
+        lambda: nn.ParameterDict({"p": torch.ones(1).expand(3)}),
+        ALL,
+        "'p' has elements that share",
+    ),
     "e8m0": (lambda: WithBuffer(torch.ones(2).to(torch.float8_e8m0fnu)), ("safetensors",), "float8_e8m0fnu"),
 }
 CASES = [(kind, file_format) for kind, (_, formats, _) in REFUSED.items() for file_format in formats]
@@ -117,6 +127,19 @@ def test_selection_without_weights_to_save_is_refused_at_start(model, tmp_path):
     with pytest.raises(ConfigError, match="nothing to save"):
         keeper.start()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file_format", ALL)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.ones(1).expand(4)[:1], lambda: torch.arange(5.0).unfold(0, 3, 1)],
+    ids=["one of an expanded", "overlapping"],
+)
+def test_buffer_into_which_torch_writes_is_kept(make, file_format, tmp_path):
+    with BestKeeper(WithBuffer(make()), directory=tmp_path, metric_key="loss", format=file_format) as keeper:
+        keeper.observe(1.0, update(1))
+    load(tmp_path, "best_model.loss", target := WithBuffer(make().mul_(0)))
+    assert torch.equal(target.extra, make())
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")

@@ -287,7 +287,7 @@ FORMS = {
     "coo": lambda: torch.eye(3).to_sparse(),
     "csr": lambda: as_csr(torch.eye(3)),
     "conjugate": lambda: torch.tensor([0j, 1j, 2 + 1j]).conj(),
-    "expanded": lambda: torch.ones(1).expand(5),
+    "strides": lambda: torch.ones(10)[::2],
     "no elements": lambda: torch.zeros(0, 3),
     "channels last": lambda: torch.arange(48.0).view(1, 3, 4, 4).to(memory_format=torch.channels_last),
     "float8": lambda: torch.arange(4.0).to(torch.float8_e4m3fn),
@@ -328,7 +328,7 @@ def test_torch_file_holds_unusual_tensors_for_every_rank(kind, tmp_path):
             "sparse_csr with 3 elements tensors, the model has sparse_csr with 9",
         ),
         (
-            "expanded",
+            "strides",
             lambda: torch.zeros(1).expand(5),
             "the model has a tensor whose elements share memory .* for value",
         ),

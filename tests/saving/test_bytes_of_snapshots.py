@@ -32,13 +32,14 @@ class Uneven(nn.Module):
         self.register_buffer("bools", torch.tensor([True, False, True]))
         self.register_buffer("count", torch.tensor(3))
         self.register_buffer("byte", torch.tensor([1, 2, 255], dtype=torch.uint8))
-        self.register_buffer("wide", torch.randn(3).expand(4, 3))
+        self.register_buffer("wide", torch.randn(1, 3).repeat(4, 1))
 
 
 def keep(directory, file_format, in_background):
     model = Uneven()
     settings = {"directory": directory, "metric_key": "loss", "format": file_format, "async_save": in_background}
     with BestKeeper(model, **settings) as keeper:
+        model.wide = model.wide[:1].expand(4, 3)
         for number in (1, 2):
             keeper.observe(-number, update(number))
         with torch.no_grad():

@@ -14,7 +14,15 @@ from keepbest.capture.conversion import judge
 from keepbest.errors import SnapshotError
 from keepbest.formats.tied import identity_of
 from keepbest.listing import listed
-from keepbest.modules.kinds import PLAIN_CLASSES, form_of, has_shards, is_dense, lacks_memory, local_of
+from keepbest.modules.kinds import (
+    PLAIN_CLASSES,
+    form_of,
+    has_shards,
+    has_shared_elements,
+    is_dense,
+    lacks_memory,
+    local_of,
+)
 from keepbest.modules.parts import Part
 from keepbest.modules.raw_bytes import raw_bytes
 
@@ -197,18 +205,9 @@ def _closed(target: torch.Tensor) -> str | None:
         return "what was made in torch.inference_mode() cannot change outside of it (make the model outside) for"
     if lacks_memory(local_of(target)):
         return "the storage of the model is freed, or too small (give the tensor memory again) for"
-    if _has_shared_elements(target):
+    if not (has_shards(target) or isinstance(target, StandIn) or is_lazy(target)) and has_shared_elements(target):
         return "the model has a tensor whose elements share memory (clone it) for"
     return None
-
-
-def _has_shared_elements(target: torch.Tensor) -> bool:
-    """Whether torch refuses to write into a tensor: one that was made by `expand`."""
-    if has_shards(target) or isinstance(target, StandIn) or is_lazy(target) or target.layout != torch.strided:
-        return False
-    return target.numel() > 0 and any(
-        size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)
-    )
 
 
 def _without_shards(target: Any) -> Any:

@@ -14,7 +14,7 @@ from keepbest.capture.catalogue import Entry, Held, Name, extra_states, look, st
 from keepbest.capture.drift import Drift, is_balanced
 from keepbest.capture.fingerprint import fingerprint, sample
 from keepbest.capture.fsdp1 import check_own_state_dict, has_own_state_dict
-from keepbest.capture.refusals import refuse_mode, refuse_what_cannot_be_kept
+from keepbest.capture.refusals import refuse_mode, refuse_what_cannot_be_kept, refuse_what_cannot_be_loaded
 from keepbest.capture.share import Items
 from keepbest.capture.states import add_states, marks_of_states
 from keepbest.capture.union import (
@@ -104,6 +104,7 @@ class Inventory:
         def report() -> tuple[tuple[Held, Report], Number]:
             held = self.look()
             self._check(held)
+            refuse_what_cannot_be_loaded(held)
             found = Report(held.entries, self._prints(held, held.entries), held.versions)
             return (held, found), Number(None, None, hashlib.blake2b(_text(found).encode(), digest_size=16).hexdigest())
 

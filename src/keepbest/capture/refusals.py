@@ -14,7 +14,7 @@ from keepbest.capture.catalogue import Form, Held
 from keepbest.capture.fsdp1 import is_flattened, other_ranks_of_units
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
-from keepbest.modules.kinds import PLAIN_CLASSES, is_dtensor, is_fake, kind_of_new, lacks_memory
+from keepbest.modules.kinds import PLAIN_CLASSES, has_shared_elements, is_dtensor, is_fake, kind_of_new, lacks_memory
 from keepbest.modules.nested import leaves, spelled
 from keepbest.ranks import Ranks
 
@@ -59,6 +59,25 @@ def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: C
                     f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
                     "use format 'torch' or 'safetensors', or FSDP2"
                 )
+
+
+def refuse_what_cannot_be_loaded(held: Held) -> None:
+    """Check that torch can write into what this rank holds, as it must where a model like this one is loaded.
+
+    What changes later is kept right all the same, and a model that is made anew takes it.
+
+    Raises:
+        ConfigError: If it cannot. It names the entry and the way out.
+    """
+    for name, entry in held.entries.items():
+        value, form = held.values[name], entry.form
+        is_weight = form.role in ("parameter", "buffer") and not form.is_frozen
+        if is_weight and type(value) in PLAIN_CLASSES and has_shared_elements(value):
+            raise ConfigError(
+                f"{str(name)!r} has elements that share memory, as expand() makes them. torch writes into no such "
+                "tensor, so what is kept could not be loaded into a model like this one. Register its clone() before "
+                "the keeper starts; or, if it is made of other weights, register it with persistent=False"
+            )
 
 
 def refuse_mode() -> None:

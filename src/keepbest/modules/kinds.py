@@ -77,6 +77,13 @@ def lacks_memory(tensor: torch.Tensor) -> bool:
     return (tensor.storage_offset() + last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
+def has_shared_elements(tensor: torch.Tensor) -> bool:
+    """Whether torch refuses to write into a tensor: one that was made by `expand`."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def is_fake(value: object) -> bool:
     """Whether a tensor has a shape and no values, as one that was made under `FakeTensorMode`."""
     return isinstance(value, torch.Tensor) and type(value).__name__ == "FakeTensor"
