@@ -135,6 +135,7 @@ PATH = [
     "iteration",
     "misspelling",
     "metric_properties",
+    "user_code",
     "errors",
     "listing",
     "printable",

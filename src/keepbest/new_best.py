@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keepbest.decision import Best, Observation, Outcome
-from keepbest.errors import ConfigError, KeepBestError, RankFailedError
+from keepbest.errors import ConfigError
 from keepbest.iteration import TrainingIteration
 from keepbest.ranks import Number, Ranks
-from keepbest.ranks.failure import text_of
 from keepbest.run.folder import RunFolder
 from keepbest.run.layout import snapshots_folder
 from keepbest.saving.open_run import OpenRun
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 Hook = Callable[[Outcome, Path], Any]
 """A function of the outcome of an observation and the folder of the snapshot that it made."""
@@ -155,8 +153,7 @@ class NewBests:
             # A keeper that is dropped, or open when the interpreter exits, does not come to `drop`.
             self._run.at_release(self._name, partial(_let_go_of, self._committed, self._name, self._run.folder))
         # Last, since a handler of the log may raise, and the best is kept.
-        with _code_of_the_user():
-            _logger.info("%s: new best %r at %s (%s): %s", self._name, observed.value, observed.iteration, was, path)
+        _logger.info("%s: new best %r at %s (%s): %s", self._name, observed.value, observed.iteration, was, path)
 
     def call_hooks(self) -> None:
         """Call the hooks on what is committed by now. **Collective**; it costs nothing where no new best is expected.
@@ -245,14 +242,3 @@ def _let_go_of(committed: deque[NewBest], name: str, folder: RunFolder) -> None:
             left.iteration,
         )
         folder.let_go(left.snapshot)
-
-
-@contextmanager
-def _code_of_the_user() -> Iterator[None]:
-    """Raise an `OSError` so that it is not taken for a refusal of the run folder, which is written in the same step."""
-    try:
-        yield
-    except KeepBestError:
-        raise
-    except OSError as error:
-        raise RankFailedError(f"{type(error).__name__}: {text_of(error)}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from logging import getLogger
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import nn
 
 from keepbest import BestKeeper, load
 from keepbest.errors import KeepBestError, RankFailedError
+from keepbest.run.verify import verify
+from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.pool import run_ranks
-from tests.kit.runs import Run, ledger, saved_at
+from tests.kit.runs import Run, ledger, saved_at, snapshots
+from tests.kit.seams import use
 
 REF = "best_model.loss"
 
@@ -120,9 +124,27 @@ def test_error_of_the_user_in_a_load_is_its_own(where, tmp_path):
 class Unreachable(logging.Handler):
     """The log of a host that is gone, for one message."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.modules = text, list[str]()
+
     def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(f"{REF}: new best 1.0"):
+        if self.text in record.getMessage():
+            self.modules.append(record.module)
             raise ConnectionError("no such host")
+
+
+@contextmanager
+def unreachable(text: str) -> Iterator[Unreachable]:
+    logger, handler = logging.getLogger("keepbest"), Unreachable(text)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def observe_and_flush(run: Run, value: float) -> None:
@@ -132,22 +154,40 @@ def observe_and_flush(run: Run, value: float) -> None:
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_best_whose_log_is_out_of_reach_is_kept(is_async, tmp_path):
-    run, logger, handler = (
-        Run(tmp_path, on_save_error="warn", async_save=is_async),
-        getLogger("keepbest"),
-        Unreachable(),
-    )
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        with run.keeper:
-            with pytest.raises(RankFailedError, match="ConnectionError: no such host") as raised:
-                observe_and_flush(run, 1.0)
-            run.observe(2.0, first=2)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    run = Run(tmp_path, on_save_error="warn", async_save=is_async)
+    with unreachable("new best 1.0"), run.keeper:
+        with pytest.raises(RankFailedError, match="ConnectionError: no such host") as raised:
+            observe_and_flush(run, 1.0)
+        run.observe(2.0, first=2)
     assert type(raised.value) is RankFailedError
     assert [line["event"] for line in ledger(tmp_path)].count("save_failed") == 0
     assert (run.keeper.best_metric_value, saved_at(tmp_path, REF)) == (1.0, 1)
+
+
+def refuse_links(operation: Operation) -> None:
+    if operation.name == "link":
+        raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_log_that_fails_after_a_commit_takes_no_best_away(is_async, tmp_path):
+    with use(tmp_path, files=SteppedFiles(before(refuse_links))):
+        run = Run(tmp_path, on_save_error="warn", async_save=is_async)
+        with run.keeper:
+            text, error = "since their links are refused", "a handler of the log raised ConnectionError"
+            with unreachable(text) as handler, pytest.raises(RankFailedError, match=error) as raised:
+                observe_and_flush(run, 1.0)
+            run.observe(2.0, first=2)
+            assert run.keeper.best_metric_value == 1.0
+    assert (type(raised.value), handler.modules) == (RankFailedError, ["ref_links"])
+    assert (snapshots(tmp_path), verify(tmp_path)) == ({"U1"}, [])
+    load(tmp_path, REF, run.model)
+
+
+def test_log_that_fails_at_a_resume_is_no_refusal_of_the_disk(tmp_path):
+    with Run(tmp_path).keeper as keeper:
+        keeper.observe(1.0, update=1)
+    run = Run(tmp_path, resume="ledger", min_delta=0.5)
+    with unreachable("is decided anew"), pytest.raises(RankFailedError, match="a handler of the log") as raised:
+        run.keeper.start()
+    assert type(raised.value) is RankFailedError

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.optim.swa_utils import AveragedModel
 
 from keepbest import load
-from keepbest.errors import ConfigError, StorageError
+from keepbest.errors import ConfigError, RankFailedError, StorageError
 from keepbest.integrations.lightning import BestCheckpoint
 from keepbest.integrations.lightning_export import export_checkpoint
 from keepbest.run.files import Files
@@ -147,6 +147,20 @@ def look_for_best_on_full_disk(directory):
 def test_best_that_cannot_be_written_is_raised_on_every_rank(tmp_path):
     run_ranks(look_for_best_on_full_disk, 2, tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def look_for_best_of_a_module_that_reads_a_file(directory):
+    trainer = fit(directory, VALUES[:2], [BestCheckpoint(METRIC)], model=make_sized)
+    trainer.lightning_module.on_save_checkpoint = lambda _: (directory / "words.txt").read_text()
+    with pytest.raises(
+        RankFailedError, match=r"on_save_checkpoint\(\) of the module raised FileNotFoundError"
+    ) as raised:
+        trainer.test(trainer.lightning_module, trainer.val_dataloaders, ckpt_path="best", verbose=False)
+    return type(raised.value) is RankFailedError
+
+
+def test_error_of_the_module_is_no_refusal_of_the_disk(tmp_path):
+    assert run_ranks(look_for_best_of_a_module_that_reads_a_file, 2, tmp_path) == [True, True]
 
 
 def test_parts_alone_make_no_checkpoint_of_lightning(tmp_path):

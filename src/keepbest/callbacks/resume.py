@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +32,9 @@ from keepbest.run.history import History
 from keepbest.run.layout import CHECKPOINTS, SNAPSHOTS, ledger_exists
 from keepbest.run.names import LATEST
 from keepbest.run.reader import find_ref, read_history
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 _PLAIN = (bool, int, float, str, list, tuple, Mapping, Tensor, type(None))  # of which the text says the value
 _SCHEDULED = ("lr", "momentum", "betas")  # settings of an optimizer that schedules change

@@ -25,6 +25,7 @@ from keepbest.run.history import History
 from keepbest.run.manifest import Manifest
 from keepbest.run.place import check_can_be_made
 from keepbest.run.reader import find_ref
+from keepbest.user_code import code_of_the_user
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -52,6 +53,7 @@ def export_checkpoint(run: Path | str, ref: str, to: Path | str, module: Lightni
         ConfigError: If there is a file already, or one in the place of its folder, or the run kept parts of the module
             alone (`model_names`), or left out a weight that the module has not frozen.
         SnapshotError: If there is no such run or ref, or a file is missing or damaged.
+        RankFailedError: If the hook of the module raises an `OSError`.
         OSError: Any refusal of the file system. Nothing is left at `to` then.
     """
     to = local_path(to, "to")
@@ -125,5 +127,6 @@ def _around(manifest: Manifest, module: LightningModule) -> dict[str, Any]:
         around[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams) if is_plain else module.hparams
         if not is_plain:  # those of OmegaConf
             around[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
-    module.on_save_checkpoint(around)
+    with code_of_the_user("on_save_checkpoint() of the module"):
+        module.on_save_checkpoint(around)
     return around

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +16,9 @@ from keepbest.run.layout import CHECKPOINTS, LEDGER, MANIFEST, SNAPSHOTS, TEMPOR
 from keepbest.run.ledger import read_ledger
 from keepbest.run.manifest import Manifest
 from keepbest.run.reader import FoundSnapshot, bests_of, read_history, read_manifest
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 TRIES = 5
 _LOCAL_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,9 +19,10 @@ from keepbest.run.digest import Digest, check_file, digest_file
 from keepbest.run.follower import Committed, Note
 from keepbest.run.layout import LEDGER, MANIFEST, SNAPSHOTS
 from keepbest.run.reader import read_manifest
+from keepbest.user_code import Log
 from keepbest.worker import Threaded
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 _PATIENCE_AT_THE_END = 10.0
 # Waiting does not help here, as long as nothing has ever arrived: a bucket that is missing, or is somebody else's.
 _WRONG_PLACE = (FileNotFoundError, PermissionError)

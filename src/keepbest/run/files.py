@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
 
-_logger = logging.getLogger(__name__)
+from keepbest.user_code import Log
+
+_logger = Log(__name__)
 _HAND_OVER_BYTES = 1 << 25
 # With these a file system says that it does not sync folders, rather than that it could not do so. 524 is what NFS of
 # Linux says for ENOTSUP.

@@ -7,7 +7,6 @@ from the last line.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,8 +28,9 @@ from keepbest.run.no_links import check_frame
 from keepbest.run.place import check_can_be_made, run_around
 from keepbest.run.ref_links import RefLinks
 from keepbest.run.snapshot_folder import SnapshotFolder
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 
 class RunFolder:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
 import socket
 import struct
@@ -21,8 +20,9 @@ from typing import Any, NamedTuple
 from keepbest.errors import RunExistsError
 from keepbest.run.lines import SENSELESS
 from keepbest.run.no_links import open_file
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 _HELD = (errno.EACCES, errno.EAGAIN)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _POLL_SECONDS = 0.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,8 +19,9 @@ from keepbest.run.history import KeeperHistory
 from keepbest.run.ref_moves import Kept, moves_of, rescued, resumed, tolerance_moves
 from keepbest.run.takeover import OWN_LOOP, Existing, LoadedState, check_takeover, describe_other_policy
 from keepbest.run.timeline import Timeline
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 
 class Revision(NamedTuple):

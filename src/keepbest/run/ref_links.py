@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from keepbest.run.files import Files
 from keepbest.run.layout import SNAPSHOTS, TEMPORARY, ref_paths
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 _NO_LINK = ""  # what is in the place of a link, such as a folder where the run was copied with its links followed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,8 +12,9 @@ from keepbest.run.events import Moves
 from keepbest.run.history import History
 from keepbest.run.names import tolerance_ref, top_ref
 from keepbest.run.timeline import Timeline
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 Holds = Callable[[str], bool]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import logging
 import os
 from collections.abc import Collection
 from functools import partial
@@ -18,9 +17,10 @@ from keepbest.run.layout import MANIFEST, TEMPORARY, is_of_system, unfinished_fo
 from keepbest.run.lines import SENSELESS
 from keepbest.run.manifest import Manifest, manifest_digest
 from keepbest.run.no_links import open_file
+from keepbest.user_code import Log
 from keepbest.worker import Threaded
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 _REMOVED = f"{TEMPORARY}removed-"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 
 from keepbest.errors import StorageError
 from keepbest.run.follower import Follower
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 _REFUSALS = OSError, StorageError  # of the file system here, and of another rank
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import logging
 import os
 import threading
 import time
@@ -23,9 +22,10 @@ from keepbest.run.files import Files
 from keepbest.run.folder import RunFolder
 from keepbest.run.lock import RunLock
 from keepbest.saving.job import PendingSnapshot
+from keepbest.user_code import Log
 from keepbest.worker import Inline, Threaded, Worker
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 Clock = Callable[[], float]
 RESUME_SAVER = "resume"
 """Name of what saves resume checkpoints, among those of the keepers of a run."""

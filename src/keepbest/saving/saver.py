@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -29,8 +28,9 @@ from keepbest.staging.device import is_capturing
 from keepbest.staging.host import HostStaging
 from keepbest.staging.live import Unstaged
 from keepbest.staging.slot import Slot, Staging
+from keepbest.user_code import Log
 
-_logger = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 DISK_REMEDY = "Free or repair the storage of the run directory and resume: everything committed before is intact"
 _IN_GRAPH = (
