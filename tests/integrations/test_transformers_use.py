@@ -149,6 +149,38 @@ def test_evaluation_that_a_callback_cancels_is_not_warned_of(tmp_path, caplog):
     assert not [record for record in caplog.records if record.name.startswith("keepbest")]
 
 
+class EvaluatesTraining(TrainerCallback):
+    """Evaluates the training data too at the end of some epochs, which cancels the evaluation of the Trainer."""
+
+    def __init__(self, epochs):
+        self.epochs, self.trainer = epochs, None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.epoch in self.epochs:
+            self.trainer.evaluate(metric_key_prefix="train")
+
+
+def train_epochs(directory, beside):
+    values = [5.0, 3.0, 4.0, 2.0, 1.0, 6.0]
+    epochs = {"eval_strategy": "epoch", "save_strategy": "no", "num_train_epochs": 3, "per_device_train_batch_size": 12}
+    trainer = make_trainer(directory, values, [BestCheckpoint(), beside], max_steps=-1, **epochs)
+    beside.trainer = trainer
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_evaluation_that_another_one_cancels_is_warned_of(tmp_path, caplog):
+    train_epochs(tmp_path, EvaluatesTraining([2.0]))
+    assert FACE.observed(tmp_path) == [("U2", 3.0), ("U6", 6.0)]
+    [message] = [record.getMessage() for record in caplog.records if record.name.startswith("keepbest")]
+    assert "no callback was shown the evaluation at step 4: an evaluate() that a hook of a callback calls" in message
+
+
+def test_first_evaluation_that_another_one_cancels_is_an_error(tmp_path):
+    with pytest.raises(MissingMetricError, match="unless the hook returns a copy of control from before"):
+        train_epochs(tmp_path, EvaluatesTraining([1.0]))
+
+
 @pytest.mark.parametrize("settings", [{"metric_key": "loss"}, {"id": "other"}])
 def test_callback_without_a_state_in_a_checkpoint_may_join(settings, tmp_path):
     FACE.train(tmp_path, VALUES, fails_at=5)

@@ -276,14 +276,14 @@ class BestCheckpoint(TrainerCallback, ExportableState):
     def _refuse_what_was_not_reported(self, state: TrainerState) -> None:
         if names := self._evaluations.names_without_metric():
             self._observe(dict.fromkeys(names), state)
-        elif self._evaluations.is_hidden and self._open and not self._has_warned:
+        elif (reason := self._evaluations.why_unseen()) and self._open and not self._has_warned:
             self._has_warned = True
             if state.is_world_process_zero:
                 _logger.warning(
-                    "%s: no callback was shown the evaluation at step %d: an evaluate() of your own must call "
-                    "self.callback_handler.on_evaluate with its metrics, or nothing is observed",
+                    "%s: no callback was shown the evaluation at step %d: %s",
                     self._open.name,
                     state.global_step,
+                    reason,
                 )
 
     def _prepare_checkpoint(self, follows: bool) -> None:

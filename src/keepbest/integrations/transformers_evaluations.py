@@ -11,6 +11,13 @@ from keepbest.misspelling import nearest
 
 # Every evaluation reports its time. Of several data sets each has a name of its own in place of this one.
 _ONLY_EVALUATION = "eval_runtime"
+_HIDES = (
+    "an evaluate() of your own must call self.callback_handler.on_evaluate with its metrics, or nothing is observed"
+)
+_CANCELS = (
+    "an evaluate() that a hook of a callback calls cancels that of the Trainer, unless the hook returns a copy of "
+    "control from before"
+)
 
 
 class Evaluations:
@@ -25,7 +32,7 @@ class Evaluations:
     """
 
     def __init__(self) -> None:
-        self.has_stepped = False
+        self.has_stepped = self._has_observed = False
         self._await(due=False)
 
     def step(self) -> None:
@@ -48,18 +55,25 @@ class Evaluations:
 
     def end(self) -> None:
         """The metric is observed, so nothing is due until the next step."""
+        self._has_observed = True
         self._await(due=False)
 
     def names_without_metric(self) -> set[str]:
         """The names that all evaluations since the last step have reported, where the metric should be among them."""
-        # What somebody evaluates beside the training is no reason, unless all that was to be evaluated is there.
-        return self._reported or (self._beside if self._is_scheduled else set())
+        # What somebody evaluates beside the training is no reason, unless all that was to be evaluated is there. Later
+        # it may have cancelled an evaluation of the training.
+        return self._reported or (set() if self._has_observed else self._only_beside)
+
+    def why_unseen(self) -> str:
+        """Why no callback was shown an evaluation that was to take place; empty where there seems to be none."""
+        if self._only_beside:
+            return _CANCELS
+        # A callback of the user may have cancelled the evaluation, but nobody logs one that was not.
+        return _HIDES if self.is_due and self._is_scheduled and self._is_logged else ""
 
     @property
-    def is_hidden(self) -> bool:
-        """Whether there was an evaluation, and no callback was shown it."""
-        # A callback of the user may have cancelled the evaluation, but nobody logs one that was not.
-        return self.is_due and self._is_scheduled and self._is_logged
+    def _only_beside(self) -> set[str]:
+        return self._beside if self._is_scheduled else set()
 
     def _await(self, *, due: bool) -> None:
         self.is_due = due
@@ -77,5 +91,7 @@ def read_metric(metric_key: str, metrics: Mapping[str, Any]) -> Reading:
     """The value of the metric in an evaluation, or why there is none."""
     if metric_key not in metrics:
         reported, near = ", ".join(sorted(metrics)), nearest(metric_key, metrics)
-        return Reading(absent=f"{metric_key!r} was not reported by the evaluation; reported: {reported}{near}")
+        absent = f"{metric_key!r} was not reported by the evaluation; reported: {reported}{near}"
+        is_beside = not any(key.startswith(PREFIX) for key in metrics)
+        return Reading(absent=f"{absent}. Also, {_CANCELS}" if is_beside else absent)
     return read_reported(metrics[metric_key], metric_key)
