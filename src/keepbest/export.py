@@ -19,7 +19,7 @@ from keepbest.modules.state_dicts import Version, with_versions
 from keepbest.remote.download import snapshot_of
 from keepbest.remote.live import read_snapshots
 from keepbest.remote.storage import local_path
-from keepbest.run.appearing import appearing, made_for, name_all, space_beside
+from keepbest.run.appearing import appearing, made_for, name_all, naming_alone, space_beside
 from keepbest.run.files import Files
 from keepbest.run.history import History
 from keepbest.run.manifest import Manifest
@@ -197,8 +197,7 @@ def _save(path: Path, contents: Contents) -> None:
 
 def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]:
     ending = safetensors_file.FORMAT.ending
-    if to.exists() and any(to.glob(f"{_FOLDER_FILE}*{ending}*")):
-        raise ConfigError(f"{to} holds weights; nothing is overwritten")
+    _refuse_if_full(to)
     groups = _grouped(contents.entries, largest_file)
     names = [f"{_FOLDER_FILE}-{number:05}-of-{len(groups):05}{ending}" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
@@ -211,7 +210,14 @@ def _write_folder(to: Path, contents: Contents, largest_file: int) -> list[Path]
             write_entries(_files, path, group, tied, is_waited_for=True)
         if len(groups) > 1:
             written.append(_write_index(space, contents, names, groups))  # last, since it says that all is there
-        return name_all(written, to, _files)
+        with naming_alone(to):
+            _refuse_if_full(to)  # by now: files of other sizes have other names
+            return name_all(written, to, _files)
+
+
+def _refuse_if_full(to: Path) -> None:
+    if any(to.glob(f"{_FOLDER_FILE}*{safetensors_file.FORMAT.ending}*")):
+        raise ConfigError(f"{to} holds weights; nothing is overwritten")
 
 
 def _write_index(folder: Path, contents: Contents, names: Sequence[str], groups: Sequence[Sequence[FileEntry]]) -> Path:

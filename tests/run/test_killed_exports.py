@@ -57,7 +57,7 @@ def test_next_export_removes_what_a_killed_one_left(name, run, tmp_path):
     assert {path.name for path in written} <= {path.name for path in tmp_path.rglob("*")}
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", PLACES[:2])
 def test_export_that_runs_is_left_alone(name, run, tmp_path, monkeypatch):
     """Another export begins, and ends, when one has written everything."""
     link, found = Path.hardlink_to, []
@@ -74,6 +74,30 @@ def test_export_that_runs_is_left_alone(name, run, tmp_path, monkeypatch):
     assert found[-1], "what was written is still there"
     assert all(path.exists() for path in found[:-1])
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_folder_of_one_export_alone_appears(run, tmp_path, monkeypatch):
+    """Others, with files of other sizes, begin when one writes, and when it names its files."""
+    link, create, found, written = Path.hardlink_to, Files.create, [], []
+
+    def export_meanwhile(path, target):
+        monkeypatch.setattr(Path, "hardlink_to", link)
+        with pytest.raises(ConfigError, match=r"another export is about to appear in .*out; nothing"):
+            export(run, BEST, tmp_path / "out", largest_file=4)
+        found.append(target.exists())
+        link(path, target)
+
+    def export_and_begin_another(files, path):
+        monkeypatch.setattr(Files, "create", create)
+        monkeypatch.setattr(Path, "hardlink_to", export_meanwhile)
+        written.extend(export(run, BEST, tmp_path / "out"))
+        return create(files, path)
+
+    monkeypatch.setattr(Files, "create", export_and_begin_another)
+    with pytest.raises(ConfigError, match="out holds weights; nothing is overwritten"):
+        export(run, BEST, tmp_path / "out", largest_file=4)
+    assert found == [True], "what was written is still there"
+    assert [*(tmp_path / "out").iterdir()] == written == [tmp_path / "out" / "model.safetensors"]
 
 
 def test_only_what_is_left_of_the_same_place_is_removed(run, tmp_path):

@@ -60,6 +60,23 @@ def name_all(written: Sequence[Path], folder: Path, files: Files) -> list[Path]:
 
 
 @contextlib.contextmanager
+def naming_alone(folder: Path) -> Iterator[None]:
+    """Let nobody else name files in a folder during this block, where its file system has locks of folders.
+
+    Raises:
+        ConfigError: If somebody does.
+    """
+    lock, refusal = _lock(folder)
+    if refusal == errno.EWOULDBLOCK:
+        raise ConfigError(f"another export is about to appear in {folder}; nothing is overwritten")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
 def space_beside(path: Path, files: Files) -> Iterator[Path]:
     """A folder beside `path` of this process alone, which is gone when the block has ended.
 
