@@ -287,6 +287,38 @@ def test_evaluator_that_was_cut_off_has_no_new_value(tmp_path):
     assert observed(tmp_path) == ["E1_U2"]
 
 
+def make_engines_that_evaluate_two_batches():
+    engines = make_engines(VALUES, evaluate_at=Events.EPOCH_COMPLETED(once=99))
+    engines.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: engines.evaluator.run([None, None]))
+    return engines
+
+
+@pytest.mark.parametrize(
+    ("skips_end", "which"),
+    [(False, "'loss' of all data, and has the value of a part"), (True, "'loss', and has the value of other weights")],
+)
+def test_evaluation_of_a_part_of_the_data_is_not_observed(skips_end, which, tmp_path):
+    engines = make_engines_that_evaluate_two_batches()
+    engines.attach(tmp_path)
+
+    def cut_off(evaluator):
+        if engines.trainer.state.epoch == 2:
+            evaluator.terminate_epoch(skip_epoch_completed=skips_end)
+
+    engines.evaluator.add_event_handler(Events.ITERATION_COMPLETED, cut_off)
+    with pytest.raises(MissingMetricError, match=f"terminated before it computed {which}"):
+        engines.train(3)
+    assert observed(tmp_path) == ["E1_U2"]
+
+
+def test_epoch_of_an_evaluator_may_be_ended_when_it_is_over(tmp_path):
+    engines = make_engines_that_evaluate_two_batches()
+    engines.attach(tmp_path)
+    engines.evaluator.add_event_handler(Events.ITERATION_COMPLETED(every=2), Engine.terminate_epoch)
+    engines.train(2)
+    assert observed(tmp_path) == ["E1_U2", "E2_U4"]
+
+
 @pytest.mark.parametrize(("skip_completed", "expected"), [(False, ["", ".tolerance=5"]), (True, [""])])
 def test_terminated_run_is_closed_unless_its_end_is_skipped(skip_completed, expected, tmp_path):
     engines = make_engines(VALUES)

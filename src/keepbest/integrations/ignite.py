@@ -31,6 +31,10 @@ _logger = logging.getLogger(__name__)
 # What the newest checkpoint of Ignite names is kept under one tag: no event says which of them are removed.
 _PIN = "ignite"
 
+# What the metrics of an evaluator are that was terminated.
+_OF_OTHER_WEIGHTS = ", and has the value of other weights"
+_OF_A_PART = " of all data, and has the value of a part of it"
+
 
 class _Keeper(BestKeeper):
     _face = Face(
@@ -111,6 +115,7 @@ class BestCheckpoint:
         self._passed_over: TrainingIteration | None = None
         self._has_warned = False
         self._observed_data: Any = None
+        self._fault, self._is_cut_off = "", False  # of the present run of the evaluator
         self._loaded: dict[str, Any] = {}
         self._open: BestKeeper | None = None
 
@@ -133,6 +138,9 @@ class BestCheckpoint:
             raise ConfigError(f"the BestCheckpoint of {self.metric_key} is attached already; make one for each trainer")
         self._trainer, self._data = trainer, data
         trainer.add_event_handler(Events.STARTED, self._start)
+        evaluator.add_event_handler(Events.STARTED, self._begin_evaluation)
+        evaluator.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._cut_off)
+        evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._complete_epoch)
         evaluator.add_event_handler(Events.COMPLETED, self._observe, trainer)
         # Nothing public says whether an engine runs. What follows a start does not come to these.
         trainer.add_event_handler(Events.ITERATION_STARTED, self._refuse_without_start)
@@ -231,6 +239,16 @@ class BestCheckpoint:
         self._observed_data = data
         self._open.observe_reading(lambda: self._read(evaluator, iteration if is_again else None), iteration)
 
+    def _begin_evaluation(self) -> None:
+        self._fault, self._is_cut_off = _OF_OTHER_WEIGHTS, False
+
+    def _cut_off(self, evaluator: Engine, iter_counter: int = 0) -> None:
+        """Note that `terminate_epoch` ends an epoch after so many batches, which may be all. **Rank-local**."""
+        self._is_cut_off = evaluator.state.epoch_length is None or iter_counter < evaluator.state.epoch_length
+
+    def _complete_epoch(self) -> None:
+        self._fault, self._is_cut_off = _OF_A_PART if self._is_cut_off else "", False
+
     def _pass_over(self, keeper: BestKeeper, iteration: TrainingIteration) -> None:
         """Warn, once, if the evaluator has run at two iterations, and never on the data to observe. **Rank-local**."""
         before, self._passed_over = self._passed_over or iteration, iteration
@@ -256,11 +274,10 @@ class BestCheckpoint:
         if self.metric_key not in metrics:
             known = (", ".join(sorted(metrics)) or "none") + nearest(self.metric_key, metrics)
             return Reading(absent=f"{self.metric_key!r} is not among the metrics of the evaluator; there are: {known}")
-        # Of the present run the time of an epoch is 0 until it is over, and its metrics are those of the run before.
-        if evaluator.should_terminate and not evaluator.state.times[Events.EPOCH_COMPLETED.name]:
+        if self._fault:
             return Reading(
-                absent=f"the evaluator was terminated before it computed {self.metric_key!r}, and has the value of "
-                "other weights. To evaluate fewer batches, give evaluator.run an epoch_length"
+                absent=f"the evaluator was terminated before it computed {self.metric_key!r}{self._fault}. To evaluate "
+                "fewer batches, give evaluator.run an epoch_length. What a score_function returns is observed as it is"
             )
         return read_reported(metrics[self.metric_key], self.metric_key)
 
