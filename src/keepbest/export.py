@@ -156,16 +156,20 @@ def _contents(found: FoundSnapshot, parts: Mapping[str, str], selection: Selecti
     whole = {name: PartContents.of(places[name], reader) for name, reader in readers.items()}
     unread = (each.path for each in unread_parts(manifest, selection) if each.name in parts and each.path)
     selection.check([*(whole_key(each.part, key) for each in whole.values() for key in each.names_to_keys), *unread])
+    stored: dict[str, str] = {}  # for each name the key of its entry, since parts may overlap
     for name, part in places.items():
         reader, prefix = readers[name], parts[name]
         for key, names in whole[name].names.items():
-            chosen = [each for each in names if selection.holds(whole_key(part, each))]
+            chosen = [prefix + each for each in names if selection.holds(whole_key(part, each))]
             if chosen and key in reader.others:
-                contents.others.update({prefix + each: reader.others[key] for each in chosen})
+                contents.others.update(dict.fromkeys(chosen, reader.others[key]))
             elif chosen:
-                first, *further = chosen
-                contents.entries.append(FileEntry(prefix + first, *reader.kinds[key], partial(reader.fetch, key)))
-                contents.tied.update({prefix + each: prefix + first for each in further})
+                first = next((stored[each] for each in chosen if each in stored), chosen[0])
+                if first not in stored:
+                    contents.entries.append(FileEntry(first, *reader.kinds[key], partial(reader.fetch, key)))
+                further = [each for each in chosen if each not in stored]
+                stored.update(dict.fromkeys(further, first))
+                contents.tied.update({each: first for each in further if each != first})
     return contents
 
 

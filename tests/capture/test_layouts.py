@@ -155,6 +155,14 @@ def fsdp1_no_shard(model):
     return FullyShardedDataParallel(model, device_id=CPU, sharding_strategy=ShardingStrategy.NO_SHARD)
 
 
+def fsdp1_columns(model):
+    """One unit in another, with weights that lie in memory column by column, as those of channels_last do."""
+    for layer in (model.up, model.down):
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    model.down = FullyShardedDataParallel(model.down, device_id=CPU, use_orig_params=True)
+    return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True)
+
+
 # FSDP2 takes integers since torch 2.12.
 SHARDED_BY_FSDP2 = (block, odd) if torch.__version__ >= "2.12" else (block,)
 # layout -> how to wrap, the numbers of ranks, the models
@@ -174,6 +182,7 @@ LAYOUTS = {
     "fsdp1_ignoring": (fsdp1_ignoring, (2, 3), (block,)),
     "fsdp1_hybrid": (fsdp1_hybrid, (4,), (block,)),
     "fsdp1_no_shard": (fsdp1_no_shard, (2,), (block,)),
+    "fsdp1_columns": (fsdp1_columns, (2, 3), (block,)),
 }
 ROWS = [(size, file_format) for size in (1, 2, 3, 4) for file_format in ("torch", "safetensors", "dcp")]
 

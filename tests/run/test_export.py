@@ -76,6 +76,19 @@ def test_parts_are_exported_together_or_alone_by_their_own_keys(file_format, tmp
         export(tmp_path / "run", BEST, tmp_path / "none.pt", part="decoder")
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("to", ["model.pt", "model.safetensors", "folder"])
+def test_parts_that_overlap_are_exported_once(file_format, to, tmp_path):
+    names, model = ["tied.second", "norm", "tied", "tied.first"], odd(0)  # the two inside are one tensor
+    with BestKeeper(
+        model, directory=tmp_path / "run", metric_key="loss", format=file_format, model_names=names
+    ) as keeper:
+        keeper.observe(1.0, TrainingIteration(update=1))
+    written = export(tmp_path / "run", BEST, tmp_path / to)
+    expected = {key: value for key, value in model.state_dict().items() if key.startswith(("tied.", "norm."))}
+    assert same(read(written), clone(expected))
+
+
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
 def test_large_export_has_several_files_and_an_index(file_format, tmp_path):
     keep(tmp_path / "run", file_format, wrap="single")

@@ -23,7 +23,7 @@ from tests.kit.pool import run_ranks
 from tests.kit.runs import update
 from tests.kit.strategies import CPU, fsdp1, fsdp2, single
 from tests.training_state.loop import BEST, Net, Training, differing, whole
-from tests.training_state.test_continue import OPTIMIZERS, SETTINGS
+from tests.training_state.test_continue import OPTIMIZERS, SETTINGS, by_columns
 
 
 def trainable(model: nn.Module) -> nn.Module:
@@ -53,7 +53,18 @@ def partly(model: nn.Module) -> nn.Module:
     return model
 
 
-WRAPS = {"orig": fsdp1, "blocks": blocks, "flat": flat, "flat blocks": flat_blocks, "partly": partly}
+def columns(model: nn.Module) -> nn.Module:
+    return fsdp1(by_columns(model))
+
+
+def flat_columns(model: nn.Module) -> nn.Module:
+    return flat(by_columns(model))
+
+
+WRAPS = {
+    "orig": fsdp1, "blocks": blocks, "flat": flat, "flat blocks": flat_blocks, "partly": partly, "columns": columns,
+    "flat columns": flat_columns,
+}  # fmt: skip
 
 
 def digest(training):
@@ -98,6 +109,8 @@ CASES = [
     ("flat", "sgd", SETTINGS[-1]),
     ("flat blocks", "adamw", SETTINGS[1]),
     ("flat blocks", "adamw", SETTINGS[3]),
+    ("columns", "adamw", {}),
+    ("flat columns", "adamw", SETTINGS[1]),
 ]
 
 
@@ -142,6 +155,9 @@ def keep_and_digest(directory, wrap, settings):
         ("fsdp2", "blocks", 2, SETTINGS[-1]),
         ("flat blocks", "trainable", 1, SETTINGS[3]),
         ("trainable", "flat", 3, {}),
+        ("columns", "single", 1, {}),
+        ("fsdp2", "columns", 2, SETTINGS[-1]),
+        ("trainable", "flat columns", 2, {}),
     ],
     ids=str,
 )
@@ -175,6 +191,32 @@ def test_units_over_some_of_the_ranks_are_refused(tmp_path):
     first, second = run_ranks(start_with_units_apart, 2, tmp_path)
     assert first == second
     assert "Use FSDP2" in first
+
+
+def load_unsharded_columns(directory):
+    """The average of the gradients. (Further updates would not do: there torch has the gradients in another order.)"""
+    model = FullyShardedDataParallel(
+        by_columns(Net()), device_id=CPU, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD
+    )
+    optimizer = OPTIMIZERS["adamw"](model)
+    load(directory, BEST, model, training_state={"optimizer": optimizer})
+    return optimizer.state[model.module.module.weight]["exp_avg"].tolist()
+
+
+def test_state_of_units_that_are_not_cut_keeps_its_order(tmp_path):
+    before = Training(single, OPTIMIZERS["adamw"]).keep(tmp_path)[2]
+    assert run_ranks(load_unsharded_columns, 2, tmp_path) == [before["module.weight/exp_avg"]] * 2
+
+
+def keep_columns(directory):
+    training = Training(columns, OPTIMIZERS["adamw"])
+    with pytest.raises(ConfigError, match=r"'module.weight', does not lie in memory row by row.* Use format 'torch'"):
+        training.keep(directory, format="dcp")
+
+
+def test_state_in_another_order_is_refused_by_dcp_at_start(tmp_path):
+    run_ranks(keep_columns, 2, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def keep_two_optimizers(directory):

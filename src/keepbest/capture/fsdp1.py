@@ -12,7 +12,7 @@ from torch import nn
 
 from keepbest.errors import ConfigError, SnapshotError
 from keepbest.listing import listed
-from keepbest.modules.kinds import is_dtensor, is_fsdp1
+from keepbest.modules.kinds import has_shards, is_dtensor, is_fsdp1
 from keepbest.modules.quiet import quiet, quiet_about_missing_shards
 from keepbest.modules.sources import Source, StateDict, plain_state_dict
 from keepbest.modules.state_dicts import state_dict_of
@@ -133,6 +133,7 @@ class FlatEntry(NamedTuple):
         first: Plain key of the parameter that it is one with; empty if it is the first of its names.
         flat: Flat parameter of the unit, as this rank has it.
         members: Ranks in the default group that share the flat parameter out among them; empty if each has all of it.
+        stride: Stride of the whole parameter, by which its elements lie in the flat one.
     """
 
     key: str
@@ -140,6 +141,12 @@ class FlatEntry(NamedTuple):
     first: str
     flat: torch.Tensor
     members: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def lies_in_rows(self) -> bool:
+        """Whether its elements lie row by row: those of channels_last do not."""
+        return torch.empty_strided(self.shape, self.stride, device="meta").is_contiguous()
 
 
 def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
@@ -153,12 +160,14 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
         flat, is_split = handle.flat_param, handle.uses_sharded_strategy
         members = tuple(dist.get_process_group_ranks(unit.process_group)) if is_split else ()
         shapes: dict[str, tuple[int, ...]] = {}
+        strides: dict[str, tuple[int, ...]] = {}
         firsts: dict[str, str] = {}
-        for name, shape in zip(flat._fqns, flat._shapes, strict=True):  # noqa: SLF001  # as above
+        for name, shape, stride in zip(flat._fqns, flat._shapes, flat._strides, strict=True):  # noqa: SLF001  # as above
             key = prefix + names.plain(name)
-            shapes[key] = tuple(shape)
+            shapes[key], strides[key] = tuple(shape), tuple(stride)
             firsts[key] = seen.setdefault((id(flat), name), key)
-            yield FlatEntry(key, shapes[key], "" if firsts[key] == key else firsts[key], flat, members)
+            first = "" if firsts[key] == key else firsts[key]
+            yield FlatEntry(key, shapes[key], first, flat, members, strides[key])
         for shared in flat._shared_param_infos:  # noqa: SLF001  # as above
             name, first = (
                 prefix + names.plain(f"{where}.{what}" if where else what)
@@ -167,7 +176,7 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
                     (shared.prim_module_name, shared.prim_param_name),
                 )
             )
-            yield FlatEntry(name, shapes[first], firsts[first], flat, members)
+            yield FlatEntry(name, shapes[first], firsts[first], flat, members, strides[first])
 
 
 def other_ranks_of_units(module: nn.Module, members: list[int]) -> list[int] | None:
@@ -202,14 +211,17 @@ def sharded_state_dict(source: Source) -> StateDict:
         return plain_state_dict(source)
     tied: dict[str, str] = {}
 
-    def tie_unit(inside: nn.Module, _: StateDict, prefix: str, __: dict[str, Any]) -> None:
+    def tie_unit(inside: nn.Module, state: StateDict, prefix: str, _: dict[str, Any]) -> None:
         # The parameters of the unit are whole at this moment, so that those with several names can be seen.
         first: dict[int, str] = {}
         names_inside = PlainNames(inside)
         for name, parameter in inside.named_parameters(remove_duplicate=False):
-            plain = source.names.plain(prefix + names_inside.key(names_inside.plain(name)))
+            key = prefix + names_inside.key(names_inside.plain(name))
+            plain = source.names.plain(key)
             if first.setdefault(id(parameter), plain) != plain:
                 tied[plain] = first[id(parameter)]
+            if key in state and not has_shards(state[key]):  # those of units in this one are shards already
+                state[key] = state[key].contiguous()  # torch makes no shards of another order, such as channels_last
 
     with sharded_fsdp1_state(source.module), _hooks_in_units(source.module, tie_unit):
         state = state_dict_of(source.module)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from keepbest.capture.alike import Alike
 from keepbest.capture.catalogue import Name
-from keepbest.capture.fsdp1 import flat_entries, is_flattened, other_ranks_of_units
+from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened, other_ranks_of_units
 from keepbest.capture.optimizer import GROUPS, ParameterNames, state_key
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
@@ -148,13 +148,31 @@ def unit_state_to_load(
         ranks: Ranks of the model.
     """
     key = PlainNames(model).key
+    # Original parameters of a unit that is not sharded are not cut at all.
+    flat = {id(parameter) for parameter in model.parameters()}
+    cut = (each for each in flat_entries(model) if each.members or id(each.flat) in flat)
+    in_other_order = {each.key: each for each in cut if not each.lies_in_rows}
     whole = {
-        "state": {key(name): dict(values) for name, values in state.items()},
+        "state": {
+            key(name): {each: _as_in_memory(value, in_other_order.get(name)) for each, value in values.items()}
+            for name, values in state.items()
+        },
         "param_groups": [{**group, "params": [key(name) for name in group["params"]]} for group in groups],
     }
     with _states(model, is_whole=True, rank0_only=False):
         found: dict[str, Any] = _fsdp().optim_state_dict_to_load(model, optimizer, whole, group=ranks.process_group)
     return found
+
+
+def _as_in_memory(value: Any, entry: FlatEntry | None) -> Any:
+    """State with its elements in the order in which those of its parameter lie in the flat one.
+
+    torch cuts the parameter in that order, and what is loaded as its state row by row.
+    """
+    if entry is None or not isinstance(value, torch.Tensor) or value.shape != entry.shape:
+        return value
+    laid_out = torch.empty_strided(entry.shape, entry.stride, dtype=value.dtype, device=value.device).copy_(value)
+    return laid_out.as_strided((value.numel(),), (1,)).view(entry.shape)
 
 
 def _fsdp() -> Any:

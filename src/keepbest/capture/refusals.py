@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Mapping
 from types import NoneType
 
 import torch
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from keepbest.capture.catalogue import Form, Held
-from keepbest.capture.fsdp1 import is_flattened, other_ranks_of_units
+from keepbest.capture.fsdp1 import flat_entries, is_flattened, other_ranks_of_units
+from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
 from keepbest.modules.kinds import PLAIN_CLASSES, has_shared_elements, is_dtensor, is_fake, kind_of_new, lacks_memory
@@ -28,8 +29,8 @@ _QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.qui
 _LAYOUTS = {"strided", "quantized", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"}
 
 
-def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: Container[str]) -> None:
-    """Check that what this rank holds can be kept in a format, and loaded again. `states` names the training states.
+def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: Mapping[str, object]) -> None:
+    """Check that what this rank holds, and its training states, can be kept in a format, and loaded again.
 
     Raises:
         ConfigError: If not. It names the entry and the way out.
@@ -58,6 +59,13 @@ def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: C
                 raise ConfigError(
                     f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
                     "use format 'torch' or 'safetensors', or FSDP2"
+                )
+            in_other_order = (each.key for each in flat_entries(source.module) if not each.lies_in_rows)
+            if any(map(is_of_units, states.values())) and (key := next(in_other_order, None)) is not None:
+                raise ConfigError(
+                    f"the state of an optimizer of FSDP1 cannot be saved as shards where a weight, such as {key!r}, "
+                    "does not lie in memory row by row, as with channels_last. Use format 'torch' or 'safetensors', or "
+                    "make the weight contiguous before FSDP1 takes it"
                 )
 
 
