@@ -42,7 +42,9 @@ def test_other_text_is_refused(text):
         TrainingIteration.parse(text)
 
 
-@pytest.mark.parametrize("parts", [{}, {"epoch": -1}, {"update": 1.0}, {"sample": True}, {"epoch": 1, "update": "2"}])
+@pytest.mark.parametrize(
+    "parts", [{}, {"epoch": -1}, {"update": 1.0}, {"sample": True}, {"epoch": 1, "update": "2"}, {"sample": 2**63}]
+)
 def test_parts_are_integers_and_at_least_one(parts):
     with pytest.raises(IterationError, match="TrainingIteration"):
         TrainingIteration(**parts)

@@ -17,7 +17,7 @@ from keepbest import BestKeeper, TrainingIteration, load
 from keepbest.errors import ConfigError, IterationError, KeepBestError, MissingMetricError
 from keepbest.ranks import Ranks
 from tests.kit.pool import run_ranks
-from tests.kit.runs import Run, refs, saved_at, set_weights, update
+from tests.kit.runs import Run, refs, saved_at, set_weights, snapshots, update
 from tests.kit.strategies import fsdp2
 
 BEST = "best_model.loss"
@@ -234,3 +234,18 @@ def test_weights_of_a_model_made_in_inference_mode_are_kept(tmp_path):
         with BestKeeper(model, directory=tmp_path / str(number), metric_key="loss", **settings) as keeper:
             keeper.observe(1.0, update(1))
         assert saved_at(tmp_path / str(number), BEST) == 1
+
+
+def test_pin_is_released_before_a_resumed_block_begins(tmp_path):
+    with Run(tmp_path).keeper as keeper:
+        keeper.observe(1.0, epoch=1)
+        keeper.flush(pin="epoch-1")
+        state = keeper.state_dict()
+        keeper.observe(0.5, epoch=2)
+    keeper = Run(tmp_path).keeper
+    keeper.load_state_dict(state)
+    keeper.release("epoch-1")
+    with keeper:
+        keeper.observe(0.2, epoch=2)
+    assert refs(tmp_path) == {BEST: "E2.r1"}
+    assert snapshots(tmp_path) == {"E2.r1"}

@@ -13,7 +13,7 @@ from keepbest.errors import IterationError
 
 Parts = tuple[int | None, int | None, int | None, int | None]
 
-_LARGEST = 2**63 - 1  # that is read; nobody trains for longer
+_LARGEST = 2**63 - 1  # nobody trains for longer
 _COUNT = "(0|[1-9][0-9]*)"
 # Each part, in the order of its text, and the letter before its count.
 _LETTERS = {"epoch": "E", "update": "U", "sample": "S", "batch": "B"}
@@ -35,8 +35,8 @@ class TrainingIteration:
             once between two updates.
 
     Raises:
-        IterationError: If no part is given, or one is negative or not an integer. Integers of numpy and of tensors are
-            taken as such.
+        IterationError: If no part is given, or one is negative, not an integer, or 2**63 or more. Integers of numpy and
+            of tensors are taken as such.
     """
 
     epoch: int | None = None
@@ -53,6 +53,8 @@ class TrainingIteration:
                 object.__setattr__(self, name, part)
             if part is not None and part < 0:
                 raise IterationError(f"TrainingIteration: {name} must be an integer >= 0, got {part!r}")
+            if part is not None and part > _LARGEST:  # what is recorded must be read again, also in other languages
+                raise IterationError(f"TrainingIteration: {name} must be at most {_LARGEST}")
 
     @classmethod
     def of(cls, iteration: object, parts: Mapping[str, int | None]) -> TrainingIteration:
@@ -114,10 +116,7 @@ class TrainingIteration:
         match = _PATTERN.fullmatch(text)
         if match is None or not text:
             raise IterationError(f"not a training iteration: {text!r}; expected a form like E7_U140_S8960")
-        parts = [None if part is None else int(part) for part in match.groups()]
-        if any(part > _LARGEST for part in parts if part is not None):
-            raise IterationError(f"not a training iteration: it counts to more than {_LARGEST}")
-        return cls(*parts)
+        return cls(*(None if part is None else int(part) for part in match.groups()))
 
 
 @lru_cache(maxsize=64)  # a quiet interval shows the iteration of the best, and those of two observations

@@ -234,6 +234,7 @@ class BestKeeper(WorksInRun):
 
         A warning says so where nothing was ever pinned under it. Raises as `flush`.
         """
+        self.start()
         self._refuse_if_closed()
         self._bookkeeping.settle(f"release {pin} of {self.name}", lambda record: record.unpin(pin))
 

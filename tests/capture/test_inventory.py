@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepbest import BestKeeper
 from keepbest.capture.fingerprint import _reduced
 from keepbest.errors import ConfigError, RankFailedError
+from tests.kit.models import Around
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, set_weights, update
 from tests.kit.strategies import CPU, WRAPS
@@ -78,6 +79,10 @@ def fsdp1_on_groups_of_their_own():
     return nn.ModuleDict({"experts": FullyShardedDataParallel(experts, process_group=pair, device_id=CPU)})
 
 
+def own_experts_in_a_wrapper():
+    return Around(own_experts())
+
+
 def refuse(make, directory, file_format):
     model = make()
     with pytest.raises(ConfigError) as caught:
@@ -91,6 +96,7 @@ def refuse(make, directory, file_format):
     [
         (own_experts, 2, "ranks 0, 1"),
         (own_experts, 3, "ranks 0, 1, 2"),
+        (own_experts_in_a_wrapper, 2, "ranks 0, 1"),
         (one_row_of_many, 3, "ranks 0, 1"),
         (experts_sharded_over_a_part_of_the_mesh, 4, "ranks 0, 1, 2, 3"),
         (replicated_dtensor_that_is_not_equal, 2, "ranks 0, 1"),

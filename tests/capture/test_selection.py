@@ -14,7 +14,7 @@ from keepbest.errors import ConfigError, SnapshotError
 from keepbest.modules.parts import select_parts
 from keepbest.ranks import Ranks
 from tests.kit.capture import gather
-from tests.kit.models import Bare, Composite, Odd, WithState, filled, nested, odd, same, same_bits
+from tests.kit.models import Around, Bare, Composite, Odd, WithState, filled, nested, odd, same, same_bits
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
 from tests.kit.strategies import FAMILIES, WRAPS, compiled, fits, whole_weights
@@ -150,6 +150,16 @@ def test_frozen_weights_count_when_saved_and_all_is_an_error(tmp_path):
         with pytest.raises(ConfigError, match="nothing to save"):
             keeper.observe(0.5, update(3))
         assert keeper.best_metric_value == 1.0
+
+
+def test_frozen_weights_are_left_out_of_a_state_dict_of_other_names(tmp_path):
+    model = Around(odd(0))
+    model.inner.module.requires_grad_(False)
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", save_frozen_weights=False) as keeper:
+        keeper.observe(1.0, update(1))
+    kept = torch.load(keeper.best_path / "model.pt", weights_only=True)
+    assert kept.keys() == {key for key in odd(0).state_dict() if not key.startswith("module.")}
+    assert load(tmp_path, REF, odd(1)).left_alone == load(tmp_path, REF, Around(odd(1))).left_alone != ()
 
 
 def test_other_keys_than_the_frozen_ones_may_not_be_missing(tmp_path):

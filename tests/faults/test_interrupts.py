@@ -1,12 +1,15 @@
-"""Ctrl-C, or an exception of a signal handler, between any two lines of keepbest: nothing is lost or recorded twice.
+"""Ctrl-C, or a signal handler, between any two lines of keepbest: nothing is lost or recorded twice.
 
-A trace function raises at one line that is executed after another, as a signal handler of Python would.
+A trace function raises, or uses the keeper and returns, at one line that is executed after another, as a signal handler
+of Python would. That of Lightning for SLURM saves a checkpoint, and training continues until the job is ended.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import linecache
+import math
 import random
 import shutil
 import sys
@@ -16,10 +19,14 @@ from pathlib import Path
 import pytest
 
 import keepbest
-from keepbest import TrainingIteration
+from keepbest import BestKeeper, TrainingIteration
+from keepbest.capture.share import Items
+from keepbest.modules.parts import Part
+from keepbest.ranks import Ranks
 from keepbest.run.verify import verify
+from keepbest.saving.resume_saver import ResumeSaver
 from tests.faults.filled_run import COMPLETE, VALUES, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
-from tests.kit.files import SteppedFiles, without_waiting
+from tests.kit.files import Operation, SteppedFiles, before, without_waiting
 from tests.kit.seams import use
 
 # A listing of a folder that was interrupted leaves its iterator to the collector.
@@ -32,7 +39,7 @@ class Interruption(KeyboardInterrupt):
 
 
 class Interrupter:
-    """Raises at line number `at` that this thread executes in keepbest while it is `armed`; counts the lines."""
+    """Interrupts line number `at` that this thread executes in keepbest while it is `armed`; counts the lines."""
 
     def __init__(self, at: int = -1) -> None:
         self.at = at
@@ -56,8 +63,11 @@ class Interrupter:
         self.lines += 1
         if self.lines - 1 == self.at:
             self.place = f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
-            raise Interruption
+            self.interrupt()
         return self._line
+
+    def interrupt(self) -> None:
+        raise Interruption
 
     def _is_end_of_with(self, frame) -> bool:
         """Whether a block ends here that Python leaves in one step: no signal comes between."""
@@ -66,6 +76,17 @@ class Interrupter:
         is_end = is_with and place in self._withs
         self._withs ^= {place} if is_with else set()
         return is_end
+
+
+class Flusher(Interrupter):
+    """Flushes the keeper at this line, and lets it continue."""
+
+    def __init__(self, at: int, keeper: BestKeeper) -> None:
+        super().__init__(at)
+        self._keeper = keeper
+
+    def interrupt(self) -> None:
+        self._keeper.flush(pin="handler")
 
 
 @pytest.fixture
@@ -144,3 +165,72 @@ def test_interrupt_at_any_line_of_observe_loses_nothing(epoch, then, settings, m
         at += step
     print(f"{tried} of {at} lines")
     assert tried
+
+
+@pytest.mark.parametrize("settings", [{}, {"async_save": True}], ids=["waited for", "in background"])
+@pytest.mark.parametrize("epoch", [4, 5])
+def test_handler_that_flushes_at_any_line_changes_nothing(epoch, settings, memory_folder, request):
+    step = 7 if request.config.getoption("--crash-points") == "all" else 61
+    for at in itertools.count(random.Random(f"{request.config.getoption('--fault-seed')}").randrange(step), step):
+        directory = memory_folder / str(at)
+        with use(directory, files=SteppedFiles(without_waiting)):
+            model = net()
+            keeper = keeper_of(directory, model, **settings)
+            go_on(keeper, model, VALUES[: epoch - 1])
+            model.weight.data.fill_(float(epoch))
+            with Flusher(at, keeper) as handler:
+                outcome = keeper.observe(VALUES[epoch - 1], TrainingIteration(epoch=epoch))
+            assert (outcome.is_new_best, outcome.newly_exceeded) == (epoch == 5, (1,) if epoch == 4 else ())
+            keeper.flush()
+            assert verify(directory) == [], f"interrupted at line {at}, {handler.place}"
+            go_on(keeper, model)
+            keeper.release("handler")
+            keeper.close()
+            try:
+                check(directory)
+            except BaseException:
+                print(f"interrupted at line {at}, {handler.place}")
+                raise
+        shutil.rmtree(directory)
+        if not handler.place:
+            break
+    assert at >= step
+
+
+def save_best(keeper: BestKeeper, saver: ResumeSaver) -> None:
+    assert keeper.observe(1.0, epoch=2).is_new_best
+
+
+def save_checkpoint(keeper: BestKeeper, saver: ResumeSaver) -> None:
+    saver.save(TrainingIteration(epoch=2))
+
+
+@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+@pytest.mark.parametrize("save", [save_best, save_checkpoint])
+def test_handler_that_flushes_at_any_write_leaves_it_whole(save, file_format, tmp_path):
+    seen = math.inf  # operations
+
+    def look(operation: Operation) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == at:
+            keeper.flush(pin="handler")
+
+    for at in itertools.count(1):
+        directory = tmp_path / str(at)
+        with use(directory, files=SteppedFiles(before(look))):
+            model = net()
+            keeper = BestKeeper(model, directory=directory, metric_key="loss", format=file_format)
+            keeper.observe(2.0, epoch=1)
+            saver = ResumeSaver(directory, Items(model, (Part("model", ""),), True), Ranks.connect(), keep_last=1)
+            saver.start(TrainingIteration(epoch=1), None)
+            seen = 0
+            save(keeper, saver)
+            is_over, seen = seen < at, math.inf
+            keeper.flush()
+            assert verify(directory) == [], f"before operation {at}"
+            saver.leave()
+            keeper.abandon()
+        if is_over:
+            break
+    assert at > 10

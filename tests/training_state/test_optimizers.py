@@ -10,6 +10,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from keepbest import BestKeeper, load
 from keepbest.errors import ConfigError, KeepBestError, RankFailedError, SnapshotError
+from tests.kit.models import Around
 from tests.kit.pool import run_ranks
 from tests.kit.runs import update
 from tests.kit.strategies import ddp, single
@@ -36,6 +37,16 @@ def test_several_optimizers_of_one_model_continue(tmp_path):
         trainings.append(training)
     uninterrupted = trainings[0].keep(tmp_path, async_save=True)
     assert differing(trainings[1].resume(tmp_path), uninterrupted) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(Around, single), (single, Around)])
+def test_state_of_a_model_with_other_names_continues(before, after, tmp_path):
+    def make(model):
+        return torch.optim.Adam(trained_of(model), lr=0.02)
+
+    uninterrupted = Training(after, make).keep(tmp_path / "a")
+    Training(before, make).keep(tmp_path / "b")
+    assert differing(Training(after, make, seed=2).resume(tmp_path / "b"), uninterrupted) == []
 
 
 def test_hooks_of_the_optimizer_run(tmp_path):

@@ -26,7 +26,7 @@ def sgd_of_groups(count: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def lines_to_compare(count: int) -> int:
     """Lines of code that run while as many groups, saved by two ranks, are compared with an optimizer."""
     model, optimizer = sgd_of_groups(count)
-    names = ParameterNames(model)
+    names = ParameterNames(model, {})
     [groups] = group_entries(optimizer, names).values()
     data = {"param_groups.1": groups, "param_groups.2": groups}
     target = optimizer_target.OptimizerTarget(optimizer, names)
@@ -59,7 +59,7 @@ def test_groups_of_the_same_names_are_matched_in_order():
     optimizer.add_param_group({"params": [], "lr": 0.25})
     optimizer.add_param_group({"params": [], "lr": 0.125})
     model = nn.ParameterList(optimizer.param_groups[0]["params"])
-    names = ParameterNames(model)
+    names = ParameterNames(model, {})
     target = optimizer_target.OptimizerTarget(optimizer, names)
     data = group_entries(optimizer, names)
     for group in optimizer.param_groups:

@@ -170,7 +170,6 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry], rank: int) -> None:
-    parameters = source.requires_grad.keys() | flat.keys()
     firsts: dict[tuple[str, bool, Hashable], str] = {}  # a tensor that is kept is none that is left out
     for part in source.parts:
         is_whole = not source.path_of(part) and not part.apart
@@ -178,7 +177,7 @@ def _add(held: Held, source: Source, state: StateDict, flat: dict[str, FlatEntry
             inside = key if is_whole else source.key_in(part, key)
             if inside is None:
                 continue
-            role: Role = "parameter" if key in parameters else "buffer"
+            role: Role = "parameter" if key in flat or source.is_parameter(key, value) else "buffer"
             entry = _entry_of(source, key, value, role, held.meshes, flat.get(key))
             if entry.members and rank not in entry.members:
                 continue  # a DTensor whose mesh this rank is not in: it holds nothing of it
@@ -199,7 +198,7 @@ def _identity(key: str, value: torch.Tensor) -> Hashable:
 
 
 def _entry_of(source: Source, key: str, value: Any, role: Role, meshes: Meshes, flat: FlatEntry | None) -> Entry:
-    is_frozen = source.is_frozen(key)
+    is_frozen = source.is_frozen(key, value)
     if is_extra_state(key) or not isinstance(value, torch.Tensor):
         return data_entry(is_frozen=is_frozen)
     return tensor_entry(value, role, meshes, is_frozen=is_frozen, flat=flat)

@@ -311,7 +311,7 @@ def added_by_hooks(source: Source, state: StateDict, agreed: Agreed) -> dict[Nam
     for part in source.parts:
         for key, value in state.items():
             name = None if (inside := source.key_in(part, key)) is None else Name(part.name, inside)
-            if name is not None and name not in agreed.union.holdings and not source.is_frozen(key):
+            if name is not None and name not in agreed.union.holdings and not source.is_frozen(key, value):
                 found[name] = value
     return found
 

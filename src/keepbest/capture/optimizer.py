@@ -36,13 +36,18 @@ _REMEDY = "Make the optimizer of the parameters of the model that the keeper has
 class ParameterNames:
     """The plain names of the parameters of a model, as they are on this rank.
 
-    A tied parameter has several names. The flat parameter of a unit of FSDP1 has those of all that lie in it.
+    A tied parameter has several names. The flat parameter of a unit of FSDP1 has those of all that lie in it. One to
+    which a `state_dict` of the user's gives another name has that one first, so that it is also the name elsewhere.
+
+    Args:
+        model: Model, plain or wrapped.
+        states: State dicts with plain keys, of the model or of modules in it, by the path of the module.
 
     Attributes:
         parameters: Parameter of each first name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
         shard_again(model)  # after a forward pass the parameters may be whole ones, which no optimizer knows
         names = PlainNames(model)
         found = [(names.plain(key), each) for key, each in model.named_parameters(remove_duplicate=False)]
@@ -52,16 +57,21 @@ class ParameterNames:
         self._first: dict[str, str] = {}
         self._names: dict[int, list[str]] = {}
         seen: dict[int, str] = {}
+        prefixes = {f"{path}." if path else "": state for path, state in states.items()}
+        shown = {prefix + key: id(value) for prefix, state in prefixes.items() for key, value in state.items()}
+        renamed = {value: key for key, value in reversed(shown.items())}
         for name, each in found:
             if id(each) not in hidden:
-                self._add(name, seen.setdefault(id(each), name), each)
+                first = seen.setdefault(id(each), name if name in shown else renamed.get(id(each), name))
+                self._add(first, first, each)
+                self._add(name, first, each)
         for entry in flat:
             if id(entry.flat) in hidden:
                 self._add(entry.key, entry.first or entry.key, entry.flat)
 
     def _add(self, name: str, first: str, parameter: torch.Tensor) -> None:
         self._first[name] = first
-        if name == first:
+        if name == first and name not in self.parameters:
             self.parameters[name] = parameter
             self._names.setdefault(id(parameter), []).append(name)
 

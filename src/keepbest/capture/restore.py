@@ -116,7 +116,7 @@ def _restore(model: nn.Module, feed: Feed) -> Restored:
     chosen = [each for each in everything if selection.paths is None or any(_wanted(each, selection))]
     target = _find(model, [each.part for each in chosen], feed)
     _compare(target, chosen, feed)
-    beside = StatesToLoad(model, read, feed)
+    beside = StatesToLoad(model, target.state, read, feed)
     beside.compare()
     keys_loaded = _load_parts(target, chosen, feed)
     try:

@@ -61,12 +61,19 @@ class StatesToLoad:
 
     Args:
         model: Model whose parameters the optimizers have.
+        states: State dicts of the model, as `ParameterNames` takes them.
         contents: What the snapshot has of all that is read.
         feed: Where values come from, and the objects that take them.
     """
 
-    def __init__(self, model: nn.Module, contents: Sequence[PartContents], feed: Feed) -> None:
-        self._model, self._feed, self._ranks = model, feed, feed.ranks
+    def __init__(
+        self,
+        model: nn.Module,
+        states: Mapping[str, Mapping[str, Any]],
+        contents: Sequence[PartContents],
+        feed: Feed,
+    ) -> None:
+        self._model, self._states, self._feed, self._ranks = model, states, feed, feed.ranks
         self._things = feed.stored.training_state
         self._contents = [each for each in contents if each.part.name in self._things]
         self._found: dict[str, _Found] = {}
@@ -129,7 +136,7 @@ class StatesToLoad:
     def _compare(self) -> dict[str, tuple[list[str], list[str], list[list[str]]]]:
         """For each state what does not fit, the parameters that are lacking, and keys of tensors for one place."""
         has_optimizer = any(isinstance(found.thing, Optimizer) for found in self._found.values())
-        names = ParameterNames(self._model) if has_optimizer else None
+        names = ParameterNames(self._model, self._states) if has_optimizer else None
         compared: dict[str, tuple[list[str], list[str], list[list[str]]]] = {}
         for name, found in self._found.items():
             if isinstance(found.thing, Optimizer) and names is not None:

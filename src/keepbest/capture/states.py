@@ -107,7 +107,7 @@ def _state_values(held: Held, items: Items, ranks: Ranks) -> Iterator[tuple[Name
         try:
             if isinstance(thing, Optimizer):
                 refuse_in_shards(thing)
-                names = names or ParameterNames(items.model)
+                names = names or ParameterNames(items.model, held.states)
                 if is_of_units(thing):
                     refuse_units_apart(items.model, ranks.members)
                     entries = group_entries(thing, names)

@@ -50,12 +50,18 @@ class Source:
         parameters = self.module.named_parameters(remove_duplicate=False)
         return {self.names.plain(key): parameter.requires_grad for key, parameter in parameters}
 
-    def is_frozen(self, key: str) -> bool:
+    def is_parameter(self, key: str, value: object) -> bool:
+        """Whether this is a parameter, also where a `state_dict` of the user's gives it a name of its own."""
+        return key in self.requires_grad or (isinstance(value, nn.Parameter) and key not in self._buffers)
+
+    def is_frozen(self, key: str, value: object) -> bool:
         """Whether a plain key is one of a parameter that is left out, since it does not require grad."""
         if self.save_frozen_weights:
             return False
         if key in self.requires_grad:
             return not self.requires_grad[key]
+        if isinstance(value, nn.Parameter) and self.is_parameter(key, value):
+            return not value.requires_grad
         # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
         around = [path for path in self._flat_parameters if key.startswith(path)]
         return bool(around) and key not in self._buffers and not self._flat_parameters[max(around, key=len)]

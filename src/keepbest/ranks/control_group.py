@@ -140,9 +140,10 @@ class ControlGroup:
             buffers, self._buffers = kept, None
         buffers.sent[:] = mine
         self.finish(self.start(buffers, step, timeout), step, timeout)
+        received = buffers.received()
         # Those of the first exchange, because nearly all have its size.
         self._buffers = self._buffers or buffers
-        return buffers.received()
+        return received
 
     def start(self, buffers: Buffers, step: str, timeout: timedelta) -> InFlight:
         """Start an exchange of `buffers`. **Collective**. They must stay untouched until `finish`.

@@ -19,7 +19,7 @@ from keepbest.run.events import Event, RunBegan, SessionBegan
 from keepbest.run.files import Files
 from keepbest.run.follower import Committed, Follower
 from keepbest.run.history import History
-from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS
+from keepbest.run.layout import CHECKPOINTS, LEDGER, LOCK, SNAPSHOTS, unfinished_folder
 from keepbest.run.ledger import LedgerFile, read_ledger
 from keepbest.run.lines import SENSELESS
 from keepbest.run.lock import RunLock
@@ -69,6 +69,7 @@ class RunFolder:
         self._is_interrupted = False
         self._is_followed = False
         self._is_claimed = False
+        self._under_way: str | None = None  # name of the snapshot that is being saved
         self._new_lock = lock
         self._lock = lock(self.path / LOCK)
         self._ledger: LedgerFile | None = None
@@ -187,17 +188,19 @@ class RunFolder:
             if not withdraw:
                 self._ledger.owe(event)
             raise
-        self.history.check(event)
+        history = self.history
+        history.check(event)
         self._is_interrupted = True
         try:
             self._ledger.append(event, durable=durable, withdraw=withdraw)
         except OSError:
-            self._know(None if withdraw else event)
+            self._know(history, None if withdraw else event)
             raise
         except SENSELESS:
-            self._know(None)
+            self._know(history, None)
             raise
-        self._know(event)
+        self._know(history, event)
+        self.catch_up()
 
     def commit(self, event: Event, *, withdraw: bool = False) -> None:
         """Make an event durable, then do what follows: refs move, and what nothing names any more is removed.
@@ -248,7 +251,12 @@ class RunFolder:
         if self._ledger is not None:
             # Else a run that was moved away would get another folder in its old place, and could not be moved back.
             self._ledger.check_is_in_place()
+        self._under_way = name
         self.snapshots.begin(name)
+
+    def end_snapshot(self) -> None:
+        """What was begun is committed, or it is not needed any more."""
+        self._under_way = None
 
     @property
     def durable_bytes(self) -> int:
@@ -312,11 +320,12 @@ class RunFolder:
             # What must be on the disk is synced when it is written. The rest may be lost, as it may be in a crash.
             _logger.warning("%s: the newest observations may be lost: %s", self.path, error)
 
-    def _know(self, event: Event | None) -> None:
+    def _know(self, history: History, event: Event | None) -> None:
         """What was begun in the ledger is over: `event` counts, or nothing does."""
         if event is not None:
-            self.history.take(event)
-        self._is_interrupted = False
+            history.take(event)
+        # A handler of a signal may have read the ledger in the middle, with this event in it or not yet.
+        self._is_interrupted = self.history is not history
 
     def _read(self) -> None:
         events, self._ledger_bytes = read_ledger(self.path / LEDGER)
@@ -333,6 +342,8 @@ class RunFolder:
         """Remove snapshots that nothing names; those that are held or that the remote copy still needs stay."""
         self.catch_up()
         kept = self.history.kept() | set(self._held)
+        if self._under_way is not None:  # a handler of a signal commits something in the middle of a save
+            kept |= {self._under_way, unfinished_folder(self.path, self._under_way).name}
         if self.copy is not None and self._is_followed and self._ledger is not None:
             self.copy.follow(self._committed(self._ledger.size))
             kept |= self.copy.held()

@@ -117,6 +117,7 @@ class LedgerFile:
         self._tail = _Tail.after(size)
         self._condition: Literal["whole", "torn", "doubtful"] = "torn"
         self._is_closed = False
+        self._replaced: DurableFile | None = None  # the file before, which a call that was interrupted may yet sync
         try:
             self._cut()
         except OSError:
@@ -161,7 +162,8 @@ class LedgerFile:
     def check_is_in_place(self) -> None:
         """Check that nobody has removed, replaced or changed the file. Raises `OSError`."""
         self._restore()
-        if not self._file.is_in_place(self._tail.end):
+        tail = self._tail
+        if not self._file.is_in_place(tail.end) and self._tail is tail:
             raise OSError(
                 errno.ENOENT,
                 "the ledger was removed, replaced or changed while the run was open; put back what was there",
@@ -200,6 +202,8 @@ class LedgerFile:
 
     def _end(self) -> None:
         self._file.close()
+        if self._replaced is not None:
+            self._replaced.close()
         self._is_closed = True
 
     def _write(self, *, durable: bool) -> None:
@@ -207,15 +211,19 @@ class LedgerFile:
             self.check_is_in_place()
         else:
             self._restore()
-        lines = self._tail.lines
-        missing = b"".join(lines[self._tail.written :])
+        tail = self._tail
+        missing = b"".join(tail.lines[tail.written :])
+        longer = tail._replace(written=len(tail.lines), end=tail.end + len(missing))
         self._condition = "torn"
         self._file.write(missing)
-        self._tail = _Tail(self._tail.start, lines, len(lines), self._tail.end + len(missing))
+        self._tail = longer if self._tail is tail else self._tail
+        if self._tail is not longer:  # a handler of a signal has written these lines, so they may be there twice
+            self._cut()
         if durable:
+            tail, synced = self._tail, _Tail.after(self._tail.end)
             self._condition = "doubtful"
             self._file.sync()
-            self._tail = _Tail.after(self._tail.end)
+            self._tail = synced if self._tail is tail else self._tail
         self._condition = "whole"
 
     def _withdraw_last(self) -> None:
@@ -248,8 +256,10 @@ class LedgerFile:
             file.write(data)
             file.sync()
         self._files.rename(temporary, self._path)
-        replaced, self._file = self._file, self._files.append(self._path)
-        replaced.close()
+        replaced, self._replaced = self._replaced, self._file
+        self._file = self._files.append(self._path)
+        if replaced is not None:
+            replaced.close()
         self._files.sync_folder(self._path.parent)
         self._tail = _Tail.after(len(data))
         self._condition = "whole"

@@ -141,17 +141,18 @@ class SnapshotFolder:
             self._swept = {path.name for path in there}
         else:
             try:
-                self._removal = Threaded("keepbest-removal")
+                removal = self._removal = Threaded("keepbest-removal")
             except ConfigError:  # too many threads, or the interpreter is about to exit
                 self._remove(removed)
             else:
-                self._removal.submit(partial(self._remove, removed), _report)
-                self._removal.close(timeout=0)  # it ends when that is done
+                removal.submit(partial(self._remove, removed), _report)
+                removal.close(timeout=0)  # it ends when that is done
 
     def finish_removal(self) -> None:
         """Wait until the space of all that was removed is free."""
-        if self._removal is not None:
-            self._removal.close()
+        removal = self._removal
+        if removal is not None:
+            removal.close()
             self._removal = None
 
     def _without_name(self, path: Path) -> Path:

@@ -86,8 +86,12 @@ class ResumeSaver:
             selection=RESUME_SAVER,
             record=self._record,
         )
-        snapshot.meet(run.worker.drain)
-        self._ranks.broadcast(step, lambda: self._commit(iteration, snapshot), remedy=DISK_REMEDY, saving=True)
+        try:
+            snapshot.meet(run.worker.drain)
+            self._ranks.broadcast(step, lambda: self._commit(iteration, snapshot), remedy=DISK_REMEDY, saving=True)
+        finally:
+            if self._record is not None:
+                self._record.folder.end_snapshot()
 
     def finish_removal(self) -> None:
         """Wait until the space of the checkpoints that were replaced is free. **Rank-local**."""

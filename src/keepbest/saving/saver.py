@@ -161,8 +161,12 @@ class Saver:
             StorageError: On every rank, if they cannot be written. In the background the next exchange raises it.
             KeepBestError: As the capture of the format.
         """
-        with whole_parameters(self._inventory.items.model):
-            self._save(kept, step, on_commit)
+        try:
+            with whole_parameters(self._inventory.items.model):
+                self._save(kept, step, on_commit)
+        finally:
+            if self._record is not None and not self._in_background:
+                self._record.folder.end_snapshot()
 
     def _save(self, kept: Kept, step: str, on_commit: Callable[[str], None]) -> None:
         iteration, items = kept.observation.iteration, self._inventory.items
@@ -347,6 +351,8 @@ class Saver:
                 self.losses.lose_best()
                 record.lose(kept.observation)
             raise
+        finally:
+            record.folder.end_snapshot()
 
     def _on_main(self, step: str, work: Callable[[KeeperRecord], Any], *, remedy: str = DISK_REMEDY) -> Any:
         """Do `work` on rank 0 after everything that is queued, and hand its JSON value to every rank."""
