@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import UserList
 from functools import partial, wraps
 from pathlib import Path
 
@@ -257,6 +258,14 @@ def test_ranks_with_different_hooks_are_refused(tmp_path):
         for outcome in ranks.collect():
             assert isinstance(outcome.exception, DesyncError)
             assert "\n  rank 0: on_new_best=['rank 0']\n  rank 1: on_new_best=[]\n" in str(outcome.exception)
+
+
+@pytest.mark.parametrize("kind", [tuple, UserList])  # such as the lists that Hydra makes
+def test_hooks_may_be_any_sequence(kind, tmp_path):
+    seen = []
+    run = Run(tmp_path, on_new_best=kind([lambda outcome, _: seen.append(outcome.value)] * 2))
+    run.observe(1.0)
+    assert seen == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

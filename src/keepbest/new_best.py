@@ -69,7 +69,8 @@ def check_hooks(hooks: object) -> tuple[Hook, ...]:
     Raises:
         ConfigError: If it is something else.
     """
-    is_several = isinstance(hooks, list | tuple) and not callable(hooks)
+    # A list of a config, such as that of Hydra, is a sequence of its own.
+    is_several = isinstance(hooks, Sequence) and not isinstance(hooks, str) and not callable(hooks)
     given: list[Any] = [] if hooks is None else list(hooks) if is_several else [hooks]  # type: ignore[call-overload]
     for hook in given:
         if not callable(hook):

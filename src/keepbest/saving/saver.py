@@ -344,15 +344,16 @@ class Saver:
 
     def _run_in_background(self, job: SaveJob, kept: Kept, record: KeeperRecord) -> None:
         try:
-            job.run()
+            try:
+                job.run()
+            finally:  # before what follows, which removes what the disk did not let go
+                record.folder.end_snapshot()
         except Exception as error:  # whichever it was, the ledger must know that it is lost, unless it has it already
             is_withdrawn = isinstance(error, OSError) and not job.is_skipped
             if is_withdrawn or not record.has(kept.observation):
                 self.losses.lose_best()
                 record.lose(kept.observation)
             raise
-        finally:
-            record.folder.end_snapshot()
 
     def _on_main(self, step: str, work: Callable[[KeeperRecord], Any], *, remedy: str = DISK_REMEDY) -> Any:
         """Do `work` on rank 0 after everything that is queued, and hand its JSON value to every rank."""
