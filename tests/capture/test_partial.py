@@ -92,6 +92,13 @@ class Scaled(nn.Linear):
     amax = 1.0
 
 
+def test_extra_state_outside_of_what_was_saved_is_listed(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), Scaled(2, 2))
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", model_names=["0"]) as keeper:
+        keeper.observe(1.0, TrainingIteration(update=1))
+    assert load(tmp_path, REF, model).left_alone == ("1._extra_state", "1.bias", "1.weight")
+
+
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
 @pytest.mark.parametrize("saved", [Scaled, nn.Linear])
 @pytest.mark.parametrize("loaded_into", [Scaled, nn.Linear])

@@ -89,6 +89,17 @@ def test_parts_that_overlap_are_exported_once(file_format, to, tmp_path):
     assert same(read(written), clone(expected))
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("to", ["model.pt", "model.safetensors"])
+def test_tensors_without_elements_are_exported(file_format, to, tmp_path):
+    model = nn.Linear(2, 3)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        model.register_buffer(f"of_{dtype.itemsize}_bytes", torch.zeros(0, 3, dtype=dtype))
+    with BestKeeper(model, directory=tmp_path / "run", metric_key="loss", format=file_format) as keeper:
+        keeper.observe(1.0, TrainingIteration(update=1))
+    assert same(read(export(tmp_path / "run", BEST, tmp_path / to)), clone(model.state_dict()))
+
+
 @pytest.mark.parametrize("file_format", ["torch", "dcp"])
 def test_large_export_has_several_files_and_an_index(file_format, tmp_path):
     keep(tmp_path / "run", file_format, wrap="single")

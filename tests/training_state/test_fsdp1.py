@@ -219,6 +219,32 @@ def test_state_in_another_order_is_refused_by_dcp_at_start(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def whole_after_forward(model):
+    strategy = ShardingStrategy.SHARD_GRAD_OP
+    return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True, sharding_strategy=strategy)
+
+
+def observe_before_backward(directory):
+    """torch gives the state of units that are sharded alone."""
+    training = Training(whole_after_forward, OPTIMIZERS["adamw"])
+    with BestKeeper(training.model, directory=directory, metric_key="loss", training_state=training.state) as keeper:
+        training.step(1)
+        loss = training.model(torch.ones(2, 5)).sum()
+        with pytest.raises(
+            ConfigError, match=r"no parameter of the model.* evaluate in torch\.no_grad\(\), and observe"
+        ):
+            keeper.observe(1.0, update(1))
+        loss.backward()
+        keeper.observe(1.0, update(2))
+        with torch.no_grad():
+            training.model(torch.ones(2, 5))
+        return keeper.observe(0.5, update(3)).is_new_best
+
+
+def test_state_of_units_that_are_whole_is_refused(tmp_path):
+    assert run_ranks(observe_before_backward, 2, tmp_path) == [True, True]
+
+
 def keep_two_optimizers(directory):
     """What differs where one optimizer has the parameters of a unit, and another one the others."""
     found = []

@@ -142,7 +142,7 @@ def state_beside(source: Source) -> StateDict:
     for path, inner in source.module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         own: dict[str, Any] = {**dict(inner.named_parameters(recurse=False)), **_persistent_buffers(inner)}
-        if _has_extra_state(inner):
+        if has_extra_state(inner):
             own[EXTRA_STATE] = inner.get_extra_state()
         state |= {prefix + key: value for key, value in own.items() if not is_flattened(value)}
     return source.names.plain_state(state)
@@ -157,10 +157,11 @@ def stored_tensors(module: nn.Module, *, with_frozen: bool) -> Iterator[torch.Te
 
 def extra_states(module: nn.Module) -> Iterator[object]:
     """The extra states of a module and those below; no hook runs."""
-    yield from (inner.get_extra_state() for inner in module.modules() if _has_extra_state(inner))
+    yield from (inner.get_extra_state() for inner in module.modules() if has_extra_state(inner))
 
 
-def _has_extra_state(module: nn.Module) -> bool:
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a module keeps something beside its weights. **Rank-local**."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 

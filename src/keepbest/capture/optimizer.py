@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from keepbest.capture.alike import Alike, alike_of, is_split, refuse_a_part
-from keepbest.capture.fsdp1 import flat_entries
+from keepbest.capture.fsdp1 import flat_entries, is_flattened
 from keepbest.capture.optimizer_kind import kind_of
 from keepbest.errors import ConfigError
 from keepbest.modules.kinds import is_dtensor
@@ -31,6 +31,10 @@ GROUPS = "param_groups"
 _OF_THE_MODEL = ("params", "param_names")  # of a group; the names depend on the wrappers
 _OF_TORCH = ("state", "param_groups")  # what each state_dict() of an optimizer has; some have more
 _REMEDY = "Make the optimizer of the parameters of the model that the keeper has, after it was wrapped"
+_WHOLE_UNIT = (
+    "; if it is one, a forward pass has left its unit of FSDP1 whole, as SHARD_GRAD_OP does: evaluate in "
+    "torch.no_grad(), and observe after the backward pass"
+)
 
 
 class ParameterNames:
@@ -89,6 +93,7 @@ class ParameterNames:
                     raise ConfigError(
                         f"parameter {place} of group {number} of the optimizer, of shape {list(parameter.shape)}, is "
                         f"no parameter of the model, so it has no name to be kept by. {_REMEDY}"
+                        f"{_WHOLE_UNIT if is_flattened(parameter) else ''}"
                     )
                 found[-1] += self._names[id(parameter)]
         return found

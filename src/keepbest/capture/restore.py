@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from keepbest.capture.catalogue import state_beside
+from keepbest.capture.catalogue import has_extra_state, state_beside
 from keepbest.capture.compare import Comparison, refuse_losses, refuse_misfits
-from keepbest.capture.contents import PartContents, whole_key
+from keepbest.capture.contents import EXTRA_STATE, PartContents, whole_key
 from keepbest.capture.feed import Feed, FromFiles, FromMain, Stored
 from keepbest.capture.resized import resized
 from keepbest.capture.restore_states import StatesToLoad
@@ -102,7 +102,10 @@ class _Target:
             if not any(not each or path == each or path.startswith(f"{each}.") for each in paths):
                 hidden = {"_flat_param", *module._non_persistent_buffers_set}  # noqa: SLF001  # torch has no other way
                 own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-                names.update(f"{path}.{name}" if path else name for name, _ in own if name not in hidden)
+                inside = {name for name, _ in own} - hidden
+                if has_extra_state(module):
+                    inside.add(EXTRA_STATE)
+                names.update(f"{path}.{name}" if path else name for name in inside)
         return names
 
 

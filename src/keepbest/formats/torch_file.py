@@ -120,6 +120,8 @@ def _is_view(value: object, dtypes: dict[int, torch.dtype]) -> bool:
     if not is_dense(value):
         return False  # what is sparse has none
     storage = value.untyped_storage()
+    if not value.numel():
+        return storage.data_ptr() != 0  # a tensor of another dtype may begin at the same place of a mapped file
     # A view would drag the whole storage that it looks into along into the file, and torch writes one dtype of each.
-    is_of_another_dtype = value.numel() > 0 and dtypes.setdefault(storage.data_ptr(), value.dtype) != value.dtype
+    is_of_another_dtype = dtypes.setdefault(storage.data_ptr(), value.dtype) != value.dtype
     return storage.nbytes() != value.nbytes or is_of_another_dtype
