@@ -327,8 +327,8 @@ def test_default_process_group_is_made_by_the_launcher_only():
     assert uses(makes_or_ends, outside=PROCESS_GROUPS_START_IN) == []
 
 
-def test_no_barrier_anywhere():
-    assert uses(is_barrier) == []
+def test_no_barrier_but_where_the_launcher_connects_ranks():
+    assert uses(is_barrier, outside=PROCESS_GROUPS_START_IN) == []
 
 
 @pytest.mark.parametrize("place", ["keeper.py", "bookkeeping.py", "capture/", "ranks/", "staging/", "modules/"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from keepbest.errors import ConfigError, RankTimeoutError
 from keepbest.launch import Process, distributed, expand_node_list, read_environment
+from tests.kit.launched import leave_for_torchrun
+from tests.kit.pool import run_ranks
 from tests.kit.ports import held_ports
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
@@ -185,6 +188,28 @@ def test_under_slurm(tmp_path: Path):
         for task in tasks:
             task.kill()
     assert reports(tmp_path) == EXPECTED_REPORTS
+
+
+def begin_late_on_rank_0(port, mark):
+    """Whether rank 1 has begun its block while rank 0 still makes its connections."""
+    init, rank, seen = dist.init_process_group, leave_for_torchrun(port), []
+
+    def init_late(*arguments, **settings):
+        init(*arguments, **settings)
+        time.sleep(1.0 if rank == 0 else 0.0)  # is the late rank
+        seen.append(mark.exists())
+
+    dist.init_process_group = init_late
+    with distributed():
+        if rank == 1:
+            mark.touch()
+        dist.barrier()
+    return seen
+
+
+def test_no_rank_begins_before_all_are_connected(tmp_path):
+    with held_ports(1) as [port]:
+        assert run_ranks(begin_late_on_rank_0, 2, port, tmp_path / "begun") == [[False], [False]]
 
 
 def devices(count, local_rank, monkeypatch):

@@ -93,6 +93,10 @@ def distributed(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Proce
             device_id=device,
         )
     try:
+        if device is None:
+            # gloo returns as soon as the connections of this rank are there. If it failed at once, it would close them
+            # while another rank still makes its own, and that one would show an error of gloo in place of the cause.
+            dist.barrier()
         yield process
     finally:
         # FSDP models keep their groups in reference cycles. Groups that survive until the interpreter exits sometimes

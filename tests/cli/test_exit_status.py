@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 
 import pytest
-import torch.distributed as dist
 import typer
 
 from keepbest.cli.exit_status import run_command
 from keepbest.errors import ConfigError, PreemptedError, RankLostError, RankTimeoutError
+from tests.kit.launched import leave_for_torchrun
 from tests.kit.pool import run_ranks
 from tests.kit.ports import held_ports
 
 
 def exit_status_and_text(kind, port):
     """As under torchrun: of a command that raises on both ranks."""
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    rank = leave_for_torchrun(port)
 
     def fail():
         raise kind(f"seen by rank {rank}")

@@ -79,6 +79,7 @@ def _init_process_group(rendezvous: Path, rank: int, world_size: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(rendezvous), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.barrier()  # a rank that destroyed its group at once would break the connections that others still make
 
 
 def _send_output_to(path: Path) -> None:
