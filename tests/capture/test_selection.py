@@ -162,6 +162,37 @@ def test_frozen_weights_are_left_out_of_a_state_dict_of_other_names(tmp_path):
     assert load(tmp_path, REF, odd(1)).left_alone == load(tmp_path, REF, Around(odd(1))).left_alone != ()
 
 
+@pytest.mark.parametrize("frozen", ["", "inner."])
+def test_frozen_weights_are_known_where_others_have_their_names(frozen, tmp_path):
+    model = Around(nn.Linear(2, 2))
+    model.inner.inner = nn.Linear(2, 2)  # its names in the model are "inner.inner.weight", and here "inner.weight"
+    model.get_submodule(f"inner.{frozen}".rstrip(".")).weight.requires_grad_(False)
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", save_frozen_weights=False) as keeper:
+        keeper.observe(1.0, update(1))
+    kept = torch.load(keeper.best_path / "model.pt", weights_only=True)
+    assert kept.keys() == {"weight", "bias", "inner.weight", "inner.bias"} - {f"{frozen}weight"}
+
+
+class Adding(nn.Linear):
+    """With a buffer that is a parameter for torch, in a state dict that adds another one."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer("fixed", nn.Parameter(torch.ones(2), requires_grad=False))
+
+    def state_dict(self, *arguments, **named):
+        made = nn.Parameter(torch.zeros(2), requires_grad=False)
+        return {**super().state_dict(*arguments, **named), "made": made}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Around], ids=["plain", "around"])
+def test_parameters_that_are_none_of_the_model_are_not_frozen(wrap, tmp_path):
+    with BestKeeper(wrap(Adding()), directory=tmp_path, metric_key="loss", save_frozen_weights=False) as keeper:
+        keeper.observe(1.0, update(1))
+    kept = torch.load(keeper.best_path / "model.pt", weights_only=True)
+    assert kept.keys() == {"weight", "bias", "fixed", "made"}
+
+
 def test_other_keys_than_the_frozen_ones_may_not_be_missing(tmp_path):
     model = odd(0)
     model.module.requires_grad_(False)

@@ -49,6 +49,50 @@ def test_state_of_a_model_with_other_names_continues(before, after, tmp_path):
     assert differing(Training(after, make, seed=2).resume(tmp_path / "b"), uninterrupted) == []
 
 
+class Scaled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.rand(2))
+
+
+class ScaledAround(Around):
+    """With a parameter of its own that is not in its state dict, where one of the module in it has its name."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.scale = nn.Parameter(torch.rand(3))
+
+
+def momenta(model, is_stepped):
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    for number, parameter in enumerate(parameters if is_stepped else [], start=1):
+        parameter.grad = torch.full_like(parameter, number)
+    optimizer.step()
+    return optimizer, [optimizer.state[each].get("momentum_buffer") for each in parameters]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "only"),
+    [
+        (lambda: Around(Scaled(Scaled(nn.Linear(2, 2)))), {}, None),
+        (lambda: ScaledAround(Scaled(nn.Linear(2, 2))), {}, None),
+        (lambda: nn.Sequential(nn.Linear(2, 2), Around(nn.Linear(2, 2))), {"model_names": ["0", "1"]}, "0"),
+    ],
+    ids=["names of others", "names of what is not saved", "names in what is not loaded"],
+)
+def test_names_of_a_state_dict_are_those_of_one_parameter(make, settings, only, tmp_path):
+    model, again = make(), make()
+    optimizer, expected = momenta(model, is_stepped=True)
+    state = {"optimizer": optimizer}
+    with BestKeeper(model, directory=tmp_path, metric_key="loss", training_state=state, **settings) as keeper:
+        keeper.observe(1.0, update(1))
+    fresh, _ = momenta(again, is_stepped=False)
+    load(tmp_path, BEST, again, training_state={"optimizer": fresh}, only=only)
+    found = [fresh.state[each]["momentum_buffer"] for each in again.parameters()]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_hooks_of_the_optimizer_run(tmp_path):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)

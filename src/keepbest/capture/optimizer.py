@@ -60,15 +60,18 @@ class ParameterNames:
         self.parameters: dict[str, torch.Tensor] = {}
         self._first: dict[str, str] = {}
         self._names: dict[int, list[str]] = {}
-        seen: dict[int, str] = {}
+        own = {id(each): name for name, each in reversed(found) if id(each) not in hidden}
         prefixes = {f"{path}." if path else "": state for path, state in states.items()}
         shown = {prefix + key: id(value) for prefix, state in prefixes.items() for key, value in state.items()}
         renamed = {value: key for key, value in reversed(shown.items())}
-        for name, each in found:
-            if id(each) not in hidden:
-                first = seen.setdefault(id(each), name if name in shown else renamed.get(id(each), name))
-                self._add(first, first, each)
-                self._add(name, first, each)
+        firsts = {each: name if shown.get(name) == each else renamed.get(each, name) for each, name in own.items()}
+        if len({*firsts.values()}) < len(firsts):
+            firsts = own  # a name of the user's is that of another parameter, which is not in a state dict
+        kept = [(name, each) for name, each in found if id(each) in firsts]
+        for _, each in kept:
+            self._add(firsts[id(each)], firsts[id(each)], each)
+        for name, each in kept:
+            self._first.setdefault(name, firsts[id(each)])
         for entry in flat:
             if id(entry.flat) in hidden:
                 self._add(entry.key, entry.first or entry.key, entry.flat)

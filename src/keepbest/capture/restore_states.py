@@ -23,6 +23,9 @@ from keepbest.capture.schedule_kind import fault_of_schedule
 from keepbest.capture.states import KIND, WHOLE, Stateful
 from keepbest.errors import SnapshotError
 from keepbest.listing import listed
+from keepbest.modules.parts import Part
+from keepbest.modules.sources import StateDict, list_sources, plain_state_dict
+from keepbest.modules.wrappers import modules_along
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class StatesToLoad:
 
     Args:
         model: Model whose parameters the optimizers have.
-        states: State dicts of the model, as `ParameterNames` takes them.
+        states: State dicts of what is loaded of the model, as `ParameterNames` takes them.
         contents: What the snapshot has of all that is read.
         feed: Where values come from, and the objects that take them.
     """
@@ -136,7 +139,7 @@ class StatesToLoad:
     def _compare(self) -> dict[str, tuple[list[str], list[str], list[list[str]]]]:
         """For each state what does not fit, the parameters that are lacking, and keys of tensors for one place."""
         has_optimizer = any(isinstance(found.thing, Optimizer) for found in self._found.values())
-        names = ParameterNames(self._model, self._states) if has_optimizer else None
+        names = ParameterNames(self._model, {**self._unread(), **self._states}) if has_optimizer else None
         compared: dict[str, tuple[list[str], list[str], list[list[str]]]] = {}
         for name, found in self._found.items():
             if isinstance(found.thing, Optimizer) and names is not None:
@@ -147,6 +150,14 @@ class StatesToLoad:
             else:
                 compared[name] = found.faults(), [], []
         return compared
+
+    def _unread(self) -> dict[str, StateDict]:
+        """The state dicts of other parts that were saved, since optimizers have the names in them too."""
+        parts = [Part(*each) for each in self._feed.stored.manifest.saved_parts]
+        here = [part for part in parts if modules_along(self._model, part.path) is not None]
+        sources = list_sources(self._model, here, save_frozen_weights=True)
+        others = (each for each in sources if each.path not in self._states and not each.holds_fsdp1)
+        return {source.path: plain_state_dict(source) for source in others}
 
     def _differing(self, name: str, several: Sequence[tuple[str, ...]]) -> list[str]:
         """What is wrong with tensors that are for one place. **Collective**; the same on every rank.

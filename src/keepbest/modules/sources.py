@@ -52,19 +52,27 @@ class Source:
 
     def is_parameter(self, key: str, value: object) -> bool:
         """Whether this is a parameter, also where a `state_dict` of the user's gives it a name of its own."""
-        return key in self.requires_grad or (isinstance(value, nn.Parameter) and key not in self._buffers)
+        return key in self.requires_grad or self._is_itself(key, value)
 
     def is_frozen(self, key: str, value: object) -> bool:
         """Whether a plain key is one of a parameter that is left out, since it does not require grad."""
         if self.save_frozen_weights:
             return False
+        if isinstance(value, nn.Parameter) and self._is_itself(key, value):
+            return not value.requires_grad  # its key may be the name of another one
         if key in self.requires_grad:
             return not self.requires_grad[key]
-        if isinstance(value, nn.Parameter) and self.is_parameter(key, value):
-            return not value.requires_grad
         # A flat FSDP1 parameter hides the names in it, and is frozen or not as a whole, so the innermost unit decides.
         around = [path for path in self._flat_parameters if key.startswith(path)]
         return bool(around) and key not in self._buffers and not self._flat_parameters[max(around, key=len)]
+
+    def _is_itself(self, key: str, value: object) -> bool:
+        """Whether a value is a parameter of the module, and none that its `state_dict` makes, or that is a buffer."""
+        return isinstance(value, nn.Parameter) and value in self._parameters and key not in self._buffers
+
+    @cached_property
+    def _parameters(self) -> set[nn.Parameter]:
+        return set(self.module.parameters())
 
     @cached_property
     def _flat_parameters(self) -> dict[str, bool]:
