@@ -61,9 +61,15 @@ def flat_columns(model: nn.Module) -> nn.Module:
     return flat(by_columns(model))
 
 
+def unsharded_columns(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(
+        by_columns(model), device_id=CPU, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD
+    )
+
+
 WRAPS = {
     "orig": fsdp1, "blocks": blocks, "flat": flat, "flat blocks": flat_blocks, "partly": partly, "columns": columns,
-    "flat columns": flat_columns,
+    "flat columns": flat_columns, "unsharded columns": unsharded_columns,
 }  # fmt: skip
 
 
@@ -111,6 +117,7 @@ CASES = [
     ("flat blocks", "adamw", SETTINGS[3]),
     ("columns", "adamw", {}),
     ("flat columns", "adamw", SETTINGS[1]),
+    ("unsharded columns", "adamw", SETTINGS[3]),
 ]
 
 
@@ -195,9 +202,7 @@ def test_units_over_some_of_the_ranks_are_refused(tmp_path):
 
 def load_unsharded_columns(directory):
     """The average of the gradients. (Further updates would not do: there torch has the gradients in another order.)"""
-    model = FullyShardedDataParallel(
-        by_columns(Net()), device_id=CPU, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD
-    )
+    model = unsharded_columns(Net())
     optimizer = OPTIMIZERS["adamw"](model)
     load(directory, BEST, model, training_state={"optimizer": optimizer})
     return optimizer.state[model.module.module.weight]["exp_avg"].tolist()

@@ -179,6 +179,16 @@ def flat_entries(module: nn.Module) -> Iterator[FlatEntry]:
             yield FlatEntry(name, shapes[first], firsts[first], flat, members, strides[first])
 
 
+def cut_in_other_order(module: nn.Module) -> Iterator[FlatEntry]:
+    """What lies in the units of `module` in pieces, and not row by row. **Rank-local**.
+
+    Original parameters of a unit that is not sharded are not cut, and have their state as they are.
+    """
+    registered = {id(parameter) for parameter in module.parameters()}
+    cut = (each for each in flat_entries(module) if each.members or id(each.flat) in registered)
+    return (each for each in cut if not each.lies_in_rows)
+
+
 def other_ranks_of_units(module: nn.Module, members: list[int]) -> list[int] | None:
     """The ranks, other than `members`, over which a unit of FSDP1 is sharded; `None` if there is no such unit."""
     groups = (unit.process_group for unit in module.modules() if is_fsdp1(unit))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from keepbest.capture.alike import Alike
 from keepbest.capture.catalogue import Name
-from keepbest.capture.fsdp1 import FlatEntry, flat_entries, is_flattened, other_ranks_of_units
+from keepbest.capture.fsdp1 import FlatEntry, cut_in_other_order, flat_entries, is_flattened, other_ranks_of_units
 from keepbest.capture.optimizer import GROUPS, ParameterNames, state_key
 from keepbest.capture.share import Items
 from keepbest.errors import ConfigError
@@ -148,10 +148,7 @@ def unit_state_to_load(
         ranks: Ranks of the model.
     """
     key = PlainNames(model).key
-    # Original parameters of a unit that is not sharded are not cut at all.
-    flat = {id(parameter) for parameter in model.parameters()}
-    cut = (each for each in flat_entries(model) if each.members or id(each.flat) in flat)
-    in_other_order = {each.key: each for each in cut if not each.lies_in_rows}
+    in_other_order = {each.key: each for each in cut_in_other_order(model)}
     whole = {
         "state": {
             key(name): {each: _as_in_memory(value, in_other_order.get(name)) for each, value in values.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from keepbest.capture.catalogue import Form, Held
-from keepbest.capture.fsdp1 import flat_entries, is_flattened, other_ranks_of_units
+from keepbest.capture.fsdp1 import cut_in_other_order, is_flattened, other_ranks_of_units
 from keepbest.capture.fsdp1_optimizer import is_of_units
 from keepbest.errors import ConfigError
 from keepbest.formats.format import Format
@@ -60,12 +60,12 @@ def refuse_what_cannot_be_kept(held: Held, form: Format, ranks: Ranks, states: M
                     f"shards of FSDP1 cannot be saved where units are sharded over ranks {members} of {ranks.members}; "
                     "use format 'torch' or 'safetensors', or FSDP2"
                 )
-            in_other_order = (each.key for each in flat_entries(source.module) if not each.lies_in_rows)
-            if any(map(is_of_units, states.values())) and (key := next(in_other_order, None)) is not None:
+            found = next(cut_in_other_order(source.module), None)
+            if found is not None and any(map(is_of_units, states.values())):
                 raise ConfigError(
-                    f"the state of an optimizer of FSDP1 cannot be saved as shards where a weight, such as {key!r}, "
-                    "does not lie in memory row by row, as with channels_last. Use format 'torch' or 'safetensors', or "
-                    "make the weight contiguous before FSDP1 takes it"
+                    "the state of an optimizer of FSDP1 cannot be saved as shards where a weight, such as "
+                    f"{found.key!r}, does not lie in memory row by row, as with channels_last. Use format 'torch' or "
+                    "'safetensors', or make the weight contiguous before FSDP1 takes it"
                 )
 
 
