@@ -33,6 +33,13 @@ def test_thread_outlives_what_would_end_a_process():
     assert worker.close(timeout=30)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_whose_report_raises():
+    worker = Threaded("test")
+    worker.submit(lambda: 1 / 0, lambda _: 1 / 0)
+    assert worker.close(timeout=30)
+
+
 def test_job_that_drains_its_own_worker_does_not_wait_for_itself():
     worker, drained = Threaded("test"), threading.Event()
     worker.submit(lambda: (worker.drain(), drained.set()), lambda _: None)

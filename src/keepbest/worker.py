@@ -114,15 +114,17 @@ class Threaded:
         weakref.finalize(self._thread, _end, self._process, stop, self._jobs, self._alive)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.work()
-            except BaseException as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
-                job.failed(error)
-            finally:
-                del job  # it may name the keeper, which must not outlive its last user here
-        self._is_over = True
-        self._alive.release()
+        try:
+            while (job := self._jobs.get()) is not None:
+                try:
+                    job.work()
+                except BaseException as error:  # noqa: BLE001  # raised again on every rank, at the next exchange
+                    job.failed(error)
+                finally:
+                    del job  # it may name the keeper, which must not outlive its last user here
+        finally:  # also where `failed` raises, as a handler of the log may: nobody must wait for this thread for good
+            self._is_over = True
+            self._alive.release()
 
 
 def _end(process: int, stop: Callable[[], None], jobs: SimpleQueue[_Job | None], alive: threading.Lock) -> None:

@@ -6,6 +6,7 @@ of Python would. That of Lightning for SLURM saves a checkpoint, and training co
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import linecache
@@ -14,24 +15,30 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import keepbest
 from keepbest import BestKeeper, TrainingIteration
 from keepbest.capture.share import Items
+from keepbest.errors import RankFailedError, StorageError
 from keepbest.modules.parts import Part
 from keepbest.ranks import Ranks
+from keepbest.run.layout import LEDGER, ledger_path
 from keepbest.run.verify import verify
 from keepbest.saving.resume_saver import ResumeSaver
 from tests.faults.filled_run import COMPLETE, VALUES, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
-from tests.kit.files import Operation, SteppedFiles, before, without_waiting
+from tests.kit.files import Operation, Step, SteppedFiles, before, without_waiting
 from tests.kit.seams import use
 
 # A listing of a folder that was interrupted leaves its iterator to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 PACKAGE = str(Path(keepbest.__file__).parent)
+IN_LEDGER = f"{PACKAGE}/run/ledger.py"
 
 
 class Interruption(KeyboardInterrupt):
@@ -40,6 +47,8 @@ class Interruption(KeyboardInterrupt):
 
 class Interrupter:
     """Interrupts line number `at` that this thread executes in keepbest while it is `armed`; counts the lines."""
+
+    within = PACKAGE
 
     def __init__(self, at: int = -1) -> None:
         self.at = at
@@ -55,7 +64,7 @@ class Interrupter:
         sys.settrace(None)
 
     def _call(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+        return self._line if frame.f_code.co_filename.startswith(self.within) else None
 
     def _line(self, frame, event, arg):
         if event != "line" or self._is_end_of_with(frame):
@@ -81,12 +90,49 @@ class Interrupter:
 class Flusher(Interrupter):
     """Flushes the keeper at this line, and lets it continue."""
 
-    def __init__(self, at: int, keeper: BestKeeper) -> None:
+    def __init__(self, at: int, keeper: BestKeeper | None = None) -> None:
         super().__init__(at)
-        self._keeper = keeper
+        self.keeper = keeper
 
     def interrupt(self) -> None:
-        self._keeper.flush(pin="handler")
+        self.keeper.flush(pin="handler")
+
+
+class Refused(Flusher):
+    """Flushes the keeper at this line, which the disk refuses, and lets it continue."""
+
+    within = IN_LEDGER
+    is_refused = False
+
+    def interrupt(self) -> None:
+        self.is_refused = True
+        with pytest.raises(StorageError):
+            super().interrupt()
+        self.is_refused = False
+
+    def look(self, operation: Operation) -> None:
+        if self.is_refused and operation.name in ("write", "truncate") and operation.path.name == LEDGER:
+            raise OSError(errno.ENOSPC, "disk full")
+
+
+class Mover(Flusher):
+    """Flushes the keeper at this line, and moves the ledger away before it continues."""
+
+    within = IN_LEDGER
+
+    def interrupt(self) -> None:
+        super().interrupt()
+        ledger = ledger_path(self.keeper.directory)
+        ledger.rename(ledger.with_suffix(".away"))
+
+
+class Alarm(Interrupter):
+    """As a handler of `signal.alarm` often does."""
+
+    within = IN_LEDGER
+
+    def interrupt(self) -> None:
+        raise TimeoutError("of the handler")
 
 
 @pytest.fixture
@@ -195,6 +241,60 @@ def test_handler_that_flushes_at_any_line_changes_nothing(epoch, settings, memor
         if not handler.place:
             break
     assert at >= step
+
+
+@contextmanager
+def new_best_under_way(directory: Path, step: Step = without_waiting) -> Iterator[tuple[BestKeeper, nn.Module]]:
+    """A keeper that is about to observe a new best, in a folder that is removed afterwards."""
+    with use(directory, files=SteppedFiles(step)):
+        model = net()
+        keeper = keeper_of(directory, model)
+        go_on(keeper, model, VALUES[:4])
+        model.weight.data.fill_(5.0)
+        yield keeper, model
+        keeper.abandon()
+
+
+def test_handler_whose_flush_is_refused_damages_nothing(memory_folder):
+    for at in itertools.count():
+        handler = Refused(at)
+        with new_best_under_way(memory_folder / str(at), before(handler.look)) as (keeper, model):
+            handler.keeper = keeper
+            with handler:
+                assert keeper.observe(VALUES[4], TrainingIteration(epoch=5)).is_new_best
+            go_on(keeper, model)
+            keeper.close()
+            check(keeper.directory)
+        if not handler.place:
+            break
+    assert at > 20
+
+
+def test_os_error_of_a_handler_in_the_ledger_records_nothing_twice(memory_folder):
+    for at in itertools.count():
+        with new_best_under_way(memory_folder / str(at)) as (keeper, model):
+            with suppress(RankFailedError), Alarm(at) as handler:
+                keeper.observe(VALUES[4], TrainingIteration(epoch=5))
+            observe_again(keeper, model, 5)
+            go_on(keeper, model)
+            keeper.close()
+            check(keeper.directory)
+        if not handler.place:
+            break
+    assert at > 20
+
+
+def test_ledger_that_goes_after_a_commit_takes_no_best_away(memory_folder):
+    for at in itertools.count():
+        with new_best_under_way(memory_folder / str(at)) as (keeper, _):
+            with suppress(RankFailedError), Mover(at, keeper) as handler:
+                keeper.observe(VALUES[4], TrainingIteration(epoch=5))
+            if not handler.place:
+                break
+            ledger = ledger_path(keeper.directory)
+            ledger.with_suffix(".away").rename(ledger)
+            assert [fault for fault in verify(keeper.directory) if fault.kind == "damage"] == [], handler.place
+    assert at > 20
 
 
 def save_best(keeper: BestKeeper, saver: ResumeSaver) -> None:

@@ -200,7 +200,6 @@ class RunFolder:
             self._know(history, None)
             raise
         self._know(history, event)
-        self.catch_up()
 
     def commit(self, event: Event, *, withdraw: bool = False) -> None:
         """Make an event durable, then do what follows: refs move, and what nothing names any more is removed.
@@ -209,8 +208,7 @@ class RunFolder:
             OSError: As `LedgerFile.append`. What was committed stays committed, also if later steps are refused.
         """
         self.append(event, durable=True, withdraw=withdraw)
-        self._links.show(self.history.refs)
-        self._collect_or_warn()
+        self._or_warn(self._show_and_collect)
 
     def hold(self, snapshot: str) -> None:
         """Keep a snapshot, even if nothing names it any more, until `let_go`."""
@@ -221,7 +219,7 @@ class RunFolder:
         self._held.remove(snapshot)
         # The line that could not be taken back may name what is not known here.
         if snapshot not in self.history.kept() and not self.is_torn:
-            self._collect_or_warn()
+            self._or_warn(self._collect)
 
     def catch_up(self) -> None:
         """Bring what is known up to the ledger, where an interruption came between the two.
@@ -230,9 +228,12 @@ class RunFolder:
             OSError: Any refusal of the file system.
         """
         if self._is_interrupted and self._ledger is not None:
+            known = self.history
             self._ledger.sync()
             events, _ = read_ledger(self.path / LEDGER)
-            self.history = History.of(events, self.path / LEDGER)
+            read = History.of(events, self.path / LEDGER)
+            # A handler of a signal may have read more in the middle.
+            self.history = read if self.history is known else self.history
             self._is_interrupted = False
 
     @property
@@ -332,11 +333,16 @@ class RunFolder:
         self.history = History.of(events, self.path / LEDGER)
         self.is_resumed = not self.history.is_empty
 
-    def _collect_or_warn(self) -> None:
+    def _or_warn(self, follow: Callable[[], None]) -> None:
         try:
-            self._collect()
+            follow()
         except (OSError, LedgerError) as error:  # of a ledger that changed, the next commit raises
             _logger.warning("%s: what is no longer needed stays until the next save: %s", self.path, error)
+
+    def _show_and_collect(self) -> None:
+        self.catch_up()
+        self._links.show(self.history.refs)
+        self._collect()
 
     def _collect(self) -> None:
         """Remove snapshots that nothing names; those that are held or that the remote copy still needs stay."""

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from keepbest.errors import LedgerError
+from keepbest.errors import LedgerError, RankFailedError
 from keepbest.run.events import VERSION, Event, RunBegan
 from keepbest.run.files import DurableFile, Files
 from keepbest.run.layout import TEMPORARY
@@ -141,12 +141,12 @@ class LedgerFile:
         line = encode_line(event)
         if withdraw:
             self._restore()  # which may write all lines anew, and what is on the disk cannot be withdrawn
-        self._tail.lines.append(line)
         try:
+            self._tail.lines.append(line)
             self._write(durable=durable)
-        except OSError:
+        except OSError as error:
             if withdraw:
-                self._withdraw_last()
+                self._withdraw(line, error)
             with contextlib.suppress(OSError):  # the first refusal is the cause, and the next line tries again
                 self._restore()
             raise
@@ -163,7 +163,7 @@ class LedgerFile:
         """Check that nobody has removed, replaced or changed the file. Raises `OSError`."""
         self._restore()
         tail = self._tail
-        if not self._file.is_in_place(tail.end) and self._tail is tail:
+        if not self._file.is_in_place(tail.end) and self._tail is tail and not self.is_torn:
             raise OSError(
                 errno.ENOENT,
                 "the ledger was removed, replaced or changed while the run was open; put back what was there",
@@ -207,30 +207,46 @@ class LedgerFile:
         self._is_closed = True
 
     def _write(self, *, durable: bool) -> None:
+        while not self._has_written(durable=durable):
+            pass  # a handler of a signal has written or cut lines in the middle: begin again with what is there now
+
+    def _has_written(self, *, durable: bool) -> bool:
         if durable:
             self.check_is_in_place()
         else:
             self._restore()
-        tail = self._tail
-        missing = b"".join(tail.lines[tail.written :])
-        longer = tail._replace(written=len(tail.lines), end=tail.end + len(missing))
-        self._condition = "torn"
-        self._file.write(missing)
-        self._tail = longer if self._tail is tail else self._tail
-        if self._tail is not longer:  # a handler of a signal has written these lines, so they may be there twice
-            self._cut()
+        tail = self._tail = self._tail._replace()  # each write and cut has its own, by which it is seen
+        missing = tail.lines[tail.written :]
+        data = b"".join(missing)
+        newest = tail._replace(written=tail.written + len(missing), end=tail.end + len(data))
+        if self._condition != "whole":
+            return False
+        self._condition = "torn" if self._tail is tail else self._condition
+        if self._tail is not tail:
+            return False
+        self._file.write(data)
+        self._tail = newest if self._tail is tail else self._tail
+        if self._tail is not newest:  # what was written here may follow the lines of the handler
+            self._condition = "torn" if self._condition == "whole" else self._condition
+            return False
         if durable:
-            tail, synced = self._tail, _Tail.after(self._tail.end)
+            tail, newest = newest, _Tail.after(newest.end)
             self._condition = "doubtful"
             self._file.sync()
-            self._tail = synced if self._tail is tail else self._tail
-        self._condition = "whole"
+            self._tail = newest if self._tail is tail else self._tail
+            if self._tail is not newest:
+                return False
+        self._condition = "whole" if self._tail is newest else self._condition
+        return True
 
-    def _withdraw_last(self) -> None:
+    def _withdraw(self, line: bytes, error: OSError) -> None:
         start, lines, written, end = self._tail
-        line = lines.pop()
-        if written > len(lines):
-            self._tail = _Tail(start, lines, len(lines), end - len(line))
+        at = next((at for at, each in enumerate(lines) if each is line), None)
+        if at is None:  # the error is that of a handler of a signal, or such a handler has brought the line to the disk
+            raise RankFailedError(f"{self._path} has recorded it; then came {type(error).__name__}: {error}") from error
+        after = sum(map(len, lines[at:written]))  # with it, those that a handler added; they are written anew
+        del lines[at]
+        self._tail = _Tail(start, lines, min(written, at), end - after)
 
     def _restore(self) -> None:
         """Bring the file back to the lines that count."""
@@ -240,6 +256,7 @@ class LedgerFile:
             self._write_anew()
 
     def _cut(self) -> None:
+        self._tail = self._tail._replace()
         self._file.truncate(self._tail.end)
         self._condition = "whole"
 
