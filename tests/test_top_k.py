@@ -106,6 +106,19 @@ def test_resume_with_another_k_reports_no_weights_as_gone(before, after, tmp_pat
         assert [best.value for best in keeper.state.top] == [3.0, 3.0][:before]
 
 
+def test_return_to_an_earlier_k_finds_the_state_as_it_was(tmp_path, caplog):
+    _, state = train(tmp_path, VALUES[:5], 1, keep_top_k=1)
+    settings = {"directory": tmp_path, "metric_key": "loss", "tolerances": [1]}
+    keeper = BestKeeper(nn.Linear(1, 1), **settings, keep_top_k=3, resume="ledger")
+    keeper.start()
+    keeper.abandon()
+    caplog.clear()
+    keeper = BestKeeper(nn.Linear(1, 1), **settings, keep_top_k=1)
+    keeper.load_state_dict(state)
+    with keeper:
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 def test_values_that_are_no_numbers_are_never_among_the_best(tmp_path):
     outcomes, _ = train(tmp_path, [float("nan"), float("inf"), 1.0], 1)
     assert [outcome[1] for outcome in outcomes] == [False, False, True]

@@ -106,7 +106,9 @@ class KeeperRecord:
         known = state = BestState() if loaded is None else loaded.state
         if past is not None and branch is not None:
             known = branch.state(past.policy, until=at)
-            if loaded is not None and known != loaded.state:
+            before = replace(policy, min_delta=past.policy.min_delta, baseline=past.policy.baseline)
+            # The state may be older than a session with other settings, to which these have returned.
+            if loaded is not None and loaded.state not in (known, branch.state(before, until=at)):
                 _logger.warning(
                     "%s: the ledger records another state than the one that was loaded, and wins. Ledger: %s. Loaded: "
                     "%s.",
@@ -114,7 +116,6 @@ class KeeperRecord:
                     known.to_json(),
                     loaded.state.to_json(),
                 )
-            before = replace(policy, min_delta=past.policy.min_delta, baseline=past.policy.baseline)
             if policy != before and branch.entries_until(at):
                 now = branch.state(policy, until=at)
                 _logger.warning("%s: %s", keeper, describe_other_policy(before, policy, known, now))
