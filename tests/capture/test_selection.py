@@ -152,7 +152,7 @@ def test_frozen_weights_count_when_saved_and_all_is_an_error(tmp_path):
         assert keeper.best_metric_value == 1.0
 
 
-def test_frozen_weights_are_left_out_of_a_state_dict_of_other_names(tmp_path):
+def test_frozen_weights_are_left_out_under_other_names(tmp_path):
     model = Around(odd(0))
     model.inner.module.requires_grad_(False)
     with BestKeeper(model, directory=tmp_path, metric_key="loss", save_frozen_weights=False) as keeper:

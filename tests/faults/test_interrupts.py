@@ -270,7 +270,7 @@ def test_handler_whose_flush_is_refused_damages_nothing(memory_folder):
     assert at > 20
 
 
-def test_os_error_of_a_handler_in_the_ledger_records_nothing_twice(memory_folder):
+def test_os_error_of_a_handler_records_nothing_twice(memory_folder):
     for at in itertools.count():
         with new_best_under_way(memory_folder / str(at)) as (keeper, model):
             with suppress(RankFailedError), Alarm(at) as handler:

@@ -207,15 +207,19 @@ class LedgerFile:
         self._is_closed = True
 
     def _write(self, *, durable: bool) -> None:
-        while not self._has_written(durable=durable):
-            pass  # a handler of a signal has written or cut lines in the middle: begin again with what is there now
+        while not self._write_undisturbed(durable=durable):
+            pass
 
-    def _has_written(self, *, durable: bool) -> bool:
+    def _write_undisturbed(self, *, durable: bool) -> bool:
+        """Write the lines that are missing, unless a handler of a signal writes or cuts lines in the middle.
+
+        Returns whether it did. If not, it must be called again, and begins with what is there then.
+        """
         if durable:
             self.check_is_in_place()
         else:
             self._restore()
-        tail = self._tail = self._tail._replace()  # each write and cut has its own, by which it is seen
+        tail = self._tail = self._tail._replace()  # each write and cut makes one of its own, by which others see it
         missing = tail.lines[tail.written :]
         data = b"".join(missing)
         newest = tail._replace(written=tail.written + len(missing), end=tail.end + len(data))
