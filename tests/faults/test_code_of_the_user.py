@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from keepbest import BestKeeper, load
 from keepbest.errors import KeepBestError, RankFailedError
 from keepbest.run.verify import verify
 from tests.kit.files import Operation, SteppedFiles, before
+from tests.kit.log import unreachable
 from tests.kit.pool import run_ranks
 from tests.kit.runs import Run, ledger, saved_at, snapshots
 from tests.kit.seams import use
@@ -119,32 +117,6 @@ def load_best(directory: Path, where: str) -> list[str]:
 def test_error_of_the_user_in_a_load_is_its_own(where, tmp_path):
     for name, message in run_ranks(load_best, 2, tmp_path, where):
         assert (name, "PermissionError" in message) == ("RankFailedError", True)
-
-
-class Unreachable(logging.Handler):
-    """The log of a host that is gone, for one message."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text, self.modules = text, list[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.text in record.getMessage():
-            self.modules.append(record.module)
-            raise ConnectionError("no such host")
-
-
-@contextmanager
-def unreachable(text: str) -> Iterator[Unreachable]:
-    logger, handler = logging.getLogger("keepbest"), Unreachable(text)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def observe_and_flush(run: Run, value: float) -> None:

@@ -255,6 +255,12 @@ def new_best_under_way(directory: Path, step: Step = without_waiting) -> Iterato
         keeper.abandon()
 
 
+def end_well(keeper: BestKeeper, model: nn.Module) -> None:
+    go_on(keeper, model)
+    keeper.close()
+    check(keeper.directory)
+
+
 def test_handler_whose_flush_is_refused_damages_nothing(memory_folder):
     for at in itertools.count():
         handler = Refused(at)
@@ -262,9 +268,7 @@ def test_handler_whose_flush_is_refused_damages_nothing(memory_folder):
             handler.keeper = keeper
             with handler:
                 assert keeper.observe(VALUES[4], TrainingIteration(epoch=5)).is_new_best
-            go_on(keeper, model)
-            keeper.close()
-            check(keeper.directory)
+            end_well(keeper, model)
         if not handler.place:
             break
     assert at > 20
@@ -276,9 +280,7 @@ def test_os_error_of_a_handler_records_nothing_twice(memory_folder):
             with suppress(RankFailedError), Alarm(at) as handler:
                 keeper.observe(VALUES[4], TrainingIteration(epoch=5))
             observe_again(keeper, model, 5)
-            go_on(keeper, model)
-            keeper.close()
-            check(keeper.directory)
+            end_well(keeper, model)
         if not handler.place:
             break
     assert at > 20

@@ -14,7 +14,9 @@ import threading
 import pytest
 import torch
 
+from keepbest.errors import RankFailedError
 from keepbest.staging.memory import Memory, Size
+from tests.kit.log import unreachable
 
 PAGE = os.sysconf("SC_PAGESIZE")
 
@@ -94,6 +96,13 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(runtime, is_prepared, cap
     assert threading.main_thread() not in runtime.threads
 
 
+def test_log_that_is_out_of_reach_is_no_refusal_of_the_disk(runtime):
+    """Where a save is waited for, the memory is taken in the step that writes the files."""
+    runtime.answer = 2  # cudaErrorMemoryAllocation
+    with unreachable("not pinned"), pytest.raises(RankFailedError, match="a handler of the log raised ConnectionError"):
+        Memory().take([Size(PAGE, is_pinned=True)])
+
+
 def test_memory_is_unpinned_though_nobody_waited_for_it(runtime):
     runtime.may_end.clear()
     threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
@@ -170,7 +179,9 @@ assert (memory == 7).all()
 CHILD_OF_A_BUSY_PARENT = """
 import os, threading
 from keepbest.staging import memory
+from keepbest.errors import RankFailedError
 from keepbest.staging.memory import Memory, Size
+from tests.kit.log import unreachable
 begun, may_end, allocate = threading.Event(), threading.Event(), memory.allocate
 
 def allocate_slowly(size):

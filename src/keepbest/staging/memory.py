@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import mmap
 import os
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from keepbest.errors import ConfigError
+from keepbest.user_code import Log
 from keepbest.worker import Threaded
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -27,7 +27,7 @@ _ALREADY_PINNED = 712  # cudaErrorHostMemoryAlreadyRegistered
 # that is pinned, and of the rest when the next snapshot is taken.
 _ADVICE = (14, 18)
 
-_log = logging.getLogger(__name__)
+_logger = Log(__name__)
 
 
 class Size(NamedTuple):
@@ -118,7 +118,7 @@ class _Source:
                 return allocate(size)
             except NotPinnedError as error:
                 self._can_pin = False
-                _log.warning(
+                _logger.warning(
                     "the memory of the host for snapshots is not pinned, so a new best holds up training for longer: "
                     "%s. Look at the limit of locked memory (ulimit -l) of this process and of its container",
                     error,
@@ -199,7 +199,7 @@ class _Stop:
 
 
 def _report(error: BaseException) -> None:
-    _log.error("memory for the first snapshot could not be prepared", exc_info=error)
+    _logger.error("memory for the first snapshot could not be prepared", exc_info=error)
 
 
 class _Work(NamedTuple):
