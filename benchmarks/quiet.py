@@ -60,7 +60,7 @@ def slowest_rank(ranks: list[tuple[Samples, Samples]]) -> int:
 
 
 def run(quick: bool) -> Report:
-    calls, long_history = (100, 1000) if quick else (2000, 100_000)
+    calls, launches, long_history = (100, 1, 1000) if quick else (1000, 5, 100_000)
     report = Report()
     histories = {}
     with measure.scratch() as folder:
@@ -70,10 +70,16 @@ def run(quick: bool) -> Report:
         settings = [(1, 10), (1, long_history), (8 if quick else 1000, 10)]
         for world_size in (2,) if quick else (2, 4):
             for megabytes, observations in settings:
-                run_folder = folder / "run"
-                shutil.copytree(histories[observations], run_folder, symlinks=True)
-                ranks = measure.on_ranks(world_size, measure_on_rank, run_folder, megabytes, observations, calls)
-                shutil.rmtree(run_folder)
+                # Processes that were just started keep their luck with the two cores: one launch alone proves little.
+                launched = []
+                for _ in range(launches):
+                    run_folder = folder / "run"
+                    shutil.copytree(histories[observations], run_folder, symlinks=True)
+                    ranks = measure.on_ranks(world_size, measure_on_rank, run_folder, megabytes, observations, calls)
+                    shutil.rmtree(run_folder)
+                    launched.append((_ratio_on_slowest(ranks), ranks))
+                launched.sort(key=lambda each: each[0])
+                value, ranks = launched[launches // 2]
                 worst = slowest_rank(ranks)
                 samples = ranks[worst][0]
                 where = f"{world_size} ranks, {megabytes} MB, {observations:,} observations before"
@@ -82,12 +88,16 @@ def run(quick: bool) -> Report:
                     for rank, (taken, _) in enumerate(ranks)
                     for name in taken
                 }
-                detail = f"rank {worst}: {_told(samples, OURS)}; {_told(samples, BARE)}"
-                value = measure.ratio(samples, OURS, BARE)
+                spread = f"{launches} launches {launched[0][0]:.2f} to {launched[-1][0]:.2f} x"
+                detail = f"{spread}; rank {worst}: {_told(samples, OURS)}; {_told(samples, BARE)}"
                 report.add(
                     Line(f"quiet interval, {where}", value, "at most 1.35 x a bare all_gather", 1.35, detail=detail)
                 )
     return report
+
+
+def _ratio_on_slowest(ranks: list[tuple[Samples, Samples]]) -> float:
+    return measure.ratio(ranks[slowest_rank(ranks)][0], OURS, BARE)
 
 
 def _told(samples: Samples, name: str) -> str:

@@ -257,9 +257,7 @@ def decide(policy: Policy, state: BestState, observation: Observation) -> tuple[
         after = replace(state, best=best, tolerance_counter=0, last_iteration=observation.iteration, top=top)
         return after, Decision(True, enters_top=place is not None)
     counter = state.tolerance_counter + 1
-    newly_exceeded = tuple(
-        tolerance for tolerance in policy.tolerances if counter > tolerance and tolerance not in state.exceeded
-    )
+    newly_exceeded = tuple([each for each in policy.tolerances if counter > each and each not in state.exceeded])
     after = BestState(
         best=state.best,
         tolerance_counter=counter,

@@ -48,12 +48,13 @@ class TrainingIteration:
         if self.parts == _NOTHING:
             raise IterationError("TrainingIteration needs at least one of epoch, update, sample and batch")
         for name, part in zip(_LETTERS, self.parts, strict=True):
-            if part is not None and type(part) is not int:
-                part = _as_int(name, part)  # noqa: PLW2901  # the same part, as Python's own integer
-                object.__setattr__(self, name, part)
-            if part is not None and part < 0:
-                raise IterationError(f"TrainingIteration: {name} must be an integer >= 0, got {part!r}")
-            if part is not None and part > _LARGEST:  # what is recorded must be read again, also in other languages
+            if part is None or (type(part) is int and 0 <= part <= _LARGEST):
+                continue
+            whole = _as_int(name, part)
+            object.__setattr__(self, name, whole)
+            if whole < 0:
+                raise IterationError(f"TrainingIteration: {name} must be an integer >= 0, got {whole!r}")
+            if whole > _LARGEST:  # what is recorded must be read again, also in other languages
                 raise IterationError(f"TrainingIteration: {name} must be at most {_LARGEST}")
 
     @classmethod
@@ -92,7 +93,7 @@ class TrainingIteration:
         has_greater = False
         has_smaller = False
         for mine, theirs in zip(self.parts, earlier.parts, strict=True):
-            if mine is None and theirs is None:
+            if mine == theirs:
                 continue
             if mine is None or theirs is None:
                 raise IterationError(

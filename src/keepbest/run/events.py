@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from keepbest.decision import BestState, Observation, Policy
@@ -16,6 +18,8 @@ Json = dict[str, Any]
 Moves = dict[str, str | None]
 """Name of a ref -> name of the snapshot that it points at from now on; `None` removes the ref."""
 
+_NO_MOVES: Mapping[str, str | None] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class RunBegan:
@@ -26,6 +30,7 @@ class RunBegan:
 
     name: ClassVar[str] = "run"
     is_waited_for: ClassVar[bool] = True
+    refs: ClassVar[Mapping[str, str | None]] = _NO_MOVES
 
     def to_json(self) -> Json:
         return {"version": self.version, "run": self.run}
@@ -39,6 +44,7 @@ class SessionBegan:
 
     name: ClassVar[str] = "session"
     is_waited_for: ClassVar[bool] = False
+    refs: ClassVar[Mapping[str, str | None]] = _NO_MOVES
 
     def to_json(self) -> Json:
         return {"restart": self.restart}
@@ -173,6 +179,7 @@ class Pinned:
 
     name: ClassVar[str] = "pin"
     is_waited_for: ClassVar[bool] = True
+    refs: ClassVar[Mapping[str, str | None]] = _NO_MOVES
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "tag": self.tag, "snapshots": list(self.snapshots)}
@@ -187,6 +194,7 @@ class Unpinned:
 
     name: ClassVar[str] = "unpin"
     is_waited_for: ClassVar[bool] = True
+    refs: ClassVar[Mapping[str, str | None]] = _NO_MOVES
 
     def to_json(self) -> Json:
         return {"keeper": self.keeper, "tag": self.tag}
@@ -266,11 +274,6 @@ Event = (
 def event_to_json(event: Event) -> Json:
     """The line of an event, as JSON values; `parse_event` of `event_parser` is the inverse."""
     return {"event": event.name, **event.to_json()}
-
-
-def refs_of(event: Event) -> Moves:
-    """The refs that an event moves."""
-    return event.refs if isinstance(event, KeeperBegan | Observed | RefsMoved | CheckpointSaved | Rewound) else {}
 
 
 def _policy_to_json(policy: Policy) -> Json:

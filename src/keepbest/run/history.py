@@ -22,7 +22,6 @@ from keepbest.run.events import (
     RunBegan,
     SessionBegan,
     Unpinned,
-    refs_of,
 )
 from keepbest.run.layout import LEDGER
 from keepbest.run.lines import RESTORE
@@ -159,14 +158,15 @@ class History:
         Raises:
             LookupError, ValueError: If not.
         """
-        named = {snapshot for snapshot in refs_of(event).values() if snapshot is not None}
+        named = {snapshot for snapshot in event.refs.values() if snapshot is not None} if event.refs else set()
         match event:
             case Observed():
                 last = self.keepers[event.keeper].present.last_iteration
                 if last is not None and not event.iteration.follows(last):
                     raise ValueError(f"{event.iteration} does not come after {last}")
-                self._check_name(event.snapshot, event.manifest)
-                named.discard(event.snapshot or "")
+                if event.snapshot is not None:
+                    self._check_name(event.snapshot, event.manifest)
+                    named.discard(event.snapshot)
             case CheckpointSaved():
                 self._check_name(event.snapshot, event.manifest)
                 named = (named | {*event.needs}) - {event.snapshot}
@@ -206,7 +206,7 @@ class History:
                 self.abandoned = frozenset()
             case Rewound():
                 self.abandoned = frozenset(event.abandoned)
-        for name, snapshot in refs_of(event).items():
+        for name, snapshot in event.refs.items():
             if snapshot is None:
                 self.refs.pop(name, None)
             else:
@@ -226,8 +226,8 @@ class History:
         refs = (snapshot for ref, snapshot in self.refs.items() if not ref.startswith(RESUME_PREFIX))
         return {*refs, *bests}.union(*self.pins.values(), *spare)
 
-    def _check_name(self, snapshot: str | None, manifest: str | None) -> None:
-        if snapshot is not None and self.manifests.get(snapshot, manifest) != manifest:
+    def _check_name(self, snapshot: str, manifest: str | None) -> None:
+        if self.manifests.get(snapshot, manifest) != manifest:
             raise ValueError(f"the name {snapshot} is used for a second snapshot")
 
     def _begin(self, event: KeeperBegan) -> None:

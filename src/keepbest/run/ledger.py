@@ -219,10 +219,10 @@ class LedgerFile:
             self.check_is_in_place()
         else:
             self._restore()
-        tail = self._tail = self._tail._replace()  # each write and cut makes one of its own, by which others see it
+        tail = self._tail = _Tail(*self._tail)  # each write and cut makes one of its own, by which others see it
         missing = tail.lines[tail.written :]
         data = b"".join(missing)
-        newest = tail._replace(written=tail.written + len(missing), end=tail.end + len(data))
+        newest = _Tail(tail.start, tail.lines, tail.written + len(missing), tail.end + len(data))
         if self._condition != "whole":
             return False
         self._condition = "torn" if self._tail is tail else self._condition
@@ -260,7 +260,7 @@ class LedgerFile:
             self._write_anew()
 
     def _cut(self) -> None:
-        self._tail = self._tail._replace()
+        self._tail = _Tail(*self._tail)
         self._file.truncate(self._tail.end)
         self._condition = "whole"
 
