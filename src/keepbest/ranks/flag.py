@@ -44,6 +44,6 @@ class SharedFlag:
             self._control.refuse_if_poisoned()  # a child that was forked in between has nothing to wait for
             self._control.finish(in_flight, _STEP, self._timeout)
             seen = any(map(any, self._buffers.received()))
-        self._buffers.sent[0] = self._is_raised
+        self._buffers.sent.data[0] = self._is_raised
         self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
         return seen

@@ -10,6 +10,9 @@ from typing_extensions import Self
 
 _LAYOUT = struct.Struct("<16s?Q?d?d5x")
 
+FRAME_BYTES = _LAYOUT.size
+"""Size of every frame."""
+
 
 class Number(NamedTuple):
     """A number that one rank holds.
