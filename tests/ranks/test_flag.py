@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch.distributed as dist
 
-from keepbest.errors import RankLostError
+from keepbest.errors import DesyncError, PoisonedError, RankLostError
 from keepbest.ranks import Ranks
 from tests.kit.child import announce, pause
 from tests.kit.pool import run_ranks, start_ranks
@@ -71,3 +71,27 @@ def test_rank_that_died_is_noticed_by_the_next_polls():
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert isinstance(outcomes[0].exception, RankLostError)
     assert "lost contact with another rank in step 'ask whether a rank" in str(outcomes[0].exception)
+
+
+def poll_while_others_do_not() -> str:
+    ranks = Ranks.connect()
+    if ranks.rank > 0:
+        with pytest.raises(DesyncError) as caught:
+            ranks.agree("end", lambda: None)
+    else:
+        flag = ranks.flag()
+        flag.poll()
+        with pytest.raises(DesyncError) as caught:
+            flag.poll()
+    with pytest.raises(PoisonedError):
+        ranks.agree("end", lambda: None)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_rank_that_polls_alone_is_named_at_once(world_size):
+    polling, *others = run_ranks(poll_while_others_do_not, world_size, timeout=60)
+    others_do = ", ".join(map(str, range(1, world_size)))
+    for message, step in [(polling, "something else"), *((other, "end") for other in others)]:
+        lines = ["  rank 0: ask whether a rank has raised its flag", f"  rank {others_do}: {step}"]
+        assert message.splitlines()[:-1] == ["the ranks are not in the same step:", *lines]

@@ -20,7 +20,7 @@ from keepbest.errors import ConfigError, DesyncError, KeepBestError, PoisonedErr
 from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.difference import SEPARATOR, describe_difference
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
-from keepbest.ranks.flag import SharedFlag
+from keepbest.ranks.flag import FLAG_PLACE, SharedFlag, not_all_poll
 from keepbest.ranks.frame import Frame, Number, digest_place
 from keepbest.ranks.mailbox import Mailbox
 
@@ -307,10 +307,13 @@ class Ranks:
             raise error from failure  # which says more: the collective that went wrong may have been one of the work
         # In a quiet interval all ranks often hold the same.
         frames = [mine if raw == sent else Frame.unpack(raw) for raw in gathered]
+        places = [frame.place for frame in frames]
+        if FLAG_PLACE in places:  # of a rank that will not come to exchange texts
+            raise not_all_poll(self._control, frames, step) from failure
         # A failure explains why places differ, so it comes first.
         if True in [frame.failed for frame in frames]:
             self._raise_failures(failure, self._texts(text, frames, saving=saving), frames)
-        if [frame.place for frame in frames].count(place) < len(frames):
+        if places.count(place) < len(places):
             self._raise_desync(step, state, saving)
         return frames
 
