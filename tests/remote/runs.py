@@ -12,6 +12,7 @@ from torch import nn
 
 from keepbest import TrainingIteration
 from keepbest.run.history import History
+from keepbest.run.lines import decode_line
 from tests.kit import child
 from tests.kit.runs import Run, set_weights
 from tests.kit.seams import use
@@ -28,9 +29,9 @@ def local_files(directory: Path) -> dict[str, bytes]:
 
 def broken_promises(objects: dict[str, bytes]) -> list[str]:
     """The snapshots that the ledger among `objects` keeps, and that are not there, whole, as the ledger knows them."""
-    lines = [json.loads(line) for line in objects.get("ledger.jsonl", b"").splitlines()]
+    events = map(decode_line, objects.get("ledger.jsonl", b"").splitlines(keepends=True))
     broken = []
-    for name in sorted(History.of(lines).kept()):
+    for name in sorted(History.of(events).kept()):
         try:
             manifest = json.loads(objects[f"snapshots/{name}/snapshot.json"])
             for file, about in manifest["files"].items():
