@@ -55,7 +55,7 @@ class SharedFlag:
             if any(frame.place != FLAG_PLACE for frame in frames):
                 raise not_all_poll(self._control, frames, "something else")
             seen = any(frame.value for frame in frames)
-        self._buffers.sent.data[:] = Frame(FLAG_PLACE, False, 0, float(self._is_raised), None).pack()
+        self._buffers.sent[:] = Frame(FLAG_PLACE, False, 0, float(self._is_raised), None).pack()
         self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
         return seen
 
