@@ -95,3 +95,26 @@ def test_rank_that_polls_alone_is_named_at_once(world_size):
     for message, step in [(polling, "something else"), *((other, "end") for other in others)]:
         lines = ["  rank 0: ask whether a rank has raised its flag", f"  rank {others_do}: {step}"]
         assert message.splitlines()[:-1] == ["the ranks are not in the same step:", *lines]
+
+
+def poll_while_another_one_fails() -> str:
+    ranks = Ranks.connect()
+    if ranks.rank == 1:
+        with pytest.raises(DesyncError) as caught:
+            ranks.agree("save", lambda: 1 / 0)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    else:
+        flag = ranks.flag()
+        flag.poll()
+        with pytest.raises(DesyncError) as caught:
+            flag.poll()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_rank_that_polls_learns_who_failed_meanwhile(world_size):
+    messages = run_ranks(poll_while_another_one_fails, world_size, timeout=60)
+    found = [next(line for line in message.splitlines() if line.startswith("  rank 1:")) for message in messages]
+    expected = ["  rank 1: something else, which failed there"] * world_size
+    expected[1] = "  rank 1: save, which failed there"
+    assert found == expected

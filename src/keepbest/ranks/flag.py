@@ -69,7 +69,11 @@ def not_all_poll(control: ControlGroup, frames: Sequence[Frame], elsewhere: str)
         elsewhere: What those do that do not poll, in words.
     """
     control.poison = "the ranks are not in the same step"
-    steps = [_STEP if frame.place == FLAG_PLACE else elsewhere for frame in frames]
+    # The failure of a rank cannot follow, since those that poll do not come to exchange texts. Its own error has it.
+    steps = [
+        _STEP if frame.place == FLAG_PLACE else f"{elsewhere}, which failed there" if frame.failed else elsewhere
+        for frame in frames
+    ]
     return DesyncError(
         f"{describe_difference(steps)}\nEvery rank must train for the same number of updates, and make the same calls."
     )
