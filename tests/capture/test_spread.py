@@ -20,8 +20,9 @@ def layers() -> nn.Module:
 
 def keep(directory, in_background):
     model = layers()
-    if Ranks.connect().rank == 1:
-        model[-1].running_mean.fill_(7.0)  # the snapshot has that of rank 0
+    if not Ranks.connect().is_main:
+        for buffer in model.buffers():
+            buffer.fill_(7)  # the snapshot has those of rank 0
     model = DistributedDataParallel(model, broadcast_buffers=False)
     settings = {"format": "dcp", "async_save": in_background}
     with BestKeeper(model, directory=directory, metric_key="loss", **settings) as keeper:

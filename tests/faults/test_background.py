@@ -249,6 +249,34 @@ def test_skipped_best_counts_only_if_its_successor_was_committed(tmp_path):
         assert resumed.state == state
 
 
+def test_best_skipped_for_a_lost_one_counts_not_for_the_next(tmp_path):
+    disks = {"U1": SlowDisk(), "U4": SlowDisk()}
+
+    def hold_and_refuse(operation: Operation) -> None:
+        name = operation.path.parent.name.removeprefix(".tmp-")
+        if name in disks:
+            disks[name](operation)
+        if operation.name == "create" and name == "U4":
+            raise OSError(28, "No space left on device")
+
+    with use(tmp_path, files=SteppedFiles(before(hold_and_refuse))):
+        run = Run(tmp_path, async_save=True, on_save_error="warn", tolerances=[2])
+        with run.keeper as keeper:
+            run.observe(5.0)
+            assert disks["U1"].has_begun.wait(30)
+            run.observe(2.0, 4.5, 1.0, first=2)  # the last takes the place of the queued one
+            disks["U1"].may_go_on.set()
+            assert disks["U4"].has_begun.wait(30)
+            run.observe(0.5, first=5)  # is queued before anybody knows that the one before it is lost
+            disks["U4"].may_go_on.set()
+            keeper.flush()
+            state = keeper.state
+    assert (state.best, state.exceeded) == (Best(0.5, update(5)), {2: Best(5.0, update(1))})
+    assert (saved_at(tmp_path, REF), saved_at(tmp_path, f"{REF}.tolerance=2")) == (5, 1)
+    with Run(tmp_path, tolerances=[2], resume="ledger").keeper as resumed:
+        assert resumed.state == state
+
+
 def look_only_between_lines(monkeypatch) -> None:
     """Each line takes a while, and whoever reads what is recorded meanwhile, on another thread, fails."""
     # Wrapped and not replaced: no file is touched where the two threads would meet.

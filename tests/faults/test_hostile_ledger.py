@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -147,10 +148,16 @@ def test_forged_ledger_line_is_refused_everywhere(run, kind):
     ],
     ids=range(9),
 )  # fmt: skip
-def test_bytes_that_are_no_line_are_refused_everywhere(run, raw):
+@pytest.mark.parametrize("has_checksum", [False, True])
+def test_bytes_that_are_no_line_are_refused_everywhere(run, raw, has_checksum):
     kept = ledger(run).read_bytes().splitlines(keepends=True)
+    if has_checksum:  # as whoever forges a line gives it
+        body = raw.removesuffix(b"\n").removesuffix(b"}")
+        raw = b'%b,"crc":"%08x"}\n' % (body, zlib.crc32(body))
     ledger(run).write_bytes(b"".join([*kept[:2], raw, *kept[2:]]))
-    assert "LedgerError" in refused_load(run)
+    reason = refused_load(run)
+    assert "LedgerError" in reason
+    assert ("checksum" in reason) is not has_checksum
     assert "line 3" in refused_start(run)
     with pytest.raises(LedgerError):
         verify(run)

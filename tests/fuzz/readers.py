@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,9 @@ from keepbest.run.manifest import manifest_digest
 from keepbest.run.reader import read_history, read_manifest
 from keepbest.run.verify import verify
 from tests.faults.hostile_run import checkpoints, ledger, make_run, snapshot
+
+# Of a whole line, or of one that was made anew without or with spaces.
+_CHECKSUM = re.compile(rb'(, ?"crc": ?"[^"]*")?\}$')
 
 
 class Reader(NamedTuple):
@@ -64,13 +69,24 @@ def readers(space: Path) -> dict[str, Reader]:
     files = {each: (snapshot(runs[each]) / f"model.{ending}").read_bytes() for each, ending in endings.items()}
     return {
         "ledger": Reader(ledgers, _read_ledger),
+        "ledger with checksums": Reader(ledgers, _with_checksums(_read_ledger)),
         "manifest": Reader([(snapshot(run) / "snapshot.json").read_bytes() for run in runs.values()], _read_manifest),
         ".metadata": Reader([index, pickle.dumps(pickle.loads(index), protocol=5)], read_dcp),
         ".pt": Reader([files["torch"], mixed.getvalue()], _read_whole(TORCH, "model.pt")),
         "safetensors": Reader([files["safetensors"]], _read_whole(SAFETENSORS, "model.safetensors")),
-        "remote": Reader(ledgers, _read_listing),
+        "remote": Reader(ledgers, _with_checksums(_read_listing)),
         "tied": Reader([json.dumps({"a": "b"}).encode()], _read_ties),
     }
+
+
+def _with_checksums(read: Callable[[bytes, Path], None]) -> Callable[[bytes, Path], None]:
+    """Gives each line a checksum that matches, as whoever forges a ledger does. No other line would be looked at."""
+
+    def read_forged(data: bytes, folder: Path) -> None:
+        bodies = (_CHECKSUM.sub(b"", line) for line in data.splitlines())
+        read(b"".join(b'%b,"crc":"%08x"}\n' % (body, zlib.crc32(body)) for body in bodies), folder)
+
+    return read_forged
 
 
 def _read_whole(file_format, name: str) -> Callable[[bytes, Path], None]:

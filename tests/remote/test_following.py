@@ -113,24 +113,32 @@ def test_storage_that_restarts_during_an_upload_is_completed(tmp_path, place, lo
 
 
 def test_storage_that_forgets_what_it_has_just_confirmed(tmp_path, place, monkeypatch):
-    put, write_ledger = Remote.put, Remote.write_ledger
-    broken, losses = [], [place.server.forget]
+    put, losses, broken, looks = Remote.put, [place.server.forget], [], []
 
     def put_and_lose(remote, file, path):
         put(remote, file, path)
         if losses and "U1" in path:
             losses.pop()(place.prefix)
 
-    def write_ledger_and_look(remote, data):
-        write_ledger(remote, data)
-        broken.extend(broken_promises(place.objects()))
+    def look_after(name):
+        write = getattr(Remote, name)
+
+        def write_and_look(remote, data):
+            is_written = write(remote, data)
+            broken.extend(broken_promises(place.objects()))
+            looks.append(name)
+            return is_written
+
+        monkeypatch.setattr(Remote, name, write_and_look)
 
     monkeypatch.setattr(Remote, "put", put_and_lose)
-    monkeypatch.setattr(Remote, "write_ledger", write_ledger_and_look)
+    look_after("write_ledger")
+    look_after("write_first_ledger")  # also where the ledger was lost too
     run = Run(tmp_path, remote=place.url)
     with run.keeper:
         run.observe(5.0)
     assert (losses, broken) == ([], [])
+    assert looks.count("write_first_ledger") == 2
     assert place.objects() == local_files(tmp_path)
 
 

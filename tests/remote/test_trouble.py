@@ -93,7 +93,7 @@ def test_local_damage_does_not_replace_a_whole_remote_copy(tmp_path, place):
     before = place.objects()
     file = tmp_path / "checkpoints" / "snapshots" / "U1" / "model.pt"
     whole = file.read_bytes()
-    for damaged in (whole[:-10], b""):
+    for damaged in (whole[:-10], b"", bytes([*whole[:-1], whole[-1] ^ 1])):  # the last has the right size
         file.write_bytes(damaged)
         again = Run(tmp_path, remote=place.url, resume="ledger")
         again.keeper.start()
@@ -253,6 +253,7 @@ def test_reader_of_a_run_that_goes_on_finds_a_state_of_it(tmp_path, place, monke
         assert (loaded.value, loaded.iteration) == (1.0, update(3))
         values = [0.5]
         assert verify(place.url) == []
+        assert values == []
 
 
 def test_abandoned_keeper_does_not_wait_for_its_upload(tmp_path, place, monkeypatch):
@@ -286,6 +287,7 @@ def test_copy_with_names_that_lead_out_of_it_writes_nowhere_else(tmp_path, place
     with run.keeper:
         run.observe(3.0)
     place.put(f"snapshots/U1/../../../../{tmp_path.name}-evil", b"evil")
+    assert any(path.endswith("-evil") and "/../" in path for path in place.objects())
     elsewhere = tmp_path / "elsewhere"
     with Run(elsewhere, remote=place.url, resume="ledger").keeper:
         set_weights(run.model, 0.0)

@@ -1,4 +1,4 @@
-"""What a large file costs the disk and the memory on its way."""
+"""What a large file costs the disk and the memory on its way, and that no link leads it elsewhere."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def test_file_system_that_takes_no_advice_is_written_all_the_same(tmp_path, monk
     assert write(tmp_path / "large", 40 << 20) == BYTES
     monkeypatch.delattr(os, "posix_fadvise")  # as where there is none
     assert write(tmp_path / "larger", 40 << 20) == BYTES
+
+
+def test_file_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("years")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
+        Files().append(tmp_path / "link")
+    assert (tmp_path / "victim").read_text() == "years"

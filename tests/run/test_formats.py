@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import time
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from keepbest.formats.shards import Shard, ShardReader
 from keepbest.formats.torch_file import without_crc32
 from keepbest.run.files import Files
 from keepbest.run.verify import verify
-from tests.kit.files import SteppedFiles, before
+from tests.kit.files import Operation, SteppedFiles, before
 from tests.kit.models import odd, same
 from tests.kit.pool import run_ranks
 from tests.kit.runs import refs, snapshots, update
+from tests.kit.seams import use
 from tests.kit.strategies import WRAPS
 
 BEST = "best_model.loss"
@@ -246,6 +248,28 @@ def test_rank_that_cannot_write_fails_on_all_and_the_best_stays(tmp_path):
         assert snapshots(directory) == {"U3"}
 
 
+def keep_where_a_share_does_not_arrive_whole(directory):
+    def cut(operation: Operation) -> None:
+        if operation.name == "sync_folder" and operation.path.parent.name == ".tmp-U2":
+            os.truncate(operation.path / "__1_0.distcp", 5)
+
+    with use(directory, files=SteppedFiles(before(cut if dist.get_rank() == 1 else lambda _: None))):
+        keeper = keeper_of(WRAPS["fsdp2"](odd(0)), directory, format="dcp")
+        keeper.observe(2.0, update(1))
+        with pytest.raises(StorageError) as caught:
+            keeper.observe(1.0, update(2))
+        keeper.abandon()
+    return str(caught.value)
+
+
+def test_share_that_does_not_arrive_whole_is_not_committed(tmp_path):
+    messages = run_ranks(keep_where_a_share_does_not_arrive_whole, 2, tmp_path)
+    assert messages[0] == messages[1]
+    assert re.search(r"__1_0\.distcp has 5 bytes here; another rank wrote \d+", messages[0])
+    assert refs(tmp_path) == {BEST: "U1"}
+    assert verify(tmp_path) == []
+
+
 def keep_on_a_disk_that_is_slow_for_one_rank(directory):
     settings = {"format": "dcp", "rank_timeout": 1.0, "save_timeout": 60.0}
     with keeper_of(WRAPS["fsdp2"](odd(0)), directory, **settings) as keeper:
@@ -257,6 +281,7 @@ def keep_on_a_disk_that_is_slow_for_one_rank(directory):
             save(*arguments),
         )
         outcome = keeper.observe(1.0, update(2))
+        assert torch.save is save, "nothing was written by way of it"
     return outcome.is_new_best
 
 

@@ -124,7 +124,8 @@ def test_space_is_new_where_another_takes_it_for_left(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", lose_the_first)
     with space_beside(tmp_path / "best.pt", Files()) as space:
         torch.save({}, space / "best.pt")
-    assert space not in spaces[:2]
+    assert len(spaces) == 3
+    assert space == spaces[2]
     assert list(tmp_path.iterdir()) == []
 
 

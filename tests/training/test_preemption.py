@@ -177,9 +177,11 @@ def test_signal_to_all_leaves_those_who_load_data(number):
     with Preemption(Ranks.connect()):
         batches = iter(DataLoader(samples, num_workers=2, multiprocessing_context="fork"))
         seen = [next(batches)]
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        for child in children:
             os.kill(child.pid, number)
         seen += batches
+    assert len(children) == 2
     assert torch.equal(torch.cat(seen), samples)
 
 
