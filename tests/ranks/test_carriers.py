@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -14,6 +15,7 @@ import pytest
 from keepbest.errors import PoisonedError, RankLostError, RankTimeoutError
 from keepbest.ranks import Number, Ranks
 from keepbest.ranks.direct import Direct
+from keepbest.ranks.frame import FRAME_BYTES
 from keepbest.ranks.ring import Ring
 from tests.kit.child import in_forked_child
 from tests.kit.pool import run_ranks, start_ranks
@@ -154,3 +156,48 @@ def interrupt_between_two_messages() -> str:
 def test_rank_that_was_interrupted_while_it_sent_takes_no_part():
     message, _ = run_ranks(interrupt_between_two_messages, 2)
     assert "runs no more collectives: it was interrupted while it sent its part of step 'meet'" in message
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+def interrupt_before_texts(size: int) -> list[float | None]:
+    ranks = connect(rank_timeout=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 0:
+            # A signal comes while the frames are on their way, which only a mock can time.
+            patch.setattr(ranks._control._carrier, "wait", lambda *_: raise_interrupt())
+        with pytest.raises(KeyboardInterrupt if ranks.rank == 0 else (RankTimeoutError, RankLostError)):
+            ranks.gather_json("write", lambda: "a" * (size - len('""')))
+    if ranks.rank == 0:
+        with pytest.raises((RankTimeoutError, RankLostError)):
+            ranks.exchange("count", Number(0.0, None))
+    return []
+
+
+@pytest.mark.parametrize("size", [FRAME_BYTES - 1, FRAME_BYTES, FRAME_BYTES + 1])
+def test_text_is_not_taken_for_a_frame(size):
+    assert run_ranks(interrupt_before_texts, 2, size) == [[], []]
+
+
+def interrupt_wait_for_texts() -> list[list[str]]:
+    ranks = connect()
+    carrier = ranks._control._carrier
+
+    def interrupt(flight, timeout):
+        Direct.wait(carrier, flight, timeout) if len(flight.buffers.sent) == FRAME_BYTES else raise_interrupt()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 0:
+            # A signal comes while the texts are on their way, which only a mock can time.
+            patch.setattr(carrier, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt) if ranks.rank == 0 else contextlib.nullcontext():
+            ranks.gather_json("write", lambda: "a text")
+    gc.collect()  # nobody waits for what is on its way
+    return [ranks.gather_json("write again", lambda count=count: f"{ranks.rank}" * count) for count in range(20)]
+
+
+def test_interrupted_wait_for_texts_leaves_later_ones_right():
+    texts = [["0" * count, "1" * count] for count in range(20)]
+    assert run_ranks(interrupt_wait_for_texts, 2) == [texts, texts]

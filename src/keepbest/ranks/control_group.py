@@ -24,7 +24,7 @@ from keepbest.ranks.watch import Watch
 
 _logger = logging.getLogger(__name__)
 
-_WATCH_TAG = 1  # of messages that nobody sends; exchanges have 0
+_WATCH_TAG = 1  # of messages that nobody sends; exchanges have larger ones
 
 
 @dataclass(slots=True)

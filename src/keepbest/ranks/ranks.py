@@ -21,7 +21,7 @@ from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.difference import SEPARATOR, describe_difference
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
 from keepbest.ranks.flag import FLAG_PLACE, SharedFlag, not_all_poll
-from keepbest.ranks.frame import Frame, Number, digest_place
+from keepbest.ranks.frame import FRAME_BYTES, Frame, Number, digest_place
 from keepbest.ranks.mailbox import Mailbox
 
 T = TypeVar("T")
@@ -321,7 +321,8 @@ class Ranks:
         longest = max([frame.text_bytes for frame in frames])
         if not longest:
             return [""] * self.world_size
-        padded = mine.encode().ljust(longest, b"\0")
+        # Where a rank was interrupted before it, a text of this size would pass for its next frame.
+        padded = mine.encode().ljust(longest + (longest == FRAME_BYTES), b"\0")
         texts = self._all_gather(padded, "exchange texts", saving=saving)
         return [text[: frame.text_bytes].decode() for text, frame in zip(texts, frames, strict=True)]
 
