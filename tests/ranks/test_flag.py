@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from keepbest.errors import DesyncError, PoisonedError, RankLostError
@@ -118,3 +119,18 @@ def test_rank_that_polls_learns_who_failed_meanwhile(world_size):
     expected = ["  rank 1: something else, which failed there"] * world_size
     expected[1] = "  rank 1: save, which failed there"
     assert found == expected
+
+
+def profile_polls() -> list[str]:
+    flag, names = Ranks.connect().flag(), []
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            flag.poll()
+        names += [event.name for event in profile.events() if event.name.startswith("gloo:")]
+    return names
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_poll_that_spans_two_profiles_is_in_neither(world_size):
+    # An event that begins in one profile and ends in another one makes torch write into freed memory.
+    assert run_ranks(profile_polls, world_size) == [[]] * world_size

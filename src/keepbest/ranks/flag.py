@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+
+import torch
 
 from keepbest.errors import DesyncError
 from keepbest.ranks.buffers import Buffers
@@ -56,8 +59,22 @@ class SharedFlag:
                 raise not_all_poll(self._control, frames, "something else")
             seen = any(frame.value for frame in frames)
         self._buffers.sent[:] = Frame(FLAG_PLACE, False, 0, float(self._is_raised), None).pack()
-        self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
+        with _unseen_by_the_profiler():
+            self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
         return seen
+
+
+@contextlib.contextmanager
+def _unseen_by_the_profiler() -> Iterator[None]:
+    """What begins in this block may end in another session of `torch.profiler`.
+
+    The profiler would note the end in the record of the session in which it began, which torch has freed by then.
+    """
+    torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]  # noqa: SLF001  # see docs/adr/0010
+    try:
+        yield
+    finally:
+        torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]  # noqa: SLF001  # as above
 
 
 def not_all_poll(control: ControlGroup, frames: Sequence[Frame], elsewhere: str) -> DesyncError:
