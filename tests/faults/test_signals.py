@@ -23,10 +23,13 @@ from torch import nn
 from keepbest import BestKeeper
 from keepbest.errors import KeepBestError
 from keepbest.run.verify import verify
+from keepbest.saving.job import PendingSnapshot
 from tests.faults.disks import bare_file_system
 from tests.faults.filled_run import COMPLETE, go_on, keeper_of, net, recorded_state, refs_hold, refs_of
 from tests.kit.files import Operation, SteppedFiles, before
+from tests.kit.runs import Run, saved_at
 from tests.kit.seams import use
+from tests.saving.gate import Gate
 
 KINDS = {
     "sync": {},
@@ -164,4 +167,28 @@ def test_interruption_of_a_large_save_arrives_as_what_it_is(file_format, interru
         nn.init.zeros_(model.weight)
         assert keeper.observe(1.0, epoch=1).is_new_best
         keeper.close()
+    assert verify(tmp_path) == []
+
+
+def test_handler_may_flush_while_a_best_is_given_up(tmp_path, monkeypatch):
+    gate, take, flushed = Gate("model.pt"), PendingSnapshot._unwritten, []
+
+    def flush_first(snapshot):
+        if threading.current_thread() is threading.main_thread() and not flushed:
+            flushed.append(True)
+            gate.is_open.set()
+            run.keeper.flush()  # waits for the thread, which comes to what is given up
+        return take(snapshot)
+
+    with use(tmp_path, files=SteppedFiles(before(gate))):
+        run = Run(tmp_path, async_save=True)
+        with run.keeper:
+            run.observe(3.0)
+            assert gate.is_reached.wait(30)
+            run.observe(2.0, first=2)
+            # A signal comes when it is decided that the queued best is given up, which only a mock can time.
+            monkeypatch.setattr(PendingSnapshot, "_unwritten", flush_first)
+            run.observe(1.0, first=3)
+    assert flushed
+    assert (run.keeper.best_metric_value, saved_at(tmp_path, "best_model.loss")) == (1.0, 3)
     assert verify(tmp_path) == []

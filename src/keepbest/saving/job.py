@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from keepbest.capture.share import Receipts, Share
 from keepbest.formats.format import Format, Receipt
@@ -78,8 +77,10 @@ class PendingSnapshot:
         self._name = ""
         self._receipts: Receipts | None = None
         self._written: Written | None = None
-        self._lock = threading.Lock()
-        self._is_begun = self._is_needed = self._is_given_up = False
+        self._is_needed = False
+        # Which of the two comes first is decided in one step of C, and not under a lock: a handler of a signal may
+        # flush, and so wait for the other thread, at any line.
+        self._fate: dict[Literal["fate"], Literal["begun", "given up"]] = {}
 
     def meet(self, drain: Callable[[], None]) -> None:
         """Let the ranks that write come together. **Collective** where several ranks write now.
@@ -116,23 +117,18 @@ class PendingSnapshot:
 
     def need(self) -> None:
         """Have it written even if a better one follows, since something else names it. **Rank-local**."""
-        with self._lock:
-            self._is_needed = True
+        self._is_needed = True
 
     def give_up(self) -> Slot | None:
         """Take back the slot if nobody has begun to write, or needs the snapshot. **Rank-local**, on rank 0."""
-        with self._lock:
-            if self._is_begun or self._is_needed:
-                return None
-            self._is_given_up = True
-            slot, self._share, self._receipts = self._unwritten().slot, None, None
-            return slot
+        if self._is_needed or self._fate.setdefault("fate", "given up") == "begun":
+            return None
+        slot, self._share, self._receipts = self._unwritten().slot, None, None
+        return slot
 
     def begin(self) -> bool:
         """Whether it is to be written; from now on it cannot be given up. **Rank-local**, on rank 0."""
-        with self._lock:
-            self._is_begun = True
-            return not self._is_given_up
+        return self._fate.setdefault("fate", "begun") == "begun"
 
     def write(self) -> Written:
         """Write and publish it, once. **Rank-local**, on rank 0.
@@ -182,11 +178,9 @@ class PendingSnapshot:
         return self._name
 
     def _drop_unless_needed(self) -> None:
-        with self._lock:
-            if self._is_needed:
-                return
+        if not self._is_needed:
             self._written = None  # a keeper that needs it from now on has to do without it
-        self._drop()
+            self._drop()
 
     def _begin(self, drain: Callable[[], None]) -> str:
         drain()
