@@ -192,3 +192,32 @@ def test_handler_may_flush_while_a_best_is_given_up(tmp_path, monkeypatch):
     assert flushed
     assert (run.keeper.best_metric_value, saved_at(tmp_path, "best_model.loss")) == (1.0, 3)
     assert verify(tmp_path) == []
+
+
+class LockThatASignalFollows:
+    """A lock that calls `handle` when training takes it for the first time."""
+
+    def __init__(self, lock, handle):
+        self.lock, self.handle, self.is_handled = lock, handle, False
+
+    def __enter__(self):
+        self.lock.acquire()
+        if threading.current_thread() is threading.main_thread() and not self.is_handled:
+            self.is_handled = True
+            self.handle()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_handler_may_flush_while_a_copy_learns_of_a_best(tmp_path):
+    run = Run(tmp_path / "run", remote=(tmp_path / "copy").as_uri())
+    with run.keeper as keeper:
+        mirror = keeper._run.folder.copy._mirror
+        mirror._lock = lock = LockThatASignalFollows(mirror._lock, lambda: keeper.flush(pin="handler"))
+        run.observe(1.0)
+    assert lock.is_handled
+    assert verify(tmp_path / "copy") == verify(tmp_path / "run") == []
+    ledgers = [(tmp_path / place / "checkpoints" / "ledger.jsonl").read_bytes() for place in ("run", "copy")]
+    assert ledgers[0] == ledgers[1]
+    assert (tmp_path / "copy/checkpoints/snapshots/U1/model.pt").is_file()

@@ -63,7 +63,7 @@ class Mirror:
         self._is_right_place = bool(arrived)
         self._clock = clock
         self._patience = patience
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of a signal may flush at any line, and so come here again
         self._newest = self._under_way = Committed()
         self._failure: OSError | None = None
         self._reported = ""  # what `arrive` raised
