@@ -221,3 +221,14 @@ def test_handler_may_flush_while_a_copy_learns_of_a_best(tmp_path):
     ledgers = [(tmp_path / place / "checkpoints" / "ledger.jsonl").read_bytes() for place in ("run", "copy")]
     assert ledgers[0] == ledgers[1]
     assert (tmp_path / "copy/checkpoints/snapshots/U1/model.pt").is_file()
+
+
+def test_training_holds_no_lock_that_its_writer_needs(tmp_path):
+    run, handled = Run(tmp_path / "run", remote=(tmp_path / "copy").as_uri(), async_save=True), []
+    with run.keeper as keeper:
+        mirror = keeper._run.folder.copy._mirror
+        mirror._lock = LockThatASignalFollows(mirror._lock, lambda: handled.append(True))
+        run.observe(3.0, 2.0, 1.0)
+        keeper.flush()
+    assert handled == []
+    assert verify(tmp_path / "copy") == verify(tmp_path / "run") == []

@@ -84,14 +84,15 @@ class Mirror:
 
     def held(self) -> set[str]:
         """The snapshots that must stay in the folder, since they are being brought away, or will be."""
-        with self._lock:
-            return {*self._newest.kept, *self._under_way.kept}
+        # Without the lock: a handler of a signal may flush here, and wait for a thread that follows. The newest comes
+        # first, since it is what comes under way.
+        newest = self._newest.kept
+        return {*newest, *self._under_way.kept}
 
     @property
     def failure(self) -> OSError | None:
         """Why the remote copy lags behind, if it does."""
-        with self._lock:
-            return self._failure
+        return self._failure
 
     def arrive(self) -> None:
         """Wait until the newest state has arrived.
