@@ -7,13 +7,16 @@ import gc
 import os
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from keepbest.errors import PoisonedError, RankLostError, RankTimeoutError
 from keepbest.ranks import Number, Ranks
+from keepbest.ranks.buffers import Buffers
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.frame import FRAME_BYTES
 from keepbest.ranks.ring import Ring
@@ -21,6 +24,7 @@ from tests.kit.child import in_forked_child
 from tests.kit.pool import run_ranks, start_ranks
 
 WORLDS = {2: Direct, 3: Ring, 5: Ring}
+PATIENCE = timedelta(seconds=30)
 
 
 def connect(rank_timeout: float = 120.0) -> Ranks:
@@ -115,6 +119,26 @@ def drop_flags_in_flight() -> list[float | None]:
     return [number.value for number in ranks.exchange("count", Number(float(ranks.rank), None))]
 
 
+def overtake_flags() -> list[float | None]:
+    ranks, values = connect(), []
+    for count in range(50):
+        if ranks.rank == 0:
+            time.sleep(0.005)  # finds the number of the other rank, which was sent after the flag, and not the flag
+        flag = ranks.flag()
+        flag.poll()
+        del flag
+        values += [number.value for number in ranks.exchange("count", Number(float(count), None))]
+    return values
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_number_may_overtake_a_flag_that_was_dropped(world_size):
+    assert (
+        run_ranks(overtake_flags, world_size)
+        == [[float(count) for count in range(50) for _ in range(world_size)]] * world_size
+    )
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_flag_that_is_dropped_in_flight_disturbs_nobody(world_size):
     assert run_ranks(drop_flags_in_flight, world_size) == [[0.0, 1.0, 2.0][:world_size]] * world_size
@@ -181,12 +205,74 @@ def test_text_is_not_taken_for_a_frame(size):
     assert run_ranks(interrupt_before_texts, 2, size) == [[], []]
 
 
+def send_early(rounds_before: int) -> bool:
+    control = connect()._control
+    for _ in range(rounds_before):
+        control.all_gather(b"1" * FRAME_BYTES, "meet", PATIENCE)
+    store = control.new_store("test")
+    if control.rank == 0:
+        store.wait(["sent"], PATIENCE)
+        return control.all_gather(b"2" * FRAME_BYTES, "meet again", PATIENCE) == [b"2" * FRAME_BYTES] * 2
+    buffers = Buffers(FRAME_BYTES, 2)
+    buffers.sent.data[:] = b"2" * FRAME_BYTES
+    flight = control.start(buffers, "meet again", PATIENCE)
+    is_sent = flight.works.pop().wait(PATIENCE)  # while the other rank does nothing
+    store.set("sent", "")
+    control.finish(flight, "meet again", PATIENCE)
+    return is_sent
+
+
+@pytest.mark.parametrize("rounds_before", [0, 1, 2])
+def test_frame_arrives_before_the_other_rank_does(rounds_before):
+    assert run_ranks(send_early, 2, rounds_before) == [True, True]
+
+
+def exchange_in_profiles() -> list[list[str]]:
+    ranks, found = connect(), []
+    for count in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            ranks.exchange("count", Number(float(count), None))
+        found.append([event.name for event in profile.events() if event.name.startswith("gloo:")])
+    return found
+
+
+def test_receive_that_spans_two_profiles_is_in_neither():
+    # An event that begins in one profile and ends in another one makes torch write into freed memory.
+    assert run_ranks(exchange_in_profiles, 2) == [[["gloo:send"]] * 3] * 2
+
+
+def leave_after_the_last_exchange() -> list[float | None]:
+    ranks = connect()
+    ranks.exchange("meet", Number(0.0, None))
+    if ranks.rank == 1:
+        ranks.exchange("end", Number(1.0, None))
+        os._exit(0)
+    carrier = ranks._control._carrier
+    receive = carrier._recv
+
+    def receive_from_a_rank_that_has_left(*arguments):
+        while not ranks._control.has_lost(1):
+            time.sleep(0.01)  # nothing here reports the end of another process
+        return receive(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The other rank leaves in the middle of an exchange that it has finished, which only a mock can time.
+        patch.setattr(carrier, "_recv", receive_from_a_rank_that_has_left)
+        return [number.value for number in ranks.exchange("end", Number(0.0, None))]
+
+
+def test_rank_may_leave_after_the_last_exchange():
+    with start_ranks(leave_after_the_last_exchange, 2) as ranks:
+        [outcome] = ranks.collect(ranks=[0])
+    assert outcome.result == [0.0, 1.0]
+
+
 def interrupt_wait_for_texts() -> list[list[str]]:
     ranks = connect()
     carrier = ranks._control._carrier
 
     def interrupt(flight, timeout):
-        Direct.wait(carrier, flight, timeout) if len(flight.buffers.sent) == FRAME_BYTES else raise_interrupt()
+        Direct.wait(carrier, flight, timeout) if flight.buffers.size == FRAME_BYTES else raise_interrupt()
 
     with pytest.MonkeyPatch.context() as patch:
         if ranks.rank == 0:
@@ -201,3 +287,27 @@ def interrupt_wait_for_texts() -> list[list[str]]:
 def test_interrupted_wait_for_texts_leaves_later_ones_right():
     texts = [["0" * count, "1" * count] for count in range(20)]
     assert run_ranks(interrupt_wait_for_texts, 2) == [texts, texts]
+
+
+def interrupt_the_next_frame() -> str:
+    ranks = connect(rank_timeout=2.0)
+    ranks.exchange("begin", Number(0.0, None))
+    if ranks.rank == 1:
+        ranks.exchange("meet", Number(0.0, None))
+        with pytest.raises((RankTimeoutError, RankLostError)):
+            ranks.exchange("meet again", Number(0.0, None))
+        return ""
+    carrier = ranks._control._carrier
+    with pytest.MonkeyPatch.context() as patch:
+        # A signal comes when it has sent, and asks for the next frame, which only a mock can time.
+        patch.setattr(carrier, "_recv", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ranks.exchange("meet", Number(0.0, None))
+    with pytest.raises(PoisonedError) as caught:
+        ranks.exchange("meet again", Number(0.0, None))
+    return str(caught.value)
+
+
+def test_rank_that_was_interrupted_after_it_sent_takes_no_part():
+    message, _ = run_ranks(interrupt_the_next_frame, 2)
+    assert "runs no more collectives: it was interrupted while it sent its part of step 'meet'" in message

@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 
 
+class Row:
+    """Bytes that one rank sends, and a tensor over the same memory.
+
+    Args:
+        size: Number of bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+        # A tensor that is made in inference mode could not be written to outside of it, and these are used again.
+        with torch.inference_mode(mode=False):
+            self.tensor = torch.frombuffer(self.data, dtype=torch.uint8)
+
+
 class Buffers:
     """Bytes that this rank sends in one exchange, and those that it receives from every rank.
 
@@ -13,23 +27,20 @@ class Buffers:
         world_size: Number of ranks.
 
     Attributes:
+        size: As passed.
         sent: Bytes that this rank sends.
-        row: Tensor over the same memory as `sent`.
-        rows: Tensors over the received bytes, by rank.
+        rows: Received bytes, by rank.
     """
 
     def __init__(self, size: int, world_size: int) -> None:
-        self.sent = bytearray(size)
-        self._received = [bytearray(size) for _ in range(world_size)]
-        # A tensor that is made in inference mode could not be written to outside of it, and these are used again.
-        with torch.inference_mode(mode=False):
-            self.row = torch.frombuffer(self.sent, dtype=torch.uint8)
-            self.rows = [torch.frombuffer(row, dtype=torch.uint8) for row in self._received]
+        self.size = size
+        self.sent = Row(size)
+        self.rows = [Row(size) for _ in range(world_size)]
 
     def keep_own(self, rank: int) -> None:
         """Receive what this rank, `rank`, sends."""
-        self._received[rank][:] = self.sent
+        self.rows[rank].data[:] = self.sent.data
 
     def received(self) -> list[bytes]:
         """Return what the ranks sent, by rank."""
-        return [bytes(row) for row in self._received]
+        return [bytes(row.data) for row in self.rows]

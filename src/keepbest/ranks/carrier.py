@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
 from keepbest.ranks.buffers import Buffers
@@ -70,3 +72,16 @@ class Alone:
     def absent(self, flight: InFlight) -> Sequence[int]:
         del flight
         return ()
+
+
+@contextlib.contextmanager
+def unseen_by_the_profiler() -> Iterator[None]:
+    """What begins in this block may end in another session of `torch.profiler`.
+
+    The profiler would note the end in the record of the session in which it began, which torch has freed by then.
+    """
+    torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]  # noqa: SLF001  # see docs/adr/0010
+    try:
+        yield
+    finally:
+        torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]  # noqa: SLF001  # as above

@@ -133,12 +133,12 @@ class ControlGroup:
             PoisonedError: If an earlier failure left the ranks in different places.
         """
         kept = self._buffers
-        if kept is None or len(kept.sent) != len(mine):
+        if kept is None or kept.size != len(mine):
             buffers = Buffers(len(mine), self.world_size)
         else:
             # Not where one is interrupted, and still under way.
             buffers, self._buffers = kept, None
-        buffers.sent[:] = mine
+        buffers.sent.data[:] = mine
         self.finish(self.start(buffers, step, timeout), step, timeout)
         received = buffers.received()
         # Those of the first exchange, because nearly all have its size.

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from keepbest.ranks.carrier import InFlight
+from keepbest.ranks.buffers import Row
+from keepbest.ranks.carrier import InFlight, unseen_by_the_profiler
+from keepbest.ranks.frame import FRAME_BYTES
 
 _FIRST_TAG = 2  # of a message of no bytes; the watch has 1
 _MARGIN = 0.002  # seconds, since torch cuts a timeout to milliseconds, and 0 would be no limit
+
+
+class _Asked(NamedTuple):
+    """A message that this rank has asked for, and the memory that it comes to."""
+
+    row: Row
+    work: dist.Work
 
 
 class Direct:
@@ -19,6 +30,9 @@ class Direct:
     torch sends and receives on the thread that asks for it, while a collective of gloo goes through a pool of threads.
     Between two ranks that takes half of the time. Among more, who waits for the message of one rank would not notice
     that another one has died.
+
+    gloo sends what the other rank has asked for, and sends nothing before. So each exchange of frames asks for the
+    frame of the next one, which then needs no message back, and is there already for the rank that comes later.
 
     Messages of each size have a tag of their own. After an interruption one rank may send a text while the other waits
     for a frame, and gloo ends a process that receives more than it has asked for.
@@ -34,16 +48,25 @@ class Direct:
         # What is on its way keeps its memory, also where nobody waits for it any more: gloo closes a connection over
         # which bytes come for a receive that is gone.
         self._flights: list[InFlight] = []
+        self._next_frame = self._ask_in_advance(Row(FRAME_BYTES))
 
     def start(self, flight: InFlight, timeout: timedelta) -> None:
         del timeout  # each wait has its own
         self._flights.append(flight)
-        buffers, tag = flight.buffers, _tag(flight)
+        buffers, is_frame = flight.buffers, flight.buffers.size == FRAME_BYTES
         buffers.keep_own(self._rank)
+        row = buffers.rows[self._other]
         try:  # the receive comes first, so that what arrives early has a place
-            flight.works.append(self._recv([buffers.rows[self._other]], self._other, tag))
+            if is_frame and self._next_frame is not None:
+                asked, self._next_frame = self._next_frame, None
+            else:
+                asked = self._ask(row)
+            buffers.rows[self._other] = asked.row
+            flight.works.append(asked.work)
         finally:  # also where this is interrupted, since the other rank waits
-            flight.works.append(self._send([buffers.row], self._other, tag))
+            flight.works.append(self._send([buffers.sent.tensor], self._other, _tag(buffers.size)))
+        if is_frame:
+            self._next_frame = self._ask_in_advance(row)
         flight.is_under_way = True
 
     def wait(self, flight: InFlight, timeout: timedelta) -> None:
@@ -52,12 +75,21 @@ class Direct:
             work.wait(timedelta(seconds=max(end - time.monotonic(), _MARGIN)))
             flight.has_arrived = True
         # Messages of one tag arrive in their order.
-        number, tag = flight.number, _tag(flight)
-        self._flights = [other for other in self._flights if other.number > number or _tag(other) != tag]
+        number, size = flight.number, flight.buffers.size
+        self._flights = [other for other in self._flights if other.number > number or other.buffers.size != size]
 
     def absent(self, flight: InFlight) -> list[int]:
         return [] if flight.has_arrived else [self._other]
 
+    def _ask(self, row: Row) -> _Asked:
+        return _Asked(row, self._recv([row.tensor], self._other, _tag(len(row.data))))
 
-def _tag(flight: InFlight) -> int:
-    return _FIRST_TAG + len(flight.buffers.sent)
+    def _ask_in_advance(self, row: Row) -> _Asked | None:
+        # The other rank may have left, since this exchange may be its last one.
+        with unseen_by_the_profiler(), contextlib.suppress(RuntimeError):
+            return self._ask(row)
+        return None
+
+
+def _tag(size: int) -> int:
+    return _FIRST_TAG + size

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-
-import torch
 
 from keepbest.errors import DesyncError
 from keepbest.ranks.buffers import Buffers
-from keepbest.ranks.carrier import InFlight
+from keepbest.ranks.carrier import InFlight, unseen_by_the_profiler
 from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.difference import describe_difference
 from keepbest.ranks.frame import FRAME_BYTES, Frame, digest_place
@@ -58,23 +55,10 @@ class SharedFlag:
             if any(frame.place != FLAG_PLACE for frame in frames):
                 raise not_all_poll(self._control, frames, "something else")
             seen = any(frame.value for frame in frames)
-        self._buffers.sent[:] = Frame(FLAG_PLACE, False, 0, float(self._is_raised), None).pack()
-        with _unseen_by_the_profiler():
+        self._buffers.sent.data[:] = Frame(FLAG_PLACE, False, 0, float(self._is_raised), None).pack()
+        with unseen_by_the_profiler():
             self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
         return seen
-
-
-@contextlib.contextmanager
-def _unseen_by_the_profiler() -> Iterator[None]:
-    """What begins in this block may end in another session of `torch.profiler`.
-
-    The profiler would note the end in the record of the session in which it began, which torch has freed by then.
-    """
-    torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]  # noqa: SLF001  # see docs/adr/0010
-    try:
-        yield
-    finally:
-        torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]  # noqa: SLF001  # as above
 
 
 def not_all_poll(control: ControlGroup, frames: Sequence[Frame], elsewhere: str) -> DesyncError:

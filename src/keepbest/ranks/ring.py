@@ -28,7 +28,8 @@ class Ring:
     def start(self, flight: InFlight, timeout: timedelta) -> None:
         options = AllgatherOptions()
         options.timeout = timeout
-        flight.works.append(self._group.allgather([flight.buffers.rows], [flight.buffers.row], options))
+        rows, sent = [row.tensor for row in flight.buffers.rows], flight.buffers.sent.tensor
+        flight.works.append(self._group.allgather([rows], [sent], options))
         flight.is_under_way = True
 
     def wait(self, flight: InFlight, timeout: timedelta) -> None:
