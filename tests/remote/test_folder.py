@@ -57,6 +57,29 @@ def test_copy_in_a_folder_ends_like_the_run(tmp_path):
     assert verify(url) == []
 
 
+def test_removed_snapshot_leaves_no_folder_behind(tmp_path):
+    run = Run(tmp_path / "run", remote=f"file://{tmp_path}/copy", format="dcp")
+    with run.keeper as keeper:
+        for number in (1, 2):
+            run.observe(-float(number), first=number)
+            keeper.flush()
+    assert [path.name for path in (tmp_path / "copy" / "checkpoints" / "snapshots").iterdir()] == ["U2"]
+    assert verify(tmp_path / "copy") == [], "a copy in a folder can be read as a run"
+
+
+def test_folder_keeps_what_is_left_in_it(tmp_path):
+    remote, folder = Remote(f"file://{tmp_path}"), tmp_path / "checkpoints" / "snapshots" / "U1"
+    (tmp_path / "file").write_bytes(b"content")
+    for path in ("snapshots/U1/model/a", "snapshots/U1/model/b", "snapshots/U1/c"):
+        remote.put(tmp_path / "file", path)
+    remote.remove("snapshots/U1/model/a")
+    assert sorted(files_in(folder)) == ["c", "model/b"]
+    remote.remove("snapshots/U1/model/b")
+    assert [path.name for path in folder.iterdir()] == ["c"]
+    remote.remove("snapshots/U1/c")
+    assert list(folder.parent.iterdir()) == []
+
+
 def test_what_is_on_its_way_in_training_is_not_left_over(tmp_path):
     url, begun = f"file://{tmp_path}/copy", tmp_path / "copy" / "checkpoints" / "snapshots" / "U9" / "model.pt"
     run = Run(tmp_path / "run", remote=url)

@@ -237,8 +237,13 @@ class Remote:
         return int(self._filesystem.size(f"{self._root}{path}"))
 
     def remove(self, path: str) -> None:
-        """Remove what is at `path` below `checkpoints`."""
+        """Remove what is at `path` below `checkpoints`. On this machine, so are folders that this leaves empty."""
         self._filesystem.rm_file(f"{self._root}{path}")
+        if self._is_local and snapshot_in(path) is not None:
+            *inside, _, _ = Path(path).parents  # without `snapshots`, and what it is in
+            for folder in (Path(f"{self._root}{each}") for each in inside):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
     def is_at(self, folder: Path) -> bool:
         """Whether this is where `folder`, a `checkpoints` of this machine, is."""
