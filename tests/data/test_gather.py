@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
 from keepbest.data import evaluation_indices, gather_in_dataset_order
-from keepbest.errors import DesyncError, RankFailedError
+from keepbest.errors import DesyncError, PoisonedError, RankFailedError
 from keepbest.ranks import Ranks
-from tests.kit.pool import run_ranks
+from tests.kit.pool import run_ranks, start_ranks
 
 
 def table(length):
@@ -80,3 +84,55 @@ def test_a_fault_of_one_rank_is_raised_on_all(fault, kind, message):
     assert len(set(outcomes)) == 1
     assert outcomes[0][0] is kind
     assert message in outcomes[0][1]
+
+
+class PreemptedError(RuntimeError):
+    """What a handler of a signal raises."""
+
+
+def preempt(*_):
+    raise PreemptedError
+
+
+def gather_and_do(before_tensors_travel):
+    """All have their results, and this rank does something else before it sends them."""
+    ranks, join_tensors = Ranks.connect(), torch.cat
+
+    def do_and_join(*arguments, **settings):
+        before_tensors_travel()
+        return join_tensors(*arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cat", do_and_join)
+        gather_in_dataset_order("evaluate", lambda: torch.zeros(3), dataset_length=6, ranks=ranks)
+
+
+def gather_from_a_rank_that_dies():
+    is_dying = Ranks.connect().rank == 1
+    with pytest.raises(RankFailedError) as caught:
+        gather_and_do(lambda: os._exit(1) if is_dying else None)
+    return str(caught.value)
+
+
+def test_rank_that_dies_in_a_gather_is_noticed():
+    with start_ranks(gather_from_a_rank_that_dies, 2) as ranks:
+        [outcome] = ranks.collect(ranks=[0])
+    assert "rank 0 of 2 lost contact with another rank while it gathered evaluation results" in outcome.result
+
+
+def gather_until_a_signal_comes():
+    ranks = Ranks.connect()
+    if ranks.rank == 1:
+        gather_and_do(lambda: time.sleep(0.6))  # longer than the signal takes
+        return ""
+    signal.signal(signal.SIGALRM, preempt)
+    with pytest.raises(PreemptedError):
+        gather_and_do(lambda: signal.setitimer(signal.ITIMER_REAL, 0.2))
+    with pytest.raises(PoisonedError) as caught:
+        ranks.agree("meet again", lambda: None)
+    return str(caught.value)
+
+
+def test_handler_that_cuts_off_a_gather_raises_its_own_error():
+    message, _ = run_ranks(gather_until_a_signal_comes, 2)
+    assert "a gather of evaluation results was cut off" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -182,7 +183,7 @@ def test_rank_that_was_interrupted_while_it_sent_takes_no_part():
     assert "runs no more collectives: it was interrupted while it sent its part of step 'meet'" in message
 
 
-def raise_interrupt():
+def raise_interrupt(*_):
     raise KeyboardInterrupt
 
 
@@ -191,7 +192,7 @@ def interrupt_before_texts(size: int) -> list[float | None]:
     with pytest.MonkeyPatch.context() as patch:
         if ranks.rank == 0:
             # A signal comes while the frames are on their way, which only a mock can time.
-            patch.setattr(ranks._control._carrier, "wait", lambda *_: raise_interrupt())
+            patch.setattr(ranks._control._carrier, "wait", raise_interrupt)
         with pytest.raises(KeyboardInterrupt if ranks.rank == 0 else (RankTimeoutError, RankLostError)):
             ranks.gather_json("write", lambda: "a" * (size - len('""')))
     if ranks.rank == 0:
@@ -222,23 +223,9 @@ def send_early(rounds_before: int) -> bool:
     return is_sent
 
 
-@pytest.mark.parametrize("rounds_before", [0, 1, 2])
+@pytest.mark.parametrize("rounds_before", [1, 2])
 def test_frame_arrives_before_the_other_rank_does(rounds_before):
     assert run_ranks(send_early, 2, rounds_before) == [True, True]
-
-
-def exchange_in_profiles() -> list[list[str]]:
-    ranks, found = connect(), []
-    for count in range(3):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            ranks.exchange("count", Number(float(count), None))
-        found.append([event.name for event in profile.events() if event.name.startswith("gloo:")])
-    return found
-
-
-def test_receive_that_spans_two_profiles_is_in_neither():
-    # An event that begins in one profile and ends in another one makes torch write into freed memory.
-    assert run_ranks(exchange_in_profiles, 2) == [[["gloo:send"]] * 3] * 2
 
 
 def leave_after_the_last_exchange() -> list[float | None]:
@@ -289,25 +276,101 @@ def test_interrupted_wait_for_texts_leaves_later_ones_right():
     assert run_ranks(interrupt_wait_for_texts, 2) == [texts, texts]
 
 
-def interrupt_the_next_frame() -> str:
+class PreemptedError(RuntimeError):
+    """What a handler of a signal may raise."""
+
+
+def raise_while_it_asks(error: type[BaseException], comes_after: bool) -> str:
     ranks = connect(rank_timeout=2.0)
     ranks.exchange("begin", Number(0.0, None))
     if ranks.rank == 1:
         ranks.exchange("meet", Number(0.0, None))
         with pytest.raises((RankTimeoutError, RankLostError)):
-            ranks.exchange("meet again", Number(0.0, None))
+            ranks.exchange("meet", Number(1.0, None))
         return ""
     carrier = ranks._control._carrier
+    receive = carrier._recv
+
+    def ask_and_raise(*arguments):
+        if comes_after:
+            receive(*arguments)
+        raise error
+
     with pytest.MonkeyPatch.context() as patch:
         # A signal comes when it has sent, and asks for the next frame, which only a mock can time.
-        patch.setattr(carrier, "_recv", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(carrier, "_recv", ask_and_raise)
+        with pytest.raises(error):
             ranks.exchange("meet", Number(0.0, None))
     with pytest.raises(PoisonedError) as caught:
-        ranks.exchange("meet again", Number(0.0, None))
+        ranks.exchange("meet", Number(1.0, None))
     return str(caught.value)
 
 
-def test_rank_that_was_interrupted_after_it_sent_takes_no_part():
-    message, _ = run_ranks(interrupt_the_next_frame, 2)
+@pytest.mark.parametrize("comes_after", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PreemptedError])
+def test_rank_that_was_interrupted_after_it_sent_takes_no_part(error, comes_after):
+    message, _ = run_ranks(raise_while_it_asks, 2, error, comes_after)
     assert "runs no more collectives: it was interrupted while it sent its part of step 'meet'" in message
+
+
+def preempt(*_):
+    raise PreemptedError
+
+
+def preempt_while_it_waits() -> list[float | None]:
+    ranks = connect()
+    ranks.exchange("meet", Number(0.0, None))
+    if ranks.rank == 1:
+        time.sleep(0.5)  # longer than the signal takes
+        ranks.exchange("count", Number(0.0, None))
+    else:
+        handler = signal.signal(signal.SIGALRM, preempt)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(PreemptedError):
+            ranks.exchange("count", Number(0.0, None))
+        signal.signal(signal.SIGALRM, handler)
+    return [number.value for number in ranks.exchange("count", Number(1.0, None))]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_handler_of_a_signal_raises_its_own_error(world_size):
+    assert run_ranks(preempt_while_it_waits, world_size) == [[1.0] * world_size] * world_size
+
+
+def exchange_in_profiles() -> list[str]:
+    ranks, names = connect(), []
+    carrier = ranks._control._carrier
+    for count in range(6):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with pytest.MonkeyPatch.context() as patch:
+                if count % 2:
+                    # A signal comes while the numbers are on their way, which only a mock can time.
+                    patch.setattr(carrier, "wait", raise_interrupt)
+                with contextlib.suppress(KeyboardInterrupt):
+                    ranks.exchange("count", Number(float(count), None), state=f"{count}".encode())
+            torch.ones(1).exp()
+        names.append([event.name for event in profile.events() if event.name.startswith(("gloo:", "aten::exp"))])
+    return names
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_exchange_that_may_span_two_profiles_is_in_neither(world_size):
+    # An event that begins in one profile and ends in another one makes torch write into freed memory.
+    assert run_ranks(exchange_in_profiles, world_size) == [[["aten::exp"]] * 6] * world_size
+
+
+def profile_after_an_interruption() -> list[str]:
+    ranks = connect(rank_timeout=1.0)
+    ranks.exchange("meet", Number(0.0, None))
+    with pytest.MonkeyPatch.context() as patch:
+        # A signal comes as it begins to send, which only a mock can time.
+        patch.setattr(ranks._control._carrier, "start", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ranks.exchange("meet", Number(0.0, None))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(1).exp()
+    return [event.name for event in profile.events() if event.name == "aten::exp"]
+
+
+def test_profiles_after_an_interruption_are_complete():
+    assert run_ranks(profile_after_an_interruption, 2) == [["aten::exp"]] * 2

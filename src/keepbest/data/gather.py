@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keepbest.errors import DesyncError, RankFailedError
-from keepbest.ranks import Ranks
+from keepbest.ranks import Ranks, is_of_gloo
 
 Results: TypeAlias = Tensor | dict[str, Tensor]
 
@@ -69,8 +69,10 @@ def _all_gather(tensors: list[Tensor], ranks: Ranks) -> list[Tensor]:
     try:
         # Of the group itself: where a rank is lost, torch.distributed fails to describe a group that it does not keep.
         ranks.control_group.allgather([list(received.unbind(0))], [sent]).wait()
-    except RuntimeError as error:
+    except BaseException as error:
         ranks.poison("a gather of evaluation results was cut off")
+        if not is_of_gloo(error):
+            raise
         raise RankFailedError(
             f"rank {ranks.rank} of {ranks.world_size} lost contact with another rank while it gathered evaluation "
             f"results: {error}. A process has probably died: look for the first error in the output of the other ranks."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
@@ -13,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from keepbest.ranks.buffers import Buffers
+
+_WATCH_TAG = 1  # of messages that nobody sends; exchanges have larger ones
 
 
 @dataclass(slots=True, eq=False)
@@ -74,14 +75,21 @@ class Alone:
         return ()
 
 
-@contextlib.contextmanager
-def unseen_by_the_profiler() -> Iterator[None]:
-    """What begins in this block may end in another session of `torch.profiler`.
+def has_lost(gloo: dist.ProcessGroupGloo, rank: int) -> bool:
+    """Whether the connection with `rank` is known to be broken. **Rank-local**, from any thread; waits for nothing.
 
-    The profiler would note the end in the record of the session in which it began, which torch has freed by then.
+    gloo watches its connections all the time, and says what it has seen when it is asked for something. A receive
+    that has to wait would close a connection when its time is up; so this one is only asked for. Nobody sends it
+    anything.
     """
-    torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]  # noqa: SLF001  # see docs/adr/0010
+    never = [torch.empty(1, dtype=torch.uint8, device="cpu")]
     try:
-        yield
-    finally:
-        torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+        gloo.recv(never, rank, _WATCH_TAG)  # type: ignore[attr-defined]  # its stub lacks it
+    except RuntimeError:
+        return True
+    return False
+
+
+def is_of_gloo(error: BaseException) -> bool:
+    """Whether gloo may have raised it. A handler of a signal, and a mode of torch, have classes of their own."""
+    return type(error) is RuntimeError or isinstance(error, dist.DistError)

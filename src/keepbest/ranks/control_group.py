@@ -17,14 +17,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from keepbest.errors import ConfigError, PoisonedError, RankLostError, RanksError, RankTimeoutError
 from keepbest.ranks.attendance import unconnected_ranks
 from keepbest.ranks.buffers import Buffers
-from keepbest.ranks.carrier import Alone, Carrier, InFlight
+from keepbest.ranks.carrier import Alone, Carrier, InFlight, has_lost, is_of_gloo
 from keepbest.ranks.direct import Direct
 from keepbest.ranks.ring import Ring
 from keepbest.ranks.watch import Watch
 
 _logger = logging.getLogger(__name__)
-
-_WATCH_TAG = 1  # of messages that nobody sends; exchanges have larger ones
 
 
 @dataclass(slots=True)
@@ -156,13 +154,18 @@ class ControlGroup:
         self.round += 1
         flight = InFlight(buffers, self.round, step)
         try:
+            # What begins in one session of torch.profiler may end in another one, which would write into memory that
+            # torch has freed. So no session sees it.
+            torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]  # noqa: SLF001  # see ADR 10
             self._carrier.start(flight, timeout)
-        except RuntimeError as error:
-            raise self._lost(step, error) from error
-        except BaseException:
+        except BaseException as error:
+            if is_of_gloo(error):
+                raise self._lost(step, error) from error
             if self.group is not None and not flight.is_under_way:
                 self.poison = f"it was interrupted while it sent its part of step '{step}'"
             raise
+        finally:
+            torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]  # noqa: SLF001  # as above
         return flight
 
     def finish(self, flight: InFlight, step: str, timeout: timedelta) -> None:
@@ -176,6 +179,8 @@ class ControlGroup:
         try:
             self._carrier.wait(flight, timeout)
         except RuntimeError as error:
+            if not is_of_gloo(error):
+                raise
             if time.monotonic() - flight.started >= timeout.total_seconds():
                 raise self._timed_out(flight, step, timeout) from error
             raise self._lost(step, error) from error
@@ -196,20 +201,8 @@ class ControlGroup:
             )
 
     def has_lost(self, rank: int) -> bool:
-        """Whether the connection with `rank` is known to be broken. **Rank-local**, from any thread; waits for nothing.
-
-        gloo watches its connections all the time, and says what it has seen when it is asked for something. A receive
-        that has to wait would close a connection when its time is up; so this one is only asked for. Nobody sends it
-        anything.
-        """
-        if self._gloo is None:
-            return False
-        never = [torch.empty(1, dtype=torch.uint8, device="cpu")]
-        try:
-            self._gloo.recv(never, rank, _WATCH_TAG)  # type: ignore[attr-defined]  # its stub lacks it
-        except RuntimeError:
-            return True
-        return False
+        """Whether the connection with `rank` is known to be broken. **Rank-local**, from any thread."""
+        return self._gloo is not None and has_lost(self._gloo, rank)
 
     @property
     def is_inherited(self) -> bool:
@@ -256,7 +249,7 @@ class ControlGroup:
             "and not on some of them. Raise rank_timeout if they only need more time."
         )
 
-    def _lost(self, step: str, error: RuntimeError) -> RankLostError:
+    def _lost(self, step: str, error: BaseException) -> RankLostError:
         self._poison_by_lost_contact(step)
         return RankLostError(
             f"rank {self.rank} of {self.world_size} lost contact with another rank in step '{step}': {error}. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from datetime import timedelta
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from keepbest.ranks.buffers import Row
-from keepbest.ranks.carrier import InFlight, unseen_by_the_profiler
+from keepbest.ranks.carrier import InFlight, has_lost, is_of_gloo
 from keepbest.ranks.frame import FRAME_BYTES
 
 _FIRST_TAG = 2  # of a message of no bytes; the watch has 1
@@ -43,30 +42,28 @@ class Direct:
     """
 
     def __init__(self, gloo: dist.ProcessGroupGloo, rank: int) -> None:
+        self._gloo = gloo
         self._send, self._recv = gloo.send, gloo.recv  # type: ignore[attr-defined]  # its stub lacks them
         self._rank, self._other = rank, 1 - rank
-        # What is on its way keeps its memory, also where nobody waits for it any more: gloo closes a connection over
-        # which bytes come for a receive that is gone.
+        # What is on its way keeps its memory, also where nobody waits for it any more: bytes that come for a receive
+        # that is gone are lost, or end the connection.
         self._flights: list[InFlight] = []
-        self._next_frame = self._ask_in_advance(Row(FRAME_BYTES))
+        self._asked: dict[int, _Asked] = {}  # in advance, by the number of bytes
 
     def start(self, flight: InFlight, timeout: timedelta) -> None:
         del timeout  # each wait has its own
         self._flights.append(flight)
-        buffers, is_frame = flight.buffers, flight.buffers.size == FRAME_BYTES
+        buffers = flight.buffers
         buffers.keep_own(self._rank)
         row = buffers.rows[self._other]
         try:  # the receive comes first, so that what arrives early has a place
-            if is_frame and self._next_frame is not None:
-                asked, self._next_frame = self._next_frame, None
-            else:
-                asked = self._ask(row)
+            asked = self._asked.pop(buffers.size, None) or self._ask(row)
             buffers.rows[self._other] = asked.row
             flight.works.append(asked.work)
         finally:  # also where this is interrupted, since the other rank waits
             flight.works.append(self._send([buffers.sent.tensor], self._other, _tag(buffers.size)))
-        if is_frame:
-            self._next_frame = self._ask_in_advance(row)
+        if buffers.size == FRAME_BYTES:
+            self._ask_in_advance(Row(FRAME_BYTES) if asked.row is row else row)
         flight.is_under_way = True
 
     def wait(self, flight: InFlight, timeout: timedelta) -> None:
@@ -84,11 +81,13 @@ class Direct:
     def _ask(self, row: Row) -> _Asked:
         return _Asked(row, self._recv([row.tensor], self._other, _tag(len(row.data))))
 
-    def _ask_in_advance(self, row: Row) -> _Asked | None:
-        # The other rank may have left, since this exchange may be its last one.
-        with unseen_by_the_profiler(), contextlib.suppress(RuntimeError):
-            return self._ask(row)
-        return None
+    def _ask_in_advance(self, row: Row) -> None:
+        try:
+            self._asked[len(row.data)] = self._ask(row)
+        except RuntimeError as error:
+            # The other rank may have left, since this exchange may be its last one.
+            if not is_of_gloo(error) or not has_lost(self._gloo, self._other):
+                raise
 
 
 def _tag(size: int) -> int:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from keepbest.errors import DesyncError
 from keepbest.ranks.buffers import Buffers
-from keepbest.ranks.carrier import InFlight, unseen_by_the_profiler
+from keepbest.ranks.carrier import InFlight
 from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.difference import describe_difference
 from keepbest.ranks.frame import FRAME_BYTES, Frame, digest_place
@@ -56,8 +56,7 @@ class SharedFlag:
                 raise not_all_poll(self._control, frames, "something else")
             seen = any(frame.value for frame in frames)
         self._buffers.sent.data[:] = Frame(FLAG_PLACE, False, 0, float(self._is_raised), None).pack()
-        with unseen_by_the_profiler():
-            self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
+        self._in_flight = self._control.start(self._buffers, _STEP, self._timeout)
         return seen
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]  # not in its __all__
 
 from keepbest.ranks.attendance import absent_ranks, sign_in
-from keepbest.ranks.carrier import InFlight
+from keepbest.ranks.carrier import InFlight, is_of_gloo
 
 _PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
 
@@ -44,10 +45,12 @@ class Ring:
 
 
 def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
+    end = time.monotonic() + timeout.total_seconds()
     try:
         work.wait(timeout)
-    except RuntimeError:
-        if work.is_completed():
+    except RuntimeError as error:
+        # A handler of a signal may raise too, at any moment.
+        if work.is_completed() or not is_of_gloo(error) or time.monotonic() < end:
             raise
         return False
     return True
