@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from keepbest.errors import (
     KeepBestError,
     PoisonedError,
     RankFailedError,
+    RankLostError,
     RankTimeoutError,
     StorageError,
 )
@@ -95,6 +97,22 @@ def test_failures_of_several_ranks_are_all_told():
 
 def test_failure_that_all_ranks_share_is_not_repeated():
     assert run_ranks(fail_on, 2, [0, 1], ConfigError("too heavy")) == [(ConfigError, "too heavy")] * 2
+
+
+def fail_beside_a_rank_that_dies():
+    ranks = Ranks.connect()
+    ranks.agree("meet", lambda: None)
+    if ranks.rank == ranks.world_size - 1:
+        os._exit(1)
+    with pytest.raises(RankLostError) as caught:
+        ranks.agree("divide", lambda: 1 / 0)
+    return isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_own_failure_is_the_cause_where_another_rank_is_lost(world_size):
+    with start_ranks(fail_beside_a_rank_that_dies, world_size) as ranks:
+        assert all(outcome.result for outcome in ranks.collect(ranks=range(world_size - 1)))
 
 
 def interrupt_rank_1():

@@ -57,27 +57,43 @@ def test_copy_in_a_folder_ends_like_the_run(tmp_path):
     assert verify(url) == []
 
 
-def test_removed_snapshot_leaves_no_folder_behind(tmp_path):
-    run = Run(tmp_path / "run", remote=f"file://{tmp_path}/copy", format="dcp")
-    with run.keeper as keeper:
-        for number in (1, 2):
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_folder_that_could_not_be_removed_goes_with_the_next_save(kind, tmp_path, monkeypatch, caplog):
+    snapshots, remove = [tmp_path / run / "checkpoints" / "snapshots" for run in ("run", "copy")], Path.rmdir
+
+    def refuse(folder):
+        if folder.parent == snapshots[1]:
+            raise OSError(errno.EBUSY, "somebody reads in it", str(folder))
+        remove(folder)
+
+    def save(number):
+        run = Run(tmp_path / "run", remote=f"file://{tmp_path}/copy", resume="ledger", format=kind)
+        with run.keeper:
             run.observe(-float(number), first=number)
-            keeper.flush()
-    assert [path.name for path in (tmp_path / "copy" / "checkpoints" / "snapshots").iterdir()] == ["U2"]
+
+    save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", refuse)
+        save(2)
+    assert "what is no longer needed stays until the next save" in caplog.text
+    assert len(list(snapshots[1].iterdir())) == 2
+    save(3)
+    names = [[path.name for path in folder.iterdir()] for folder in snapshots]
+    assert names[0] == names[1]
     assert verify(tmp_path / "copy") == [], "a copy in a folder can be read as a run"
 
 
-def test_folder_keeps_what_is_left_in_it(tmp_path):
-    remote, folder = Remote(f"file://{tmp_path}"), tmp_path / "checkpoints" / "snapshots" / "U1"
+def test_folders_with_files_stay(tmp_path):
+    remote, snapshots = Remote(f"file://{tmp_path}"), tmp_path / "checkpoints" / "snapshots"
     (tmp_path / "file").write_bytes(b"content")
-    for path in ("snapshots/U1/model/a", "snapshots/U1/model/b", "snapshots/U1/c"):
-        remote.put(tmp_path / "file", path)
-    remote.remove("snapshots/U1/model/a")
-    assert sorted(files_in(folder)) == ["c", "model/b"]
-    remote.remove("snapshots/U1/model/b")
-    assert [path.name for path in folder.iterdir()] == ["c"]
-    remote.remove("snapshots/U1/c")
-    assert list(folder.parent.iterdir()) == []
+    for path in ("U1/model/a", "U1/model/b", "U1/c"):
+        remote.put(tmp_path / "file", f"snapshots/{path}")
+    for path, left in (("U1/model/a", ["U1/c", "U1/model/b"]), ("U1/model/b", ["U1/c"]), ("U1/c", [])):
+        remote.remove(f"snapshots/{path}")
+        remote.remove_empty_folders()
+        assert sorted(files_in(snapshots)) == left
+    assert list(snapshots.iterdir()) == []
+    remote.remove_empty_folders()
 
 
 def test_what_is_on_its_way_in_training_is_not_left_over(tmp_path):

@@ -85,7 +85,9 @@ def has_lost(gloo: dist.ProcessGroupGloo, rank: int) -> bool:
     never = [torch.empty(1, dtype=torch.uint8, device="cpu")]
     try:
         gloo.recv(never, rank, _WATCH_TAG)  # type: ignore[attr-defined]  # its stub lacks it
-    except RuntimeError:
+    except RuntimeError as error:
+        if not is_of_gloo(error):
+            raise
         return True
     return False
 

@@ -49,9 +49,12 @@ class Direct:
         # that is gone are lost, or end the connection.
         self._flights: list[InFlight] = []
         self._asked: dict[int, _Asked] = {}  # in advance, by the number of bytes
+        self._end: RuntimeError | None = None  # why nothing can be asked for any more
 
     def start(self, flight: InFlight, timeout: timedelta) -> None:
         del timeout  # each wait has its own
+        if self._end is not None:
+            raise self._end
         self._flights.append(flight)
         buffers = flight.buffers
         buffers.keep_own(self._rank)
@@ -88,6 +91,7 @@ class Direct:
             # The other rank may have left, since this exchange may be its last one.
             if not is_of_gloo(error) or not has_lost(self._gloo, self._other):
                 raise
+            self._end = error.with_traceback(None)  # whose frames hold this object
 
 
 def _tag(size: int) -> int:

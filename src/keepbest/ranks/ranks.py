@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from keepbest.errors import ConfigError, DesyncError, KeepBestError, PoisonedError, RankFailedError
+from keepbest.errors import ConfigError, DesyncError, KeepBestError, RankFailedError, RanksError
 from keepbest.ranks.control_group import ControlGroup
 from keepbest.ranks.difference import SEPARATOR, describe_difference
 from keepbest.ranks.failure import FailureReport, cause_of, shared_error, text_of
@@ -303,7 +303,9 @@ class Ranks:
         sent = mine.pack()
         try:
             gathered = self._all_gather(sent, step, saving=saving)
-        except PoisonedError as error:
+        except RanksError as error:
+            if failure is None:
+                raise
             raise error from failure  # which says more: the collective that went wrong may have been one of the work
         # In a quiet interval all ranks often hold the same.
         frames = [mine if raw == sent else Frame.unpack(raw) for raw in gathered]

@@ -12,6 +12,7 @@ from keepbest.ranks.attendance import absent_ranks, sign_in
 from keepbest.ranks.carrier import InFlight, is_of_gloo
 
 _PATIENCE_BEFORE_SIGN_IN = timedelta(seconds=1)
+_CUT = 0.001  # seconds, since torch cuts a timeout to milliseconds
 
 
 class Ring:
@@ -45,7 +46,7 @@ class Ring:
 
 
 def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
-    end = time.monotonic() + timeout.total_seconds()
+    end = time.monotonic() + timeout.total_seconds() - _CUT
     try:
         work.wait(timeout)
     except RuntimeError as error:

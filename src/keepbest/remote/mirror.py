@@ -219,6 +219,7 @@ class Mirror:
             for path in garbage:
                 self._refuse_if_over()
                 self._remote.remove(path)
+            self._remote.remove_empty_folders()
         except Exception as error:  # noqa: BLE001  # the copy is complete, and the next pass tries again
             _logger.warning("%s: what is no longer needed stays until the next save: %r", self._remote.url, error)
 

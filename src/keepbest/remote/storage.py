@@ -237,12 +237,15 @@ class Remote:
         return int(self._filesystem.size(f"{self._root}{path}"))
 
     def remove(self, path: str) -> None:
-        """Remove what is at `path` below `checkpoints`. On this machine, so are folders that this leaves empty."""
+        """Remove what is at `path` below `checkpoints`."""
         self._filesystem.rm_file(f"{self._root}{path}")
-        if self._is_local and snapshot_in(path) is not None:
-            *inside, _, _ = Path(path).parents  # without `snapshots`, and what it is in
-            for folder in (Path(f"{self._root}{each}") for each in inside):
-                if not any(folder.iterdir()):
+
+    def remove_empty_folders(self) -> None:
+        """Remove folders of snapshots that have no file any more. Only storages on this machine have folders."""
+        if self._is_local:
+            snapshots = Path(f"{self._root}{SNAPSHOTS}")
+            for folder in (Path(path) for path, *_ in os.walk(snapshots, topdown=False)):
+                if folder != snapshots and not any(folder.iterdir()):
                     folder.rmdir()
 
     def is_at(self, folder: Path) -> bool:
