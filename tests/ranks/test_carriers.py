@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock
@@ -79,6 +80,14 @@ def wait_for_a_part_of_a_millisecond() -> list[bool]:
 
 def test_wait_for_a_part_of_a_millisecond_is_no_loss():
     assert run_ranks(wait_for_a_part_of_a_millisecond, 3) == [[False] * 3, [], []]
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("connection closed")])
+def test_exchange_that_ends_as_a_wait_does_is_no_loss(failure):
+    # That it ends between the two is what only a mock can time.
+    work = Mock(wait=Mock(side_effect=[RuntimeError("timed out"), failure]), is_completed=lambda: True)
+    with nullcontext() if failure is None else pytest.raises(RuntimeError, match="connection closed"):
+        assert _finished_within(work, timedelta(seconds=0))
 
 
 @pytest.mark.parametrize(("world_size", "absent"), [(2, "1"), (5, "1, 3")])

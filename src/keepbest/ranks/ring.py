@@ -50,8 +50,10 @@ def _finished_within(work: dist.Work, timeout: timedelta) -> bool:
     try:
         work.wait(timeout)
     except RuntimeError as error:
-        # A handler of a signal may raise too, at any moment.
-        if work.is_completed() or not is_of_gloo(error) or time.monotonic() < end:
+        # Before the time is up it is a failure, or what a handler of a signal raised.
+        if not is_of_gloo(error) or time.monotonic() < end:
             raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()  # it has ended just now, and raises how if it failed
     return True
